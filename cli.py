@@ -1,0 +1,130 @@
+"""The `hotlap` command. Each subcommand's module is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+from hotlap.model.errors import DataError
+
+COMMANDS = {
+    "speedrun": "train a model that answers, from nothing: hotlap speedrun tiny",
+    "tokenizer": "learn a tokenizer from text",
+    "data": "turn text into token shards",
+    "pretrain": "train a base model on text",
+    "sft": "teach a base model to converse",
+    "eval": "score a model on held-out questions",
+    "report": "write a run's report again",
+    "chat": "talk to a model",
+}
+BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, BUG = 65, 66, 73, 74, 70  # as in sysexits.h
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line, and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print("usage: hotlap COMMAND [flags]     (hotlap COMMAND --help lists the flags)\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\n  --debug    show the traceback of an error")
+        return 0 if arguments else 2
+    return guarded(lambda: run(arguments[0], arguments[1:]), debug)
+
+
+def guarded(action, debug: bool) -> int:
+    """Run action; an error is one line on standard error and an exit code, and with debug a traceback."""
+    from hotlap.train.loop import Interrupted
+
+    try:
+        return action() or 0
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split())
+        known = {
+            Interrupted: (130, text + "; the same command goes on"),
+            KeyboardInterrupt: (130, "interrupted"),
+            DataError: (BAD_DATA, text),
+            ValueError: (2, text),
+            FloatingPointError: (1, text),
+            ImportError: (1, text),
+            FileNotFoundError: (NO_INPUT, text),
+            FileExistsError: (CANNOT_CREATE, text),
+            OSError: (INPUT_OUTPUT, text),
+        }
+        for kind, (code, line) in known.items():
+            if isinstance(error, kind):
+                print(f"error: {line}", file=sys.stderr)
+                return code
+        print(f"error: {type(error).__name__}: {text} (a bug; --debug shows where)", file=sys.stderr)
+        return BUG
+
+
+def run(command: str, arguments: list[str]) -> int | None:
+    from hotlap.train.log import set_up_logging
+
+    set_up_logging()
+    if command == "speedrun":
+        return speedrun(arguments)
+    if command == "chat":
+        from hotlap.chat import main as chat
+
+        return chat(arguments)
+    from hotlap.train import options
+
+    if command == "pretrain":
+        from hotlap.train import presets, pretrain
+
+        config = options.parse(
+            pretrain.PretrainConfig, arguments, command=command, presets=presets.PRETRAIN, depth=presets.from_depth
+        )
+        pretrain.pretrain(config)
+        print(f"{config.run}/report.md")
+    elif command == "sft":
+        from hotlap.train import sft
+
+        config = options.parse(sft.SFTConfig, arguments, command=command)
+        sft.fine_tune(config)
+        print(f"talk to it: python chat.py {config.run}")
+    elif command == "data":
+        from hotlap.train import prepare
+
+        prepare.make_data(options.parse(prepare.DataConfig, arguments, command=command))
+    elif command == "tokenizer":
+        from hotlap.train import prepare
+
+        prepare.make_tokenizer_file(options.parse(prepare.TokenizerConfig, arguments, command=command))
+    elif command == "eval":
+        from hotlap.train import evaluate
+
+        scores = evaluate.evaluate_model(options.parse(evaluate.EvalConfig, arguments, command=command))
+        print("\n".join(f"{task:12} {score:6.1%}" for task, score in scores.items()))
+    elif command == "report":
+        from hotlap.train import report
+
+        print(report.write_report(options.parse(report.ReportConfig, arguments, command=command).run))
+    else:
+        options.known(command, COMMANDS, "command")
+    return None
+
+
+def speedrun(arguments: list[str]) -> int | None:
+    from hotlap.train import options
+    from hotlap.train.speedrun import TinyConfig, tiny_speedrun
+
+    name = arguments[0] if arguments else ""
+    options.known(name, ("tiny",), "speedrun")
+    config = options.parse(TinyConfig, arguments[1:], command="speedrun tiny")
+    tiny_speedrun(config)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from hotlap.chat import main as chat
+
+        return chat([str(config.run / "sft")])
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

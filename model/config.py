@@ -1,0 +1,105 @@
+"""The shape of a GPT, as one frozen dataclass, and the rule that derives it from a depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+HEAD_DIM = 128  # of every model that is built from a depth: the size that attention kernels like best
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # what attention is built and tested for
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and options of a `GPT`. The defaults are nanochat's d12."""
+
+    vocab_size: int = 32768
+    """Number of token ids, special tokens included."""
+    context: int = 2048
+    """Longest sequence in tokens."""
+    layers: int = 12
+    width: int = 768
+    """Size of the residual stream."""
+    heads: int = 6
+    """Query heads."""
+    kv_heads: int = 6
+    """Key and value heads; fewer than `heads` is grouped-query attention."""
+    mlp_ratio: int = 4
+    """Width of the MLP as a multiple of `width`."""
+    window_pattern: str = "SSSL"
+    """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is always L."""
+    rope_base: float = 100_000.0
+    """Base of the rotary frequencies."""
+    qk_gain: float = 1.2
+    """Queries and keys are multiplied by this after their norm, which sharpens attention."""
+    value_embeddings: bool = True
+    """Every other layer adds a gated per-token embedding to its values."""
+    residual_scalars: bool = True
+    """Learned scale of the residual and of the token's own embedding x0 at each layer."""
+    smear: bool = True
+    """Mix a gated share of the previous token's embedding into each token's."""
+    backout: bool = True
+    """Subtract a learned share of the middle layer's residual before the head."""
+    softcap: float = 15.0
+    """Logits become softcap * tanh(logits / softcap); 0 leaves them as they are."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def short_window(self) -> int:
+        """A quarter of the context, rounded up to 128 tokens, and never more than the context."""
+        return min(self.context, -(-self.context // 4 // 128) * 128)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many keys each layer sees, the query's own included."""
+        letters = (self.window_pattern * self.layers)[: self.layers - 1] + "L"
+        return tuple(self.short_window if letter == "S" else self.context for letter in letters)
+
+    @property
+    def value_embedding_layers(self) -> tuple[int, ...]:
+        """Every other layer, the last one included."""
+        if not self.value_embeddings:
+            return ()
+        return tuple(i for i in range(self.layers) if i % 2 == (self.layers - 1) % 2)
+
+    def validate(self) -> GPTConfig:
+        """Return self, or raise ValueError naming the first field that cannot work."""
+        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(
+                f"width={self.width} / heads={self.heads} gives heads of {self.head_dim}; attention "
+                f"supports {', '.join(map(str, HEAD_DIMS))}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base={self.rope_base} must be more than 1")
+        if not self.softcap >= 0:
+            raise ValueError(f"softcap={self.softcap} must be 0 (off) or more")
+        return self
+
+    @classmethod
+    def from_depth(cls, depth: int, vocab_size: int = 32768, context: int = 2048, **fields) -> GPTConfig:
+        """nanochat's rule: 64 wide for each layer, rounded up to whole heads of 128."""
+        heads = -(-depth * 64 // HEAD_DIM)
+        shape = {"layers": depth, "width": heads * HEAD_DIM, "heads": heads, "kv_heads": heads}
+        return cls(vocab_size=vocab_size, context=context, **(shape | fields)).validate()
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> GPTConfig:
+        """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        if missing := sorted(known - set(fields)):
+            raise ValueError(f"model field {missing[0]!r} is missing")
+        return cls(**fields).validate()

@@ -1,0 +1,109 @@
+"""Conversations to token ids, and which of them the model is trained to say.
+
+A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's message may
+carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message with the result
+follows, and then the assistant goes on; all of it is one assistant turn:
+
+    <|bos|> <|user_start|> What is 2 + 3? <|user_end|>
+    <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5. <|assistant_end|>
+
+Prompts are built as ids, piece by piece, so text can never become one of these marks.
+"""
+
+from __future__ import annotations
+
+import json
+
+from hotlap.model.errors import DataError
+from hotlap.model.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+TOOL = "calculator"
+
+
+def check_messages(messages: object) -> list[dict]:
+    """Return messages, or raise DataError saying which message is wrong and why."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError("`messages` must be a list of at least one message")
+    expected = ("system", "user")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DataError(f"message {i} needs a `role` of {', '.join(ROLES)}")
+        role, calls = message["role"], message.get("tool_calls")
+        if role not in expected:
+            raise DataError(f"message {i} is from {role!r}, where {' or '.join(expected)} must come")
+        if not isinstance(message.get("content") or "", str):
+            raise DataError(f"message {i}: `content` must be a string")
+        if calls and role != "assistant":
+            raise DataError(f"message {i}: only the assistant can make `tool_calls`")
+        if calls:
+            tool_expression(message, i)
+        if role == "assistant" and not calls and not (message.get("content") or "").strip():
+            raise DataError(f"message {i}: the assistant says nothing")
+        if role == "assistant":
+            expected = ("tool",) if calls else ("user",)
+        else:
+            expected = {"system": ("user",), "user": ("assistant",), "tool": ("assistant",)}[role]
+    return messages
+
+
+def tool_expression(message: dict, index: int) -> str:
+    """The expression of the assistant's one calculator call."""
+    try:
+        (call,) = message["tool_calls"]
+        arguments = call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if call["function"]["name"] == TOOL and isinstance(arguments["expression"], str):
+            return arguments["expression"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(
+        f"message {index}: `tool_calls` must be one call of {TOOL!r} with a string argument `expression`"
+    )
+
+
+def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids of a whole conversation, and for each whether the assistant said it, so that it carries loss.
+
+    The assistant says its text, its tool calls and the end of its turn; not the mark that opens its turn, nor a
+    tool's result. Raises DataError for a conversation that is out of order.
+    """
+    ids, said = [tokenizer.bos], [False]
+
+    def mark(name: str, by_assistant: bool = False) -> None:
+        ids.append(tokenizer.special[f"<|{name}|>"])
+        said.append(by_assistant)
+
+    def text(content: str, by_assistant: bool = False) -> None:
+        new = tokenizer.encode(content)
+        ids.extend(new)
+        said.extend([by_assistant] * len(new))
+
+    for i, message in enumerate(check_messages(messages)):
+        role, content = message["role"], message.get("content") or ""
+        if role in ("system", "user"):
+            mark(f"{role}_start")
+            text(content)
+            mark(f"{role}_end")
+        elif role == "tool":
+            mark("result_start")
+            text(content)
+            mark("result_end")
+        else:
+            if messages[i - 1]["role"] != "tool":
+                mark("assistant_start")
+            text(content, by_assistant=True)
+            if message.get("tool_calls"):
+                mark("tool_start", by_assistant=True)
+                text(tool_expression(message, i), by_assistant=True)
+                mark("tool_end", by_assistant=True)
+            else:
+                mark("assistant_end", by_assistant=True)
+    return ids, said
+
+
+def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation that ends with the user, up to where the assistant begins to speak."""
+    if not messages or messages[-1].get("role") != "user":
+        raise DataError("a prompt must end with a message from the user")
+    return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]

@@ -1,0 +1,107 @@
+"""What a model costs: parameters, FLOPs a token, bytes of memory, and the share of a device's peak that is used.
+
+Two formulas for the FLOPs of training a token, forward and backward:
+
+* `nanochat_flops`: 6 for each weight of a product (embeddings are look-ups), and 12 H C min(window, T) for each
+  layer's attention, as if every query saw a full window. Compare with nanochat, nanoGPT and PaLM by this one.
+* `causal_flops`: the same with the keys that a query really sees: its own and those before it, at most a window. This
+  is what the arithmetic takes.
+"""
+
+from __future__ import annotations
+
+
+import torch
+import torch.nn as nn
+
+from hotlap.model.config import GPTConfig
+from hotlap.model.gpt import GPT, Linear
+
+# Dense bf16 FLOP/s on paper, by a part of the name that the driver gives; the first match counts.
+# Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
+PEAK_BF16 = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("GH200", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+    ("MI300X", 1307e12),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Paper peak of the device in bf16 FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16 if part in name), None)
+
+
+def parameter_counts(model: GPT) -> dict[str, int]:
+    """Number of parameters by part; `matrices` and `head` are the ones in products."""
+    products = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
+    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.head.weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "matrices": sum(products.values()) - head,
+        "head": head,
+        "embeddings": sum(embeddings.values()),
+        "scalars": total - sum(products.values()) - sum(embeddings.values()),
+        "total": total,
+    }
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """The model without memory: for counting."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def nanochat_flops(model: GPT, T: int | None = None) -> int:
+    """Training FLOPs a token at rows of T tokens, nanochat's formula."""
+    c, counts = model.config, parameter_counts(model)
+    T = T or c.context
+    attention = sum(12 * c.heads * c.head_dim * min(window, T) for window in c.windows)
+    return 6 * (counts["matrices"] + counts["head"]) + attention
+
+
+def causal_flops(model: GPT, T: int | None = None) -> int:
+    """Training FLOPs a token at rows of T tokens, with the keys that each query sees."""
+    c, counts = model.config, parameter_counts(model)
+    T = T or c.context
+    attention = 0.0
+    for window in c.windows:
+        w = min(window, T)
+        keys = w * (w + 1) / 2 + (T - w) * w  # seen by the T queries together
+        attention += 12 * c.heads * c.head_dim * keys / T
+    return round(6 * (counts["matrices"] + counts["head"]) + attention)
+
+
+def training_bytes(model: GPT, rows: int, T: int, activation_bytes: int = 2) -> dict[str, int]:
+    """Memory of a training step at `rows` rows of T tokens, by part; activations are an estimate from the shapes."""
+    c, total = model.config, parameter_counts(model)["total"]
+    muon = sum(p.numel() for p in model.blocks.parameters())
+    kv = c.kv_heads * c.head_dim
+    saved = 4 * c.width + 2 * c.width + 2 * kv + 2 * c.mlp_ratio * c.width + 2 * c.width
+    return {
+        "parameters": 4 * total,
+        "gradients": 4 * total,
+        "optimizer": 4 * muon + 8 * (total - muon),
+        "activations": rows * T * c.layers * saved * activation_bytes,
+    }
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: the share of the peak that training's arithmetic takes; None for an unknown device."""
+    return None if peak is None else flops_per_token * tokens_per_second / peak
+
+

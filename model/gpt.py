@@ -1,0 +1,223 @@
+"""GPT: a decoder-only transformer with rotary positions, QK-norm, parameter-free RMSNorm and ReLU^2.
+
+The extras of the speedruns (value embeddings, residual and x0 scalars, smear, backout, logit softcap) are each
+a few lines behind a field of `GPTConfig`. The model knows nothing of devices to come or of distribution: it is
+built on any device, `meta` included, and `init_weights` fills it.
+"""
+# B batch, T time, D width, H heads, K kv heads, C head dim, V vocab
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from hotlap.kernels.attention import attention
+from hotlap.kernels.cross_entropy import linear_cross_entropy, softcap_logits
+from hotlap.kernels.decode_attention import decode_attention
+from hotlap.kernels.relu2 import relu2
+from hotlap.kernels.rms_norm import rms_norm
+from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
+from hotlap.model.config import GPTConfig
+
+GATE_CHANNELS = 12  # of the residual stream that a value gate reads
+SMEAR_CHANNELS = 24
+
+
+class Cache(Protocol):
+    """What the model asks of a key-value cache; `hotlap.model.engine.KVCache` is one."""
+
+    positions: Tensor  # (B, T) of the tokens of this call
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def previous_embedding(self, x: Tensor) -> Tensor: ...
+
+
+class Linear(nn.Linear):
+    """A product without bias, in the dtype of its input: the weights stay float32 masters."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer, self.window = config, layer, config.windows[layer]
+        heads = config.heads + 2 * config.kv_heads
+        self.qkv = Linear(config.width, heads * config.head_dim)
+        self.proj = Linear(config.heads * config.head_dim, config.width)
+        self.value_gate = None
+        if layer in config.value_embedding_layers:
+            self.value_gate = Linear(min(GATE_CHANNELS, config.width), config.kv_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        document_start: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        c = self.config
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, c.head_dim)
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)  # (B, T, H, C), (B, T, K, C) twice
+        if self.value_gate is not None:
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, c.kv_heads, c.head_dim)
+        q, k = qk_norm_rotary(q, k, cos, sin, c.qk_gain)
+        if cache is None:
+            y = attention(q, k, v, self.window, document_start)
+        else:
+            k, v = cache.append(self.layer, k, v)  # (B, S, K, C)
+            y = decode_attention(q, k, v, cache.positions, self.window)
+        return self.proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.fc = Linear(config.width, config.mlp_ratio * config.width)
+        self.proj = Linear(config.mlp_ratio * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(relu2(self.fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None, cos, sin, document_start, cache) -> Tensor:
+        x = x + self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """A GPT of the given shape. Computes in `compute_dtype`; its weights are float32."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config.validate()
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.head = Linear(config.width, config.vocab_size)
+        kv_width = config.kv_heads * config.head_dim
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): nn.Embedding(config.vocab_size, kv_width) for i in config.value_embedding_layers}
+        )
+        if config.residual_scalars:
+            self.residual_scale = nn.Parameter(torch.empty(config.layers))
+            self.x0_scale = nn.Parameter(torch.empty(config.layers))
+        if config.smear:
+            self.smear_gate = Linear(min(SMEAR_CHANNELS, config.width), 1)
+            self.smear_scale = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_scale = nn.Parameter(torch.empty(1))
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(config.context, config.head_dim // 2), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> GPT:
+        """Fill every parameter and table from `seed`, wherever the model lies, and return self."""
+        c = self.config
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        bound = 3**0.5 * c.width**-0.5  # uniform with standard deviation 1 / sqrt(width)
+        self.embedding.weight.normal_(0, 0.8, generator=generator)
+        self.head.weight.normal_(0, 0.001, generator=generator)
+        for block in self.blocks:
+            block.attention.qkv.weight.uniform_(-bound, bound, generator=generator)
+            block.attention.proj.weight.zero_()  # each block starts as the identity
+            block.mlp.fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            block.mlp.proj.weight.zero_()
+            if block.attention.value_gate is not None:
+                block.attention.value_gate.weight.uniform_(0, 0.02, generator=generator)
+        for table in self.value_embeddings.values():
+            table.weight.uniform_(-bound, bound, generator=generator)
+        if c.residual_scalars:
+            self.residual_scale.copy_(torch.linspace(1.15, 1.05, c.layers))
+            self.x0_scale.copy_(torch.linspace(0.20, 0.05, c.layers))
+        if c.smear:
+            self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
+            self.smear_scale.zero_()
+        if c.backout:
+            self.backout_scale.fill_(0.2)
+        cos, sin = rotary_tables(c.context, c.head_dim, c.rope_base, self.cos.device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        return self
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "sum",
+        document_start: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
+
+        ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B * T,).
+        document_start: (B, T), for rows that pack documents. cache: continue the sequences that it holds.
+        """
+        x = self.hidden(ids, document_start, cache)
+        if targets is None:
+            return self.logits(x)
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, reduction
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's softcapped logits (B, T, V) in float32."""
+        return softcap_logits(self.head(hidden), self.config.softcap)
+
+    def hidden(self, ids: Tensor, document_start: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The normalised residual stream that the head reads: (B, T, D) in the compute dtype."""
+        c = self.config
+        if cache is None:
+            if ids.shape[1] > c.context:
+                raise ValueError(f"{ids.shape[1]} tokens are more than the model's context of {c.context}")
+            cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        else:
+            cos, sin = self.cos[cache.positions], self.sin[cache.positions]  # (B, T, C/2)
+        x = rms_norm(self.embedding(ids).to(self.compute_dtype))  # (B, T, D)
+        if c.smear:
+            x = self.smeared(x, document_start, cache)
+        x0, middle = x, None
+        for i, block in enumerate(self.blocks):
+            if c.residual_scalars:
+                x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            value_embedding = None
+            if i in c.value_embedding_layers:
+                value_embedding = self.value_embeddings[str(i)](ids).to(x.dtype)
+            x = block(x, value_embedding, cos, sin, document_start, cache)
+            if c.backout and i == c.layers // 2:
+                middle = x
+        if c.backout:
+            x = x - self.backout_scale.to(x.dtype) * middle
+        return rms_norm(x)
+
+    def smeared(self, x: Tensor, document_start: Tensor | None, cache: Cache | None) -> Tensor:
+        """x with a gated share of the token before added to each token but the first of its document."""
+        if cache is None:
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            previous = cache.previous_embedding(x)
+        if document_start is not None:
+            t = torch.arange(x.shape[1], device=x.device)
+            previous = previous * (t > document_start).unsqueeze(-1)
+        gate = self.smear_scale.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * previous

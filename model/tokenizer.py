@@ -1,0 +1,211 @@
+"""Text to token ids and back: byte-level BPE, single characters, or GPT-2's vocabulary.
+
+Trained and stored with Hugging Face `tokenizers` (tokenizer.json), encoded with `tiktoken` from the same ranks,
+which gives the same ids several times faster. Special tokens exist only as ids, above every id that text can
+produce: no text, whatever it contains, encodes to one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from hotlap.model.errors import DataError
+
+# Llama 3's way of cutting text into words before merging: contractions, words with the mark or space before
+# them, numbers of up to three digits, punctuation, line ends, spaces. llama.cpp knows it under that name.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|system_start|>", "<|system_end|>",
+    "<|user_start|>", "<|user_end|>",
+    "<|assistant_start|>", "<|assistant_end|>",
+    "<|tool_start|>", "<|tool_end|>",
+    "<|result_start|>", "<|result_end|>",
+)  # fmt: skip
+SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
+
+
+class Tokenizer:
+    """Ids 0 to `text_size` - 1 are text, the special tokens follow.
+
+    definition: what tokenizer.json holds. Make one with `train_bpe`, `train_characters`, `load` or `gpt2`.
+    """
+
+    def __init__(self, definition: str):
+        self.definition = definition
+        fields = json.loads(definition)
+        self.special = {token["content"]: token["id"] for token in fields["added_tokens"]}
+        self.bos = self.special["<|bos|>"]
+        vocabulary = {t: i for t, i in fields["model"]["vocab"].items() if t not in self.special}
+        self.text_size = len(vocabulary)
+        self.vocab_size = self.text_size + len(self.special)
+        if sorted(vocabulary.values()) != list(range(self.text_size)):
+            raise DataError(f"the tokenizer's {self.text_size} text ids are not 0 to {self.text_size - 1}")
+        if sorted(self.special.values()) != list(range(self.text_size, self.vocab_size)):
+            raise DataError("the tokenizer's special ids do not follow its text ids")
+        self.is_bpe = fields["model"]["type"] == "BPE"
+        if self.is_bpe:
+            byte_of = {character: byte for byte, character in byte_level_alphabet().items()}
+            ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
+            self._tokens = sorted(ranks, key=ranks.__getitem__)
+            pattern = fields["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            self._encoding = tiktoken.Encoding(
+                "hotlap", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            )
+        else:
+            self._tokens = [c.encode() for c in sorted(vocabulary, key=vocabulary.__getitem__)]
+            self._id_of = vocabulary
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json. FileNotFoundError or DataError where that cannot be."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a hotlap tokenizer.json ({error!r})") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.definition, encoding="utf-8")
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.definition.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text. Always below `text_size`, also where the text spells a special token."""
+        if self.is_bpe:
+            return self._encoding.encode_ordinary(text)
+        try:
+            return [self._id_of[character] for character in text]
+        except KeyError as error:
+            raise DataError(
+                f"character {error.args[0]!r} is not among the {self.text_size} of this tokenizer"
+            ) from None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self.is_bpe:
+            return self._encoding.encode_ordinary_batch(texts)
+        return [self.encode(text) for text in texts]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for a special one."""
+        return self._tokens[token] if token < self.text_size else b""
+
+    def byte_counts(self) -> list[int]:
+        """Bytes of each id, 0 for special ones: what bits per byte divides by."""
+        return [len(self.token_bytes(token)) for token in range(self.vocab_size)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special ones vanish, and broken UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Decodes ids one at a time, holding back the bytes of a character until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left; a character that never became whole is U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of `vocab_size` ids, special tokens included; fewer where the text has no more merges."""
+    if vocab_size < SMALLEST_BPE:
+        raise ValueError(
+            f"vocab_size={vocab_size} is less than {SMALLEST_BPE} (256 bytes + {len(SPECIAL_TOKENS)} special)"
+        )
+    tokenizer = byte_level(models.BPE(), SPLIT_PATTERN)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return finish(tokenizer)
+
+
+def train_characters(text: str) -> Tokenizer:
+    """One id for each distinct character of text."""
+    characters = sorted(set(text))
+    if not characters:
+        raise DataError("the text is empty; a character tokenizer needs at least one character")
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=characters[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return finish(tokenizer)
+
+
+def gpt2() -> Tokenizer:
+    """GPT-2's 50,256 text tokens and our special ones, of which <|bos|> takes the id of its <|endoftext|>."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' errors are OSErrors
+        raise OSError(
+            f"GPT-2's vocabulary could not be downloaded ({error}); on a machine with a network, run "
+            "python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")' and copy TIKTOKEN_CACHE_DIR here"
+        ) from error
+    return from_ranks(encoding._mergeable_ranks, GPT2_PATTERN)
+
+
+def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
+    """A byte-level BPE from tiktoken's ranks: merges are recovered by splitting each token with lower ranks."""
+    character_of = byte_level_alphabet()
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = [bytes([byte]) for byte in token]
+            while len(parts) > 2:  # the last merge that builds the token joins the two parts that remain
+                best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+                parts[best : best + 2] = [parts[best] + parts[best + 1]]
+            merges.append(tuple("".join(character_of[b] for b in part) for part in parts))
+    vocabulary = {"".join(character_of[b] for b in token): rank for token, rank in ranks.items()}
+    return finish(byte_level(models.BPE(vocabulary, merges), pattern))
+
+
+def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    """A tokenizer that cuts text by the pattern and then works on bytes."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    """Append the special tokens and hand over what tokenizer.json will hold."""
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return Tokenizer(tokenizer.to_str())
+
+
+def byte_level_alphabet() -> dict[int, str]:
+    """The printable character that stands for each byte in tokenizer.json: GPT-2's table."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

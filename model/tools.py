@@ -1,0 +1,61 @@
+"""The calculator that the model may call: arithmetic by walking the syntax tree, never by eval."""
+
+from __future__ import annotations
+
+import ast
+import operator
+
+MAX_LENGTH = 200  # characters of an expression
+MAX_DEPTH = 30
+MAX_DIGITS = 300  # of any number on the way
+MAX_EXPONENT = 1000
+
+_BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def calculate(expression: str) -> str:
+    """Result of an arithmetic expression as text, or `error: ...`. Numbers and + - * / // % ** ( ) only."""
+    if len(expression) > MAX_LENGTH:
+        return "error: too long"
+    try:
+        value = _evaluate(ast.parse(expression.strip(), mode="eval").body, 0)
+    except (ZeroDivisionError, OverflowError):
+        return "error: no finite result"
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return "error: not arithmetic"
+    if isinstance(value, float):
+        return f"{value:.10g}" if abs(value) < float("inf") else "error: no finite result"
+    return str(value)
+
+
+def _evaluate(node: ast.AST, depth: int) -> int | float:
+    if depth > MAX_DEPTH:
+        raise ValueError("too deep")
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _bounded(node.value)
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+        return _UNARY[type(node.op)](_evaluate(node.operand, depth + 1))
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        left, right = _evaluate(node.left, depth + 1), _evaluate(node.right, depth + 1)
+        if isinstance(node.op, ast.Pow) and (abs(right) > MAX_EXPONENT or abs(left) > 10**30):
+            raise OverflowError
+        value = _BINARY[type(node.op)](left, right)
+        if isinstance(value, complex):
+            raise ValueError("not real")
+        return _bounded(value)
+    raise ValueError("not arithmetic")
+
+
+def _bounded(value: int | float) -> int | float:
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        raise OverflowError
+    return value

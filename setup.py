@@ -1,0 +1,12 @@
+"""The folders of this repository are the package: kernels/rms_norm.py is hotlap.kernels.rms_norm.
+
+No folder has an __init__.py. A regular package named `kernels` at the top of sys.path would hide the Hugging
+Face package of that name, and break `import transformers`; a plain folder does not.
+"""
+
+from setuptools import setup
+
+setup(
+    package_dir={"hotlap": "."},
+    packages=["hotlap", "hotlap.kernels", "hotlap.model", "hotlap.train", "hotlap.train.tasks"],
+)

