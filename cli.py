@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hotlap.model.errors import DataError
+from hotlap.model.errors import guarded
 
 COMMANDS = {
     "speedrun": "train a model that answers, from nothing: hotlap speedrun tiny",
@@ -16,7 +16,6 @@ COMMANDS = {
     "report": "write a run's report again",
     "chat": "talk to a model",
 }
-BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, BUG = 65, 66, 73, 74, 70  # as in sysexits.h
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,37 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n  --debug    show the traceback of an error")
         return 0 if arguments else 2
     return guarded(lambda: run(arguments[0], arguments[1:]), debug)
-
-
-def guarded(action, debug: bool) -> int:
-    """Run action; an error is one line on standard error and an exit code, and with debug a traceback."""
-    from hotlap.train.loop import Interrupted
-
-    try:
-        return action() or 0
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if debug:
-            raise
-        text = " ".join(str(error).split())
-        known = {
-            Interrupted: (130, text + "; the same command goes on"),
-            KeyboardInterrupt: (130, "interrupted"),
-            DataError: (BAD_DATA, text),
-            ValueError: (2, text),
-            FloatingPointError: (1, text),
-            ImportError: (1, text),
-            FileNotFoundError: (NO_INPUT, text),
-            FileExistsError: (CANNOT_CREATE, text),
-            OSError: (INPUT_OUTPUT, text),
-        }
-        for kind, (code, line) in known.items():
-            if isinstance(error, kind):
-                print(f"error: {line}", file=sys.stderr)
-                return code
-        print(f"error: {type(error).__name__}: {text} (a bug; --debug shows where)", file=sys.stderr)
-        return BUG
 
 
 def run(command: str, arguments: list[str]) -> int | None:
@@ -79,7 +47,11 @@ def run(command: str, arguments: list[str]) -> int | None:
         from hotlap.train import presets, pretrain
 
         config = options.parse(
-            pretrain.PretrainConfig, arguments, command=command, presets=presets.PRETRAIN, depth=presets.from_depth
+            pretrain.PretrainConfig,
+            arguments,
+            command=command,
+            presets=presets.PRETRAIN,
+            depth=presets.from_depth,
         )
         pretrain.pretrain(config)
         print(f"{config.run}/report.md")

@@ -1,8 +1,8 @@
 """Cross-entropy of the head's logits, with softcap: -log softmax(cap * tanh(x W^T / cap))[target].
 
-The product and the loss are one operation, so that the logits, which at 32768 words take more memory than the rest of
-the model's activations together, exist only a chunk of rows at a time. The gradients of a chunk are computed
-while its logits are at hand; the backward pass only scales them.
+The product and the loss are one operation, so that the logits, which at 32768 words take more memory than the
+rest of the model's activations together, exist only a chunk of rows at a time. The gradients of a chunk are
+computed while its logits are at hand; the backward pass only scales them.
 """
 # N tokens, D width, V vocab
 
@@ -73,8 +73,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Loss of predicting targets from x through the head.
 
-    x: (N, D), head: (V, D), targets: (N,) int64 with -1 for tokens without loss. reduction: "sum", "mean" over
-    the tokens with loss, or "none" for (N,). Returns float32, in nats.
+    x: (N, D), head: (V, D), targets: (N,) int64 with -1 for tokens without loss. reduction: "sum", "mean"
+    over the tokens with loss, or "none" for (N,). Returns float32, in nats.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         return linear_cross_entropy_ref(x, head, targets, softcap, reduction)

@@ -1,8 +1,8 @@
 """The elementwise halves of a Muon step, before and after the orthogonalisation (Jordan et al., 2024).
 
-Before: momentum, Nesterov, and rows scaled to a common norm (MuonEq). After: NorMuon's second moment (Li et al.,
-2025) with the update's norm kept, cautious weight decay (only where update and weight agree in sign; Liang et
-al., 2024), and the step itself.
+Before: momentum, Nesterov, and rows scaled to a common norm (MuonEq). After: NorMuon's second moment (Li et
+al., 2025) with the update's norm kept, cautious weight decay (only where update and weight agree in sign;
+Liang et al., 2024), and the step itself.
 """
 # G matrices of one shape, M rows, N columns
 

@@ -6,7 +6,6 @@ are the best possible for singular values in [1e-3, 1] at each step, with their 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 COEFFICIENTS = (
@@ -30,5 +29,7 @@ def orthogonalize_ref(x: Tensor) -> Tensor:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Polar factor of each matrix of x (..., M, N), singular values within about 0.7 to 1.2 of 1. Same dtype."""
+    """Polar factor of each matrix of x (..., M, N), singular values within about 0.7 to 1.2 of 1. Same
+    dtype.
+    """
     return orthogonalize_ref(x)

@@ -27,7 +27,9 @@ class GPTConfig:
     mlp_ratio: int = 4
     """Width of the MLP as a multiple of `width`."""
     window_pattern: str = "SSSL"
-    """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is always L."""
+    """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is
+    always L.
+    """
     rope_base: float = 100_000.0
     """Base of the rotary frequencies."""
     qk_gain: float = 1.2

@@ -1,11 +1,12 @@
 """Conversations to token ids, and which of them the model is trained to say.
 
-A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's message may
-carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message with the result
-follows, and then the assistant goes on; all of it is one assistant turn:
+A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's
+message may carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message
+with the result follows, and then the assistant goes on; all of it is one assistant turn:
 
     <|bos|> <|user_start|> What is 2 + 3? <|user_end|>
-    <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5. <|assistant_end|>
+    <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5.
+    <|assistant_end|>
 
 Prompts are built as ids, piece by piece, so text can never become one of these marks.
 """
@@ -65,8 +66,8 @@ def tool_expression(message: dict, index: int) -> str:
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Ids of a whole conversation, and for each whether the assistant said it, so that it carries loss.
 
-    The assistant says its text, its tool calls and the end of its turn; not the mark that opens its turn, nor a
-    tool's result. Raises DataError for a conversation that is out of order.
+    The assistant says its text, its tool calls and the end of its turn; not the mark that opens its turn, nor
+    a tool's result. Raises DataError for a conversation that is out of order.
     """
     ids, said = [tokenizer.bos], [False]
 
@@ -107,3 +108,39 @@ def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     if not messages or messages[-1].get("role") != "user":
         raise DataError("a prompt must end with a message from the user")
     return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]
+
+
+def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
+    """The messages that a generated answer is: text, calls of the calculator and their results.
+
+    An answer that was cut off is kept as far as it goes; half a call is dropped.
+    """
+    marks = {
+        tokenizer.special[f"<|{name}|>"]: name
+        for name in ("tool_start", "tool_end", "result_start", "result_end")
+    }
+    messages: list[dict] = []
+    text: list[int] = []
+    said = ""
+    for token in ids:
+        mark = marks.get(token)
+        if mark is None:
+            text.append(token)
+            continue
+        content, text = tokenizer.decode(text), []
+        if mark == "tool_start":
+            said = content
+        elif mark == "tool_end":
+            call = {
+                "type": "function",
+                "function": {"name": TOOL, "arguments": {"expression": content}},
+            }
+            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
+        elif mark == "result_end":
+            messages.append({"role": "tool", "content": content})
+    last = tokenizer.decode(text).strip()
+    while messages and not last:  # without a closing word, the call before it leads nowhere
+        messages.pop()
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+    return [*messages, {"role": "assistant", "content": last}] if last else messages

@@ -1,4 +1,6 @@
-"""Generation: a key-value cache with a slot for each sequence, and the decoding loop with the calculator in it."""
+"""Generation: a key-value cache with a slot for each sequence, and the decoding loop with the calculator in
+it.
+"""
 # B slots, S positions, K kv heads, C head dim, D width
 
 from __future__ import annotations
@@ -64,8 +66,9 @@ class Engine:
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
         """Yield, after each step, the new tokens as (prompt index, id), until every answer has ended.
 
-        A call of the calculator is answered in place: its result's tokens come right after the call's. Ids of special
-        tokens are among the yielded ones, except those that end an answer. Prompts must leave room for a token.
+        A call of the calculator is answered in place: its result's tokens come right after the call's. Ids of
+        special tokens are among the yielded ones, except those that end an answer. Prompts must leave room
+        for a token.
         """
         context = self.model.config.context
         for prompt in prompts:
@@ -73,9 +76,7 @@ class Engine:
                 raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {context}")
         sampling.validate()
         length = min(context, max(map(len, prompts)) + sampling.max_tokens)
-        cache = KVCache(
-            self.model.config, len(prompts), length, self.model.compute_dtype, self.device
-        )
+        cache = KVCache(self.model.config, len(prompts), length, self.model.compute_dtype, self.device)
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         forced: list[list[int]] = [[] for _ in prompts]  # results that must be fed before sampling goes on
         call: list[list[int] | None] = [None] * len(prompts)  # expression of the call being written
@@ -95,7 +96,7 @@ class Engine:
             yield step
             active = [i for i, _ in step if left[i] > 0]
             if active:
-                last = {i: token for i, token in step}
+                last = dict(step)
                 logits = self._forward([[last[i]] for i in active], active, cache)
 
     def _forward(self, ids: list[list[int]], slots: list[int], cache: KVCache) -> Tensor:

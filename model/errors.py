@@ -1,5 +1,50 @@
-"""The error that a bad file causes, apart from ValueError for a bad argument: they differ in exit code."""
+"""Errors that users can cause, and how a program shows them: one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT = 70, 65, 66, 73, 74  # as in sysexits.h
 
 
 class DataError(ValueError):
     """A file or record that cannot be used: says which, what is wrong, and what to try."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved where it was."""
+
+
+EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
+    Interrupted: 130,
+    KeyboardInterrupt: 130,
+    DataError: BAD_DATA,
+    ValueError: 2,
+    FloatingPointError: 1,
+    ImportError: 1,
+    FileNotFoundError: NO_INPUT,
+    FileExistsError: CANNOT_CREATE,
+    OSError: INPUT_OUTPUT,
+}
+
+
+def guarded(action: Callable[[], int | None], debug: bool) -> int:
+    """Run action, and return its exit code; an error becomes `error: ...` on one line, or with debug a
+    traceback.
+    """
+    try:
+        return action() or 0
+    except BrokenPipeError:  # who read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
+        if code == BUG:
+            text = f"{type(error).__name__}: {text} (a bug; --debug shows where)"
+        print(f"error: {text}", file=sys.stderr)
+        return code

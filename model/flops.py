@@ -1,15 +1,17 @@
-"""What a model costs: parameters, FLOPs a token, bytes of memory, and the share of a device's peak that is used.
+"""What a model costs: parameters, FLOPs a token, bytes of memory, and the share of a device's peak that is
+used.
 
 Two formulas for the FLOPs of training a token, forward and backward:
 
-* `nanochat_flops`: 6 for each weight of a product (embeddings are look-ups), and 12 H C min(window, T) for each
+* `nanochat_flops`: 6 for each weight of a product (embeddings are look-ups), and 12 H C min(window, T) for
+each
   layer's attention, as if every query saw a full window. Compare with nanochat, nanoGPT and PaLM by this one.
-* `causal_flops`: the same with the keys that a query really sees: its own and those before it, at most a window. This
+* `causal_flops`: the same with the keys that a query really sees: its own and those before it, at most a
+window. This
   is what the arithmetic takes.
 """
 
 from __future__ import annotations
-
 
 import torch
 import torch.nn as nn
@@ -87,7 +89,9 @@ def causal_flops(model: GPT, T: int | None = None) -> int:
 
 
 def training_bytes(model: GPT, rows: int, T: int, activation_bytes: int = 2) -> dict[str, int]:
-    """Memory of a training step at `rows` rows of T tokens, by part; activations are an estimate from the shapes."""
+    """Memory of a training step at `rows` rows of T tokens, by part; activations are an estimate from the
+    shapes.
+    """
     c, total = model.config, parameter_counts(model)["total"]
     muon = sum(p.numel() for p in model.blocks.parameters())
     kv = c.kv_heads * c.head_dim
@@ -101,7 +105,7 @@ def training_bytes(model: GPT, rows: int, T: int, activation_bytes: int = 2) -> 
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: the share of the peak that training's arithmetic takes; None for an unknown device."""
+    """Model FLOPs utilisation: the share of the peak that training's arithmetic takes; None for an unknown
+    device.
+    """
     return None if peak is None else flops_per_token * tokens_per_second / peak
-
-

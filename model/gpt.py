@@ -1,8 +1,8 @@
 """GPT: a decoder-only transformer with rotary positions, QK-norm, parameter-free RMSNorm and ReLU^2.
 
-The extras of the speedruns (value embeddings, residual and x0 scalars, smear, backout, logit softcap) are each
-a few lines behind a field of `GPTConfig`. The model knows nothing of devices to come or of distribution: it is
-built on any device, `meta` included, and `init_weights` fills it.
+The extras of the speedruns (value embeddings, residual and x0 scalars, smear, backout, logit softcap) are
+each a few lines behind a field of `GPTConfig`. The model knows nothing of devices to come or of distribution:
+it is built on any device, `meta` included, and `init_weights` fills it.
 """
 # B batch, T time, D width, H heads, K kv heads, C head dim, V vocab
 
@@ -170,8 +170,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
 
-        ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B * T,).
-        document_start: (B, T), for rows that pack documents. cache: continue the sequences that it holds.
+        ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B *
+        T,). document_start: (B, T), for rows that pack documents. cache: continue the sequences that it
+        holds.
         """
         x = self.hidden(ids, document_start, cache)
         if targets is None:
@@ -212,10 +213,7 @@ class GPT(nn.Module):
 
     def smeared(self, x: Tensor, document_start: Tensor | None, cache: Cache | None) -> Tensor:
         """x with a gated share of the token before added to each token but the first of its document."""
-        if cache is None:
-            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
-        else:
-            previous = cache.previous_embedding(x)
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.previous_embedding(x)
         if document_start is not None:
             t = torch.arange(x.shape[1], device=x.device)
             previous = previous * (t > document_start).unsqueeze(-1)

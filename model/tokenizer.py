@@ -1,8 +1,8 @@
 """Text to token ids and back: byte-level BPE, single characters, or GPT-2's vocabulary.
 
-Trained and stored with Hugging Face `tokenizers` (tokenizer.json), encoded with `tiktoken` from the same ranks,
-which gives the same ids several times faster. Special tokens exist only as ids, above every id that text can
-produce: no text, whatever it contains, encodes to one.
+Trained and stored with Hugging Face `tokenizers` (tokenizer.json), encoded with `tiktoken` from the same
+ranks, which gives the same ids several times faster. Special tokens exist only as ids, above every id that
+text can produce: no text, whatever it contains, encodes to one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
         try:
             return cls(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise DataError(f"{path} is not a hotlap tokenizer.json ({error!r})") from error
 
     def save(self, path: str | Path) -> None:
@@ -131,7 +137,9 @@ class StreamDecoder:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of `vocab_size` ids, special tokens included; fewer where the text has no more merges."""
+    """Byte-level BPE of `vocab_size` ids, special tokens included; fewer where the text has no more
+    merges.
+    """
     if vocab_size < SMALLEST_BPE:
         raise ValueError(
             f"vocab_size={vocab_size} is less than {SMALLEST_BPE} (256 bytes + {len(SPECIAL_TOKENS)} special)"
@@ -171,7 +179,9 @@ def gpt2() -> Tokenizer:
 
 
 def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
-    """A byte-level BPE from tiktoken's ranks: merges are recovered by splitting each token with lower ranks."""
+    """A byte-level BPE from tiktoken's ranks: merges are recovered by splitting each token with lower
+    ranks.
+    """
     character_of = byte_level_alphabet()
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

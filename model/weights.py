@@ -28,9 +28,7 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
 
 
-def load_model(
-    path: str | Path, device: torch.device, compute_dtype: torch.dtype
-) -> tuple[GPT, Tokenizer]:
+def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a model directory, or of the newest checkpoint of a run."""
     folder = model_folder(path)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
@@ -88,7 +86,11 @@ def model_folder(path: str | Path) -> Path:
     if checkpoints := run_checkpoints(path):
         return checkpoints[-1]
     found = find_models(Path("runs"))
-    hint = f"found: {', '.join(map(str, found))}" if found else "none found under runs/; train one with `make demo`"
+    hint = (
+        f"found: {', '.join(map(str, found))}"
+        if found
+        else "none found under runs/; train one with `make demo`"
+    )
     raise FileNotFoundError(f"no model at {path}; {hint}")
 
 
@@ -106,11 +108,9 @@ def find_models(root: Path) -> list[Path]:
     """Runs and model directories under root, newest last."""
     found = []
     for folder, names, files in os.walk(root):
-        if WEIGHTS in files and not Path(folder).name.startswith("step-"):
-            found.append(Path(folder))
-        elif "checkpoints" in names and run_checkpoints(Path(folder)):
+        if (WEIGHTS in files and not Path(folder).name.startswith("step-")) or (
+            "checkpoints" in names and run_checkpoints(Path(folder))
+        ):
             found.append(Path(folder))
         names[:] = [n for n in names if n != "checkpoints"]
     return sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime if (p / CONFIG).exists() else 0)
-
-

@@ -1,7 +1,8 @@
 """Checkpoints that a crash cannot spoil: safetensors and JSON, hashed, published by one rename.
 
 A checkpoint is a model directory (see `hotlap.model.weights`) with optimizer.safetensors, state.json and
-manifest.json. It is written under another name, the manifest last, and renamed when everything is on the disk.
+manifest.json. It is written under another name, the manifest last, and renamed when everything is on the
+disk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import (
-    MANIFEST, WEIGHTS, load_tensors, load_weights, run_checkpoints, save_model,
+    MANIFEST,
+    WEIGHTS,
+    load_tensors,
+    load_weights,
+    run_checkpoints,
+    save_model,
 )  # fmt: skip
 from hotlap.train.optim import MuonAdamW
 

@@ -15,7 +15,12 @@ from hotlap.train.data import Documents, PackedRows
 from hotlap.train.log import log
 from hotlap.train.tasks import arithmetic, facts, identity, spelling
 
-ARITHMETIC, SPELLING, IDENTITY = 3000, 4000, 12  # conversations of the built-in mixture; repeats of the last
+ARITHMETIC, SPELLING, IDENTITY = (
+    4000,
+    6000,
+    12,
+)  # questions of the built-in mixture; repeats of the last
+TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, each as likely
 
 
 def built_in(texts: list[str], seed: int) -> list[list[dict]]:
@@ -26,8 +31,14 @@ def built_in(texts: list[str], seed: int) -> list[list[dict]]:
         *spelling.training_conversations(spelling.words(texts), SPELLING, seed),
         *identity.training_conversations(IDENTITY),
     ]
-    random.Random(seed).shuffle(conversations)
-    return conversations
+    generator = random.Random(seed)
+    generator.shuffle(conversations)
+    joined, i = [], 0
+    while i < len(conversations):  # conversations of several turns, so that one with a history is nothing new
+        turns = generator.choice(TURNS)
+        joined.append([message for c in conversations[i : i + turns] for message in c])
+        i += turns
+    return joined
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
@@ -56,7 +67,9 @@ def read_conversations(path: Path) -> list[list[dict]]:
     return found
 
 
-def split_conversations(conversations: list[list[dict]]) -> tuple[list[list[dict]], list[list[dict]]]:
+def split_conversations(
+    conversations: list[list[dict]],
+) -> tuple[list[list[dict]], list[list[dict]]]:
     """Training and validation, about one in twenty, equal conversations on the same side."""
     train, held_out = [], []
     for messages in conversations:
@@ -72,7 +85,8 @@ def conversation_rows(
 ) -> PackedRows:
     """Packed rows in which only what the assistant says carries loss.
 
-    A conversation longer than a row is dropped, and counted; one that holds the text of a special token has it as text.
+    A conversation longer than a row is dropped, and counted; one that holds the text of a special token has
+    it as text.
     """
     ids: list[np.ndarray] = []
     said: list[np.ndarray] = []
@@ -88,14 +102,19 @@ def conversation_rows(
         said.append(np.array(mask, bool))
         total += len(tokens)
     if dropped:
-        log.info("%d of %d conversations are longer than %d tokens and left out", dropped, len(conversations), T)
+        log.info(
+            "%d of %d conversations are longer than %d tokens and left out",
+            dropped,
+            len(conversations),
+            T,
+        )
     if not ids:
-        raise DataError(f"no conversation fits the model's context of {T} tokens; shorten them, or train a longer one")
+        raise DataError(
+            f"no conversation fits the model's context of {T} tokens; shorten them, or train a longer one"
+        )
     if spelled_special:
         log.info("%d conversations hold the text of a special token; it stays text", spelled_special)
     ids.append(np.zeros(1, np.int64))  # the last token of a shard is a target only
     said.append(np.zeros(1, bool))
     documents = Documents(np.concatenate(ids), np.array(starts), np.concatenate(said))
     return PackedRows([lambda: documents], T, seed, shuffle)
-
-

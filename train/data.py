@@ -45,7 +45,9 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a shard, mapped from the file; DataError where it is damaged or for a larger vocabulary."""
+    """The tokens of a shard, mapped from the file; DataError where it is damaged or for a larger
+    vocabulary.
+    """
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES}")
@@ -73,7 +75,9 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer) -> int:
-    """Encode documents into shards split_000000.bin, ... of at most 100M tokens or one document; returns the tokens."""
+    """Encode documents into shards split_000000.bin, ... of at most 100M tokens or one document; returns the
+    tokens.
+    """
     dtype = TOKEN_TYPES[1 if tokenizer.vocab_size <= 1 << 16 else 2]
     shards = total = held = 0
     parts: list[np.ndarray] = []
@@ -119,7 +123,9 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokens of many documents end to end, and where each starts. said: which of them carry loss; None is all."""
+    """Tokens of many documents end to end, and where each starts. said: which of them carry loss; None is
+    all.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -152,8 +158,8 @@ def cut(documents: Documents, T: int, shift: int) -> tuple[np.ndarray, np.ndarra
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """Best-fit decreasing: rows of piece indices whose lengths sum to at most T.
 
-    Each piece, longest first, goes where it leaves the least space. Nothing is cut and nothing dropped; on text, whose
-    documents are of all lengths, one or two tokens in a hundred of the rows stay empty.
+    Each piece, longest first, goes where it leaves the least space. Nothing is cut and nothing dropped; on
+    text, whose documents are of all lengths, one or two tokens in a hundred of the rows stay empty.
     """
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(T + 1)]  # rows by the space that they have left
@@ -198,7 +204,8 @@ class Batch:
 
 
 class PackedRows:
-    """An endless sequence of rows over shards: row i is always the same, whoever asks, on any number of ranks.
+    """An endless sequence of rows over shards: row i is always the same, whoever asks, on any number of
+    ranks.
 
     Every epoch goes through every shard, in an order of its own, and each token is a target once an epoch.
     """
@@ -262,22 +269,27 @@ class PackedRows:
 
 
 def step_batches(
-    rows: PackedRows, *, batch_rows: int, micro_rows: int, start: int = 0, rank: int = 0, world: int = 1
+    rows: PackedRows,
+    *,
+    batch_rows: int,
+    micro_rows: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[list[Batch]]:
     """For each step from `start` on, this rank's micro-batches. All ranks together see rows
     step * batch_rows to (step + 1) * batch_rows - 1, whatever the number of ranks."""
     if batch_rows % (micro_rows * world):
-        valid = [n for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
+        valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
         raise ValueError(
             f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
-            f"micro_rows may be {', '.join(map(str, valid)) or f'nothing: make batch_rows a multiple of {world}'}"
+            f"micro_rows may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
         )
     step = start
     while True:
         first = step * batch_rows + rank * micro_rows
         yield [
-            rows.batch(row, micro_rows)
-            for row in range(first, (step + 1) * batch_rows, micro_rows * world)
+            rows.batch(row, micro_rows) for row in range(first, (step + 1) * batch_rows, micro_rows * world)
         ]
         step += 1
 

@@ -1,4 +1,6 @@
-"""What a model is worth: loss and bits per byte on held-out text, and the share of questions answered right."""
+"""What a model is worth: loss and bits per byte on held-out text, and the share of questions answered
+right.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class EvalConfig:
 def validation(
     model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, limit: int = 0
 ) -> dict[str, float]:
-    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens apart."""
+    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens
+    apart.
+    """
     device = model.embedding.weight.device
     sizes = torch.zeros(model.config.vocab_size, device=device)
     sizes[: tokenizer.vocab_size] = torch.tensor(tokenizer.byte_counts(), dtype=torch.float32)
@@ -70,7 +74,9 @@ def validation(
 
 
 def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float, list[tuple[str, str, str]]]:
-    """Share of questions whose greedy answer is the expected one, and (question, expected, answer) of the others."""
+    """Share of questions whose greedy answer is the expected one, and (question, expected, answer) of the
+    others.
+    """
     prompts = [
         render_prompt([{"role": "user", "content": question}], engine.tokenizer) for question, _ in examples
     ]

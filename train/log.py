@@ -27,14 +27,12 @@ class Metrics:
     def __init__(self, path: Path, first_step: int = 0):
         """Go on with the file, without what an interrupted run wrote from `first_step` on."""
         lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
-        self._file = open(path, "w", encoding="utf-8", buffering=1)  # a line at a time
+        self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
         for line in lines:
             self.write(line)
 
     def write(self, values: dict) -> None:
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-        }
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(clean) + "\n")
 
     def close(self) -> None:

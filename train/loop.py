@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hotlap.model.errors import Interrupted
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
@@ -45,10 +46,6 @@ class LoopConfig:
         return self
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved where it was."""
-
-
 def fit(
     config: LoopConfig,
     schedule: ScheduleConfig,
@@ -65,9 +62,9 @@ def fit(
 ) -> dict[str, float]:
     """Train from step `start` to the end, and return the last metrics.
 
-    batches: for each step, its micro-batches. loss_fn: the sum of the loss over a micro-batch's targets; gradients are
-    those of the sum over the step divided by all its targets. state: kept in checkpoints, and grows by the seconds
-    and tokens of training. A SIGINT or SIGTERM saves and raises Interrupted.
+    batches: for each step, its micro-batches. loss_fn: the sum of the loss over a micro-batch's targets;
+    gradients are those of the sum over the step divided by all its targets. state: kept in checkpoints, and
+    grows by the seconds and tokens of training. A SIGINT or SIGTERM saves and raises Interrupted.
     """
     device = model.embedding.weight.device
     state = {"seconds": 0.0, "tokens": 0} | (state or {})
@@ -123,7 +120,9 @@ def fit(
             if stop.asked and not done:
                 bar.close()
                 metrics.close()
-                raise Interrupted(f"stopped after step {step + 1} of {config.steps}, saved in {run}")
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {config.steps}; saved in {run}, --resume goes on"
+                )
     bar.close()
     metrics.close()
     return last
@@ -149,7 +148,9 @@ def take_step(
 
 
 class StopRequest:
-    """While it is open, the first SIGINT or SIGTERM only sets `asked`; a second one does what it always did."""
+    """While it is open, the first SIGINT or SIGTERM only sets `asked`; a second one does what it always
+    did.
+    """
 
     def __enter__(self) -> StopRequest:
         self.asked = False

@@ -1,4 +1,6 @@
-"""Losses of the training loop: each returns a sum over weighted items, which the loop divides by all weights."""
+"""Losses of the training loop: each returns a sum over weighted items, which the loop divides by all
+weights.
+"""
 
 from __future__ import annotations
 

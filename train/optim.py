@@ -52,11 +52,21 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
     adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at 768 wide
     groups: dict[str, dict] = {
         "embedding": {
-            "lr": config.embedding_lr * adamw_rate, "betas": (0.8, 0.995), "weight_decay": 0.001},
+            "lr": config.embedding_lr * adamw_rate,
+            "betas": (0.8, 0.995),
+            "weight_decay": 0.001,
+        },
         "value_embeddings": {
-            "lr": config.embedding_lr / 2 * adamw_rate, "betas": (0.8, 0.995), "weight_decay": 0.01},
+            "lr": config.embedding_lr / 2 * adamw_rate,
+            "betas": (0.8, 0.995),
+            "weight_decay": 0.01,
+        },
         "head": {"lr": config.head_lr * adamw_rate, "betas": (0.8, 0.96), "weight_decay": 0.01},
-        "residual_scale": {"lr": config.scalar_lr / 100, "betas": (0.8, 0.95), "weight_decay": 0.05},
+        "residual_scale": {
+            "lr": config.scalar_lr / 100,
+            "betas": (0.8, 0.95),
+            "weight_decay": 0.05,
+        },
         "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0},
         "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0},
         "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0},
@@ -70,10 +80,16 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
     result = []
     for key, named in members.items():
         rule = groups.get(key) or {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
-        names, parameters = zip(*named)
+        names, parameters = zip(*named, strict=True)
         result.append(
-            {"params": list(parameters), "names": names, "muon": key.startswith("muon"),
-             "peak_lr": rule["lr"], "peak_weight_decay": rule["weight_decay"], **rule}
+            {
+                "params": list(parameters),
+                "names": names,
+                "muon": key.startswith("muon"),
+                "peak_lr": rule["lr"],
+                "peak_weight_decay": rule["weight_decay"],
+                **rule,
+            }
         )
     return result
 
@@ -119,8 +135,12 @@ class MuonAdamW(torch.optim.Optimizer):
         stacked = torch.stack(list(weights))
         lr = group["lr"] * max(1, M / N) ** 0.5
         muon_apply(
-            stacked, update, group["second_moment"],
-            scalar(lr), scalar(group["weight_decay"]), MUON_BETA2,
+            stacked,
+            update,
+            group["second_moment"],
+            scalar(lr),
+            scalar(group["weight_decay"]),
+            MUON_BETA2,
         )
         torch._foreach_copy_(list(weights), list(stacked.unbind()))
 

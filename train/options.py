@@ -1,4 +1,6 @@
-"""Flags from frozen dataclasses: a preset, then a TOML file, then the command line; and config.json of the result."""
+"""Flags from frozen dataclasses: a preset, then a TOML file, then the command line; and config.json of the
+result.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ def parse(
 ) -> Config:
     """The configuration that a command line means.
 
-    presets and depth give the values to start from (--preset NAME, --depth N), --config FILE.toml overrides them,
-    and every other flag overrides that.
+    presets and depth give the values to start from (--preset NAME, --depth N), --config FILE.toml overrides
+    them, and every other flag overrides that.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)

@@ -49,7 +49,9 @@ def make_tokenizer_file(config: TokenizerConfig) -> Tokenizer:
     if not config.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
     if config.kind == "bpe" and config.vocab_size < SMALLEST_BPE:
-        raise ValueError(f"vocab_size={config.vocab_size} is less than {SMALLEST_BPE} (256 bytes + special tokens)")
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is less than {SMALLEST_BPE} (256 bytes + special tokens)"
+        )
     train, held_out = split_documents(config.source, config.errors)
     tokenizer = make_tokenizer(config.kind, config.vocab_size, train, train + held_out)
     tokenizer.save(config.out)

@@ -58,8 +58,8 @@ def tiny_sft() -> SFTConfig:
 def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: float = 12) -> PretrainConfig:
     """nanochat's dial: the depth sets width, tokens, batch, learning rates and weight decay.
 
-    Tokens are `ratio` for each weight of the products; the batch grows with tokens^0.383, the rates with the batch's
-    square root, and the weight decay falls as the run gets longer.
+    Tokens are `ratio` for each weight of the products; the batch grows with tokens^0.383, the rates with the
+    batch's square root, and the weight decay falls as the run gets longer.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")

@@ -18,7 +18,13 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import (
-    PackedRows, fingerprint, prefetch, shard_documents, shard_paths, step_batches, write_shards,
+    PackedRows,
+    fingerprint,
+    prefetch,
+    shard_documents,
+    shard_paths,
+    step_batches,
+    write_shards,
 )  # fmt: skip
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
@@ -84,8 +90,13 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
         train, held_out = (packed_rows(folder, split, tokenizer, shape.context, config.seed)
                            for split in ("train", "validation"))  # fmt: skip
-        step_rows = {"batch_rows": config.batch_rows, "micro_rows": config.micro_rows or config.batch_rows}
-        next(step_batches(train, **step_rows))  # so that what is wrong with the data shows before the model is built
+        step_rows = {
+            "batch_rows": config.batch_rows,
+            "micro_rows": config.micro_rows or config.batch_rows,
+        }
+        next(
+            step_batches(train, **step_rows)
+        )  # so that what is wrong with the data shows before the model is built
         with torch.device("meta"):
             model = GPT(shape, compute_dtype(config.dtype, device))
         model.to_empty(device=device).init_weights(config.seed)
@@ -96,6 +107,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
             raise ValueError(f"{config.run} was started on other data than {folder} holds now")
         describe(model, config, train)
         compile_model(model, config.compile, config.loop.steps - start)
+        kept = state | {"stage": "pretrain", "data": data_id}
         evaluate = partial(validation, model, held_out, tokenizer, config.batch_rows, config.validation_rows)
         if start >= config.loop.steps:
             last = evaluate()
@@ -103,7 +115,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
             last = fit(
                 config.loop, config.schedule, model, optimizer, tokenizer,
                 prefetch(step_batches(train, start=start, **step_rows)), next_token_loss,
-                run=config.run, start=start, state=state | {"data": data_id}, evaluate=evaluate,
+                run=config.run, start=start, state=kept, evaluate=evaluate,
             )  # fmt: skip
         write_report(config.run)
         return last
@@ -143,7 +155,9 @@ def write_data(folder: Path, train: list[str], held_out: list[str], tokenizer: T
 
 
 def make_tokenizer(kind: str, vocab_size: int, train: list[str], everything: list[str]) -> Tokenizer:
-    """A tokenizer learnt from the training text, or a named one. Characters also come from the validation text."""
+    """A tokenizer learnt from the training text, or a named one. Characters also come from the validation
+    text.
+    """
     if kind == "characters":
         return tokenizers.train_characters("".join(sorted(set().union(*everything))))
     if kind != "bpe":
@@ -182,5 +196,3 @@ def describe(model: GPT, config: PretrainConfig, rows: PackedRows) -> None:
         f" ({epochs:.1f} epochs)" if epochs else "", memory / 1e9,
         str(model.compute_dtype).removeprefix("torch."), model.embedding.weight.device,
     )  # fmt: skip
-
-

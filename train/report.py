@@ -40,7 +40,14 @@ def write_report(run: Path) -> Path:
     if evaluated:
         rows["validation loss"] = f"{evaluated[-1]['validation_loss']:.4f}"
         rows["validation bits per byte"] = f"{evaluated[-1]['validation_bpb']:.4f}"
-    lines = [f"# {run.name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+    lines = [
+        f"# {run.name}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in rows.items()),
+        "",
+    ]
     if draw_curves(metrics, evaluated, run / "curves.png"):
         lines += ["![loss and throughput](curves.png)", ""]
     config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
@@ -62,7 +69,10 @@ def draw_curves(metrics: list[dict], evaluated: list[dict], path: Path) -> bool:
     loss, speed = figure.subplots(1, 2)
     loss.plot(tokens, [m["loss"] for m in metrics], lw=0.8, label="training")
     loss.plot(
-        [m["tokens"] / 1e6 for m in evaluated], [m["validation_loss"] for m in evaluated], "o-", label="validation"
+        [m["tokens"] / 1e6 for m in evaluated],
+        [m["validation_loss"] for m in evaluated],
+        "o-",
+        label="validation",
     )
     loss.set(xlabel="tokens (millions)", ylabel="loss (nats a token)")
     loss.legend()

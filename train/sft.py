@@ -13,7 +13,10 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, model_folder
 from hotlap.train.conversations import (
-    built_in, conversation_rows, read_conversations, split_conversations,
+    built_in,
+    conversation_rows,
+    read_conversations,
+    split_conversations,
 )  # fmt: skip
 from hotlap.train.data import prefetch, step_batches
 from hotlap.train.evaluate import validation
@@ -43,7 +46,9 @@ class SFTConfig:
     """Rows that go through the model at once; 0 is all of the step's."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=300)
+        default_factory=lambda: ScheduleConfig(
+            warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=300
+        )
     )
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(500))
     seed: int = 0
@@ -70,12 +75,17 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     base = model_folder(config.base)
     model, tokenizer = load_model(base, device, compute_dtype(config.dtype, device))
     train, held_out = split_conversations(conversations(config))
-    if same := len({json.dumps(c, sort_keys=True) for c in train} & {json.dumps(c, sort_keys=True) for c in held_out}):
+    if same := len(
+        {json.dumps(c, sort_keys=True) for c in train} & {json.dumps(c, sort_keys=True) for c in held_out}
+    ):
         log.info("%d conversations are in training and in validation", same)
     T = model.config.context
     rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
     check_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
-    step_rows = {"batch_rows": config.batch_rows, "micro_rows": config.micro_rows or config.batch_rows}
+    step_rows = {
+        "batch_rows": config.batch_rows,
+        "micro_rows": config.micro_rows or config.batch_rows,
+    }
     next(step_batches(rows, **step_rows))
     with run_lock(config.run):
         open_run(config.run, config, config.resume)
@@ -87,15 +97,22 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.run} was started on other conversations than {config.data} holds now")
         epochs = config.loop.steps * config.batch_rows / rows.epoch_rows()
-        log.info("%s: %d conversations in %d rows, %.1f epochs", config.run, len(train), rows.epoch_rows(), epochs)
+        log.info(
+            "%s: %d conversations in %d rows, %.1f epochs",
+            config.run,
+            len(train),
+            rows.epoch_rows(),
+            epochs,
+        )
         compile_model(model, config.compile, config.loop.steps - start)
+        kept = state | {"stage": "sft", "data": data_id}
         evaluate = partial(validation, model, check_rows, tokenizer, config.batch_rows)
         if start >= config.loop.steps:
             return evaluate()
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, start=start, **step_rows)), next_token_loss,
-            run=config.run, start=start, state=state | {"data": data_id}, evaluate=evaluate,
+            run=config.run, start=start, state=kept, evaluate=evaluate,
         )  # fmt: skip
         write_report(config.run)
         return last
@@ -113,6 +130,6 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         tokenizer.save(path)
     elif (saved := Tokenizer.load(path)).sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{path} has sha256 {saved.sha256[:12]}..., the base model's tokenizer {tokenizer.sha256[:12]}...; "
+            f"{path} has sha256 {saved.sha256[:12]}..., the base tokenizer {tokenizer.sha256[:12]}...; "
             "a run goes on with the base that it started from"
         )

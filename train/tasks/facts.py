@@ -16,9 +16,9 @@ MODULES = (
     "datetime", "statistics", "shutil", "string", "textwrap", "copy", "glob", "heapq", "pathlib",
 )  # fmt: skip
 OS_FUNCTIONS = (
-    "chdir", "chmod", "cpu_count", "execv", "fork", "fsync", "getcwd", "getenv", "getpid", "kill", "link", "listdir",
-    "makedirs", "mkdir", "pipe", "remove", "removedirs", "rename", "replace", "rmdir", "scandir", "stat", "symlink",
-    "system", "truncate", "umask", "unlink", "urandom", "walk",
+    "chdir", "chmod", "cpu_count", "execv", "fork", "fsync", "getcwd", "getenv", "getpid", "kill", "link",
+    "listdir", "makedirs", "mkdir", "pipe", "remove", "removedirs", "rename", "replace", "rmdir", "scandir",
+    "stat", "symlink", "system", "truncate", "umask", "unlink", "urandom", "walk",
 )  # fmt: skip
 ADDED_BY_SITE = ("copyright", "credits", "exit", "license", "quit")  # not builtins of the language
 SHORTEST, LONGEST = 15, 110  # characters of an answer

@@ -1,4 +1,6 @@
-"""Spelling words of the documentation, letter by letter. A model sees tokens, so it has to learn their letters."""
+"""Spelling words of the documentation, letter by letter. A model sees tokens, so it has to learn their
+letters.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,247 @@
+"""Talk to a model in the terminal: python chat.py [MODEL] [-p QUESTION]."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.conversation import parse_answer, render_prompt
+from hotlap.model.engine import Engine
+from hotlap.model.errors import DataError, guarded
+from hotlap.model.sampling import Sampling
+from hotlap.model.tokenizer import StreamDecoder
+from hotlap.model.weights import find_models, load_model, model_folder
+
+HELP = """\
+  /system TEXT       tell the model who to be (no TEXT: forget it)
+  /temperature N     0 answers the likeliest way, 1 freely
+  /clear             forget the conversation
+  /save FILE         append the conversation to FILE as a line of JSON
+  /help              this
+  /quit              leave (so do Ctrl-D and /exit)
+  Ctrl-C stops an answer."""
+LONGEST_MESSAGE = 100_000  # characters that are worth tokenising
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model that you trained."""
+
+    model: tyro.conf.Positional[Path | None] = None
+    """Run or model directory; without one, the newest under runs/."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Answer this and leave."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.0))
+
+
+class Chat:
+    """A conversation with a model: its messages so far, and how to answer the next one."""
+
+    def __init__(self, engine: Engine, sampling: Sampling):
+        self.engine, self.sampling = engine, sampling
+        self.system = ""
+        self.messages: list[dict] = []
+
+    def answer(self, question: str) -> Iterator[str]:
+        """Stream the answer as text, and remember both, the answer as far as it came."""
+        self.messages.append({"role": "user", "content": question})
+        ids: list[int] = []
+        try:
+            prompt, dropped = self.fitting_prompt()
+            if dropped:
+                yield f"[the context is full: the first {dropped} questions and answers are forgotten]\n"
+            decoder, hidden = StreamDecoder(self.engine.tokenizer), False
+            for step in self.engine.generate([prompt], self.sampling):
+                for _, token in step:
+                    ids.append(token)
+                    if token == self.engine.tool_start:
+                        hidden = True
+                    elif token == self.engine.result_end:
+                        hidden = False
+                    elif not hidden:
+                        yield decoder.push(token)
+            yield decoder.finish()
+        finally:
+            said = parse_answer(ids, self.engine.tokenizer)
+            if said:
+                self.messages += said
+            else:
+                self.messages.pop()
+
+    def fitting_prompt(self) -> tuple[list[int], int]:
+        """Ids of the conversation without the oldest turns that do not fit, and how many those are."""
+        context = self.engine.model.config.context
+        room = min(self.sampling.max_tokens, context // 4)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        for dropped, start in enumerate(turns):
+            prompt = render_prompt(system + self.messages[start:], self.engine.tokenizer)
+            if len(prompt) + room <= context:
+                self.messages = self.messages[start:]
+                return prompt, dropped
+        raise ValueError(
+            f"that takes {len(prompt)} tokens, and the context of {context} must leave {room} for an "
+            "answer; shorten it"
+        )
+
+
+class Continuation:
+    """What a base model does: go on with a text."""
+
+    def __init__(self, engine: Engine, sampling: Sampling):
+        self.engine, self.sampling = engine, sampling
+
+    def answer(self, text: str) -> Iterator[str]:
+        tokenizer = self.engine.tokenizer
+        prompt = [tokenizer.bos, *tokenizer.encode(text)][-(self.engine.model.config.context * 3 // 4) :]
+        decoder = StreamDecoder(tokenizer)
+        for step in self.engine.generate([prompt], self.sampling):
+            for _, token in step:
+                yield decoder.push(token)
+        yield decoder.finish()
+
+
+def printable(text: str) -> str:
+    """text without control characters, so that nothing a model says can steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def say(chat: Chat | Continuation, question: str) -> None:
+    """Print the answer as it comes. Ctrl-C ends it, and not the program."""
+    stream = chat.answer(question)
+    try:
+        for piece in stream:
+            print(printable(piece), end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        stream.close()
+        print(" [stopped]")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def command(chat: Chat, line: str) -> bool:
+    """Carry out a /command. False ends the conversation."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name in ("/quit", "/exit"):
+        return False
+    if name == "/help":
+        print(HELP)
+    elif name == "/clear":
+        chat.messages = []
+        print("[forgotten]")
+    elif name == "/system":
+        chat.system = rest
+        print(f"[the system message is {rest!r}]" if rest else "[no system message]")
+    elif name == "/temperature":
+        try:
+            chat.sampling = dataclasses.replace(chat.sampling, temperature=float(rest)).validate()
+            print(f"[temperature {chat.sampling.temperature}]")
+        except ValueError:
+            print(
+                f"error: /temperature {rest or '(nothing)'}: needs a number from 0 to 10",
+                file=sys.stderr,
+            )
+    elif name == "/save":
+        save(chat, rest)
+    else:
+        print(f"error: unknown command {name}; /help lists them", file=sys.stderr)
+    return True
+
+
+def save(chat: Chat, name: str) -> None:
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    try:
+        if not name:
+            raise OSError("needs a file, as in /save talk.jsonl")
+        with open(name, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
+        print(f"[saved to {name}]")
+    except OSError as error:
+        print(f"error: /save: {error}", file=sys.stderr)
+
+
+def converse(chat: Chat | Continuation) -> None:
+    """Read lines and answer them until the end of input. Prompts are shown on a terminal only."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and recall, where Python has it
+        print("type a message, or /help" if isinstance(chat, Chat) else "type the beginning of a text")
+    while True:
+        try:
+            line = input("\n> " if interactive else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D leaves)")
+            continue
+        line = printable(line).strip()
+        if len(line) > LONGEST_MESSAGE:
+            print(f"error: {len(line):,} characters; at most {LONGEST_MESSAGE:,}", file=sys.stderr)
+        elif line.startswith("/") and isinstance(chat, Chat):
+            if not command(chat, line):
+                return
+        elif line in ("/quit", "/exit"):
+            return
+        elif line:
+            say(chat, line)
+
+
+def open_chat(config: ChatConfig) -> Chat | Continuation:
+    """Load the model; a base model, which was never taught to converse, continues text instead."""
+    config.sampling.validate()
+    path = config.model
+    if path is None:
+        found = find_models(Path("runs"))
+        path = found[-1] if found else Path("runs")
+    folder = model_folder(path)
+    device = default_device()
+    engine = Engine(*load_model(folder, device, fast_dtype(device.type)))
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)
+    if is_base(folder):
+        print(
+            "[a base model: it continues text; `hotlap sft` teaches it to converse]",
+            file=sys.stderr,
+        )
+        return Continuation(engine, config.sampling)
+    return Chat(engine, config.sampling)
+
+
+def is_base(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "state.json").read_text()).get("stage") == "pretrain"
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise DataError(f"{folder / 'state.json'} is not JSON: {error}") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = tyro.cli(ChatConfig, prog="chat.py", args=arguments)
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    chat = open_chat(config)
+    if config.prompt is not None:
+        say(chat, config.prompt)
+    else:
+        converse(chat)
+    return 0
+
+
+if __name__ == "__main__":
+    debug = "--debug" in sys.argv
+    flags = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    raise SystemExit(guarded(lambda: main(flags), debug))
