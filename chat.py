@@ -165,6 +165,8 @@ def save(chat: Chat, name: str) -> None:
     try:
         if not name:
             raise OSError("needs a file, as in /save talk.jsonl")
+        if not chat.messages:
+            raise OSError("nothing was said yet")
         with open(name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
         print(f"[saved to {name}]")

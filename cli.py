@@ -88,6 +88,9 @@ def speedrun(arguments: list[str]) -> int | None:
     from hotlap.train.speedrun import TinyConfig, tiny_speedrun
 
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print("usage: hotlap speedrun tiny [flags]     (hotlap speedrun tiny --help lists the flags)")
+        return 0
     options.known(name, ("tiny",), "speedrun")
     config = options.parse(TinyConfig, arguments[1:], command="speedrun tiny")
     tiny_speedrun(config)

@@ -33,7 +33,7 @@ def check_messages(messages: object) -> list[dict]:
         role, calls = message["role"], message.get("tool_calls")
         if role not in expected:
             raise DataError(f"message {i} is from {role!r}, where {' or '.join(expected)} must come")
-        if not isinstance(message.get("content") or "", str):
+        if not isinstance(message.get("content"), str | None):
             raise DataError(f"message {i}: `content` must be a string")
         if calls and role != "assistant":
             raise DataError(f"message {i}: only the assistant can make `tool_calls`")
@@ -105,7 +105,7 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     """Ids of a conversation that ends with the user, up to where the assistant begins to speak."""
-    if not messages or messages[-1].get("role") != "user":
+    if check_messages(messages)[-1]["role"] != "user":
         raise DataError("a prompt must end with a message from the user")
     return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]
 
@@ -119,28 +119,27 @@ def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
         tokenizer.special[f"<|{name}|>"]: name
         for name in ("tool_start", "tool_end", "result_start", "result_end")
     }
+    after = {"tool_start": "tool_end", "tool_end": "result_start", "result_start": "result_end"}
     messages: list[dict] = []
     text: list[int] = []
-    said = ""
+    said = expression = ""
+    expected = "tool_start"
     for token in ids:
         mark = marks.get(token)
         if mark is None:
             text.append(token)
             continue
-        content, text = tokenizer.decode(text), []
+        if mark != expected:  # only a model that was hardly trained writes marks out of order
+            break
+        content, text, expected = tokenizer.decode(text), [], after.get(mark, "tool_start")
         if mark == "tool_start":
             said = content
         elif mark == "tool_end":
-            call = {
-                "type": "function",
-                "function": {"name": TOOL, "arguments": {"expression": content}},
-            }
-            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
+            expression = content
         elif mark == "result_end":
+            call = {"type": "function", "function": {"name": TOOL, "arguments": {"expression": expression}}}
+            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
             messages.append({"role": "tool", "content": content})
-    last = tokenizer.decode(text).strip()
-    while messages and not last:  # without a closing word, the call before it leads nowhere
-        messages.pop()
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-    return [*messages, {"role": "assistant", "content": last}] if last else messages
+    last = (tokenizer.decode(text) if expected == "tool_start" else said).strip()
+    # without a closing word, the calls before it lead nowhere
+    return [*messages, {"role": "assistant", "content": last}] if last else []

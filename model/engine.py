@@ -6,6 +6,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
-from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import calculate
+
+if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
+    from hotlap.model.tokenizer import Tokenizer
 
 
 class KVCache:

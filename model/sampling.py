@@ -33,7 +33,7 @@ class Sampling:
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """One id for each row of logits (B, V): returns (B,) int64."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:  # so little that dividing by it may overflow
         return logits.argmax(-1)
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -115,6 +115,12 @@ def verify(folder: Path) -> None:
             raise DataError(f"{path} has changed since it was saved; use another checkpoint")
 
 
+def verify_if_hashed(folder: Path) -> None:
+    """`verify` for a checkpoint; a model directory from elsewhere has no hashes to check."""
+    if (folder / MANIFEST).exists():
+        verify(folder)
+
+
 def remove_unfinished(run: Path) -> None:
     """Delete what interrupted saves left. Only for the one process that writes to the run."""
     for path in (run / "checkpoints").glob(".tmp-step-*"):

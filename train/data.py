@@ -268,6 +268,16 @@ class PackedRows:
         return Batch(*map(torch.from_numpy, (inputs, targets, document_start)))
 
 
+def check_rows(batch_rows: int, micro_rows: int, world: int = 1) -> None:
+    """ValueError, listing what would do, where a step's rows do not divide into ranks and micro-batches."""
+    if batch_rows % (micro_rows * world):
+        valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
+        raise ValueError(
+            f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
+            f"micro_rows may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
+        )
+
+
 def step_batches(
     rows: PackedRows,
     *,
@@ -279,12 +289,7 @@ def step_batches(
 ) -> Iterator[list[Batch]]:
     """For each step from `start` on, this rank's micro-batches. All ranks together see rows
     step * batch_rows to (step + 1) * batch_rows - 1, whatever the number of ranks."""
-    if batch_rows % (micro_rows * world):
-        valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
-        raise ValueError(
-            f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
-            f"micro_rows may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
-        )
+    check_rows(batch_rows, micro_rows, world)
     step = start
     while True:
         first = step * batch_rows + rank * micro_rows

@@ -19,7 +19,8 @@ from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import load_model
+from hotlap.model.weights import load_model, model_folder
+from hotlap.train.checkpoint import verify_if_hashed
 from hotlap.train.data import PackedRows, validation_batches
 from hotlap.train.log import log
 from hotlap.train.sources import split_documents
@@ -80,6 +81,10 @@ def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float,
     prompts = [
         render_prompt([{"role": "user", "content": question}], engine.tokenizer) for question, _ in examples
     ]
+    longest = torch.tensor([max(prompts, key=len)], device=engine.device)
+    with torch.inference_mode():
+        if not engine.model(longest).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
     sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
     answers = [engine.spoken(ids) for ids in engine.complete(prompts, sampling)]
     wrong = [
@@ -111,6 +116,8 @@ def evaluate_tasks(
 
 def load_engine(path: Path) -> Engine:
     device = default_device()
+    path = model_folder(path)
+    verify_if_hashed(path)
     return Engine(*load_model(path, device, fast_dtype(device.type)))
 
 
@@ -120,6 +127,8 @@ def evaluate_model(config: EvalConfig) -> dict[str, float]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     if config.out and config.out.exists():
         raise FileExistsError(f"{config.out} exists; name another file by --out")
+    if config.out and not config.out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
     scores, wrong = evaluate_tasks(load_engine(config.model), config.tasks)
     if config.out:
         config.out.write_text(json.dumps({"scores": scores, "wrong": wrong}, indent=1) + "\n")

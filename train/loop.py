@@ -18,7 +18,7 @@ from hotlap.model.errors import Interrupted
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.checkpoint import save_checkpoint
+from hotlap.train.checkpoint import check_space, save_checkpoint
 from hotlap.train.data import Batch
 from hotlap.train.log import Metrics, log
 from hotlap.train.optim import MuonAdamW
@@ -68,6 +68,7 @@ def fit(
     """
     device = model.embedding.weight.device
     state = {"seconds": 0.0, "tokens": 0} | (state or {})
+    check_space(run, model, optimizer)
     flops, peak = nanochat_flops(model), peak_flops(device)
     metrics = Metrics(run / "metrics.jsonl", start)
     bar = tqdm(

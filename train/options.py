@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -77,6 +77,7 @@ def read_toml(path: Path) -> dict:
 def merge(config: Config, values: dict, where: str) -> Config:
     """config with some of its fields replaced, tables going into the dataclasses inside it."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    kinds = get_type_hints(type(config))
     changed: dict[str, Any] = {}
     for key, value in values.items():
         name = known(key.replace("-", "_"), fields, f"key in {where}")
@@ -85,24 +86,34 @@ def merge(config: Config, values: dict, where: str) -> Config:
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {key} must be a table")
             changed[name] = merge(old, value, where)
-        elif isinstance(old, Path):
-            changed[name] = Path(value)
-        elif isinstance(old, float) and isinstance(value, int):
-            changed[name] = float(value)
-        elif isinstance(old, tuple) and isinstance(value, list):
-            changed[name] = tuple(value)
-        elif type(value) is not type(old):
-            raise ValueError(f"{where}: {key}={value!r} must be {type(old).__name__}")
+        elif get_origin(kinds[name]) is Literal:
+            changed[name] = known(value, get_args(kinds[name]), f"{key} in {where}")
         else:
-            changed[name] = value
+            changed[name] = converted(value, old, f"{where}: {key}")
     return dataclasses.replace(config, **changed)
+
+
+def converted(value: Any, old: Any, where: str) -> Any:
+    """A TOML value as the kind that the field holds now; a field that holds nothing is a path."""
+    if isinstance(old, Path) or old is None:
+        kind, value = "a path", Path(value) if isinstance(value, str) else value
+        fits = isinstance(value, Path)
+    elif isinstance(old, tuple):
+        kind, fits = f"a list like {list(old)}", isinstance(value, list)
+        value = tuple(converted(item, old[0], where) for item in value) if fits else value
+    else:
+        value = float(value) if isinstance(old, float) and type(value) is int else value
+        kind, fits = type(old).__name__, type(value) is type(old)
+    if not fits:
+        raise ValueError(f"{where}={value!r} must be {kind}")
+    return value
 
 
 def known(name: str, names: object, what: str) -> str:
     """name where it is one of names; else a ValueError with the nearest ones."""
     if name in names:
         return name
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = difflib.get_close_matches(str(name), list(names), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     raise ValueError(f"unknown {what}: {name!r}; {hint}")
 

@@ -27,8 +27,8 @@ def shakespeare_char() -> PretrainConfig:
         run=Path("runs/shakespeare-char"), data="shakespeare", tokenizer="characters",
         batch_rows=16, model=model,
         optim=OptimConfig(weight_decay=0.0),
-        schedule=ScheduleConfig(warmup_steps=15, warmdown=0.6, momentum_warmup_steps=60),
-        loop=LoopConfig(180, evaluate_every=180, save_every=180),
+        schedule=ScheduleConfig(warmup_steps=15, warmdown=0.6, momentum_warmup_steps=45),
+        loop=LoopConfig(150, evaluate_every=150, save_every=150),
     )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def tiny() -> PretrainConfig:
         run=Path("runs/tiny/pretrain"), model=model,
         optim=OptimConfig(weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=20, momentum_warmup_steps=100),
-        loop=LoopConfig(300, evaluate_every=150, save_every=50),
+        loop=LoopConfig(250, evaluate_every=125, save_every=50),
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def tiny_sft() -> SFTConfig:
     return SFTConfig(
         run=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
         schedule=ScheduleConfig(warmup_steps=0, warmdown=0.6, final_lr=0.0, momentum_warmup_steps=100),
-        loop=LoopConfig(350, evaluate_every=350, save_every=50),
+        loop=LoopConfig(400, evaluate_every=400, save_every=50),
     )  # fmt: skip
 
 

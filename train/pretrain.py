@@ -13,12 +13,14 @@ import torch
 from hotlap.kernels.dispatch import default_device
 from hotlap.model import tokenizer as tokenizers
 from hotlap.model.config import GPTConfig
+from hotlap.model.errors import DataError
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts, training_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import (
     PackedRows,
+    check_rows,
     fingerprint,
     prefetch,
     shard_documents,
@@ -72,6 +74,9 @@ class PretrainConfig:
     def validate(self) -> PretrainConfig:
         if self.batch_rows < 1 or self.micro_rows < 0 or self.validation_rows < 0:
             raise ValueError("batch_rows must be at least 1, micro_rows and validation_rows 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        check_rows(self.batch_rows, self.micro_rows or self.batch_rows)
         self.model.validate()
         self.optim.validate()
         self.loop.validate()
@@ -90,6 +95,11 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
         train, held_out = (packed_rows(folder, split, tokenizer, shape.context, config.seed)
                            for split in ("train", "validation"))  # fmt: skip
+        if len(train.shards) == 1 and train.epoch_rows() == 1:
+            raise DataError(
+                f"{folder} has no more to train on than one row of model.context={shape.context} tokens; "
+                "bring more text, or lower --model.context"
+            )
         step_rows = {
             "batch_rows": config.batch_rows,
             "micro_rows": config.micro_rows or config.batch_rows,

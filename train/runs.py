@@ -16,13 +16,13 @@ import torch
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import run_checkpoints
+from hotlap.model.weights import MANIFEST, TOKENIZER, run_checkpoints
 from hotlap.train.checkpoint import load_checkpoint, remove_unfinished
 from hotlap.train.log import log
 from hotlap.train.optim import MuonAdamW
 from hotlap.train.options import differences, to_json
 
-CONFIG = "config.json"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHANGEABLE = {"resume", "compile", "run"}  # what may differ when a run goes on
 COMPILE_PAYS = 2000  # steps from which compiling for a CPU, half a minute of work, earns its time back
 
@@ -49,9 +49,14 @@ def run_lock(run: Path):
 def open_run(run: Path, config: Any, resume: bool) -> None:
     """Start a new run, or check that a resumed one has the configuration that it was started with.
 
-    FileExistsError for a run that exists and is not to be resumed: nothing of it is overwritten.
+    FileExistsError for a run that exists and is not to be resumed: nothing of it is overwritten. One that
+    failed before its first step is started anew.
     """
     path, text = run / CONFIG, to_json(config)
+    if path.exists() and not resume and not (run / METRICS).exists():
+        shutil.rmtree(run / "data", ignore_errors=True)  # made from what the failed start named
+        (run / TOKENIZER).unlink(missing_ok=True)
+        path.unlink()
     if not path.exists():
         path.write_text(text, encoding="utf-8")
         return
@@ -71,16 +76,25 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
 
 
 def resume_from(run: Path, model: GPT, optimizer: MuonAdamW) -> tuple[int, dict]:
-    """Load the newest checkpoint that is whole, and return its step and state; step 0 where there is none."""
+    """Load the newest checkpoint that is whole, and return its step and state; step 0 where there is none.
+
+    Newer ones that are damaged lose their name as a checkpoint, so that the run writes them again.
+    """
     remove_unfinished(run)
+    refused: list[Path] = []
     for folder in reversed(run_checkpoints(run)):
         try:
             state = load_checkpoint(folder, model, optimizer)
         except DataError as error:
             log.warning("%s; trying the checkpoint before it", error)
+            refused.append(folder)
             continue
+        for damaged in refused:
+            (damaged / MANIFEST).rename(damaged / "manifest.damaged.json")
         log.info("%s: going on after step %d", run, state["step"])
         return state.pop("step"), state
+    if refused:
+        raise DataError(f"no checkpoint of {run} can be used ({len(refused)} are damaged); start another run")
     return 0, {}
 
 

@@ -29,6 +29,8 @@ class ScheduleConfig:
             raise ValueError(f"warmdown={self.warmdown} and final_lr={self.final_lr} must be from 0 to 1")
         if self.warmup_steps < 0 or self.momentum_warmup_steps < 1:
             raise ValueError("warmup_steps must be 0 or more, momentum_warmup_steps at least 1")
+        if not all(0 <= momentum < 1 for momentum in self.momentum):
+            raise ValueError(f"momentum={self.momentum} must be three numbers from 0 to less than 1")
         return self
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 from hotlap.kernels.dispatch import default_device
-from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.errors import DataError
+from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, model_folder
+from hotlap.train.checkpoint import verify_if_hashed
 from hotlap.train.conversations import (
     built_in,
     conversation_rows,
     read_conversations,
     split_conversations,
 )  # fmt: skip
-from hotlap.train.data import prefetch, step_batches
+from hotlap.train.data import check_rows, prefetch, step_batches
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
@@ -62,6 +64,9 @@ class SFTConfig:
     def validate(self) -> SFTConfig:
         if self.batch_rows < 1 or self.micro_rows < 0:
             raise ValueError("batch_rows must be at least 1, micro_rows 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        check_rows(self.batch_rows, self.micro_rows or self.batch_rows)
         self.optim.validate()
         self.loop.validate()
         self.schedule.validate(self.loop.steps)
@@ -73,7 +78,12 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     config = config.validate()
     device = default_device()
     base = model_folder(config.base)
+    verify_if_hashed(base)
     model, tokenizer = load_model(base, device, compute_dtype(config.dtype, device))
+    if missing := [name for name in SPECIAL_TOKENS if name not in tokenizer.special]:
+        raise DataError(
+            f"{base / TOKENIZER} has no {missing[0]}, so the model cannot converse; use another base"
+        )
     train, held_out = split_conversations(conversations(config))
     if same := len(
         {json.dumps(c, sort_keys=True) for c in train} & {json.dumps(c, sort_keys=True) for c in held_out}
@@ -81,7 +91,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         log.info("%d conversations are in training and in validation", same)
     T = model.config.context
     rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
-    check_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
+    held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
     step_rows = {
         "batch_rows": config.batch_rows,
         "micro_rows": config.micro_rows or config.batch_rows,
@@ -106,7 +116,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         )
         compile_model(model, config.compile, config.loop.steps - start)
         kept = state | {"stage": "sft", "data": data_id}
-        evaluate = partial(validation, model, check_rows, tokenizer, config.batch_rows)
+        evaluate = partial(validation, model, held_out_rows, tokenizer, config.batch_rows)
         if start >= config.loop.steps:
             return evaluate()
         last = fit(

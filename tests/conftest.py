@@ -1,0 +1,46 @@
+"""What all tests share: small real things, made once."""
+
+import logging
+
+import pytest
+import torch
+from tools import tiny_config, train_tiny_tokenizer
+
+from hotlap.model.gpt import GPT
+from hotlap.model.tokenizer import Tokenizer
+
+__all__ = ["tiny_config"]  # a plain function, from tests/tools.py
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 ids, of which 289 are text."""
+    return train_tiny_tokenizer()
+
+
+@pytest.fixture
+def random_model():
+    """Build a GPT whose every weight is random, those that are zero at the start too."""
+
+    def build(config, seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> GPT:
+        model = GPT(config, compute_dtype).init_weights(seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(("blocks", "head", "smear", "backout")):
+                    parameter.normal_(0, 0.2, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def quiet_log():
+    """Each test finds the project's log as on import: a command sends it to the standard error of its time."""
+    log = logging.getLogger("hotlap")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.INFO)
+    yield
+    log.handlers.clear()
+    log.propagate = True

@@ -1,0 +1,122 @@
+"""Attention and its decoding form against a naive float64 softmax."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tools import assert_as_good
+
+from hotlap.kernels.attention import attention, attention_blockwise, attention_ref, visible_keys
+from hotlap.kernels.decode_attention import decode_attention
+
+INPUTS = ("q", "k", "v")
+
+
+def naive(q, k, v, window=None, document_start=None):
+    """Query by query, in float64: only the visible keys are ever touched."""
+    q, k, v = q.double(), k.double(), v.double()
+    B, T, H, C = q.shape
+    groups = H // k.shape[2]
+    rows = []
+    for b in range(B):
+        for t in range(T):
+            first = 0 if window is None else max(0, t - window + 1)
+            if document_start is not None:
+                first = max(first, int(document_start[b, t]))
+            keys = k[b, first : t + 1].repeat_interleave(groups, 1)  # (S, H, C)
+            values = v[b, first : t + 1].repeat_interleave(groups, 1)
+            weights = (torch.einsum("hc,shc->hs", q[b, t], keys) * C**-0.5).softmax(-1)
+            rows.append(torch.einsum("hs,shc->hc", weights, values))
+    return torch.stack(rows).view(B, T, H, C)
+
+
+def plain(q, k, v, window=None, document_start=None):
+    """PyTorch's attention with a mask, in the dtype of q."""
+    mask = visible_keys(q.shape[1], window or q.shape[1], document_start, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def fused_qkv(B, T, H, K, C, dtype):
+    """q, k, v as the model has them: views of one product's output."""
+    qkv = torch.randn(B, T, H + 2 * K, C, generator=torch.Generator().manual_seed(T + C)).to(dtype)
+    return [x.detach().requires_grad_() for x in qkv.split((H, K, K), dim=2)]
+
+
+def gradients(function, inputs, upstream, *arguments):
+    """The output, and the gradients of the inputs."""
+    y = function(*inputs, *arguments)
+    return y.detach(), torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+
+
+def starts(lengths: list[int]) -> list[int]:
+    """Where each token's document starts, for a row of documents of these lengths."""
+    return [sum(lengths[:i]) for i, n in enumerate(lengths) for _ in range(n)]
+
+
+def check(B, T, H, K, C, dtype, window=None, document_start=None):
+    inputs = fused_qkv(B, T, H, K, C, dtype)
+    upstream = torch.randn(B, T, H, C, generator=torch.Generator().manual_seed(1)).to(dtype)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact, exact_grads = gradients(naive, doubles, upstream, window, document_start)
+    usual, usual_grads = gradients(plain, inputs, upstream, window, document_start)
+    for function in (attention, attention_blockwise, attention_ref):
+        y, grads = gradients(function, inputs, upstream, window, document_start)
+        assert_as_good(y.to(dtype), usual, exact)
+        for actual, other, wanted in zip(grads, usual_grads, exact_grads, strict=True):
+            assert_as_good(actual, other, wanted)
+    assert attention(*inputs, window, document_start).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 5, 64, None])
+@pytest.mark.parametrize("T", [1, 17, 63, 128, 200, 257])
+def test_attention_is_the_naive_one_at_any_length_and_window(T, window, dtype):
+    check(1, T, 2, 2, 32, dtype, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [32, 64, 80])
+@pytest.mark.parametrize("H, K", [(4, 1), (4, 2), (3, 3)])
+def test_head_sizes_and_grouped_heads(C, H, K, dtype):
+    check(2, 70, H, K, C, dtype, window=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [5, None])
+def test_documents_of_one_row_do_not_see_each_other(window, dtype):
+    document_start = torch.tensor([starts([1, 1, 60, 1, 67]), starts([100, 29, 1])])
+    check(2, 130, 2, 1, 32, dtype, window, document_start)
+
+
+def test_a_window_longer_than_the_sequence_is_no_window():
+    q, k, v = fused_qkv(1, 100, 2, 2, 32, torch.float32)
+    assert torch.equal(attention(q, k, v, 100), attention(q, k, v))
+    assert torch.equal(attention(q, k, v, 1000), attention(q, k, v))
+
+
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_a_window_of_w_sees_w_keys(window):
+    """The gradient of one query's output reaches exactly its own key and the w - 1 before it."""
+    q, k, v = fused_qkv(1, 150, 1, 1, 32, torch.float32)
+    (grad,) = torch.autograd.grad(attention(q, k, v, window)[0, 120].sum(), v)
+    assert grad[0, :, 0, 0].nonzero().flatten().tolist() == list(range(121 - window, 121))
+
+
+@pytest.mark.parametrize("window", [1, 5, None])
+def test_decoding_token_by_token_is_attention(window):
+    q, k, v = (x.detach() for x in fused_qkv(2, 40, 4, 2, 32, torch.float32))
+    whole = attention(q, k, v, window)
+    for t in range(40):
+        positions = torch.full((2, 1), t)
+        y = decode_attention(q[:, t : t + 1], k, v, positions, window)  # later keys are there, and unseen
+        torch.testing.assert_close(y, whole[:, t : t + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_sequences_at_different_positions():
+    q, k, v = (x.detach() for x in fused_qkv(3, 40, 2, 2, 32, torch.float32))
+    whole, first = attention(q, k, v, 7), torch.tensor([0, 11, 33])
+    positions = first[:, None] + torch.arange(5)
+    row = torch.arange(3)[:, None]
+    torch.testing.assert_close(
+        decode_attention(q[row, positions], k, v, positions, 7), whole[row, positions], rtol=1e-5, atol=1e-5
+    )

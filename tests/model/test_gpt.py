@@ -1,0 +1,204 @@
+"""The model: causality, windows, documents, the cache, and every option."""
+
+import dataclasses
+
+import pytest
+import torch
+from tools import relative_error, tiny_config
+
+from hotlap.model.engine import KVCache
+from hotlap.model.gpt import GPT, Block
+
+
+def ids_of(B, T, seed=0, vocab=320):
+    return torch.randint(vocab, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+CONFIGS = {
+    "all extras": tiny_config(layers=3),
+    "no extras": tiny_config(
+        value_embeddings=False, residual_scalars=False, smear=False, backout=False, softcap=0.0
+    ),
+    "windows and grouped heads": tiny_config(layers=4, context=300, heads=2, kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_a_cached_forward_is_the_full_forward(name, chunk, random_model):
+    model, config = random_model(CONFIGS[name]), CONFIGS[name]
+    T = 63 if config.context == 64 else 210
+    ids = ids_of(1, T)
+    cache = KVCache(config, 1, T, torch.float32, "cpu")
+    pieces = []
+    with torch.inference_mode():
+        for start in range(0, T, chunk):
+            piece = ids[:, start : start + chunk]
+            cache.use(torch.tensor([0]), piece.shape[1])
+            pieces.append(model(piece, cache=cache))
+            cache.advance()
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-5, atol=1e-4)
+
+
+def test_slots_of_different_lengths_continue_in_any_order(random_model):
+    config = tiny_config(layers=3)
+    model, ids = random_model(config), ids_of(4, 40)
+    cache, done = KVCache(config, 4, 40, torch.float32, "cpu"), [0, 0, 0, 0]
+    script = [([2], 5), ([0], 17), ([1, 2], 3), ([3], 1), ([3, 0, 1], 4), ([2, 1, 0, 3], 1), ([1, 3], 7)]
+    with torch.inference_mode():
+        full = model(ids)
+        for slots, new in script:
+            cache.use(torch.tensor(slots), new)
+            y = model(torch.stack([ids[s, done[s] : done[s] + new] for s in slots]), cache=cache)
+            cache.advance()
+            for row, s in enumerate(slots):
+                expected = full[s, done[s] : done[s] + new]
+                torch.testing.assert_close(y[row], expected, rtol=1e-5, atol=1e-4)
+                done[s] += new
+    assert cache.lengths.tolist() == done
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_later_token_changes_nothing_before_it(name, random_model):
+    model, ids = random_model(CONFIGS[name]), ids_of(1, 60)
+    other = ids.clone()
+    other[0, 30] = (other[0, 30] + 1) % 320
+    with torch.no_grad():
+        before, after = model(ids), model(other)
+    assert torch.equal(before[:, :30], after[:, :30])
+    assert (before[:, 30:] != after[:, 30:]).any(-1).all()
+
+
+def test_a_short_window_forgets_what_is_further_back(random_model):
+    """One layer would be long, so there are two; of what the first sees, nothing reaches past its window."""
+    config = tiny_config(context=512, window_pattern="S", smear=False)
+    model, ids = random_model(config), ids_of(1, 200)
+    other = ids.clone()
+    other[0, 0] += 1
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(ids), model(other)
+    changed = (seen[0] != seen[1]).any(-1)[0].nonzero().flatten()
+    assert changed.tolist() == list(range(128))  # the short window of a context of 512
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
+    model = random_model(CONFIGS[name])
+    lengths = [1, 20, 8, 30]
+    documents = [ids_of(1, n + 1, seed=i) for i, n in enumerate(lengths)]
+    begin = [sum(lengths[:i]) for i, n in enumerate(lengths) for _ in range(n)]
+    with torch.no_grad():
+        alone = torch.cat([model(d[:, :-1], d[:, 1:], reduction="none") for d in documents])
+        inputs, targets = (torch.cat([d[:, s] for d in documents], 1) for s in (slice(-1), slice(1, None)))
+        packed = model(inputs, targets, reduction="none", document_start=torch.tensor([begin]))
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
+
+
+CHANGES = {
+    "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "mlp_ratio": 2, "vocab_size": 640,
+    "window_pattern": "L", "rope_base": 500.0, "qk_gain": 1.0, "value_embeddings": False,
+    "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(tiny_config())])
+def test_every_field_of_the_configuration_changes_the_function(field, random_model):
+    base = tiny_config(context=512, layers=3, kv_heads=1, window_pattern="S")
+    changed = dataclasses.replace(base, **{field: CHANGES[field]})
+    ids = ids_of(1, 300)
+    with torch.no_grad():
+        one, model = random_model(base), random_model(changed)
+        same = {
+            n: p
+            for n, p in one.state_dict().items()
+            if n in model.state_dict() and p.shape == model.state_dict()[n].shape
+        }
+        model.load_state_dict(same, strict=False)  # what differs is then the field, and not the dice
+        a, b = one(ids), model(ids)
+    assert a.shape != b.shape or relative_error(b, a.double()) > 1e-3
+
+
+def test_a_model_made_on_meta_is_the_model_made_here():
+    config = tiny_config()
+    with torch.device("meta"):
+        model = GPT(config)
+    assert all(p.is_meta for p in model.parameters())
+    model = model.to_empty(device="cpu").init_weights(7)
+    direct = GPT(config).init_weights(7)
+    for (name, one), (_, other) in zip(
+        [*model.named_parameters(), *model.named_buffers()],
+        [*direct.named_parameters(), *direct.named_buffers()],
+        strict=True,
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    config = tiny_config()
+    torch.manual_seed(1)
+    one = GPT(config).init_weights(3).state_dict()
+    torch.manual_seed(2)
+    other = GPT(config)
+    before = torch.get_rng_state()
+    assert all(torch.equal(one[n], t) for n, t in other.init_weights(3).state_dict().items())
+    assert not torch.equal(one["embedding.weight"], other.init_weights(4).embedding.weight)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+
+
+def test_initial_weights_have_the_scales_of_nanochat():
+    model = GPT(tiny_config(width=128, heads=4, kv_heads=4)).init_weights()
+    w = {name: p.detach() for name, p in model.named_parameters()}
+    for name, std in (
+        ("embedding.weight", 0.8), ("head.weight", 0.001), ("blocks.0.attention.qkv.weight", 128**-0.5),
+        ("blocks.0.mlp.fc.weight", 0.4 * 128**-0.5), ("value_embeddings.1.weight", 128**-0.5),
+    ):  # fmt: skip
+        assert w[name].std() == pytest.approx(std, rel=0.02), name
+    assert not w["blocks.0.attention.proj.weight"].any() and not w["blocks.1.mlp.proj.weight"].any()
+    assert w["residual_scale"].tolist() == pytest.approx([1.15, 1.05])
+    assert w["x0_scale"].tolist() == pytest.approx([0.20, 0.05])
+    assert w["smear_scale"].item() == 0 and w["backout_scale"].item() == pytest.approx(0.2)
+
+
+def test_logits_are_capped_and_their_loss_is_the_loss(random_model):
+    model, ids = random_model(tiny_config(softcap=2.0)), ids_of(2, 30)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -1
+    logits = model(ids)
+    assert logits.dtype == torch.float32 and logits.abs().max() <= 2
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(model(ids, targets, reduction="mean"), expected)
+    torch.testing.assert_close(model(ids, targets), expected * 58)
+
+
+def test_bfloat16_computes_almost_what_float32_does(random_model):
+    config, ids = tiny_config(layers=3), ids_of(2, 60)
+    with torch.no_grad():
+        exact = random_model(config)(ids)
+        model = random_model(config, compute_dtype=torch.bfloat16)
+        assert model.hidden(ids).dtype == torch.bfloat16
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert relative_error(model(ids), exact.double()) < 0.05
+
+
+def test_every_parameter_learns(random_model):
+    model, ids = random_model(tiny_config()), ids_of(2, 30)
+    model(ids, ids.roll(-1, 1)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_too_long_a_sequence_is_refused_with_both_lengths():
+    with pytest.raises(ValueError, match=r"65 tokens .* context of 64"):
+        GPT(tiny_config()).init_weights()(ids_of(1, 65))
+
+
+def test_a_compiled_block_is_the_eager_one(random_model):
+    config = tiny_config(layers=1)
+    model = random_model(config)
+    generator = torch.Generator().manual_seed(0)
+    x, embedding = (torch.randn(2, 64, 64, generator=generator) for _ in range(2))
+    arguments = (x, embedding, model.cos, model.sin, None, None)
+    block: Block = model.blocks[0]
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), block(*arguments), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,37 @@
+"""Helpers that tests import: `from tools import tiny_config`."""
+
+import torch
+from torch import Tensor
+
+from hotlap.model.config import GPTConfig
+from hotlap.model.tokenizer import Tokenizer, train_bpe
+
+LINES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "What is 2 + 3? It is 5. What is 12 * 12? It is 144.",
+    "def add(a, b):\n    return a + b\n",
+    "Je préfère les gâteaux à la crème; 私は猫が好きです。",
+]
+
+
+def tiny_config(**fields) -> GPTConfig:
+    """2 layers, 64 wide, 2 heads of 32, context 64, a table of 320 ids; every extra on."""
+    shape = {"vocab_size": 320, "context": 64, "layers": 2, "width": 64, "heads": 2, "kv_heads": 2}
+    return GPTConfig(**(shape | fields)).validate()
+
+
+def train_tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 ids."""
+    return train_bpe(LINES * 20, 300)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """|actual - exact| / |exact| in the Frobenius norm."""
+    return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-12))
+
+
+def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """actual is at most twice as far from exact (float64) as the plain implementation in the same dtype."""
+    floor = torch.finfo(actual.dtype).eps / 2  # plain may be exact by luck
+    error, allowed = relative_error(actual, exact), 2 * max(relative_error(plain, exact), floor)
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"

@@ -1,0 +1,237 @@
+"""Shards, packing and batches."""
+
+import struct
+import threading
+
+import numpy as np
+import pytest
+import torch
+from small_runs import random_shards, same
+
+from hotlap.kernels.cross_entropy import IGNORE
+from hotlap.model.errors import DataError
+from hotlap.train.data import (
+    HEADER_BYTES,
+    MAGIC,
+    Documents,
+    PackedRows,
+    fingerprint,
+    pack,
+    prefetch,
+    read_shard,
+    shard_documents,
+    shard_paths,
+    step_batches,
+    validation_batches,
+    write_shard,
+)
+
+SHARDS = [[7, 1, 40, 3, 1, 16, 17], [100], [1, 2, 3, 5, 8, 13, 21], [2]]  # documents' lengths
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_each"), [(1 << 16, 2), ((1 << 16) + 1, 4)])
+def test_a_shard_holds_what_was_written_in_the_smallest_type(tmp_path, vocab_size, bytes_each):
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1000)
+    tokens[500] = vocab_size - 1
+    write_shard(tmp_path / "train_000000.bin", tokens, vocab_size)
+    assert (tmp_path / "train_000000.bin").stat().st_size == HEADER_BYTES + 1000 * bytes_each
+    assert (read_shard(tmp_path / "train_000000.bin", vocab_size) == tokens).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["train_000000.bin"]
+
+
+def test_a_shard_in_llm_c_s_format_is_read(tmp_path):
+    path = tmp_path / "fineweb_val_000000.bin"
+    path.write_bytes(struct.pack("<256i", 20240520, 1, 5, *[0] * 253) + struct.pack("<5H", 9, 1, 2, 9, 3))
+    documents = shard_documents(path, vocab_size=10, bos=9)
+    assert documents.tokens.tolist() == [9, 1, 2, 9, 3] and documents.starts.tolist() == [0, 3]
+    assert shard_paths(tmp_path, "validation") == [path]
+
+
+def header(magic=MAGIC, version=1, count=4) -> bytes:
+    return struct.pack("<256i", magic, version, count, *[0] * 253)
+
+
+BODY = struct.pack("<4H", 9, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "0 bytes"),
+        (header()[:100], "100 bytes"),
+        ((header() + BODY)[:-2], "1030 bytes"),
+        ((header() + BODY)[:-1], "1031 bytes"),
+        (header() + BODY + b"\0", "1033 bytes"),
+        (header(count=0), "0 tokens"),
+        (header(count=-4) + BODY, "-4 tokens"),
+        (header(magic=20240521) + BODY, "magic 20240521"),
+        (header(version=7) + BODY, "version 7"),
+        (header(version=2) + BODY, "4 tokens, which take 1040"),
+        (header() + struct.pack("<4H", 9, 1, 10, 3), "token id 10 at byte 1028"),
+    ],
+    ids=["empty", "no header", "truncated", "odd", "longer", "none", "negative", "magic", "version", "type", "id"],
+)
+def test_a_damaged_shard_is_refused_by_name(tmp_path, raw, says):
+    path = tmp_path / "train_000003.bin"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=says) as caught:
+        read_shard(path, vocab_size=10)
+    assert str(path) in str(caught.value)
+
+
+def test_the_fingerprint_sees_other_data_under_the_same_names(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    write_shard(path, np.arange(10), 100)
+    before = fingerprint([path])
+    assert before == fingerprint([path])
+    write_shard(path, np.arange(10)[::-1], 100)
+    assert before != fingerprint([path])
+
+
+def test_packing_loses_nothing_and_overfills_no_row():
+    lengths = np.random.default_rng(1).lognormal(4.5, 1.2, 3000).astype(int).clip(1, 512)
+    rows = pack(lengths, 512)
+    assert sorted(piece for row in rows for piece in row) == list(range(len(lengths)))
+    fill = np.array([lengths[row].sum() for row in rows])
+    assert fill.max() <= 512 and fill.sum() / (512 * len(rows)) >= 0.97
+
+
+def test_packing_takes_the_row_with_the_least_space():
+    assert pack(np.array([6, 5, 4, 3, 2]), 10) == [[0, 2], [1, 3, 4]]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_in_an_epoch_each_token_but_a_shard_s_first_is_a_target_once(shuffle, epoch):
+    rows = random_shards(SHARDS, T=16, seed=3, shuffle=shuffle)
+    first = sum(rows.epoch_rows(e) for e in range(epoch))
+    batch = rows.batch(first, rows.epoch_rows(epoch))
+    sizes = [sum(shard) for shard in SHARDS]
+    opening = set(np.cumsum([0, *sizes[:-1]]).tolist())
+    expected = [token for token in range(sum(sizes)) if token not in opening]
+    assert sorted(batch.targets[batch.targets != IGNORE].tolist()) == expected
+
+
+def test_a_target_is_the_next_token_and_documents_start_where_they_start():
+    T, lengths = 16, SHARDS[0] + SHARDS[2]
+    rows = random_shards([lengths], T)
+    starts = set(np.cumsum([0, *lengths[:-1]]).tolist())
+
+    def long_piece(token: int) -> bool:
+        """Whether a document of more than T tokens is cut before this token."""
+        start = max(s for s in starts if s <= token)
+        return token > start and (token - start) % T == 0
+
+    batch = rows.batch(0, rows.epoch_rows())
+    for inputs, targets, begins in zip(*(t.tolist() for t in vars(batch).values()), strict=True):
+        for t in range(T):
+            if targets[t] == IGNORE:
+                assert begins[t] <= t and all(x == IGNORE for x in targets[t:])  # padding comes last
+                assert begins[t] == targets.index(IGNORE)
+                continue
+            assert targets[t] == inputs[t] + 1
+            assert begins[t] in (t, begins[t - 1] if t else 0)
+            if t and begins[t] != t:  # goes on with the token's own document
+                assert inputs[t] == inputs[t - 1] + 1 and inputs[t] not in starts
+            elif t and inputs[t] == inputs[t - 1] + 1:  # a new piece that happens to lie beside the one before
+                assert inputs[t] in starts or long_piece(inputs[t])
+
+
+def test_the_same_seed_gives_the_same_rows_and_others_give_others():
+    rows, again, other = (random_shards(SHARDS, 16, seed) for seed in (5, 5, 6))
+    n = rows.epoch_rows()
+    assert same(rows.batch(0, 2 * n), again.batch(0, 2 * n))
+    assert not same(rows.batch(0, n), other.batch(0, n))
+    assert not same(rows.batch(0, n), rows.batch(n, n))
+
+
+def test_rows_are_the_same_in_whatever_order_they_are_asked_for():
+    rows, again = random_shards(SHARDS, 16), random_shards(SHARDS, 16)
+    ahead = [rows.batch(i, 1) for i in range(40)]
+    assert all(same(again.batch(i, 1), ahead[i]) for i in reversed(range(40)))
+
+
+@pytest.mark.parametrize(("world", "micro_rows"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)])
+def test_a_step_has_the_same_rows_on_any_number_of_ranks(world, micro_rows):
+    whole = random_shards(SHARDS, 16)
+    ranks = [
+        step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=micro_rows, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for step in range(5):
+        micro = [next(rank) for rank in ranks]
+        assert all(len(m) == 8 // world // micro_rows for m in micro)
+        inputs = torch.cat([m[i].inputs for i in range(len(micro[0])) for m in micro])
+        assert torch.equal(inputs, whole.batch(step * 8, 8).inputs)
+
+
+@pytest.mark.parametrize("step", [1, 4, 9])
+def test_resuming_at_a_step_goes_on_with_its_batches(step):
+    straight = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4)
+    for _ in range(step):
+        next(straight)
+    resumed = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4, start=step)
+    for _ in range(4):
+        assert all(same(a, b) for a, b in zip(next(straight), next(resumed), strict=True))
+
+
+def test_what_nobody_said_carries_no_loss():
+    tokens, said = np.arange(9), np.array([0, 0, 1, 1, 0, 1, 0, 1, 0], bool)
+    rows = PackedRows([lambda: Documents(tokens, np.array([0, 4]), said)], 8, seed=0)
+    batch = rows.batch(0, 1)
+    assert sorted(batch.targets[batch.targets != IGNORE].tolist()) == [2, 3, 5, 7]
+    assert batch.weight == 4
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 64])
+def test_validation_sees_each_target_once(rows_at_once):
+    rows = random_shards(SHARDS, 16, shuffle=False)
+    targets = torch.cat([b.targets.flatten() for b in validation_batches(rows, rows_at_once)])
+    assert (targets[targets != IGNORE]).unique().numel() == (targets != IGNORE).sum()
+    assert (targets != IGNORE).sum() == sum(map(sum, SHARDS)) - len(SHARDS)
+
+
+def test_a_limit_keeps_the_first_rows_of_validation():
+    rows = random_shards(SHARDS, 16, shuffle=False)
+    limited = torch.cat([b.targets for b in validation_batches(rows, 4, limit=6)])
+    assert torch.equal(limited[:6], rows.batch(0, 6).targets) and (limited[6:] == IGNORE).all()
+
+
+def test_a_batch_that_does_not_divide_lists_what_does():
+    rows = random_shards(SHARDS, 16)
+    with pytest.raises(ValueError, match=r"12 rows .* 2 ranks x 5 rows; micro_rows may be 1, 2, 3, 6$"):
+        next(step_batches(rows, batch_rows=12, micro_rows=5, world=2))
+    with pytest.raises(ValueError, match="make batch_rows a multiple of 3"):
+        next(step_batches(rows, batch_rows=8, micro_rows=1, world=3))
+
+
+def test_a_shard_without_a_target_is_refused():
+    with pytest.raises(DataError, match="at least two"):
+        random_shards([[1]], 16).batch(0, 1)
+    with pytest.raises(ValueError, match="hotlap data"):
+        PackedRows([], 16, 0)
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_prefetch_gives_every_item_and_then_its_error():
+    def items():
+        yield from range(5)
+        raise DataError("the sixth is damaged")
+
+    got = []
+    with pytest.raises(DataError, match="the sixth"):
+        for item in prefetch(items()):
+            got.append(item)
+    assert got == [0, 1, 2, 3, 4] and not prefetch_threads()
+
+
+def test_closing_prefetch_ends_its_thread():
+    endless = prefetch(iter(int, 1))
+    next(endless)
+    assert prefetch_threads()
+    endless.close()
+    assert not prefetch_threads()
+    assert list(prefetch(iter(range(7)))) == list(range(7))
