@@ -17,7 +17,7 @@ import tyro
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
-from hotlap.model.errors import DataError, guarded
+from hotlap.model.errors import BAD_DATA, DataError, guarded
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
 from hotlap.model.weights import find_models, load_model, model_folder
@@ -116,8 +116,8 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def say(chat: Chat | Continuation, question: str) -> None:
-    """Print the answer as it comes. Ctrl-C ends it, and not the program."""
+def say(chat: Chat | Continuation, question: str) -> bool:
+    """Print the answer as it comes, and return whether there was one. Ctrl-C ends it, and not the program."""
     stream = chat.answer(question)
     try:
         for piece in stream:
@@ -128,6 +128,8 @@ def say(chat: Chat | Continuation, question: str) -> None:
         print(" [stopped]")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def command(chat: Chat, line: str) -> bool:
@@ -237,9 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     chat = open_chat(config)
     if config.prompt is not None:
-        say(chat, config.prompt)
-    else:
-        converse(chat)
+        return 0 if say(chat, config.prompt) else BAD_DATA
+    converse(chat)
     return 0
 
 

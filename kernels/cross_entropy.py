@@ -76,7 +76,14 @@ def linear_cross_entropy(
     x: (N, D), head: (V, D), targets: (N,) int64 with -1 for tokens without loss. reduction: "sum", "mean"
     over the tokens with loss, or "none" for (N,). Returns float32, in nats.
     """
-    if reduction == "none" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        rows = max(1, CHUNK_BYTES // (4 * len(head)))
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        losses = torch.cat([linear_cross_entropy_ref(p, head, t, softcap, "none") for p, t in parts])
+        if reduction == "none":
+            return losses
+        return losses.sum() / ((targets != IGNORE).sum() if reduction == "mean" else 1)
+    if reduction == "none":
         return linear_cross_entropy_ref(x, head, targets, softcap, reduction)
     total = ChunkedSum.apply(x, head, targets, softcap)
     return total / (targets != IGNORE).sum() if reduction == "mean" else total

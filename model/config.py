@@ -69,6 +69,10 @@ class GPTConfig:
 
     def validate(self) -> GPTConfig:
         """Return self, or raise ValueError naming the first field that cannot work."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
         for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -46,5 +46,5 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
         code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
         if code == BUG:
             text = f"{type(error).__name__}: {text} (a bug; --debug shows where)"
-        print(f"error: {text}", file=sys.stderr)
+        print(text if isinstance(error, Interrupted) else f"error: {text}", file=sys.stderr)
         return code

@@ -47,6 +47,8 @@ class Tokenizer:
         self.definition = definition
         fields = json.loads(definition)
         self.special = {token["content"]: token["id"] for token in fields["added_tokens"]}
+        if missing := [token for token in SPECIAL_TOKENS if token not in self.special]:
+            raise DataError(f"the tokenizer has no {missing[0]}")
         self.bos = self.special["<|bos|>"]
         vocabulary = {t: i for t, i in fields["model"]["vocab"].items() if t not in self.special}
         self.text_size = len(vocabulary)
@@ -76,13 +78,7 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
         try:
             return cls(path.read_text(encoding="utf-8"))
-        except (
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a hotlap tokenizer.json ({error!r})") from error
 
     def save(self, path: str | Path) -> None:

@@ -36,7 +36,7 @@ def random_model():
 
 @pytest.fixture(autouse=True)
 def quiet_log():
-    """Each test finds the project's log as on import: a command sends it to the standard error of its time."""
+    """Each test finds the project's log as on import; a command sends it to its own standard error."""
     log = logging.getLogger("hotlap")
     log.handlers.clear()
     log.propagate = True

@@ -13,7 +13,9 @@ from hotlap.train.loop import LoopConfig
 from hotlap.train.pretrain import PretrainConfig
 
 MODEL = {"context": 32, "layers": 1, "width": 32, "heads": 1, "kv_heads": 1}
-MODEL_FLAGS = [part for name, value in MODEL.items() for part in (f"--model.{name.replace('_', '-')}", str(value))]
+MODEL_FLAGS = [
+    part for name, value in MODEL.items() for part in (f"--model.{name.replace('_', '-')}", str(value))
+]
 
 
 def write_text(path: Path, lines: int = 120) -> Path:

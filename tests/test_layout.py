@@ -43,9 +43,8 @@ def modules() -> list[str]:
 
 
 def run_python(code: str, folder: Path) -> str:
-    environment = os.environ | {
-        "HOME": str(folder), "XDG_CACHE_HOME": str(folder), "TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), str(folder))
+    environment = os.environ | places | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     return (done.stdout + done.stderr).decode()
@@ -80,7 +79,7 @@ def test_kernels_are_functions_of_tensors(file):
 
 def test_kernels_and_the_model_need_torch_and_numpy_alone(tmp_path):
     kernels = [name for name in modules() if name.startswith("hotlap.kernels.")]
-    wanted = [*kernels, *(f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine"))]
+    wanted = kernels + [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
     run_python(
         "import sys, importlib\n"
         "for name in ('tokenizers', 'tiktoken', 'safetensors', 'tyro', 'tqdm', 'regex', 'requests'):\n"
@@ -99,8 +98,8 @@ def test_importing_has_no_side_effect(tmp_path):
         "    logs = [logging.getLogger(), logging.getLogger('hotlap')]\n"
         "    return ([(list(l.handlers), l.level, l.propagate) for l in logs], torch.get_num_threads(),\n"
         "        torch.initial_seed(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),\n"
-        "        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), threading.active_count(),\n"
-        "        dict(os.environ), torch.cuda.is_initialized())\n"
+        "        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),\n"
+        "        threading.active_count(), dict(os.environ), torch.cuda.is_initialized())\n"
         "before = state()\n"
         f"for name in {modules()}: importlib.import_module(name)\n"
         "assert state() == before, (before, state())",

@@ -35,3 +35,34 @@ def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     floor = torch.finfo(actual.dtype).eps / 2  # plain may be exact by luck
     error, allowed = relative_error(actual, exact), 2 * max(relative_error(plain, exact), floor)
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+class ScriptedModel:
+    """Stands in for a GPT in `Engine`: at each position of a slot it is sure of the token in its script.
+
+    scripts: for each slot, {position: id}; where a script says nothing, `otherwise` is the likeliest.
+    """
+
+    def __init__(self, config: GPTConfig, scripts: list[dict[int, int]], otherwise: int):
+        self.config, self.scripts, self.otherwise = config, scripts, otherwise
+        self.compute_dtype = torch.float32
+        self.embedding = torch.nn.Embedding(1, 1)
+        self.fed: list[list[int]] = [[] for _ in scripts]  # the tokens that each slot was given
+
+    def hidden(self, ids: Tensor, cache) -> Tensor:
+        for row, slot in zip(ids.tolist(), cache.slots.tolist(), strict=True):
+            self.fed[slot] += row
+        slots = cache.slots[:, None].expand_as(ids)
+        return torch.stack((slots, cache.positions), -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.zeros(*hidden.shape[:2], self.config.vocab_size)
+        for b, row in enumerate(hidden.tolist()):
+            for t, (slot, position) in enumerate(row):
+                logits[b, t, self.scripts[slot].get(position + 1, self.otherwise)] = 100
+        return logits
+
+
+def script(start: int, ids: list[int]) -> dict[int, int]:
+    """A script that says ids from position start on."""
+    return dict(enumerate(ids, start))

@@ -57,8 +57,8 @@ def read_conversations(path: Path) -> list[list[dict]]:
             raise DataError(f'{path}:{number}: needs a "messages" list')
         try:
             messages = check_messages(record["messages"])
-            if messages[-1]["role"] != "assistant":
-                raise DataError("the conversation does not end with the assistant")
+            if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+                raise DataError("the conversation does not end with the assistant's answer")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
         found.append(messages)
@@ -75,9 +75,10 @@ def split_conversations(
     for messages in conversations:
         number = random.Random(json.dumps(messages, sort_keys=True)).random()
         (held_out if number < 0.05 else train).append(messages)
-    if not held_out and len(train) > 1:
-        held_out.append(train.pop())
-    return train, held_out or train
+    if not train or not held_out:  # too few to leave it to chance
+        both = train + held_out
+        return both[1:] or both, both[:1]
+    return train, held_out
 
 
 def conversation_rows(

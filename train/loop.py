@@ -122,7 +122,8 @@ def fit(
                 bar.close()
                 metrics.close()
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {config.steps}; saved in {run}, --resume goes on"
+                    f"stopped after step {step + 1} of {config.steps}, saved in {run}; the same command with "
+                    "--resume goes on (make demo needs no flag)"
                 )
     bar.close()
     metrics.close()

@@ -89,24 +89,25 @@ def merge(config: Config, values: dict, where: str) -> Config:
         elif get_origin(kinds[name]) is Literal:
             changed[name] = known(value, get_args(kinds[name]), f"{key} in {where}")
         else:
-            changed[name] = converted(value, old, f"{where}: {key}")
+            changed[name] = converted(value, old, kinds[name], f"{where}: {key}")
     return dataclasses.replace(config, **changed)
 
 
-def converted(value: Any, old: Any, where: str) -> Any:
-    """A TOML value as the kind that the field holds now; a field that holds nothing is a path."""
+def converted(value: Any, old: Any, kind: Any, where: str) -> Any:
+    """A TOML value as the field holds it, of the type `kind`. A field that holds nothing yet is a path."""
     if isinstance(old, Path) or old is None:
-        kind, value = "a path", Path(value) if isinstance(value, str) else value
-        fits = isinstance(value, Path)
+        needed, fits = "a path", isinstance(value, str)
+        new = Path(value) if fits else None
     elif isinstance(old, tuple):
-        kind, fits = f"a list like {list(old)}", isinstance(value, list)
-        value = tuple(converted(item, old[0], where) for item in value) if fits else value
+        needed, any_length = f"a list like {list(old)}", ... in get_args(kind)
+        fits = isinstance(value, list) and (any_length or len(value) == len(old))
+        new = tuple(converted(item, old[0], type(old[0]), where) for item in value) if fits else None
     else:
-        value = float(value) if isinstance(old, float) and type(value) is int else value
-        kind, fits = type(old).__name__, type(value) is type(old)
+        new = float(value) if isinstance(old, float) and type(value) is int else value
+        needed, fits = type(old).__name__, type(new) is type(old)
     if not fits:
-        raise ValueError(f"{where}={value!r} must be {kind}")
-    return value
+        raise ValueError(f"{where}={value!r} must be {needed}")
+    return new
 
 
 def known(name: str, names: object, what: str) -> str:

@@ -118,7 +118,9 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         describe(model, config, train)
         compile_model(model, config.compile, config.loop.steps - start)
         kept = state | {"stage": "pretrain", "data": data_id}
-        evaluate = partial(validation, model, held_out, tokenizer, config.batch_rows, config.validation_rows)
+        evaluate = partial(
+            validation, model, held_out, tokenizer, step_rows["micro_rows"], config.validation_rows
+        )
         if start >= config.loop.steps:
             last = evaluate()
         else:

@@ -72,7 +72,10 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
         saved.pop(name, None)
         current.pop(name, None)
     if changed := differences(saved, current):
-        raise ValueError(f"{run} was started with another configuration: {'; '.join(changed)}")
+        raise ValueError(
+            f"{run} was started with another configuration: {'; '.join(changed)}; "
+            "name another run, or give the values that it was started with"
+        )
 
 
 def resume_from(run: Path, model: GPT, optimizer: MuonAdamW) -> tuple[int, dict]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from hotlap.kernels.dispatch import default_device
-from hotlap.model.errors import DataError
-from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, model_folder
 from hotlap.train.checkpoint import verify_if_hashed
 from hotlap.train.conversations import (
@@ -80,10 +79,6 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     base = model_folder(config.base)
     verify_if_hashed(base)
     model, tokenizer = load_model(base, device, compute_dtype(config.dtype, device))
-    if missing := [name for name in SPECIAL_TOKENS if name not in tokenizer.special]:
-        raise DataError(
-            f"{base / TOKENIZER} has no {missing[0]}, so the model cannot converse; use another base"
-        )
     train, held_out = split_conversations(conversations(config))
     if same := len(
         {json.dumps(c, sort_keys=True) for c in train} & {json.dumps(c, sort_keys=True) for c in held_out}
@@ -116,7 +111,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         )
         compile_model(model, config.compile, config.loop.steps - start)
         kept = state | {"stage": "sft", "data": data_id}
-        evaluate = partial(validation, model, held_out_rows, tokenizer, config.batch_rows)
+        evaluate = partial(validation, model, held_out_rows, tokenizer, step_rows["micro_rows"])
         if start >= config.loop.steps:
             return evaluate()
         last = fit(

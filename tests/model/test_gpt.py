@@ -23,6 +23,60 @@ CONFIGS = {
 }
 
 
+def norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def naive_logits(model, ids):
+    """nanochat's formulas for one row of tokens, in float64, head by head and query by query."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    T, C = len(ids), c.head_dim
+    angle = torch.arange(T).double()[:, None] * c.rope_base ** (-torch.arange(0, C, 2).double() / C)
+    turn = torch.polar(torch.ones_like(angle), -angle)
+
+    def rotated(x):
+        turned = torch.complex(*(c.qk_gain * norm(x)).chunk(2, -1)) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = norm(w["embedding.weight"][ids])
+    if c.smear:
+        gate = w["smear_scale"] * torch.sigmoid(x[1:, :24] @ w["smear_gate.weight"].T)
+        x = torch.cat((x[:1], x[1:] + gate * x[:-1]))
+    x0 = x
+    for i, window in enumerate(c.windows):
+        if c.residual_scalars:
+            x = w["residual_scale"][i] * x + w["x0_scale"][i] * x0
+        y = norm(x)
+        qkv = (y @ w[f"blocks.{i}.attention.qkv.weight"].T).split(C, -1)
+        heads = []
+        for h in range(c.heads):
+            kv = h * c.kv_heads // c.heads
+            q, k = rotated(qkv[h]), rotated(qkv[c.heads + kv])
+            v = qkv[c.heads + c.kv_heads + kv]
+            if i in c.value_embedding_layers:
+                gate = 3 * torch.sigmoid(y[:, :12] @ w[f"blocks.{i}.attention.value_gate.weight"][kv])
+                v = v + gate[:, None] * w[f"value_embeddings.{i}.weight"][ids][:, kv * C : (kv + 1) * C]
+            seen = [slice(max(0, t - window + 1), t + 1) for t in range(T)]
+            heads.append(torch.stack([(k[s] @ q[t] / C**0.5).softmax(0) @ v[s] for t, s in enumerate(seen)]))
+        x = x + torch.cat(heads, -1) @ w[f"blocks.{i}.attention.proj.weight"].T
+        inner = (norm(x) @ w[f"blocks.{i}.mlp.fc.weight"].T).clamp(min=0) ** 2
+        x = x + inner @ w[f"blocks.{i}.mlp.proj.weight"].T
+        if i == c.layers // 2:
+            middle = x
+    if c.backout:
+        x = x - w["backout_scale"] * middle
+    logits = norm(x) @ w["head.weight"].T
+    return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_is_its_formulas(name, random_model):
+    model = random_model(CONFIGS[name])
+    ids = ids_of(1, min(200, CONFIGS[name].context))
+    with torch.no_grad():
+        assert relative_error(model(ids)[0], naive_logits(model, ids[0])) < 1e-5
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_a_cached_forward_is_the_full_forward(name, chunk, random_model):

@@ -69,7 +69,19 @@ BODY = struct.pack("<4H", 9, 1, 2, 3)
         (header(version=2) + BODY, "4 tokens, which take 1040"),
         (header() + struct.pack("<4H", 9, 1, 10, 3), "token id 10 at byte 1028"),
     ],
-    ids=["empty", "no header", "truncated", "odd", "longer", "none", "negative", "magic", "version", "type", "id"],
+    ids=[
+        "empty",
+        "no header",
+        "truncated",
+        "odd",
+        "longer",
+        "none",
+        "negative",
+        "magic",
+        "version",
+        "type",
+        "id",
+    ],
 )
 def test_a_damaged_shard_is_refused_by_name(tmp_path, raw, says):
     path = tmp_path / "train_000003.bin"
@@ -133,8 +145,18 @@ def test_a_target_is_the_next_token_and_documents_start_where_they_start():
             assert begins[t] in (t, begins[t - 1] if t else 0)
             if t and begins[t] != t:  # goes on with the token's own document
                 assert inputs[t] == inputs[t - 1] + 1 and inputs[t] not in starts
-            elif t and inputs[t] == inputs[t - 1] + 1:  # a new piece that happens to lie beside the one before
+            elif (
+                t and inputs[t] == inputs[t - 1] + 1
+            ):  # a new piece that happens to lie beside the one before
                 assert inputs[t] in starts or long_piece(inputs[t])
+
+
+def test_later_epochs_cut_long_documents_elsewhere():
+    rows = random_shards([[1000]], 16)
+    beginnings = [
+        {int(token) for token in rows.batch(epoch * 63, 62).inputs[:, 0] % 16} for epoch in range(4)
+    ]
+    assert beginnings[0] == {0} and any(len(b - {0}) for b in beginnings[1:])
 
 
 def test_the_same_seed_gives_the_same_rows_and_others_give_others():

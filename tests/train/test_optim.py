@@ -76,7 +76,9 @@ def test_a_group_of_matrices_is_updated_as_each_alone(monkeypatch):
     for _ in range(3):
         optimizer.step()
     for name, weight in expected.items():
-        torch.testing.assert_close(dict(model.named_parameters())[name].detach(), weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            dict(model.named_parameters())[name].detach(), weight, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_adamw_half_is_torch_s_adamw():
@@ -100,7 +102,10 @@ def test_the_adamw_half_is_torch_s_adamw():
 
 def test_rates_of_adamw_fall_with_the_root_of_the_width():
     rate = {
-        width: {g["names"][0]: g["lr"] for g in MuonAdamW(GPT(tiny_config(width=width)), OptimConfig()).param_groups}
+        width: {
+            g["names"][0]: g["lr"]
+            for g in MuonAdamW(GPT(tiny_config(width=width)), OptimConfig()).param_groups
+        }
         for width in (64, 256)
     }
     assert rate[64]["head.weight"] == pytest.approx(2 * rate[256]["head.weight"])

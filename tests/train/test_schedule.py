@@ -1,5 +1,7 @@
 """Learning rate, momentum and weight decay over a run."""
 
+import itertools
+
 import numpy as np
 import pytest
 from tools import tiny_config
@@ -41,7 +43,7 @@ def test_momentum_rises_and_falls_without_a_jump():
 
 def test_momentum_has_no_jump_where_the_rise_reaches_into_the_fall():
     short = [momentum_at(ScheduleConfig(), step, 300) for step in range(301)]
-    assert max(abs(b - a) for a, b in zip(short, short[1:], strict=False)) < 0.12 / 195 + 1e-9
+    assert max(abs(b - a) for a, b in itertools.pairwise(short)) < 0.12 / 195 + 1e-9
 
 
 def test_weight_decay_is_half_a_cosine():

@@ -1,0 +1,105 @@
+"""`hotlap bench inference`: time to the first token and to each next one, against the memory's limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hotlap.bench import results
+from hotlap.bench.models import model_config
+from hotlap.bench.peaks import measure_ceilings
+from hotlap.bench.timing import measure
+from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.engine import KVCache
+from hotlap.model.flops import parameter_counts
+from hotlap.model.gpt import GPT
+from hotlap.train.log import log
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Measure generation: a prompt's first token, then decoding at several batch sizes."""
+
+    model: str = ""
+    """One of tiny, 124m, d12, d20 and d24; by default tiny on a CPU, d24 on a GPU."""
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256)
+    """Sequences that are decoded at once."""
+    prompt: int = 0
+    """Tokens of the prompt; 0 is half of the model's context."""
+    out: Path | None = None
+    """Folder for the results; by default bench/results/DEVICE."""
+
+
+@torch.inference_mode()
+def bench_inference(config: InferenceConfig) -> list[dict]:
+    """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row too."""
+    device = default_device()
+    name = config.model or ("d24" if device.type == "cuda" else "tiny")
+    shape = model_config(name)
+    prompt = config.prompt or shape.context // 2
+    if not 0 < prompt < shape.context or not config.batches or min(config.batches) < 1:
+        raise ValueError(
+            f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
+        )
+    with torch.device("meta"):
+        model = GPT(shape, fast_dtype(device.type))
+    model.to_empty(device=device).init_weights().eval()
+    bandwidth = measure_ceilings(device).copy
+    rows = []
+    for batch in config.batches:
+        row = {"case": f"{name} prompt {prompt} batch {batch}", "provider": "hotlap"}
+        try:
+            row |= measure_decoding(model, batch, prompt, bandwidth, device)
+        except torch.OutOfMemoryError:
+            row |= {"ms": None, "note": "out of memory"}
+            torch.cuda.empty_cache()
+        rows.append(row)
+        log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in row.items()))
+    path = results.save("inference", rows, config.out or results.device_folder(device), device)
+    log.info("written to %s", path)
+    return rows
+
+
+def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, device) -> dict:
+    """Milliseconds of the prefill of one prompt and of a decoding step of `batch` sequences of that length."""
+    shape = model.config
+    cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
+    ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
+    every = torch.arange(batch, device=device)
+
+    def prefill(_: int) -> None:
+        cache.lengths[0] = 0
+        cache.use(every[:1], prompt)
+        model.logits(model.hidden(ids, cache=cache)[:, -1:])
+
+    def decode(_: int) -> None:
+        cache.lengths.fill_(prompt)
+        cache.use(every, 1)
+        model.logits(model.hidden(ids[:, :1].expand(batch, 1), cache=cache))
+
+    cache.k.normal_()
+    cache.v.normal_()
+    timings = measure({"prefill": prefill, "decode": decode}, device)
+    step = timings["decode"]
+    limit = decoding_bytes(model, batch, prompt) / bandwidth
+    return {
+        "first_token_ms": 1e3 * timings["prefill"].median,
+        "ms": 1e3 * step.median,
+        "ms_low": 1e3 * step.low,
+        "ms_high": 1e3 * step.high,
+        "tokens_per_second": batch / step.median,
+        "limit_ms": 1e3 * limit,
+        "share_of_bandwidth": limit / step.median,
+    }
+
+
+def decoding_bytes(model: GPT, batch: int, length: int) -> int:
+    """The least that a decoding step must read: the weights of the products as they are stored, and the keys and values
+    that each layer's window sees."""
+    counts, c = parameter_counts(model), model.config
+    weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()
+    size = torch.empty((), dtype=model.compute_dtype).element_size()
+    seen = sum(min(window, length + 1) for window in c.windows)
+    return weights + batch * seen * 2 * c.kv_heads * c.head_dim * size

@@ -1,0 +1,25 @@
+"""The models that training and inference are measured on, by name."""
+
+from __future__ import annotations
+
+from hotlap.model.config import GPTConfig
+
+MODELS = {
+    "tiny": GPTConfig(
+        vocab_size=4096, context=256, layers=4, width=192, heads=3, kv_heads=3, value_embeddings=False
+    ),
+    "124m": GPTConfig(
+        vocab_size=50304, context=1024, layers=12, width=768, heads=6, kv_heads=6, window_pattern="L",
+        value_embeddings=False, residual_scalars=False, smear=False, backout=False,
+    ),
+    "d12": GPTConfig.from_depth(12),
+    "d20": GPTConfig.from_depth(20),
+    "d24": GPTConfig.from_depth(24),
+}  # fmt: skip
+ROWS = {"tiny": 16, "124m": 64, "d12": 32, "d20": 32, "d24": 16}  # of a step, on a GPU of 80 GB
+
+
+def model_config(name: str) -> GPTConfig:
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,148 @@
+"""Measurements on disk: JSON and CSV with the device, versions, commit and date; their comparison; their page."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hotlap.bench.peaks import device_name, device_state
+from hotlap.model.errors import DataError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Say what got slower between two result files of one device."""
+
+    before: Path = Path("before.json")
+    """The older file."""
+    after: Path = Path("after.json")
+    """The newer file."""
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Where and with what a measurement is made."""
+    versions = {}
+    for package in ("torch", "triton", "flash-attn", "liger-kernel"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    state, _ = device_state(device)
+    return {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "state": state,
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with + where files differ from it; empty outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device_folder(device: torch.device) -> Path:
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more: object) -> Path:
+    """Write kind.json and kind.csv. rows: `case` and `provider` name what was measured, the rest is what was found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}.json"
+    content = {"kind": kind, **environment(device), **more, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def load(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["device"], content["rows"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no results at {path}; `hotlap bench kernels` writes some") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a file of results ({error!r})") from error
+    return content
+
+
+def compare(config: CompareConfig) -> list[str]:
+    """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their spread.
+
+    ValueError where the files come from different devices: their times say nothing about the code.
+    """
+    before, after = load(config.before), load(config.after)
+    if before["device"] != after["device"]:
+        raise ValueError(
+            f"{config.before} is of {before['device']}, {config.after} of {after['device']}; "
+            "compare files of one device"
+        )
+    old = {(row["case"], row["provider"]): row for row in before["rows"] if row.get("ms") is not None}
+    lines = []
+    for row in after["rows"]:
+        was = old.get((row["case"], row["provider"]))
+        if was is None or row.get("ms") is None:
+            continue
+        verdict = ""
+        if row["ms_low"] > was["ms_high"]:
+            verdict = "SLOWER"
+        elif row["ms_high"] < was["ms_low"]:
+            verdict = "faster"
+        ratio = row["ms"] / was["ms"]
+        lines.append(f"{row['case']:44} {row['provider']:14} {ratio:6.2f}x time  {verdict}")
+    return lines
+
+
+def table(rows: list[dict], columns: list[str] | None = None) -> str:
+    """Rows as a table in Markdown, numbers to four digits."""
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_page(folder: Path = RESULTS) -> Path:
+    """README.md of the results: each file's device, date and commit, and its rows."""
+    lines = ["# Measurements", "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
+    for path in sorted(folder.glob("*/*.json")):
+        content = load(path)
+        versions = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
+        lines += [
+            f"## {content['device']}: {path.stem}",
+            "",
+            f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content.get('date', '')}, "
+            f"commit {content.get('commit', '')}, {versions}",
+            "",
+            table(content["rows"]),
+            "",
+        ]
+    page = folder / "README.md"
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page

@@ -1,0 +1,121 @@
+"""Timing that can be believed: warm, on fresh data, interleaved, and with its spread.
+
+On a GPU, blocks of calls are captured as a CUDA graph and timed by device events, so that the host's share is left out;
+on a CPU by the host's clock. Variants take turns, forwards and backwards, so that what drifts (clocks,
+temperature, other users) falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[int], object]  # a call on buffer set i
+
+BLOCK_SECONDS = 2e-3  # the least that is timed at once, far above the clocks' resolution
+WARM_UP_SECONDS = 0.05
+FEWEST_SAMPLES = 5
+CACHE_FACTOR = 2.5  # how far the rotating buffers exceed the last-level cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of the samples, and the quantiles that 10 % lie below and above."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        return cls(
+            statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
+        )
+
+
+def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
+    """How many sets of inputs to rotate over, so that none is still in the cache when its turn comes."""
+    cache = 32 << 20
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(64, int(CACHE_FACTOR * cache / max(1, bytes_of_one)) + 1))
+
+
+def measure(
+    variants: dict[str, Call], device: torch.device, *, sets: int = 1, seconds: float = 0.3
+) -> dict[str, Timing]:
+    """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer set.
+
+    Raises what a variant raises; one that does not run should not be in here.
+    """
+    blocks = {name: _block(call, device, sets) for name, call in variants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    began, order = time.perf_counter(), list(variants)
+    while (
+        time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES
+    ):
+        for name in order:
+            samples[name].append(blocks[name]())
+        order.reverse()
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _block(call: Call, device: torch.device, sets: int) -> Callable[[], float]:
+    """A function that runs the call as often as fills a block, and returns the seconds of one."""
+    synchronize(device)
+    began, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - began < WARM_UP_SECONDS:
+        call(calls % sets)
+        calls += 1
+        synchronize(device)
+    one = (time.perf_counter() - began) / calls
+    count = max(1, min(1000, round(BLOCK_SECONDS / one)))
+    count = -(-count // sets) * sets if count > 1 else 1  # whole rounds of the buffer sets
+    if device.type != "cuda":
+        return lambda: _host_seconds(call, count, sets)
+    return _graph_block(call, max(count, sets), sets)
+
+
+def _host_seconds(call: Call, count: int, sets: int) -> float:
+    began = time.perf_counter()
+    for i in range(count):
+        call(i % sets)
+    return (time.perf_counter() - began) / count
+
+
+def _graph_block(call: Call, count: int, sets: int) -> Callable[[], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for i in range(count):
+                call(i % sets)
+        run = graph.replay
+    except RuntimeError:  # what cannot be captured, such as a call that synchronises, is timed as it is
+        torch.cuda.synchronize()
+
+        def run() -> None:
+            for i in range(count):
+                call(i % sets)
+
+    def block() -> float:
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    block()
+    return block
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,149 @@
+"""Model directories: bit for bit, named errors, and nothing that runs."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tools import tiny_config
+
+from hotlap.model.errors import DataError
+from hotlap.model.gpt import GPT
+from hotlap.model.weights import CONFIG, MANIFEST, TOKENIZER, WEIGHTS, load_model, model_folder, save_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, random_model, tiny_tokenizer):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, random_model(tiny_config()), tiny_tokenizer)
+    return folder
+
+
+def test_a_saved_model_is_the_same_bit_for_bit(tmp_path, random_model, tiny_tokenizer):
+    model = random_model(tiny_config(rope_base=700.0))
+    save_model(tmp_path, model, tiny_tokenizer)
+    loaded, tokenizer = load_model(tmp_path, CPU, torch.float32)
+    assert loaded.config == model.config and not loaded.training
+    assert tokenizer.sha256 == tiny_tokenizer.sha256
+    for (name, one), (_, other) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype, name
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), loaded(ids))  # with the tables that are not in the file
+    assert load_model(tmp_path, CPU, torch.bfloat16)[0].compute_dtype == torch.bfloat16
+
+
+def smaller(tensors):
+    tensors["head.weight"] = tensors["head.weight"][:-1].clone()
+
+
+def halved(tensors):
+    tensors["head.weight"] = tensors["head.weight"].half()
+
+
+def missing(tensors):
+    del tensors["head.weight"]
+
+
+def unknown(tensors):
+    tensors["head.weight.bias"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("damage", [smaller, halved, missing, unknown], ids=lambda f: f.__name__)
+def test_a_tensor_that_does_not_fit_is_named(damage, folder):
+    tensors = load_file(folder / WEIGHTS)
+    damage(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(DataError, match=rf"{WEIGHTS}.*head\.weight"):
+        load_model(folder, CPU, torch.float32)
+
+
+class Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, TOKENIZER, CONFIG])
+@pytest.mark.parametrize("dump", [torch.save, pickle.dump], ids=["torch", "pickle"])
+def test_a_pickle_is_refused_and_does_not_run(name, dump, folder, tmp_path):
+    sprung = tmp_path / "sprung"
+    with open(folder / name, "wb") as file:
+        dump({"head.weight": Trap(sprung)}, file)
+    with pytest.raises(DataError, match=name):
+        load_model(folder, CPU, torch.float32)
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_cut_off_weights_are_a_data_error(keep, folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:keep])
+    with pytest.raises(DataError, match=WEIGHTS):
+        load_model(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"width": 64}', '"width"'],
+)
+def test_a_damaged_config_is_a_data_error(content, folder):
+    (folder / CONFIG).write_text(content)
+    with pytest.raises(DataError, match=CONFIG):
+        load_model(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("width", 65), ("width", "64"), ("width", 64.0), ("heads", True), ("smear", "no"), ("softcap", None)],
+)
+def test_a_config_field_that_cannot_be_is_named(field, value, folder):
+    fields = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(DataError, match=rf"{CONFIG}.*{field}"):
+        load_model(folder, CPU, torch.float32)
+
+
+def test_a_tokenizer_larger_than_the_model_is_not_of_its_run(folder, random_model, tiny_tokenizer):
+    save_model(folder, random_model(tiny_config(vocab_size=299)), tiny_tokenizer)
+    with pytest.raises(DataError, match="299 ids, its tokenizer 300"):
+        load_model(folder, CPU, torch.float32)
+
+
+def checkpoint(run, step, tokenizer, finished=True):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    save_model(folder, GPT(tiny_config()).init_weights(), tokenizer)
+    if finished:
+        (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+def test_a_run_means_its_newest_finished_checkpoint(tmp_path, tiny_tokenizer):
+    run = tmp_path / "run"
+    checkpoint(run, 9, tiny_tokenizer)
+    newest = checkpoint(run, 10, tiny_tokenizer)
+    checkpoint(run, 11, tiny_tokenizer, finished=False)
+    assert model_folder(run) == newest and model_folder(newest) == newest
+
+
+def test_a_wrong_path_lists_what_there_is(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no model at runs/none; none found under runs/"):
+        model_folder("runs/none")
+    checkpoint(tmp_path / "runs" / "first", 1, tiny_tokenizer)
+    (tmp_path / "runs" / "second").mkdir()
+    save_model(tmp_path / "runs" / "second", GPT(tiny_config()).init_weights(), tiny_tokenizer)
+    for wrong in ("runs/none", "runs", "runs/second/config.json", "runs/first/checkpoints"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"no model at {wrong}; found: .*runs/first.*runs/second"
+        ):
+            model_folder(wrong)

@@ -1,0 +1,43 @@
+"""Ready configurations."""
+
+import dataclasses
+
+import pytest
+
+from hotlap.model.tokenizer import SMALLEST_BPE
+from hotlap.train.presets import PRETRAIN, from_depth, tiny, tiny_sft
+
+
+@pytest.mark.parametrize(
+    ("depth", "batch", "steps", "decay", "width"),
+    [(12, 2**19, 2520, 0.28, 768), (20, 2**20, 4980, 0.100, 1280), (24, 2**20, 8352, 0.060, 1536)],
+)
+def test_a_depth_means_what_it_means_in_nanochat(depth, batch, steps, decay, width):
+    config = from_depth(depth)
+    assert config.batch_rows * config.model.context == batch
+    assert config.loop.steps == pytest.approx(steps, rel=1e-3)
+    assert config.optim.weight_decay == pytest.approx(decay, abs=5e-4)
+    assert config.model.width == width and config.model.layers == depth and config.model.head_dim == 128
+    assert config.optim.matrix_lr == pytest.approx(0.02 * (batch / 2**19) ** 0.5)
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_every_preset_is_valid(name):
+    config = PRETRAIN[name]()
+    assert config.validate() == config
+    assert config.tokenizer != "bpe" or config.vocab_size >= SMALLEST_BPE
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 30])
+def test_every_depth_is_valid(depth):
+    from_depth(depth).validate()
+
+
+def test_a_depth_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="depth=0"):
+        from_depth(0)
+
+
+def test_the_demo_fine_tunes_what_it_has_pretrained():
+    base, tuned = tiny(), tiny_sft().validate()
+    assert tuned.base == base.run != tuned.run and dataclasses.asdict(base)["data"] == "pydocs"
