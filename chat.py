@@ -30,6 +30,7 @@ HELP = """\
   /help              this
   /quit              leave (so do Ctrl-D and /exit)
   Ctrl-C stops an answer."""
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of the writing direction
 LONGEST_MESSAGE = 100_000  # characters that are worth tokenising
 
 
@@ -112,8 +113,8 @@ class Continuation:
 
 
 def printable(text: str) -> str:
-    """text without control characters, so that nothing a model says can steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    """text without what would steer the terminal: control characters, and turns of the writing direction."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in TURNS))
 
 
 def say(chat: Chat | Continuation, question: str) -> bool:
@@ -226,11 +227,11 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
 
 def is_base(folder: Path) -> bool:
     try:
-        return json.loads((folder / "state.json").read_text()).get("stage") == "pretrain"
+        return json.loads((folder / "state.json").read_text())["stage"] == "pretrain"
     except FileNotFoundError:
         return False
-    except ValueError as error:
-        raise DataError(f"{folder / 'state.json'} is not JSON: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'state.json'} is not a checkpoint's state: {error!r}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 30
 MAX_DIGITS = 300  # of any number on the way
 MAX_EXPONENT = 1000
+CHARACTERS = set("0123456789.eE+-*/%() ")
 
 _BINARY = {
     ast.Add: operator.add,
@@ -26,6 +27,8 @@ def calculate(expression: str) -> str:
     """Result of an arithmetic expression as text, or `error: ...`. Numbers and + - * / // % ** ( ) only."""
     if len(expression) > MAX_LENGTH:
         return "error: too long"
+    if not set(expression) <= CHARACTERS:  # words would only make Python's parser complain
+        return "error: not arithmetic"
     try:
         value = _evaluate(ast.parse(expression.strip(), mode="eval").body, 0)
     except (ZeroDivisionError, OverflowError):
