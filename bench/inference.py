@@ -34,7 +34,9 @@ class InferenceConfig:
 
 @torch.inference_mode()
 def bench_inference(config: InferenceConfig) -> list[dict]:
-    """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row too."""
+    """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row
+    too.
+    """
     device = default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
@@ -63,7 +65,9 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
 
 
 def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, device) -> dict:
-    """Milliseconds of the prefill of one prompt and of a decoding step of `batch` sequences of that length."""
+    """Milliseconds of the prefill of one prompt and of a decoding step of `batch` sequences of that
+    length.
+    """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
     ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
@@ -96,8 +100,8 @@ def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, devi
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:
-    """The least that a decoding step must read: the weights of the products as they are stored, and the keys and values
-    that each layer's window sees."""
+    """The least that a decoding step must read: the weights of the products as they are stored, and the keys
+    and values that each layer's window sees."""
     counts, c = parameter_counts(model), model.config
     weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()
     size = torch.empty((), dtype=model.compute_dtype).element_size()

@@ -12,8 +12,8 @@ from hotlap.bench.timing import measure
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.model.flops import peak_flops
 
-# Memory bandwidth on paper in bytes/s, by a part of the driver's name; the first match counts. Sources: the makers'
-# data sheets of each card.
+# Memory bandwidth on paper in bytes/s, by a part of the driver's name; the first match counts. Sources: the
+# makers' data sheets of each card.
 PEAK_BANDWIDTH = (
     ("B200", 8.0e12),
     ("H200", 4.8e12),
@@ -50,7 +50,9 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
         name = models[0] if models else name
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -64,7 +66,9 @@ def peak_bandwidth(device: torch.device) -> float | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """A copy of a buffer far larger than any cache, and a product of random matrices (never zeros: they run faster)."""
+    """A copy of a buffer far larger than any cache, and a product of random matrices (never zeros: they run
+    faster).
+    """
     large = device.type == "cuda"
     source = torch.randn((1 << 28) if large else (1 << 25), device=device)
     target = torch.empty_like(source)

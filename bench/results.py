@@ -1,4 +1,6 @@
-"""Measurements on disk: JSON and CSV with the device, versions, commit and date; their comparison; their page."""
+"""Measurements on disk: JSON and CSV with the device, versions, commit and date; their comparison; their
+page.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def device_folder(device: torch.device) -> Path:
 
 
 def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more: object) -> Path:
-    """Write kind.json and kind.csv. rows: `case` and `provider` name what was measured, the rest is what was found."""
+    """Write kind.json and kind.csv. rows: `case` and `provider` name what was measured, the rest is what was
+    found.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.json"
     content = {"kind": kind, **environment(device), **more, "rows": rows}
@@ -88,7 +92,8 @@ def load(path: Path) -> dict:
 
 
 def compare(config: CompareConfig) -> list[str]:
-    """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their spread.
+    """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their
+    spread.
 
     ValueError where the files come from different devices: their times say nothing about the code.
     """

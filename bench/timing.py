@@ -1,8 +1,8 @@
 """Timing that can be believed: warm, on fresh data, interleaved, and with its spread.
 
-On a GPU, blocks of calls are captured as a CUDA graph and timed by device events, so that the host's share is left out;
-on a CPU by the host's clock. Variants take turns, forwards and backwards, so that what drifts (clocks,
-temperature, other users) falls on all of them alike.
+On a GPU, blocks of calls are captured as a CUDA graph and timed by device events, so that the host's share is
+left out; on a CPU by the host's clock. Variants take turns, forwards and backwards, so that what drifts
+(clocks, temperature, other users) falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -51,16 +51,15 @@ def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
 def measure(
     variants: dict[str, Call], device: torch.device, *, sets: int = 1, seconds: float = 0.3
 ) -> dict[str, Timing]:
-    """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer set.
+    """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer
+    set.
 
     Raises what a variant raises; one that does not run should not be in here.
     """
     blocks = {name: _block(call, device, sets) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     began, order = time.perf_counter(), list(variants)
-    while (
-        time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES
-    ):
+    while time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES:
         for name in order:
             samples[name].append(blocks[name]())
         order.reverse()

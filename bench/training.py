@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,4 +119,4 @@ def step_seconds(model: GPT, optimizer: MuonAdamW, tokens: torch.Tensor, device)
     optimizer.zero_grad()
     synchronize(device)
     marks.append(time.perf_counter())
-    return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(marks))

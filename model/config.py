@@ -87,10 +87,12 @@ class GPTConfig:
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
-        if not self.rope_base > 1:
-            raise ValueError(f"rope_base={self.rope_base} must be more than 1")
-        if not self.softcap >= 0:
+        if not 1 < self.rope_base < float("inf"):
+            raise ValueError(f"rope_base={self.rope_base} must be a number above 1")
+        if not 0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap} must be 0 (off) or more")
+        if not 0 < self.qk_gain < float("inf"):
+            raise ValueError(f"qk_gain={self.qk_gain} must be a positive number")
         return self
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from hotlap.model.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -31,6 +33,8 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a model directory, or of the newest checkpoint of a run."""
     folder = model_folder(path)
+    if (folder / MANIFEST).is_file():  # a model directory from elsewhere has no hashes to check
+        verify(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     config = load_config(folder)
     if config.vocab_size < tokenizer.vocab_size:
@@ -78,6 +82,32 @@ def load_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
             tensor.copy_(saved[name])
 
 
+def verify(folder: Path) -> None:
+    """Check every file against the manifest's size and hash."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read ({error!r}); use another checkpoint") from error
+    if version != FORMAT:
+        raise DataError(f"{folder} has checkpoint format {version}; this version reads {FORMAT}")
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(f"{path} is missing or not {size} bytes; use another checkpoint")
+        if file_sha256(path) != digest:
+            raise DataError(f"{path} has changed since it was saved; use another checkpoint")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def model_folder(path: str | Path) -> Path:
     """The model directory that a path means: itself, or the newest checkpoint in a run."""
     path = Path(path)
@@ -100,8 +130,9 @@ def is_model(path: Path) -> bool:
 
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. One without a manifest was never finished."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(p for p in found if (p / MANIFEST).is_file())
+    found = (run / "checkpoints").glob("step-" + "[0-9]" * 6 + "*")
+    whole = [p for p in found if (p / MANIFEST).is_file()]
+    return sorted(whole, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def find_models(root: Path) -> list[Path]:

@@ -7,7 +7,6 @@ disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -17,20 +16,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import (
+    FORMAT,
     MANIFEST,
     WEIGHTS,
+    file_sha256,
     load_tensors,
     load_weights,
     run_checkpoints,
     save_model,
+    verify,
 )  # fmt: skip
 from hotlap.train.optim import MuonAdamW
 
-FORMAT = 1
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 KEEP = 2  # newest checkpoints of a run
 
@@ -97,30 +97,6 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: MuonAdamW) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def verify(folder: Path) -> None:
-    """Check every file against the manifest's size and hash."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / MANIFEST} cannot be read ({error!r}); use another checkpoint") from error
-    if version != FORMAT:
-        raise DataError(f"{folder} has checkpoint format {version}; this version reads {FORMAT}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise DataError(f"{path} is missing or not {size} bytes; use another checkpoint")
-        if file_sha256(path) != digest:
-            raise DataError(f"{path} has changed since it was saved; use another checkpoint")
-
-
-def verify_if_hashed(folder: Path) -> None:
-    """`verify` for a checkpoint; a model directory from elsewhere has no hashes to check."""
-    if (folder / MANIFEST).exists():
-        verify(folder)
-
-
 def remove_unfinished(run: Path) -> None:
     """Delete what interrupted saves left. Only for the one process that writes to the run."""
     for path in (run / "checkpoints").glob(".tmp-step-*"):
@@ -135,14 +111,6 @@ def check_space(folder: Path, model: GPT, optimizer: MuonAdamW) -> None:
         raise OSError(
             f"a checkpoint in {folder} takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         )
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -19,8 +19,7 @@ from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import load_model, model_folder
-from hotlap.train.checkpoint import verify_if_hashed
+from hotlap.model.weights import load_model
 from hotlap.train.data import PackedRows, validation_batches
 from hotlap.train.log import log
 from hotlap.train.sources import split_documents
@@ -116,8 +115,6 @@ def evaluate_tasks(
 
 def load_engine(path: Path) -> Engine:
     device = default_device()
-    path = model_folder(path)
-    verify_if_hashed(path)
     return Engine(*load_model(path, device, fast_dtype(device.type)))
 
 

@@ -28,6 +28,7 @@ class Metrics:
         """Go on with the file, without what an interrupted run wrote from `first_step` on."""
         lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
         self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
+        self.last = lines[-1] if lines else None
         for line in lines:
             self.write(line)
 

@@ -74,7 +74,10 @@ def fit(
     bar = tqdm(
         total=config.steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True, disable=None
     )  # fmt: skip
-    last: dict[str, float] = {}
+    last = metrics.last or {}
+    if start and (not last or last["step"] < start - 1):  # killed between its checkpoint and its line
+        last = state["last"] | (evaluate() if evaluate and start == config.steps else {})
+        metrics.write(last)
     with StopRequest() as stop:
         for step in range(start, config.steps):
             began = time.perf_counter()
@@ -104,6 +107,7 @@ def fit(
                 "seconds": state["seconds"],
                 "tokens": state["tokens"],
             }
+            state["last"] = last
             done = step + 1 == config.steps
             if done or (step + 1) % config.save_every == 0 or stop.asked:
                 save_checkpoint(run, step + 1, model, optimizer, tokenizer, state)
@@ -111,7 +115,7 @@ def fit(
             if bar.disable and (step + 1) % max(1, config.steps // 20) == 0:  # no terminal to draw on
                 log.info("%s  %s tokens/s", line, f"{tokens / seconds:,.0f}")
             if evaluate and not stop.asked and (done or (step + 1) % config.evaluate_every == 0):
-                last |= evaluate()
+                last = last | evaluate()
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in last.items() if k.startswith("validation"))
                 bar.clear()
                 log.info("%s  %s", line, shown)

@@ -121,14 +121,11 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         evaluate = partial(
             validation, model, held_out, tokenizer, step_rows["micro_rows"], config.validation_rows
         )
-        if start >= config.loop.steps:
-            last = evaluate()
-        else:
-            last = fit(
-                config.loop, config.schedule, model, optimizer, tokenizer,
-                prefetch(step_batches(train, start=start, **step_rows)), next_token_loss,
-                run=config.run, start=start, state=kept, evaluate=evaluate,
-            )  # fmt: skip
+        last = fit(
+            config.loop, config.schedule, model, optimizer, tokenizer,
+            prefetch(step_batches(train, start=start, **step_rows)), next_token_loss,
+            run=config.run, start=start, state=kept, evaluate=evaluate,
+        )  # fmt: skip
         write_report(config.run)
         return last
 

@@ -23,6 +23,7 @@ from hotlap.train.optim import MuonAdamW
 from hotlap.train.options import differences, to_json
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+LOCK = "run.lock"
 CHANGEABLE = {"resume", "compile", "run"}  # what may differ when a run goes on
 COMPILE_PAYS = 2000  # steps from which compiling for a CPU, half a minute of work, earns its time back
 
@@ -34,7 +35,7 @@ def run_lock(run: Path):
         run.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise FileExistsError(f"{run} cannot be a run's directory ({error.strerror}); name another") from None
-    with open(run / "run.lock", "a+", encoding="utf-8") as file:
+    with open(run / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,25 +50,29 @@ def run_lock(run: Path):
 def open_run(run: Path, config: Any, resume: bool) -> None:
     """Start a new run, or check that a resumed one has the configuration that it was started with.
 
-    FileExistsError for a run that exists and is not to be resumed: nothing of it is overwritten. One that
-    failed before its first step is started anew.
+    FileExistsError for a folder that holds a run, or anything else, and is not to be resumed: nothing in it
+    is overwritten. A run that failed before its first step is started anew.
     """
     path, text = run / CONFIG, to_json(config)
-    if path.exists() and not resume and not (run / METRICS).exists():
-        shutil.rmtree(run / "data", ignore_errors=True)  # made from what the failed start named
-        (run / TOKENIZER).unlink(missing_ok=True)
-        path.unlink()
     if not path.exists():
+        if others := sorted(p.name for p in run.iterdir() if p.name != LOCK):
+            raise FileExistsError(f"{run} holds {others[0]} and no run; name a new folder by --run")
         path.write_text(text, encoding="utf-8")
         return
-    if not resume:
-        raise FileExistsError(
-            f"{run} holds a run already; go on with it by --resume, or name another by --run"
-        )
     try:
         saved, current = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+        ours = set(saved) == set(current)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a run's configuration: {error}") from error
+    if not resume:
+        if (run / METRICS).exists() or not ours:
+            raise FileExistsError(
+                f"{run} holds a run already; go on with it by --resume, or name another by --run"
+            )
+        for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
+            made.unlink(missing_ok=True)  # from what the failed start named
+        path.write_text(text, encoding="utf-8")
+        return
     for name in CHANGEABLE:
         saved.pop(name, None)
         current.pop(name, None)

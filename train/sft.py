@@ -12,7 +12,6 @@ from typing import Literal
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, model_folder
-from hotlap.train.checkpoint import verify_if_hashed
 from hotlap.train.conversations import (
     built_in,
     conversation_rows,
@@ -77,7 +76,6 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     config = config.validate()
     device = default_device()
     base = model_folder(config.base)
-    verify_if_hashed(base)
     model, tokenizer = load_model(base, device, compute_dtype(config.dtype, device))
     train, held_out = split_conversations(conversations(config))
     if same := len(
@@ -112,8 +110,6 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         compile_model(model, config.compile, config.loop.steps - start)
         kept = state | {"stage": "sft", "data": data_id}
         evaluate = partial(validation, model, held_out_rows, tokenizer, step_rows["micro_rows"])
-        if start >= config.loop.steps:
-            return evaluate()
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, start=start, **step_rows)), next_token_loss,

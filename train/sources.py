@@ -238,7 +238,9 @@ def package_index() -> str:
         from pip._internal.configuration import Configuration
         from pip._internal.models.index import PyPI
     except ImportError:  # an environment without pip
-        return os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+        if index := os.environ.get("PIP_INDEX_URL"):
+            return index.rstrip("/")
+        raise OSError("this Python has no pip to ask for a package index; set PIP_INDEX_URL") from None
     configuration = Configuration(isolated=False)
     configuration.load()
     values = {key.split(".")[-1]: value for key, value in configuration.items()}

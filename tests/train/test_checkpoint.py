@@ -362,5 +362,36 @@ def test_a_file_cannot_be_a_run(tmp_path):
 def test_a_spoilt_configuration_of_a_run_is_named(tmp_path):
     open_run(tmp_path, OptimConfig(), resume=False)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"config\.json is not JSON"):
+    with pytest.raises(DataError, match=r"config\.json is not a run's configuration"):
         open_run(tmp_path, OptimConfig(), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_something_else_in_it_is_refused_and_kept_as_it_is(tmp_path, resume):
+    config = small_run(tmp_path, resume=resume)
+    (config.run / "data").mkdir(parents=True)
+    (config.run / "data" / "train_000000.bin").write_bytes(b"mine")
+    (config.run / "config.json").write_text('{"mine": 1}')
+    before = contents(config.run)
+    with pytest.raises((FileExistsError, ValueError)):
+        pretrain.pretrain(config)
+    assert contents(config.run) == before
+    (config.run / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="holds data and no run"):
+        pretrain.pretrain(config)
+    assert (config.run / "data" / "train_000000.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("at", [6, 12])
+def test_a_kill_while_validating_loses_no_line_of_the_metrics(tmp_path, at, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    config = small_run(tmp_path, loop=LoopConfig(12, evaluate_every=at, save_every=3))
+    monkeypatch.setattr(pretrain, "validation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(config)
+    monkeypatch.undo()
+    last = pretrain.pretrain(dataclasses.replace(config, resume=True))
+    assert [m["step"] for m in read_metrics(config.run / "metrics.jsonl")] == list(range(12))
+    assert last["step"] == 11 and "validation_loss" in last
