@@ -49,14 +49,16 @@ def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
 
 
 def measure(
-    variants: dict[str, Call], device: torch.device, *, sets: int = 1, seconds: float = 0.3
+    variants: dict[str, Call], device: torch.device, *, sets: int = 1, seconds: float = 0.3,
+    capture: bool = True,
 ) -> dict[str, Timing]:
     """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer
     set.
 
+    capture: whether to time a CUDA graph of the calls; not for whole training steps, whose optimisers synchronise.
     Raises what a variant raises; one that does not run should not be in here.
     """
-    blocks = {name: _block(call, device, sets) for name, call in variants.items()}
+    blocks = {name: _block(call, device, sets, capture) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     began, order = time.perf_counter(), list(variants)
     while time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES:
@@ -66,7 +68,7 @@ def measure(
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _block(call: Call, device: torch.device, sets: int) -> Callable[[], float]:
+def _block(call: Call, device: torch.device, sets: int, capture: bool) -> Callable[[], float]:
     """A function that runs the call as often as fills a block, and returns the seconds of one."""
     synchronize(device)
     began, calls = time.perf_counter(), 0
@@ -79,7 +81,7 @@ def _block(call: Call, device: torch.device, sets: int) -> Callable[[], float]:
     count = -(-count // sets) * sets if count > 1 else 1  # whole rounds of the buffer sets
     if device.type != "cuda":
         return lambda: _host_seconds(call, count, sets)
-    return _graph_block(call, max(count, sets), sets)
+    return _device_block(call, max(count, sets), sets, capture)
 
 
 def _host_seconds(call: Call, count: int, sets: int) -> float:
@@ -89,20 +91,18 @@ def _host_seconds(call: Call, count: int, sets: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def _graph_block(call: Call, count: int, sets: int) -> Callable[[], float]:
+def _device_block(call: Call, count: int, sets: int, capture: bool) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for i in range(count):
-                call(i % sets)
-        run = graph.replay
-    except RuntimeError:  # what cannot be captured, such as a call that synchronises, is timed as it is
-        torch.cuda.synchronize()
 
-        def run() -> None:
-            for i in range(count):
-                call(i % sets)
+    def run() -> None:
+        for i in range(count):
+            call(i % sets)
+
+    if capture:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
 
     def block() -> float:
         start.record()

@@ -1,0 +1,212 @@
+"""`hotlap bench kernels`: every operation by every provider that is installed, right first, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hotlap.bench import results
+from hotlap.bench.operations import Function, Operation, operations
+from hotlap.bench.peaks import Ceilings, device_state, measure_ceilings
+from hotlap.bench.plots import draw_kernels
+from hotlap.bench.timing import Timing, buffer_sets, measure
+from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.train.log import log
+
+ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than torch in the same dtype
+SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # that is counted against it
+CHECKED_ROWS = 2048  # of the sizes that are compared with float64
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Measure each operation: ours against torch, torch.compile, and every other provider that is installed."""
+
+    operations: tuple[str, ...] = ()
+    """Of rms_norm, relu2, rotary, attention, linear_cross_entropy and orthogonalize; none is all."""
+    rows: int = 0
+    """Rows of tokens; 0 is 16384 on a GPU, 1024 on a CPU."""
+    seconds: float = 0.2
+    """Time for each provider in each direction."""
+    compile: bool = True
+    """Measure torch.compile too, which takes a while to compile."""
+    out: Path | None = None
+    """Folder for the results; by default bench/results/DEVICE."""
+
+
+def bench_kernels(config: KernelsConfig) -> list[dict]:
+    """Measure everything, write kernels.json, .csv and .png, and return the rows.
+
+    A provider that is wrong is a row that says so and is not timed; out of memory is a row too.
+    """
+    if not config.seconds > 0 or config.rows < 0:
+        raise ValueError(f"seconds={config.seconds} must be positive and rows={config.rows} 0 or more")
+    device = default_device()
+    dtype = fast_dtype(device.type)
+    _, warnings = device_state(device)
+    for warning in warnings:
+        log.warning("warning: %s", warning)
+    ceilings = measure_ceilings(device)
+    log.info("measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s", ceilings.copy / 1e12, ceilings.product / 1e12)
+    count = config.rows or (16384 if device.type == "cuda" else 1024)
+    checked = {
+        (o.name, o.size.split()[0]): o
+        for o in operations(min(count, CHECKED_ROWS), device, dtype, config.operations)
+    }
+    rows: list[dict] = []
+    for operation in operations(count, device, dtype, config.operations):
+        small = checked[operation.name, operation.size.split()[0]]
+        rows += bench_operation(operation, small, config, ceilings, device)
+    folder = config.out or results.device_folder(device)
+    path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
+    draw_kernels(rows, path.with_suffix(".png"))
+    log.info("written to %s", path)
+    return rows
+
+
+def bench_operation(
+    operation: Operation, small: Operation, config: KernelsConfig, ceilings: Ceilings, device
+) -> list[dict]:
+    """The rows of one operation: for each direction and provider."""
+    providers, rows = {}, []
+    limit = allowed_error(small)
+    for name, function in operation.providers.items():
+        if name == "compile" and not config.compile:
+            continue
+        note = fault(small, small.providers[name], limit)
+        if note:
+            rows.append({"case": f"{operation.name} {operation.size}", "provider": name, "ms": None, "note": note})
+            log.error("%s %s by %s: %s", operation.name, operation.size, name, note)
+        else:
+            providers[name] = function
+    for direction in ("forward", "backward", "both") if operation.differentiable else ("forward",):
+        case = f"{operation.name} {direction} {operation.size}"
+        timings, failed = time_providers(operation, providers, direction, config.seconds, device)
+        rows += [{"case": case, "provider": name, "ms": None, "note": note} for name, note in failed.items()]
+        rows += [
+            row_of(case, name, timing, timings, operation, direction, ceilings) for name, timing in timings.items()
+        ]
+        for row in rows[-len(timings) :]:
+            log.info(
+                "%-46s %-14s %9.4f ms  %6.1f %% of the ceiling  %s",
+                case, row["provider"], row["ms"], 100 * row["share_of_ceiling"], ratio(row),
+            )  # fmt: skip
+    return rows
+
+
+def time_providers(
+    operation: Operation, providers: dict[str, Function], direction: str, seconds: float, device
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Timings of the providers that run, interleaved, and what the others failed with."""
+    size = sum(t.numel() * t.element_size() for t in operation.tensors())
+    sets = min(8, buffer_sets(size, device))
+    calls: dict[str, Callable[[int], object]] = {}
+    failed: dict[str, str] = {}
+    for name, function in providers.items():
+        try:
+            calls[name] = prepared(operation, function, direction, sets)
+            calls[name](0)
+        except torch.OutOfMemoryError:
+            calls.pop(name, None)
+            failed[name] = "out of memory"
+            torch.cuda.empty_cache()
+    return (measure(calls, device, sets=sets, seconds=seconds) if calls else {}), failed
+
+
+def prepared(operation: Operation, function: Function, direction: str, sets: int) -> Callable[[int], object]:
+    """A call on buffer set i: the forward pass alone, the backward pass alone, or both."""
+    inputs = [operation.tensors() for _ in range(sets)]
+    if direction == "forward":
+
+        def forward(i: int) -> Tensor:
+            with torch.no_grad():
+                return function(*inputs[i])
+
+        return forward
+    leaves = [[t.requires_grad_() for t in tensors[: operation.differentiable]] for tensors in inputs]
+    outputs = [function(*tensors) for tensors in inputs]
+    grads = [torch.randn_like(output) for output in outputs]
+    if direction == "backward":
+        return lambda i: torch.autograd.grad(outputs[i], leaves[i], grads[i], retain_graph=True)
+    return lambda i: torch.autograd.grad(function(*inputs[i]), leaves[i], grads[i])
+
+
+def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output and the gradients, for an output gradient that is the same whoever computes it."""
+    inputs = [
+        t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)
+    ]
+    output = function(*inputs)
+    if not operation.differentiable:
+        return [output.detach()]
+    generator = torch.Generator(output.device).manual_seed(1)
+    grad = torch.randn(output.shape, generator=generator, device=output.device)
+    grads = torch.autograd.grad(output, inputs[: operation.differentiable], grad.to(output.dtype))
+    return [output.detach(), *grads]
+
+
+def errors(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[float]:
+    """Relative distance of the output and each gradient from the reference in float64."""
+    exact = outcome(operation, operation.reference, tuple(t.double() if t.is_floating_point() else t for t in tensors))
+    found = outcome(operation, function, tensors)
+    return [
+        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(found, exact, strict=True)
+    ]
+
+
+def checked_tensors(operation: Operation) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return operation.tensors()
+
+
+def allowed_error(operation: Operation) -> list[float]:
+    """What a provider may be off, for the output and each gradient."""
+    tensors = checked_tensors(operation)
+    floor = SMALLEST_ERROR[tensors[0].dtype]
+    return [max(floor, ERROR_FACTOR * e) for e in errors(operation, operation.reference, tensors)]
+
+
+def fault(operation: Operation, function: Function, limit: list[float]) -> str:
+    """Why a provider cannot be timed, or nothing."""
+    try:
+        found = errors(operation, function, checked_tensors(operation))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "out of memory"
+    except (RuntimeError, NotImplementedError) as error:
+        return f"does not run: {str(error).splitlines()[0][:100]}"
+    for what, error, most in zip(("output", "gradient", "gradient", "gradient"), found, limit, strict=False):
+        if not error <= most:
+            return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
+    return ""
+
+
+def row_of(
+    case: str, name: str, timing: Timing, all_of: dict[str, Timing], operation: Operation, direction: str,
+    ceilings: Ceilings,
+) -> dict:  # fmt: skip
+    """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other provider."""
+    part = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[direction]
+    moved, flops = sum(operation.bytes[part]), sum(operation.flops[part])
+    others = [t.median for other, t in all_of.items() if other != name]
+    row = {
+        "case": case,
+        "provider": name,
+        "ms": 1e3 * timing.median,
+        "ms_low": 1e3 * timing.low,
+        "ms_high": 1e3 * timing.high,
+        "tb_per_s": moved / timing.median / 1e12 if moved else None,
+        "tflops": flops / timing.median / 1e12 if flops else None,
+        "share_of_ceiling": (moved / ceilings.copy if moved else flops / ceilings.product) / timing.median,
+        "best_other_over_this": min(others) / timing.median if others else None,
+    }
+    return row
+
+
+def ratio(row: dict) -> str:
+    best = row["best_other_over_this"]
+    return "" if best is None else f"{best:.2f}x the best other"

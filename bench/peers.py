@@ -1,0 +1,179 @@
+"""`hotlap bench peers`: a training step of nanoGPT and of nanochat, from the user's checkouts, beside ours, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hotlap.bench import results
+from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.timing import measure
+from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.config import GPTConfig
+from hotlap.model.gpt import GPT
+from hotlap.train.log import log
+from hotlap.train.optim import MuonAdamW, OptimConfig
+
+Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
+
+
+@dataclass(frozen=True)
+class PeersConfig:
+    """Time a whole training step (forward, backward, optimiser) of a peer and of ours at one shape and batch."""
+
+    nanogpt: Path | None = None
+    """Your checkout of nanoGPT."""
+    nanochat: Path | None = None
+    """Your checkout of nanochat, whose requirements must be installed."""
+    models: tuple[str, ...] = ()
+    """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and 124m, d12 and d24 on a GPU."""
+    rows: int = 0
+    """Rows of the model's context in a step; 0 is a usual number."""
+    seconds: float = 5.0
+    """Time for each."""
+    out: Path | None = None
+    """Folder for the results; by default bench/results/DEVICE."""
+
+
+def bench_peers(config: PeersConfig) -> list[dict]:
+    """Measure every pair, write peers.json and .csv, and return the rows."""
+    builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
+    paths = {name: getattr(config, name) for name in builders if getattr(config, name)}
+    if not paths:
+        raise ValueError("no peer to measure against; name a checkout by --nanogpt PATH or --nanochat PATH")
+    for name, path in paths.items():
+        if not path.is_dir():
+            raise FileNotFoundError(f"no checkout of {name} at {path}")
+    device = default_device()
+    names = config.models or (("124m", "d12", "d24") if device.type == "cuda" else ("tiny",))
+    shapes = {name: model_config(name) for name in names}
+    rows: list[dict] = []
+    for name, shape in shapes.items():
+        for peer, path in paths.items():
+            rows += bench_pair(name, shape, peer, builders[peer], path, config, device)
+    path = results.save("peers", rows, config.out or results.device_folder(device), device)
+    log.info("written to %s", path)
+    return rows
+
+
+def bench_pair(
+    name: str, shape: GPTConfig, peer: str, build: Callable, path: Path, config: PeersConfig, device
+) -> list[dict]:
+    """Our step and a peer's, interleaved. For nanoGPT ours has the plain shape, without the speedrun extras."""
+    if peer == "nanogpt":
+        shape = dataclasses.replace(
+            shape, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False, backout=False,
+            softcap=0.0,
+        )  # fmt: skip
+    count = config.rows or ROWS[name]
+    tokens = torch.randint(shape.vocab_size, (2, count, shape.context + 1), device=device)
+    steps: dict[str, Step] = {"hotlap": our_step(shape, device), peer: build(path, shape, device)}
+    timings = measure(
+        {who: (lambda i, step=step: step(tokens[i])) for who, step in steps.items()},
+        device, sets=2, seconds=config.seconds, capture=False,
+    )  # fmt: skip
+    rows = []
+    for who, timing in timings.items():
+        rows.append(
+            {
+                "case": f"step {name} {count}x{shape.context} beside {peer}",
+                "provider": who,
+                "ms": 1e3 * timing.median,
+                "ms_low": 1e3 * timing.low,
+                "ms_high": 1e3 * timing.high,
+                "tokens_per_second": count * shape.context / timing.median,
+                "times_as_fast_as_peer": timings[peer].median / timing.median,
+            }
+        )
+        log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in rows[-1].items()))
+    return rows
+
+
+def our_step(shape: GPTConfig, device) -> Step:
+    with torch.device("meta"):
+        model = GPT(shape, fast_dtype(device.type))
+    model.to_empty(device=device).init_weights()
+    optimizer = MuonAdamW(model, OptimConfig())
+    if device.type == "cuda":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+    def step(tokens: Tensor) -> None:
+        (model(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def nanogpt_step(path: Path, shape: GPTConfig, device) -> Step:
+    """nanoGPT's step as its train.py takes it: AdamW, clipping, bf16 under autocast and compiled on a GPU."""
+    module = module_at("nanogpt_model", path / "model.py")
+    config = module.GPTConfig(
+        block_size=shape.context, vocab_size=shape.vocab_size, n_layer=shape.layers, n_head=shape.heads,
+        n_embd=shape.width, dropout=0.0, bias=False,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        model = module.GPT(config).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    on_gpu = device.type == "cuda"
+    forward = torch.compile(model) if on_gpu else model
+
+    def step(tokens: Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            _, loss = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
+    """nanochat's step as its base_train.py takes it: its own Muon and AdamW, the model compiled on a GPU."""
+    sys.path.insert(0, str(path))
+    try:
+        from nanochat import gpt
+    except ImportError as error:
+        raise ImportError(f"nanochat at {path} cannot be imported ({error}); install its requirements") from error
+    finally:
+        sys.path.remove(str(path))
+    config = gpt.GPTConfig(
+        sequence_len=shape.context, vocab_size=shape.vocab_size, n_layer=shape.layers, n_head=shape.heads,
+        n_kv_head=shape.kv_heads, n_embd=shape.width, window_pattern=shape.window_pattern,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        with torch.device("meta"):
+            model = gpt.GPT(config)
+        model.to_empty(device=device)
+        model.init_weights()
+        optimizer = model.setup_optimizer()
+    forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+
+    def step(tokens: Tensor) -> None:
+        forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def module_at(name: str, path: Path) -> ModuleType:
+    """A module from a file, under a name of its own."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; is that a checkout of the peer?")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
