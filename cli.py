@@ -14,6 +14,7 @@ COMMANDS = {
     "sft": "teach a base model to converse",
     "eval": "score a model on held-out questions",
     "report": "write a run's report again",
+    "bench": "judge the kernels: hotlap bench static | tune",
     "chat": "talk to a model",
 }
 
@@ -41,6 +42,8 @@ def run(command: str, arguments: list[str]) -> int | None:
         from hotlap.chat import main as chat
 
         return chat(arguments)
+    if command == "bench":
+        return bench(arguments)
     from hotlap.train import options
 
     if command == "pretrain":
@@ -81,6 +84,19 @@ def run(command: str, arguments: list[str]) -> int | None:
     else:
         options.known(command, COMMANDS, "command")
     return None
+
+
+def bench(arguments: list[str]) -> int:
+    from hotlap.train import options
+
+    name = options.known(arguments[0] if arguments else "", ("static", "tune"), "bench")
+    if name == "static":
+        from hotlap.bench import static
+
+        return static.main(options.parse(static.StaticConfig, arguments[1:], command="bench static"))
+    from hotlap.bench import tune
+
+    return tune.main(options.parse(tune.TuneConfig, arguments[1:], command="bench tune"))
 
 
 def speedrun(arguments: list[str]) -> int | None:

@@ -8,5 +8,6 @@ from setuptools import setup
 
 setup(
     package_dir={"hotlap": "."},
-    packages=["hotlap", "hotlap.kernels", "hotlap.model", "hotlap.train", "hotlap.train.tasks"],
+    packages=["hotlap"]
+    + [f"hotlap.{folder}" for folder in ("bench", "kernels", "model", "train", "train.tasks")],
 )

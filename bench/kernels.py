@@ -18,13 +18,19 @@ from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
 ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than torch in the same dtype
-SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # that is counted against it
+SMALLEST_ERROR = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}  # that is counted against it
 CHECKED_ROWS = 2048  # of the sizes that are compared with float64
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Measure each operation: ours against torch, torch.compile, and every other provider that is installed."""
+    """Measure each operation: ours against torch, torch.compile, and every other provider that is
+    installed.
+    """
 
     operations: tuple[str, ...] = ()
     """Of rms_norm, relu2, rotary, attention, linear_cross_entropy and orthogonalize; none is all."""
@@ -51,7 +57,11 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
     for warning in warnings:
         log.warning("warning: %s", warning)
     ceilings = measure_ceilings(device)
-    log.info("measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s", ceilings.copy / 1e12, ceilings.product / 1e12)
+    log.info(
+        "measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s",
+        ceilings.copy / 1e12,
+        ceilings.product / 1e12,
+    )
     count = config.rows or (16384 if device.type == "cuda" else 1024)
     checked = {
         (o.name, o.size.split()[0]): o
@@ -79,7 +89,9 @@ def bench_operation(
             continue
         note = fault(small, small.providers[name], limit)
         if note:
-            rows.append({"case": f"{operation.name} {operation.size}", "provider": name, "ms": None, "note": note})
+            rows.append(
+                {"case": f"{operation.name} {operation.size}", "provider": name, "ms": None, "note": note}
+            )
             log.error("%s %s by %s: %s", operation.name, operation.size, name, note)
         else:
             providers[name] = function
@@ -88,7 +100,8 @@ def bench_operation(
         timings, failed = time_providers(operation, providers, direction, config.seconds, device)
         rows += [{"case": case, "provider": name, "ms": None, "note": note} for name, note in failed.items()]
         rows += [
-            row_of(case, name, timing, timings, operation, direction, ceilings) for name, timing in timings.items()
+            row_of(case, name, timing, timings, operation, direction, ceilings)
+            for name, timing in timings.items()
         ]
         for row in rows[-len(timings) :]:
             log.info(
@@ -137,9 +150,7 @@ def prepared(operation: Operation, function: Function, direction: str, sets: int
 
 def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """The output and the gradients, for an output gradient that is the same whoever computes it."""
-    inputs = [
-        t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)
-    ]
+    inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
     output = function(*inputs)
     if not operation.differentiable:
         return [output.detach()]
@@ -151,10 +162,13 @@ def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...
 
 def errors(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[float]:
     """Relative distance of the output and each gradient from the reference in float64."""
-    exact = outcome(operation, operation.reference, tuple(t.double() if t.is_floating_point() else t for t in tensors))
+    exact = outcome(
+        operation, operation.reference, tuple(t.double() if t.is_floating_point() else t for t in tensors)
+    )
     found = outcome(operation, function, tensors)
     return [
-        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(found, exact, strict=True)
+        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+        for a, b in zip(found, exact, strict=True)
     ]
 
 
@@ -189,7 +203,9 @@ def row_of(
     case: str, name: str, timing: Timing, all_of: dict[str, Timing], operation: Operation, direction: str,
     ceilings: Ceilings,
 ) -> dict:  # fmt: skip
-    """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other provider."""
+    """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other
+    provider.
+    """
     part = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[direction]
     moved, flops = sum(operation.bytes[part]), sum(operation.flops[part])
     others = [t.median for other, t in all_of.items() if other != name]

@@ -1,4 +1,6 @@
-"""What `hotlap bench kernels` measures: each operation with its inputs, its reference, who provides it, and its costs."""
+"""What `hotlap bench kernels` measures: each operation with its inputs, its reference, who provides it, and
+its costs.
+"""
 # B batch, T time, D width, H heads, C head dim, V vocab, N rows = B * T
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Operation:
     flops: tuple[float, float] = (0, 0)  # where products bound it
 
 
-def operations(rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> list[Operation]:
+def operations(
+    rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
+) -> list[Operation]:
     """Every named operation at the sizes of d12 and d24, for `rows` rows of tokens."""
     builders = {
         "rms_norm": rms_norm_at,
@@ -174,9 +178,7 @@ def linear_cross_entropy_at(
     )  # fmt: skip
 
 
-def orthogonalize_at(
-    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
-) -> Operation:
+def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
     layers = 12 if width == WIDTHS["d12"] else 24
     symmetric = 2 * width * width * 4 * width  # X X^T and (...) X of a matrix of width x 4 width
     flops = layers * len(COEFFICIENTS) * (2 * symmetric + 2 * width**3)

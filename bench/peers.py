@@ -1,4 +1,6 @@
-"""`hotlap bench peers`: a training step of nanoGPT and of nanochat, from the user's checkouts, beside ours, in one run."""
+"""`hotlap bench peers`: a training step of nanoGPT and of nanochat, from the user's checkouts, beside ours,
+in one run.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
 
 @dataclass(frozen=True)
 class PeersConfig:
-    """Time a whole training step (forward, backward, optimiser) of a peer and of ours at one shape and batch."""
+    """Time a whole training step (forward, backward, optimiser) of a peer and of ours at one shape and
+    batch.
+    """
 
     nanogpt: Path | None = None
     """Your checkout of nanoGPT."""
@@ -49,7 +53,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
     builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
     paths = {name: getattr(config, name) for name in builders if getattr(config, name)}
     if not paths:
-        raise ValueError("no peer to measure against; name a checkout by --nanogpt PATH or --nanochat PATH")
+        raise ValueError("no peer; name a checkout by --nanogpt PATH or --nanochat PATH")
     for name, path in paths.items():
         if not path.is_dir():
             raise FileNotFoundError(f"no checkout of {name} at {path}")
@@ -68,7 +72,9 @@ def bench_peers(config: PeersConfig) -> list[dict]:
 def bench_pair(
     name: str, shape: GPTConfig, peer: str, build: Callable, path: Path, config: PeersConfig, device
 ) -> list[dict]:
-    """Our step and a peer's, interleaved. For nanoGPT ours has the plain shape, without the speedrun extras."""
+    """Our step and a peer's, interleaved. For nanoGPT ours has the plain shape, without the speedrun
+    extras.
+    """
     if peer == "nanogpt":
         shape = dataclasses.replace(
             shape, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False, backout=False,
@@ -145,7 +151,9 @@ def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
     try:
         from nanochat import gpt
     except ImportError as error:
-        raise ImportError(f"nanochat at {path} cannot be imported ({error}); install its requirements") from error
+        raise ImportError(
+            f"nanochat at {path} cannot be imported ({error}); install its requirements"
+        ) from error
     finally:
         sys.path.remove(str(path))
     config = gpt.GPTConfig(

@@ -8,7 +8,9 @@ from hotlap.train.log import log
 
 
 def draw_kernels(rows: list[dict], path: Path) -> bool:
-    """A bar for each case and provider: its share of the measured ceiling. False where matplotlib is missing."""
+    """A bar for each case and provider: its share of the measured ceiling. False where matplotlib is
+    missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

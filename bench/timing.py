@@ -49,14 +49,18 @@ def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
 
 
 def measure(
-    variants: dict[str, Call], device: torch.device, *, sets: int = 1, seconds: float = 0.3,
+    variants: dict[str, Call],
+    device: torch.device,
+    *,
+    sets: int = 1,
+    seconds: float = 0.3,
     capture: bool = True,
 ) -> dict[str, Timing]:
     """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer
     set.
 
-    capture: whether to time a CUDA graph of the calls; not for whole training steps, whose optimisers synchronise.
-    Raises what a variant raises; one that does not run should not be in here.
+    capture: whether to time a CUDA graph of the calls; not for whole training steps, whose optimisers
+    synchronise. Raises what a variant raises; one that does not run should not be in here.
     """
     blocks = {name: _block(call, device, sets, capture) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,8 +1,16 @@
-"""Cross-entropy of the head's logits, with softcap: -log softmax(cap * tanh(x W^T / cap))[target].
+"""Cross-entropy -log softmax(s)[target] of softcapped logits s = cap tanh(x / cap), with z-loss.
 
-The product and the loss are one operation, so that the logits, which at 32768 words take more memory than the
-rest of the model's activations together, exist only a chunk of rows at a time. The gradients of a chunk are
-computed while its logits are at hand; the backward pass only scales them.
+Over given logits: one pass reads them once and keeps a running maximum and sum (online softmax, Milakov and
+Gimelshein, 2018); the gradient is a second pass. With z-loss z logsumexp(s)^2,
+
+    dx = dloss (softmax(s) (1 + 2 z logsumexp(s)) - [target]) (1 - (s / cap)^2)
+
+Bound by memory: N V e bytes forward and 2 N V e backward for elements of e bytes; about 4 N V FLOPs forward
+and 5 N V backward, and N V exponentials in each.
+
+`linear_cross_entropy` is the head's product and the loss in one operation, so that the logits, which at 32768
+words take more memory than the rest of the model's activations together, exist only a chunk of rows at a
+time. The gradients of a chunk are computed while its logits are at hand; the backward pass only scales them.
 """
 # N tokens, D width, V vocab
 
@@ -11,15 +19,219 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import wrap_triton
+
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
 IGNORE = -1  # the target of a token that carries no loss
 CHUNK_BYTES = 8 << 20  # of float32 logits: what stays in a cache
 
 
 def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap) in float32 (Gemma 2); 0 only converts."""
-    logits = logits.float()
+    """softcap * tanh(logits / softcap) in float32 or wider (Gemma 2); 0 only converts."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def cross_entropy_ref(
+    logits: Tensor, targets: Tensor, softcap: float = 0.0, reduction: str = "mean", z_loss: float = 0.0
+) -> Tensor:
+    """The specification, in float32 or wider."""
+    carries = targets != IGNORE
+    logits = softcap_logits(logits.masked_fill(~carries.unsqueeze(-1), 0.0), softcap)
+    lse = logits.logsumexp(-1)
+    target = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return reduce(torch.where(carries, lse - target + z_loss * lse.square(), 0.0), targets, reduction)
+
+
+def reduce(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The losses of the tokens themselves, their sum, or their mean over the tokens that carry a loss."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+@jit
+def _tanh(x):
+    """To 1e-7 of 1; the kernels' language has none that also runs interpreted."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@jit
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)  # log2(e)
+
+
+@jit
+def _cross_entropy_forward_kernel(
+    logits, targets, losses, lse, stride, V, softcap, z_loss,
+    CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    # Each of LANES columns keeps its own maximum and sum, and takes DEEP words at a time: threads meet only
+    # at the end of the row.
+    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
+    x = logits + row * stride
+    word = tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    top = tl.full((LANES,), -1e30, tl.float32)  # finite, so that no difference is of infinities
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, DEEP * LANES):
+        real = start + word < V
+        s = tl.load(x + start + word, real, other=float("-inf")).to(tl.float32)  # (DEEP, LANES)
+        if CAPPED:
+            s = tl.where(real, softcap * _tanh(s / softcap), float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 0))
+        total = total * _exp(top - higher) + tl.sum(_exp(s - higher[None, :]), 0)
+        top = higher
+    highest = tl.max(top, 0)
+    log_total = tl.log2(tl.sum(total * _exp(top - highest), 0)) * 0.6931471805599453  # ln(2)
+    norm = highest + log_total
+    tl.store(lse + row, norm)
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < V)
+    s = tl.load(x + target, known, other=float("nan")).to(
+        tl.float32
+    )  # no silent loss for a word there is not
+    if CAPPED:
+        s = softcap * _tanh(s / softcap)
+    loss = (highest - s) + log_total + z_loss * norm * norm
+    tl.store(losses + row, tl.where(target >= 0, loss, 0.0))
+
+
+@jit
+def _cross_entropy_backward_kernel(
+    dloss, logits, targets, lse, dlogits, stride_dloss, stride, stride_out, V, softcap, z_loss,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One block of one row. dlogits may be logits: each is written where it was read.
+    blocks = tl.cdiv(V, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    word = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
+    target = tl.load(targets + row)
+    scale = tl.where(target >= 0, tl.load(dloss + row * stride_dloss).to(tl.float32), 0.0)
+    norm = tl.load(lse + row)
+    s = tl.load(logits + row * stride + word, word < V, other=0.0).to(tl.float32)
+    if CAPPED:
+        t = _tanh(s / softcap)
+        s = softcap * t
+    d = _exp(s - norm) * (1.0 + 2.0 * z_loss * norm) - tl.where(word == target, 1.0, 0.0)
+    if CAPPED:
+        d *= 1.0 - t * t
+    d = tl.where(scale == 0.0, 0.0, d * scale)  # a token without loss has no gradient, whatever its logits
+    tl.store(dlogits + row * stride_out + word, d.to(dlogits.dtype.element_ty), word < V)
+
+
+def _cross_entropy_forward_tiles(_: int, device: Device) -> list[Tile]:
+    """So wide that no two threads share a column: 8 columns a thread, or a multiple."""
+    sizes = ((4, 1024, 4), (4, 2048, 8), (2, 2048, 8), (8, 1024, 4), (4, 4096, 16))
+    return [Tile({"DEEP": deep, "LANES": lanes * device.warp // 32}, warps) for deep, lanes, warps in sizes]
+
+
+def _cross_entropy_backward_tiles(_: int, __: Device) -> list[Tile]:
+    return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (4096, 8), (4096, 4), (1024, 4))]
+
+
+def _forward(
+    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and the logarithms of the softmax's denominators (N,), both float32."""
+    N, V = logits.shape
+    losses, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    if N:
+        logits, targets = as_rows(logits), targets.contiguous()
+        tile = pick_tile(_cross_entropy_forward_tiles, 0, device_facts(logits.device))
+        with torch.cuda.device_of(logits):
+            wrap_triton(_cross_entropy_forward_kernel)[(N,)](
+                logits, targets, losses, lse, logits.stride(0), V, softcap, z_loss,
+                CAPPED=softcap > 0, **tile.arguments,
+            )  # fmt: skip
+    return losses, lse
+
+
+def _backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
+) -> Tensor:
+    return _write_gradient(dloss, logits, targets, lse, softcap, z_loss, _empty(logits))
+
+
+def _write_gradient(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, out: Tensor
+) -> Tensor:
+    """The gradient of the logits, written to out, which may be the logits."""
+    N, V = logits.shape
+    if N:
+        logits, targets = as_rows(logits), targets.contiguous()
+        tile = pick_tile(_cross_entropy_backward_tiles, 0, device_facts(logits.device))
+        grid = (N * triton.cdiv(V, tile.blocks["BLOCK"]),)
+        with torch.cuda.device_of(logits):
+            wrap_triton(_cross_entropy_backward_kernel)[grid](
+                dloss, logits, targets, lse, out, dloss.stride(0), logits.stride(0), out.stride(0),
+                V, softcap, z_loss, CAPPED=softcap > 0, **tile.arguments,
+            )  # fmt: skip
+    return out
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _save(ctx, inputs, output):
+    logits, targets, ctx.softcap, ctx.z_loss, ctx.in_place = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dloss, _):
+    logits, targets, lse = ctx.saved_tensors
+    if ctx.in_place and logits.stride(1) == 1:
+        dlogits = _write_gradient(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss, logits.detach())
+        torch.autograd.graph.increment_version(logits)  # whoever else needs the logits backward, is told
+    else:
+        dlogits = _cross_entropy_backward(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss)
+    return dlogits, None, None, None, None
+
+
+_cross_entropy_backward = kernel_op(
+    "cross_entropy_backward", _backward, lambda dloss, logits, *_: _empty(logits)
+)
+_cross_entropy = kernel_op(
+    "cross_entropy",
+    _forward,
+    lambda logits, *_: tuple(
+        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2)
+    ),
+    _save,
+    _gradient,
+)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Loss of predicting targets (N,) int64, -1 for tokens without loss, by logits (N, V).
+
+    softcap: the logits are first bounded by softcap * tanh(logits / softcap); 0 is none. z_loss: weight of
+    logsumexp^2 (PaLM, Chowdhery et al., 2022). reduction: "sum", "mean" over the tokens with loss (0 where
+    none has one), or "none" for (N,). inplace_backward: the backward pass may overwrite the logits by their
+    gradient; it does so in eager Triton, while a compiler plans its memory itself. Returns float32, in nats.
+    """
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        shapes = f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes}; they have to be (N, V) and (N,)")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is unknown; it can be none, mean or sum")
+    if not use_triton(logits):
+        return cross_entropy_ref(logits, targets, softcap, reduction, z_loss)
+    in_place = inplace_backward and not torch.compiler.is_compiling()
+    return reduce(_cross_entropy(logits, targets, softcap, z_loss, in_place)[0], targets, reduction)
 
 
 def linear_cross_entropy_ref(
@@ -28,6 +240,12 @@ def linear_cross_entropy_ref(
     """The specification: all logits at once, in float32 after the product."""
     logits = softcap_logits(F.linear(x, head.to(x.dtype)), softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+def chunk_rows(V: int, D: int) -> int:
+    """Rows of a chunk: few enough for a cache, unless each chunk's pass over the (V, D) sum of dW would cost
+    more than its pass over the logits."""
+    return max(CHUNK_BYTES // (4 * V), 2 * D)
 
 
 class ChunkedSum(torch.autograd.Function):
@@ -39,7 +257,7 @@ class ChunkedSum(torch.autograd.Function):
         weight = head.to(x.dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
         total = torch.zeros((), device=x.device)
-        rows = max(1, CHUNK_BYTES // (4 * V))
+        rows = chunk_rows(V, x.shape[1])
         for start in range(0, N, rows):
             part, target = x[start : start + rows], targets[start : start + rows]
             logits = (part @ weight.T).float()  # (rows, V)
@@ -77,7 +295,7 @@ def linear_cross_entropy(
     over the tokens with loss, or "none" for (N,). Returns float32, in nats.
     """
     if not torch.is_grad_enabled():
-        rows = max(1, CHUNK_BYTES // (4 * len(head)))
+        rows = chunk_rows(*head.shape)
         parts = zip(x.split(rows), targets.split(rows), strict=True)
         losses = torch.cat([linear_cross_entropy_ref(p, head, t, softcap, "none") for p, t in parts])
         if reduction == "none":
@@ -87,3 +305,37 @@ def linear_cross_entropy(
         return linear_cross_entropy_ref(x, head, targets, softcap, reduction)
     total = ChunkedSum.apply(x, head, targets, softcap)
     return total / (targets != IGNORE).sum() if reduction == "mean" else total
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """For the static gate and the tuner: logits of 50304 words, with and without softcap."""
+    t, N, V = f"*{type_name(dtype)}", 8192, 50304
+
+    def data(device):
+        return torch.randn(N, V, device=device, dtype=dtype), torch.randint(V, (N,), device=device)
+
+    def of(softcap: float) -> list[Case]:
+        scalars = {"V": "i32", "softcap": "fp64", "z_loss": "fp64", "CAPPED": softcap > 0}
+        forward = {"logits": t, "targets": "*i64", "losses": "*fp32", "lse": "*fp32", "stride": "i32"}
+        backward = {"dloss": "*fp32", "logits": t, "targets": "*i64", "lse": "*fp32", "dlogits": t}
+        backward |= dict.fromkeys(("stride_dloss", "stride", "stride_out"), "i32")
+
+        def run_forward(device):
+            logits, targets = data(device)
+            return lambda: _forward(logits, targets, softcap, 0.0, False)
+
+        def run_backward(device):
+            logits, targets = data(device)
+            losses, lse = _forward(logits, targets, softcap, 0.0, False)
+            return lambda: _backward(losses, logits, targets, lse, softcap, 0.0)
+
+        variant = "softcap" if softcap else ""
+        forward_table, backward_table = _cross_entropy_forward_tiles, _cross_entropy_backward_tiles
+        return [
+            Case("_cross_entropy_forward_kernel", forward | scalars, forward_table, 0, run_forward, variant),
+            Case(
+                "_cross_entropy_backward_kernel", backward | scalars, backward_table, 0, run_backward, variant
+            ),
+        ]
+
+    return [*of(0.0), *of(15.0)]

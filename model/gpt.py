@@ -19,7 +19,7 @@ from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import linear_cross_entropy, softcap_logits
 from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.relu2 import relu2
-from hotlap.kernels.rms_norm import rms_norm
+from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 from hotlap.model.config import GPTConfig
 
@@ -100,8 +100,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, cos, sin, document_start, cache) -> Tensor:
-        x = x + self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
-        return x + self.mlp(rms_norm(x))
+        attended = self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
+        normalised, x = rms_norm_residual(attended, x)  # x + attended
+        return x + self.mlp(normalised)
 
 
 class GPT(nn.Module):

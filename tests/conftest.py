@@ -1,9 +1,14 @@
 """What all tests share: small real things, made once."""
 
 import logging
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tools import tiny_config, train_tiny_tokenizer
 
 from hotlap.model.gpt import GPT

@@ -1,0 +1,304 @@
+"""`hotlap bench static`: compile every kernel for GPUs that are not here, and read what the compilers say.
+
+No driver is needed. A kernel fails where it does not compile or fit the shared memory, spills registers at
+its default tile, misses tensor cores with a product, computes in float64 (floats arrive in it from Inductor,
+but have to be narrowed first), reads tiles of 16-bit numbers in less than 16 bytes a thread although rows are
+aligned, or keeps more programs on a processor than fit there. Results are cached by the source of the kernel
+and the versions of the tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hotlap.kernels.dispatch import INTERPRETED, Device, triton
+from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
+
+MODULES = ("rms_norm", "rotary", "relu2", "cross_entropy")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Target(NamedTuple):
+    """A GPU architecture: what a block, and what a processor holds."""
+
+    device: Device
+    backend: str
+    architecture: int | str
+    tensor_core: str  # pattern of the instruction
+    shared: int  # bytes of a processor
+    warps: int  # of a processor
+    blocks: int  # of a processor
+    registers: int = 65536  # of a processor, 32 bits each
+
+
+def nvidia(
+    name: str, compute: int, tensor_core: str, shared_kib: int, warps: int, blocks: int, processors: int
+):
+    block = (shared_kib - 1) << 10  # a block's reserve
+    return Target(
+        Device(name, block, processors), "cuda", compute, tensor_core, shared_kib << 10, warps, blocks
+    )
+
+
+TARGETS = {
+    "sm_80": nvidia("A100", 80, r"mma\.sync", 164, 64, 32, 108),
+    "sm_89": nvidia("RTX 4090", 89, r"mma\.sync", 100, 48, 24, 128),
+    "sm_90": nvidia("H100", 90, r"wgmma\.mma", 228, 64, 32, 132),
+    "sm_100": nvidia("B200", 100, r"tcgen05\.mma", 228, 64, 32, 148),
+    "sm_120": nvidia("RTX 5090", 120, r"mma\.sync", 100, 48, 24, 170),
+    "gfx942": Target(
+        Device("MI300X", 65536, 304, warp=64),
+        "hip",
+        "gfx942",
+        r"v_mfma",
+        65536,
+        32,
+        32,
+        registers=4 * 512 * 64,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StaticConfig:
+    """Compile every kernel for GPUs that are not here, and fail where one would run badly."""
+
+    arch: tuple[str, ...] = tuple(TARGETS)
+    """Targets: sm_80 sm_89 sm_90 sm_100 sm_120 gfx942."""
+    kernel: tuple[str, ...] = MODULES
+    """Files of kernels, such as rms_norm."""
+    all: bool = False
+    """Every tile of the tables and float16 too, not only what is used where nothing was tuned."""
+
+
+class Job(NamedTuple):
+    """One compilation, by name: what a worker process can look up again."""
+
+    module: str  # to import
+    case: int
+    dtype: str
+    target: str
+    tile: int  # in the table
+    default: bool
+
+
+def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
+    """modules: the module to import for each name in config.kernel."""
+    found = []
+    for name in config.kernel:
+        for dtype in DTYPES if config.all else ("fp32", "bf16"):
+            for i, case in enumerate(importlib.import_module(modules[name]).cases(DTYPES[dtype])):
+                for target in config.arch:
+                    device = TARGETS[target].device
+                    table = list(case.table(case.size, device))
+                    fitting = [table.index(tile) for tile in fitting_tiles(case.table, case.size, device)]
+                    for tile in fitting if config.all else fitting[:1]:
+                        found.append(Job(modules[name], i, dtype, target, tile, tile == fitting[0]))
+    return found
+
+
+def examine(job: Job) -> dict[str, Any]:
+    """Compile, or find the result in the cache: the row of the table, with the list of its faults."""
+    module, target = importlib.import_module(job.module), TARGETS[job.target]
+    case = module.cases(DTYPES[job.dtype])[job.case]
+    tile = list(case.table(case.size, target.device))[job.tile]
+    kernel = getattr(module, case.kernel)
+    identity = repr((job, case.arguments, tile, kernel.cache_key, triton.__version__))
+    digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
+    stored = user_cache() / "static" / f"{digest}.json"
+    if stored.exists():
+        return json.loads(stored.read_text())
+    row = {
+        "kernel": case.kernel.strip("_").removesuffix("_kernel"),
+        "case": " ".join(filter(None, (str(case.size or ""), job.dtype, case.variant))),
+        "target": job.target,
+        "tile": "x".join(str(size) for size in tile.blocks.values()) + f" w{tile.warps} s{tile.stages}",
+    }
+    try:
+        row |= judge(compile_case(kernel, case.arguments, tile, target), tile, target, job.default)
+    except Exception as error:  # whatever the compiler throws is the finding
+        row["faults"] = [f"does not compile: {type(error).__name__} {' '.join(str(error).split())[:200]}"]
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    part = stored.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(row))
+    part.replace(stored)
+    return row
+
+
+def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
+    """Triton's compiled kernel. Pointers and integers are multiples of 16, as they are for aligned rows."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = {"STAGES": tile.stages, **tile.blocks, **arguments}
+    signature, constants, aligned = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if isinstance(values[name], str):
+            signature[name] = values[name]
+            if values[name][0] in "*i":
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[name] = "constexpr", values[name]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    gpu = GPUTarget(target.backend, target.architecture, target.device.warp)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def judge(compiled, tile: Tile, target: Target, default: bool) -> dict[str, Any]:
+    """Numbers of a compiled kernel, and its faults."""
+    code, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
+    if target.backend == "cuda":
+        registers, spilled = resources(compiled.asm["cubin"])
+        instructions = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", code, re.MULTILINE)
+        narrowing = ("ld.", "mov.", "cvt.rn.f32.f64")
+        float64 = {name for name in instructions if ".f64" in name and not name.startswith(narrowing)}
+    else:
+        registers = max(int(x) for x in re.findall(r"\.vgpr_count: +(\d+)", code))
+        spilled = sum(4 * int(x) for x in re.findall(r"\.[sv]gpr_spill_count: +(\d+)", code))
+        float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
+    resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
+    products = len(re.findall(target.tensor_core, code))
+    wanted, loads = tile_bytes(compiled.asm["ttir"], target.device.warp * tile.warps), accesses(code, "load")
+    wide = sum(size for size in loads if size >= 16)  # less than wanted also where branches share a load
+    narrow = sum(loads) - wide
+    faults = []
+    if shared > target.device.shared_memory:
+        faults.append(f"needs {shared} bytes of shared memory; a block has {target.device.shared_memory}")
+    if shared > tile.shared > 0:
+        faults.append(f"needs {shared} bytes of shared memory; its tile says {tile.shared}")
+    if spilled and default:
+        faults.append(f"spills {spilled} bytes a thread")
+    if "tt.dot" in compiled.asm["ttir"] and not products:
+        faults.append("has a product, and no tensor-core instruction")
+    if float64:
+        faults.append(f"computes in float64: {', '.join(sorted(float64))}")
+    if narrow >= wanted - wide > 0:
+        faults.append(
+            f"reads tiles narrowly: {narrow} bytes a thread in less than 16 at a time, {wide} in more"
+        )
+    if resident < tile.per_processor:
+        faults.append(f"keeps {tile.per_processor} programs on a processor that holds {resident}")
+    return {
+        "shared": shared,
+        "registers": registers,
+        "spilled": spilled,
+        "occupancy": round(resident * compiled.metadata.num_warps / target.warps, 2),
+        "products": products,
+        "load": max(loads, default=0),
+        "store": max(accesses(code, "store"), default=0),
+        "float64": len(float64),
+        "faults": faults,
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+def blocks_resident(registers: int, shared: int, warps: int, target: Target) -> int:
+    """How many blocks a processor holds at once."""
+    if target.backend == "cuda":
+        of_a_warp = -(-registers * 32 // 256) * 256
+        by_registers = target.registers // of_a_warp // warps
+    else:  # four units with 512 vector registers a lane each, shared out in eights, and at most eight waves
+        by_registers = 4 * min(8, 512 // max(8, -(-registers // 8) * 8)) // warps
+    reserve = 1024 if target.backend == "cuda" else 0
+    by_shared = target.shared // (shared + reserve) if shared else target.blocks
+    return min(by_registers, by_shared, target.warps // warps, target.blocks)
+
+
+def tile_bytes(ttir: str, threads: int) -> int:
+    """Bytes that each thread reads of whole tiles, in a kernel that reads tiles of 16-bit numbers; else 0."""
+    loads = re.findall(r"tt\.load .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>", ttir)
+    sizes = [(math.prod(map(int, shape.split("x"))), int(bits) // 8) for shape, bits in loads]
+    largest = max((size for size, _ in sizes), default=0)
+    tiles = [bytes_ for size, bytes_ in sizes if size == largest]
+    return sum(bytes_ * largest // threads for bytes_ in tiles) if 2 in tiles else 0
+
+
+AMD_BYTES = {
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "short": 2,
+    "ushort": 2,
+    "byte": 1,
+    "ubyte": 1,
+}
+
+
+def accesses(code: str, kind: str) -> list[int]:
+    """Bytes a thread of each global "load" or "store", in PTX or in AMD's assembly."""
+    found = []
+    for suffix in re.findall(rf"\b{'ld' if kind == 'load' else 'st'}\.global([\w.:]*)", code):
+        vector, bits = re.search(r"\.v(\d)\b", suffix), re.search(r"\d+$", suffix)
+        found.append(int(vector[1] if vector else 1) * int(bits[0]) // 8)
+    if kind == "load":
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], *\[[^]]*\], *(\w+)", code)
+        found += [int(size, 0) for size in copies]
+    words = re.findall(rf"\b(?:global|buffer|flat)_{kind}_([a-z]+\d?)", code)
+    return found + [AMD_BYTES[word] for word in words]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as text, one a line, with the faults below the row that has them."""
+    columns = [name for name in max(rows, key=len, default={}) if name != "faults"]
+    cells = [columns, *([str(row.get(column, "-")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row, values in zip([{}, *rows], cells, strict=True):
+        lines.append("  ".join(map(str.ljust, values, widths)).rstrip())
+        lines += [f"    FAULT: {fault}" for fault in row.get("faults", ())]
+    return "\n".join(lines)
+
+
+def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """The rows of the table. modules: where to import each name in config.kernel from."""
+    modules = modules or {name: f"hotlap.kernels.{name}" for name in MODULES}
+    for name, given, known in (("arch", config.arch, TARGETS), ("kernel", config.kernel, modules)):
+        if unknown := [value for value in given if value not in known]:
+            raise ValueError(f"--{name} {unknown[0]} is unknown; known: {', '.join(known)}")
+    if triton is None:
+        raise ValueError("hotlap bench static needs Triton: pip install triton")
+    if INTERPRETED:
+        raise ValueError("hotlap bench static compiles, and TRITON_INTERPRET=1 forbids it; unset it")
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
+        return list(pool.map(examine, jobs(config, modules), chunksize=4))
+
+
+def main(config: StaticConfig) -> int:
+    """Print the table; 1 where a kernel has a fault."""
+    start = time.monotonic()
+    rows = run(config)
+    print(table(rows))
+    faulty = sum(bool(row["faults"]) for row in rows)
+    print(f"{len(rows)} compiled, {faulty} with faults, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return 1 if faulty else 0

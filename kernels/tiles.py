@@ -1,0 +1,136 @@
+"""Tile sizes: each kernel file has a short table of candidates, best first, and this picks one of them.
+
+A candidate that the device has no shared memory or threads for is left out, so that no GPU fails at its first
+call. `hotlap bench tune` measures the candidates on the GPU at hand and writes down the fastest, and they are
+preferred from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotlap.kernels.dispatch import Device, triton
+
+log = logging.getLogger("hotlap")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch divides its work."""
+
+    blocks: dict[str, int]  # the kernel's compile-time sizes
+    warps: int = 4
+    stages: int = 1
+    per_processor: int = 1  # programs for each processor, of a kernel whose programs loop over the work
+    shared: int = 0  # bytes of shared memory that it is known to need
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, int]:
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+    def fits(self, device: Device) -> bool:
+        return self.shared <= device.shared_memory and self.warps * device.warp <= 1024
+
+
+Table = Callable[[int, Device], Sequence[Tile]]  # candidates for a size and a device, best first
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one typical size: what the static gate compiles, and what the tuner measures."""
+
+    kernel: str  # its name in the module
+    arguments: dict[str, Any]  # name to a type as Triton writes it ("*bf16", "i32"), or to a constant's value
+    table: Table
+    size: int
+    run: Callable[[torch.device], Callable[[], Any]]  # allocates on a device; the result launches the kernel
+    variant: str = ""  # what sets it apart from other cases of the kernel and size
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be measured or computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
+
+
+def tuned_file(name: str) -> Path:
+    """Where the measured tiles of a device lie."""
+    return user_cache() / "tiles" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+
+
+@functools.cache
+def tuned_tiles(name: str) -> dict[str, Tile]:
+    """The measured tiles of a device by key; none where it was not tuned, or under another Triton."""
+    path = tuned_file(name)
+    try:
+        stored = json.loads(path.read_text())
+        tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or run: hotlap bench tune") from None
+    if stored.get("triton") != triton.__version__:
+        log.warning("tiles in %s are for triton %s; run again: hotlap bench tune", path, stored.get("triton"))
+        return {}
+    return tiles
+
+
+def write_tuned(name: str, tiles: dict[str, Tile]) -> Path:
+    """Store the measured tiles of a device, and forget the ones in use."""
+    path = tuned_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {"triton": triton.__version__, "tiles": {key: asdict(tile) for key, tile in tiles.items()}}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(text, indent=1))
+    part.replace(path)
+    tuned_tiles.cache_clear()
+    pick_tile.cache_clear()
+    return path
+
+
+def fitting_tiles(table: Table, size: int, device: Device) -> list[Tile]:
+    """Candidates that the device has the shared memory and the threads for; a ValueError if none."""
+    fitting = [tile for tile in table(size, device) if tile.fits(device)]
+    if not fitting:
+        raise ValueError(
+            f"no tile of {tile_key(table, size)} fits {device.name}, which has {device.shared_memory} bytes "
+            "of shared memory a block; HOTLAP_KERNELS=torch does without"
+        )
+    return fitting
+
+
+@functools.cache
+def pick_tile(table: Table, size: int, device: Device) -> Tile:
+    """The measured tile of this table and size, else the first of the table that fits the device.
+
+    A measured tile counts only while the table still holds it.
+    """
+    fitting = fitting_tiles(table, size, device)
+    tuned = tuned_tiles(device.name).get(tile_key(table, size))
+    return tuned if tuned in fitting else fitting[0]
+
+
+def tile_key(table: Table, size: int) -> str:
+    """The name of a table at a size, such as `rms_norm_forward 4096`."""
+    return f"{table.__name__.strip('_').removesuffix('_tiles')} {size}"
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """As Triton writes it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

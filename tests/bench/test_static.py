@@ -1,0 +1,81 @@
+"""The gate runs in a process of its own: where the interpreter was chosen, nothing can be compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+LIBRARY = """
+import json, re
+from hotlap.bench import static
+"""
+
+
+def python(code: str, cache: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    if cache:
+        environment["XDG_CACHE_HOME"] = str(cache)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_passes_on_every_target_at_its_default_tile():
+    result = python("import sys; from hotlap.cli import main; sys.exit(main(['bench', 'static']))")
+    assert result.returncode == 0, (
+        "\n".join(line for line in result.stdout.splitlines() if "FAULT" in line or "error" in line)
+        + result.stderr[-2000:]
+    )
+    for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        assert f" {target} " in result.stdout
+
+
+def test_bad_kernels_are_rejected_each_for_its_reason(tmp_path):
+    code = LIBRARY + (
+        "config = static.StaticConfig(arch=('sm_89',), kernel=('bad',))\n"
+        "rows = static.run(config, {'bad': 'bad_kernels'})\n"
+        "print(json.dumps({row['kernel']: row['faults'] for row in rows if ' bf16' in ' ' + row['case']}))\n"
+    )
+    for _ in range(2):  # the second time from the cache
+        result = python(code, tmp_path)
+        assert result.returncode == 0, result.stderr
+        faults = json.loads(result.stdout)
+        reasons = {
+            "spills": "spills",
+            "oversize": "bytes of shared memory; a block has 101376",
+            "narrow": "narrowly",
+            "float64": "computes in float64",
+            "crowded": "keeps 5 programs",
+        }
+        assert faults.keys() == reasons.keys()
+        for kernel, reason in reasons.items():
+            assert reason in faults[kernel][0], (kernel, faults[kernel])
+
+
+def test_elementwise_offsets_are_64_bits_wide():
+    code = LIBRARY + (
+        "from hotlap.kernels import relu2\n"
+        "import torch\n"
+        "for case in relu2.cases(torch.bfloat16):\n"
+        "    target = static.TARGETS['sm_90']\n"
+        "    tile = case.table(0, target.device)[0]\n"
+        "    kernel = getattr(relu2, case.kernel)\n"
+        "    ttir = static.compile_case(kernel, case.arguments, tile, target).asm['ttir']\n"
+        "    print(re.findall(r'tt.addptr .*x(i\\d+)>', ttir))\n"
+    )
+    result = python(code)
+    assert result.stdout.split("\n")[:2] == ["['i64', 'i64']", "['i64', 'i64', 'i64']"], result.stderr
+
+
+def test_unknown_targets_and_missing_gpus_are_one_line_errors():
+    main = "import sys; from hotlap.cli import main; sys.exit(main({}))"
+    result = python(main.format(["bench", "static", "--arch", "sm_70"]))
+    assert result.returncode == 2 and "sm_70 is unknown; known: sm_80" in result.stderr
+    result = python(
+        "import torch; torch.cuda.is_available = lambda: False; " + main.format(["bench", "tune"])
+    )
+    assert result.returncode == 2 and "this machine has none" in result.stderr

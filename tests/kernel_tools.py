@@ -1,0 +1,101 @@
+"""How kernels are tested: against float64, and against how well torch does in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_bf16_exact() -> None:
+    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def widen(x: TensorHandle) -> TensorHandle:
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def narrow(data: np.ndarray) -> TensorHandle:
+        rounded = torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy().reshape(data.shape), tl.bfloat16)
+
+    cast, dot, binary = (getattr(InterpreterBuilder, n) for n in ("cast_impl", "create_dot", "binary_op"))
+
+    def cast_impl(self, source, target):
+        types = (source.dtype.scalar, target.scalar)
+        if types == (tl.float32, tl.bfloat16):
+            return narrow(source.data)
+        if types == (tl.bfloat16, tl.float32):
+            return widen(source)
+        return cast(self, source, target)
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = widen(a), widen(b)
+        return dot(self, a, b, *rest)
+
+    def binary_op(self, a, b, operation):
+        if a.dtype.scalar == tl.bfloat16 and b.dtype.scalar == tl.bfloat16:
+            result = operation(widen(a).data, widen(b).data)
+            return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else narrow(result)
+        return binary(self, a, b, operation)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.binary_op = binary_op
+
+
+def error(value: Tensor, exact: Tensor, scale: float = 1e-30) -> float:
+    """The norm of the difference, as a share of the norm of the exact value, or of a larger scale."""
+    assert value.shape == exact.shape
+    return ((value.double() - exact).norm() / exact.norm().clamp(min=scale)).item() if exact.numel() else 0.0
+
+
+def outputs_and_gradients(function: Callable, inputs: Sequence, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """What function returns, and the gradients of the inputs that ask for one."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    gradients = [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=True)]
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, wanted, gradients))
+
+
+def as_double(x):
+    """x in float64, a leaf of its own."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def check(
+    function: Callable,
+    reference: Callable,
+    inputs: Sequence,
+    gradients: Sequence[Tensor],
+    scale: float = 1e-30,
+) -> None:
+    """Outputs and gradients are at most twice as far from float64 as those of the reference in the dtype."""
+    ours = outputs_and_gradients(function, inputs, gradients)
+    torchs = outputs_and_gradients(reference, inputs, gradients)
+    exact = outputs_and_gradients(reference, [as_double(x) for x in inputs], gradients)
+    for i, (x, y, z) in enumerate(zip(ours, torchs, exact, strict=True)):
+        assert x.dtype == y.dtype
+        ours, torchs = error(x, z, scale), error(y, z, scale)
+        assert ours <= 2 * torchs + 2**-22, f"result {i} is off by {ours:.2e}, and torch's by {torchs:.2e}"
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+
+
+def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Two rows that lie 2^31 elements apart, of which only themselves take memory (on a CPU)."""
+    apart = 2**31
+    rows = torch.empty_strided((2, width), (apart, 1), dtype=dtype, device=DEVICE)
+    return rows.copy_(random(2, width, grad=False))

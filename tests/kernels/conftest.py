@@ -1,0 +1,35 @@
+import kernel_tools
+import pytest
+import torch
+
+from hotlap.kernels import dispatch
+
+if dispatch.INTERPRETED:
+    kernel_tools.make_bf16_exact()
+
+
+@pytest.fixture
+def choose_kernels(monkeypatch):
+    """A function that sets HOTLAP_KERNELS for the rest of the test."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("HOTLAP_KERNELS", name)
+        dispatch._decide.cache_clear()
+
+    yield choose
+    dispatch._decide.cache_clear()
+
+
+@pytest.fixture
+def triton_kernels(choose_kernels, monkeypatch):
+    """Run the Triton kernels, on memory that holds NaN before it is written."""
+    if dispatch.triton is None:
+        pytest.skip("needs Triton")
+    choose_kernels("triton")
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        x = empty(*size, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,158 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_tools import DEVICE, DTYPES, check, far_rows, outputs_and_gradients, random
+from torch.library import opcheck
+
+from hotlap.kernels import cross_entropy as module
+from hotlap.kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_ref
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+def case(N, V, dtype=torch.float32):
+    """Logits and targets; every third token carries no loss."""
+    logits = random(N, V, dtype=dtype, grad=False).mul_(4).requires_grad_()
+    targets = torch.arange(N).mul(7919).remainder(V).to(DEVICE)
+    targets[1::3] = IGNORE
+    return logits, targets
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 63, 97, 200, 257, 1025, 16384])
+def test_is_as_exact_as_torch(vocab, dtype):
+    logits, targets = case(4, vocab, dtype)
+    dloss = random(4, seed=1, grad=False)
+    for softcap, z_loss in ((0.0, 0.0), (5.0, 1e-2)):
+
+        def arguments(function, softcap=softcap, z_loss=z_loss):
+            return lambda logits: function(logits, targets, softcap, "none", z_loss)
+
+        scale = 1.0 if vocab == 1 else 1e-30  # the loss of the only word there is, is zero
+        check(arguments(cross_entropy), arguments(cross_entropy_ref), (logits,), [dloss], scale)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_is_the_loss_of_torch(reduction):
+    logits, targets = case(7, 50)
+    want = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+    torch.testing.assert_close(cross_entropy(logits, targets, reduction=reduction), want)
+    torch.testing.assert_close(cross_entropy_ref(logits, targets, reduction=reduction), want)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, cross_entropy_ref])
+def test_tokens_without_loss_have_none_and_no_gradient(function):
+    logits, targets = case(5, 70)
+    logits.data[1] = float("nan")  # one of them
+    targets[1:] = IGNORE
+    (grad,) = torch.autograd.grad(function(logits, targets, 0.0, "sum"), logits)
+    assert not grad[1:].any() and grad[0].any()
+    targets[:] = IGNORE
+    loss = function(logits, targets)
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+
+
+def test_logits_of_any_size_do_not_overflow():
+    logits, targets = case(4, 300)
+    for scale, shift in ((1.0, 1e4), (1e4, 0.0)):
+        x = (logits.detach() * scale + shift).requires_grad_()
+        x.data[:, 5] = float("-inf")  # a word that cannot be
+        loss = cross_entropy(x, targets, reduction="none")
+        want = F.cross_entropy(x, targets, ignore_index=IGNORE, reduction="none")
+        torch.testing.assert_close(loss, want)
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
+def test_a_target_beyond_the_vocabulary_gives_nan():
+    assert cross_entropy(random(1, 8), torch.tensor([8]).to(DEVICE)).isnan()
+
+
+def test_gradients_are_written_in_place_only_where_that_is_allowed():
+    logits, targets = case(6, 100)
+    before = logits.detach().clone()
+    (apart,) = torch.autograd.grad(cross_entropy(logits, targets, 9.0), logits)
+    assert torch.equal(logits, before)
+    (within,) = torch.autograd.grad(cross_entropy(logits, targets, 9.0, inplace_backward=True), logits)
+    assert within.data_ptr() == logits.data_ptr() and torch.equal(within, apart)
+
+
+def test_logits_that_were_overwritten_are_not_used_again():
+    x, targets = case(6, 100)
+    logits = x.sin()
+    loss = cross_entropy(logits, targets, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "transposed", "expanded"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_strides_of_inputs_and_gradients_do_not_matter(layout, in_place):
+    x, targets = case(8, 80)
+    views = {"rows apart": x[:, 3:70], "transposed": x.T[:8], "expanded": x[:1].expand(8, 80)}
+    logits = views[layout].detach().requires_grad_()
+    targets = targets.repeat_interleave(2)[::2].clamp(max=7)
+    dloss = random(16, seed=1, grad=False)[::2]
+    want = outputs_and_gradients(lambda x: cross_entropy_ref(x, targets, 0.0, "none"), (logits,), [dloss])
+    in_place = in_place and layout != "expanded"  # whose rows are one
+    ours = outputs_and_gradients(
+        lambda x: cross_entropy(x, targets, 0.0, "none", inplace_backward=in_place), (logits,), [dloss]
+    )
+    torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_nothing_gives_nothing(reduction):
+    logits = random(0, 9)
+    loss = cross_entropy(logits, torch.zeros(0, dtype=torch.int64, device=DEVICE), reduction=reduction)
+    loss.sum().backward()
+    assert loss.sum() == 0 and logits.grad.shape == (0, 9)
+
+
+def test_rows_may_lie_beyond_two_to_the_31():
+    far, targets = far_rows(64).requires_grad_(), torch.tensor([3, 60]).to(DEVICE)
+    near = far.detach().contiguous().requires_grad_()
+    dloss = random(2, grad=False)
+    results = (
+        outputs_and_gradients(lambda x: cross_entropy(x, targets, 0.0, "none"), (x,), [dloss])
+        for x in (far, near)
+    )
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_runs_agree_bit_for_bit():
+    logits, targets = case(9, 700)
+    first, second = (
+        outputs_and_gradients(
+            lambda x: cross_entropy(x, targets, 15.0), (logits,), [torch.ones(()).to(DEVICE)]
+        )
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_operations_keep_the_rules_of_torch():
+    logits, targets = case(4, 40)
+    opcheck(module._cross_entropy.op, (logits, targets, 15.0, 1e-4, False))
+    ones = torch.ones(4, device=DEVICE)
+    opcheck(module._cross_entropy_backward.op, (ones, logits.detach(), targets, ones, 15.0, 0.0))
+
+
+def test_compiles_whole_to_the_same_results():
+    def function(x):
+        return cross_entropy(x.sin(), targets, 15.0, "mean", 1e-4, inplace_backward=True)
+
+    x, targets = case(5, 33)
+    gradients = [torch.ones(()).to(DEVICE)]
+    compiled = outputs_and_gradients(torch.compile(function, fullgraph=True), (x,), gradients)
+    for a, b in zip(compiled, outputs_and_gradients(function, (x,), gradients), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_is_named():
+    logits, targets = case(4, 8)
+    with pytest.raises(ValueError, match="logits are"):
+        cross_entropy(logits, targets[:3])
+    with pytest.raises(ValueError, match="none, mean or sum"):
+        cross_entropy(logits, targets, reduction="average")

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from kernel_tools import DTYPES, check, far_rows, outputs_and_gradients, random
+from torch.library import opcheck
+
+from hotlap.kernels import rms_norm as module
+from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+WIDTHS = [1, 63, 97, 200, 257, 1025]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_is_as_exact_as_torch(width, dtype):
+    for rows, weight in ((19, None), (19, random(width, dtype=dtype, seed=1)), (1, random(width, seed=1))):
+        x, dy = random(rows, width, dtype=dtype), random(rows, width, seed=2, grad=False)
+        scale = (
+            1.0 if width == 1 else 1e-30
+        )  # the gradient of one element over its own size is all cancellation
+        check(rms_norm, rms_norm_ref, (x, weight), [dy], scale)
+
+
+@pytest.mark.parametrize("width", [8192, 8200, 16384, 16400])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wide_rows_are_as_exact_as_torch(width, weighted):
+    x, dy = random(1, 3, width, dtype=torch.bfloat16), random(1, 3, width, seed=2, grad=False)
+    weight = random(width, seed=1) if weighted else None
+    check(rms_norm, rms_norm_ref, (x, weight), [dy])
+    residual = random(1, 3, width, dtype=torch.bfloat16, seed=3)
+    check(rms_norm_residual, rms_norm_residual_ref, (x, residual, weight), [dy, dy])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_residual_add_is_as_exact_as_torch_and_the_rounded_sum_is_normalised(weighted, dtype):
+    x, residual = random(2, 5, 200, dtype=dtype), random(2, 5, 200, dtype=dtype, seed=1)
+    weight = random(200, dtype=dtype, seed=3) if weighted else None
+    gradients = [random(2, 5, 200, seed=seed, grad=False) for seed in (4, 5)]
+    check(rms_norm_residual, rms_norm_residual_ref, (x, residual, weight), gradients)
+    y, total = rms_norm_residual(x, residual, weight)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, rms_norm(total, weight))
+
+
+def test_an_unused_output_of_the_residual_add_has_no_gradient():
+    x, residual, g = random(4, 63), random(4, 63, seed=1), random(4, 63, seed=2, grad=False)
+    for used in (0, 1):
+        ours = torch.autograd.grad(rms_norm_residual(x, residual)[used], (x, residual), g)
+        want = torch.autograd.grad(rms_norm_residual_ref(x, residual)[used], (x, residual), g)
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "transposed", "expanded", "one dimension"])
+def test_strides_of_inputs_and_gradients_do_not_matter(layout):
+    def view(x):
+        if layout == "rows apart":
+            return x[:, 3:100]
+        if layout == "one dimension":
+            return x[0]
+        return x.T if layout == "transposed" else x[:1].expand(7, 128)
+
+    x, dy = view(random(9, 128)), view(random(9, 128, seed=1, grad=False))
+    weight = random(x.shape[-1], seed=2)
+    x = x.detach().requires_grad_()
+    check(rms_norm, rms_norm_ref, (x, weight), [dy])
+    check(rms_norm_residual, rms_norm_residual_ref, (x, x.detach(), weight), [dy, dy])
+    rms_norm(x, weight).sum().backward()  # a gradient of stride 0
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0)])
+def test_nothing_gives_nothing(shape):
+    x, weight = random(*shape), random(shape[-1])
+    y, total = rms_norm_residual(x, x, weight)
+    assert y.shape == total.shape == rms_norm(x, weight).shape == x.shape
+    (y + total).sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("width", [64, 32768])
+def test_rows_may_lie_beyond_two_to_the_31(width):
+    x, dy = far_rows(width).requires_grad_(), far_rows(width)
+    weight = random(width)
+    ours = outputs_and_gradients(rms_norm, (x, weight), [dy])
+    near = x.detach().contiguous().requires_grad_()
+    for a, b in zip(ours, outputs_and_gradients(rms_norm, (near, weight), [dy.contiguous()]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_runs_agree_bit_for_bit():
+    x, weight, dy = random(50, 300), random(300, seed=1), random(50, 300, seed=2, grad=False)
+    first, second = (outputs_and_gradients(rms_norm, (x, weight), [dy]) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_operations_keep_the_rules_of_torch():
+    x, weight = random(3, 40), random(40)
+    opcheck(module._rms_norm.op, (x, weight, 1e-6))
+    opcheck(module._rms_norm.op, (x, None, 1e-6))
+    opcheck(module._rms_norm_residual.op, (x, random(3, 40), weight, 1e-6))
+    opcheck(
+        module._rms_norm_backward.op,
+        (x.detach(), None, x.detach(), weight.detach(), torch.ones(3).to(x.device)),
+    )
+
+
+def test_compiles_whole_to_the_same_results():
+    def function(x, residual, weight):
+        y, total = rms_norm_residual(x, residual, weight)
+        return rms_norm(y.sin()) + total
+
+    inputs, dy = (random(5, 33), random(5, 33, seed=1), random(33)), random(5, 33, seed=2, grad=False)
+    compiled = outputs_and_gradients(torch.compile(function, fullgraph=True), inputs, [dy])
+    for a, b in zip(compiled, outputs_and_gradients(function, inputs, [dy]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="weight has shape"):
+        rms_norm(random(2, 8), random(4))
+    with pytest.raises(ValueError, match="residual is"):
+        rms_norm_residual(random(2, 8), random(2, 8).bfloat16())
