@@ -14,7 +14,7 @@ COMMANDS = {
     "sft": "teach a base model to converse",
     "eval": "score a model on held-out questions",
     "report": "write a run's report again",
-    "bench": "judge the kernels: hotlap bench static | tune",
+    "bench": "measure this device: kernels, training, inference, peers",
     "chat": "talk to a model",
 }
 
@@ -86,17 +86,64 @@ def run(command: str, arguments: list[str]) -> int | None:
     return None
 
 
-def bench(arguments: list[str]) -> int:
+BENCHMARKS = {
+    "all": "everything, the most important first, in the time given",
+    "kernels": "each operation against every provider and the device's ceiling",
+    "training": "tokens/s, MFU and where the time of a step goes",
+    "inference": "time to the first token and to each next one",
+    "peers": "a training step of nanoGPT and nanochat beside ours",
+    "compare": "what got slower between two result files",
+    "static": "compile every kernel for six GPUs that need not be here",
+    "tune": "measure the kernels' tile sizes on this GPU",
+}
+
+
+def bench(arguments: list[str]) -> int | None:
     from hotlap.train import options
 
-    name = options.known(arguments[0] if arguments else "", ("static", "tune"), "bench")
-    if name == "static":
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: hotlap bench NAME [flags]\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items()))
+        return 0 if arguments else 2
+    name, flags = options.known(arguments[0], BENCHMARKS, "benchmark"), arguments[1:]
+
+    def config(kind: type):
+        return options.parse(kind, flags, command=f"bench {name}")
+
+    if name == "all":
+        from hotlap.bench import everything
+
+        return everything.bench_all(config(everything.AllConfig))
+    if name == "kernels":
+        from hotlap.bench import kernels
+
+        rows = kernels.bench_kernels(config(kernels.KernelsConfig))
+        return int(any("WRONG" in row.get("note", "") for row in rows))
+    if name == "training":
+        from hotlap.bench import training
+
+        training.bench_training(config(training.TrainingConfig))
+    elif name == "inference":
+        from hotlap.bench import inference
+
+        inference.bench_inference(config(inference.InferenceConfig))
+    elif name == "peers":
+        from hotlap.bench import peers
+
+        peers.bench_peers(config(peers.PeersConfig))
+    elif name == "compare":
+        from hotlap.bench import compare
+
+        print("\n".join(compare.compare(config(compare.CompareConfig))))
+    elif name == "static":
         from hotlap.bench import static
 
-        return static.main(options.parse(static.StaticConfig, arguments[1:], command="bench static"))
-    from hotlap.bench import tune
+        return static.main(config(static.StaticConfig))
+    else:
+        from hotlap.bench import tune
 
-    return tune.main(options.parse(tune.TuneConfig, arguments[1:], command="bench tune"))
+        return tune.main(config(tune.TuneConfig))
+    return None
 
 
 def speedrun(arguments: list[str]) -> int | None:

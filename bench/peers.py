@@ -77,8 +77,8 @@ def bench_pair(
     """
     if peer == "nanogpt":
         shape = dataclasses.replace(
-            shape, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False, backout=False,
-            softcap=0.0,
+            shape, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False,
+            backout=False, softcap=0.0,
         )  # fmt: skip
     count = config.rows or ROWS[name]
     tokens = torch.randint(shape.vocab_size, (2, count, shape.context + 1), device=device)

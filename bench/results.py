@@ -1,6 +1,4 @@
-"""Measurements on disk: JSON and CSV with the device, versions, commit and date; their comparison; their
-page.
-"""
+"""Measurements on disk: JSON and CSV with the device, versions, commit and date, and a page of them all."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ import json
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,16 +17,6 @@ from hotlap.bench.peaks import device_name, device_state
 from hotlap.model.errors import DataError
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Say what got slower between two result files of one device."""
-
-    before: Path = Path("before.json")
-    """The older file."""
-    after: Path = Path("after.json")
-    """The newer file."""
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -91,34 +78,6 @@ def load(path: Path) -> dict:
     return content
 
 
-def compare(config: CompareConfig) -> list[str]:
-    """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their
-    spread.
-
-    ValueError where the files come from different devices: their times say nothing about the code.
-    """
-    before, after = load(config.before), load(config.after)
-    if before["device"] != after["device"]:
-        raise ValueError(
-            f"{config.before} is of {before['device']}, {config.after} of {after['device']}; "
-            "compare files of one device"
-        )
-    old = {(row["case"], row["provider"]): row for row in before["rows"] if row.get("ms") is not None}
-    lines = []
-    for row in after["rows"]:
-        was = old.get((row["case"], row["provider"]))
-        if was is None or row.get("ms") is None:
-            continue
-        verdict = ""
-        if row["ms_low"] > was["ms_high"]:
-            verdict = "SLOWER"
-        elif row["ms_high"] < was["ms_low"]:
-            verdict = "faster"
-        ratio = row["ms"] / was["ms"]
-        lines.append(f"{row['case']:44} {row['provider']:14} {ratio:6.2f}x time  {verdict}")
-    return lines
-
-
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
     """Rows as a table in Markdown, numbers to four digits."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
@@ -136,7 +95,7 @@ def shown(value: object) -> str:
 def write_page(folder: Path = RESULTS) -> Path:
     """README.md of the results: each file's device, date and commit, and its rows."""
     lines = ["# Measurements", "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(folder.rglob("*.json")):
         content = load(path)
         versions = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
         lines += [

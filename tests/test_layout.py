@@ -77,9 +77,10 @@ def test_kernels_are_functions_of_tensors(file):
     assert not any("Module" in base for base in bases)
 
 
-def test_kernels_and_the_model_need_torch_and_numpy_alone(tmp_path):
-    kernels = [name for name in modules() if name.startswith("hotlap.kernels.")]
-    wanted = kernels + [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
+def test_kernels_model_and_benchmarks_need_torch_and_numpy_alone(tmp_path):
+    wanted = [name for name in modules() if name.startswith("hotlap.kernels.")]
+    wanted += [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
+    wanted += [f"hotlap.bench.{name}" for name in ("timing", "kernels", "training", "inference")]
     run_python(
         "import sys, importlib\n"
         "for name in ('tokenizers', 'tiktoken', 'safetensors', 'tyro', 'tqdm', 'regex', 'requests'):\n"

@@ -1,0 +1,167 @@
+"""Benchmarks say what is so: right before fast, against the right device, with what did not run."""
+
+import json
+
+import pytest
+import torch
+
+from hotlap.bench import compare, everything, kernels, peaks, peers, results, timing, training
+from hotlap.bench.inference import InferenceConfig, bench_inference
+from hotlap.bench.kernels import KernelsConfig, bench_kernels
+from hotlap.bench.operations import operations
+from hotlap.bench.timing import Timing, measure
+from hotlap.cli import main
+
+CPU = torch.device("cpu")
+QUICK = {"rows": 64, "seconds": 0.001, "compile": False}
+
+
+def test_variants_take_turns_and_rotate_over_the_buffer_sets(monkeypatch):
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0)
+    calls: list[tuple[str, int]] = []
+    variants = {name: (lambda i, name=name: calls.append((name, i))) for name in "ab"}
+    found = measure(variants, CPU, sets=3, seconds=0.001)
+    assert {i for _, i in calls} == {0, 1, 2}
+    blocks = [name for name, _ in calls]
+    order = [name for name, before in zip(blocks, [None, *blocks], strict=False) if name != before]
+    assert len(order) >= 2 * timing.FEWEST_SAMPLES - 2 and {*order} == {"a", "b"}
+    assert all(t.samples >= timing.FEWEST_SAMPLES and t.low <= t.median <= t.high for t in found.values())
+
+
+def test_a_timing_is_the_median_and_its_quantiles():
+    assert Timing.of([float(n) for n in range(101)]) == Timing(50.0, 10.0, 90.0, 101)
+
+
+def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
+    assert peaks.paper_peaks(CPU) == {"flops": None, "bandwidth": None}
+    found = peaks.measure_ceilings(CPU)
+    assert 1e8 < found.copy < 1e13 and 1e9 < found.product < 1e15
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "relu2", "rotary", "attention", "linear_cross_entropy"])
+def test_every_provider_computes_its_operation(name):
+    for operation in operations(64, CPU, torch.float32, (name,))[:1]:
+        limit = kernels.allowed_error(operation)
+        for provider, function in operation.providers.items():
+            if provider != "compile":
+                assert kernels.fault(operation, function, limit) == "", provider
+
+
+def test_a_wrong_kernel_is_named_and_never_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hotlap.bench.operations.relu2", lambda x: x.relu().square() * 1.1)
+    flags = ["--operations", "relu2", "--rows", "64", "--seconds", "0.001", "--no-compile"]
+    assert main(["bench", "kernels", *flags, "--out", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    ours = [row for row in rows if row["provider"] == "hotlap"]
+    assert ours and all(row["ms"] is None and "WRONG" in row["note"] for row in ours)
+    assert any(row["provider"] == "eager" and row["ms"] > 0 for row in rows)
+    assert "WRONG" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    def greedy(x):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr("hotlap.bench.operations.relu2", greedy)
+    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
+    assert {row["note"] for row in rows if row["provider"] == "hotlap"} == {"out of memory"}
+    assert any(row["provider"] == "eager" and row["ms"] for row in rows)
+
+
+def test_results_hold_the_device_versions_and_the_share_of_the_ceiling(tmp_path):
+    rows = bench_kernels(KernelsConfig(("rms_norm",), out=tmp_path, **QUICK))
+    content = results.load(tmp_path / "kernels.json")
+    assert content["device"] == peaks.device_name(CPU) and content["versions"]["torch"] == torch.__version__
+    assert content["rows"] == rows and content["ceilings"]["copy"] > 0
+    assert {row["case"].split()[1] for row in rows} == {"forward", "backward", "both"}
+    for row in rows:
+        assert row["share_of_ceiling"] > 0 and row["ms_low"] <= row["ms"] <= row["ms_high"]
+    assert (tmp_path / "kernels.csv").read_text().count("\n") == len(rows) + 1
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert "| rms_norm forward d12 64x768 | hotlap |" in results.write_page(tmp_path).read_text()
+
+
+def write_result(path, device: str, ms: float, spread: float) -> None:
+    row = {"case": "c", "provider": "p", "ms": ms, "ms_low": ms - spread, "ms_high": ms + spread}
+    path.write_text(json.dumps({"device": device, "rows": [row]}))
+
+
+def test_comparing_flags_what_is_slower_beyond_the_noise_and_refuses_other_devices(tmp_path, capsys):
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    config = compare.CompareConfig(before, after)
+    write_result(before, "card", 1.0, 0.1)
+    write_result(after, "card", 1.15, 0.1)
+    assert "SLOWER" not in compare.compare(config)[0]
+    write_result(after, "card", 1.3, 0.1)
+    assert "1.30x time  SLOWER" in compare.compare(config)[0]
+    write_result(after, "card", 0.7, 0.1)
+    assert "faster" in compare.compare(config)[0]
+    write_result(after, "other card", 1.0, 0.1)
+    assert main(["bench", "compare", str(before), str(after)]) == 2
+    assert "compare files of one device" in capsys.readouterr().err
+
+
+def test_a_training_step_is_the_sum_of_its_parts_and_has_no_mfu_on_an_unknown_device(tmp_path):
+    config = training.TrainingConfig(("tiny",), rows=1, steps=3, out=tmp_path)
+    (row,) = training.bench_training(config)
+    parts = sum(row[f"{phase}_ms"] for phase in training.PHASES)
+    assert 0.5 * row["ms"] < parts < 1.5 * row["ms"]
+    assert row["mfu_nanochat"] is None and row["tokens_per_second"] == pytest.approx(256 / row["ms"] * 1e3)
+
+
+def test_decoding_is_measured_against_the_bytes_that_it_must_read(tmp_path):
+    rows = bench_inference(InferenceConfig("tiny", batches=(1, 4), prompt=32, out=tmp_path))
+    one, four = rows
+    assert one["limit_ms"] < four["limit_ms"] < 4 * one["limit_ms"]  # the weights are read once
+    assert all(row["share_of_bandwidth"] == pytest.approx(row["limit_ms"] / row["ms"]) for row in rows)
+
+
+def test_a_peers_step_is_timed_beside_ours(tmp_path):
+    (tmp_path / "model.py").write_text(
+        "import torch\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class GPTConfig:\n"
+        "    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int\n"
+        "    dropout: float; bias: bool\n"
+        "class GPT(torch.nn.Module):\n"
+        "    def __init__(self, c):\n"
+        "        super().__init__()\n"
+        "        self.table = torch.nn.Embedding(c.vocab_size, c.vocab_size)\n"
+        "    def configure_optimizers(self, decay, rate, betas, kind):\n"
+        "        return torch.optim.SGD(self.parameters(), rate)\n"
+        "    def forward(self, ids, targets):\n"
+        "        y = self.table(ids)\n"
+        "        return y, torch.nn.functional.cross_entropy(y.flatten(0, 1), targets.flatten())\n"
+    )
+    config = peers.PeersConfig(nanogpt=tmp_path, models=("tiny",), rows=1, seconds=0.01, out=tmp_path)
+    ours, theirs = peers.bench_peers(config)
+    assert (ours["provider"], theirs["provider"]) == ("hotlap", "nanogpt")
+    assert ours["times_as_fast_as_peer"] == pytest.approx(theirs["ms"] / ours["ms"])
+
+
+def test_what_does_not_fit_in_the_time_is_listed_as_skipped(tmp_path, capsys):
+    assert everything.bench_all(everything.AllConfig(tmp_path, minutes=0.01)) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name:14} skipped" in said for name in ("kernels", "training", "inference"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["kernels", "--operations", "softmax"], 2, "unknown operation 'softmax'; known: rms_norm"),
+        (["kernels", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
+        (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
+        (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
+        (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
+        (["peers"], 2, "name a checkout by --nanogpt PATH"),
+        (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
+        (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),
+        (["all", "--minutes", "0"], 2, "minutes=0.0 must be positive"),
+        (["kernel"], 2, "did you mean 'kernels'?"),
+    ],
+)
+def test_bad_input_is_one_line(flags, code, says, capsys):
+    assert main(["bench", *flags]) == code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0]
