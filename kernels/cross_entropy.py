@@ -130,7 +130,7 @@ def _cross_entropy_forward_tiles(_: int, device: Device) -> list[Tile]:
 
 
 def _cross_entropy_backward_tiles(_: int, __: Device) -> list[Tile]:
-    return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (4096, 8), (4096, 4), (1024, 4))]
+    return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (4096, 8), (4096, 4), (1024, 2))]
 
 
 def _forward(

@@ -36,7 +36,7 @@ def _relu2_backward_kernel(dy, x, dx, n, BLOCK: tl.constexpr):
 
 
 def _relu2_tiles(_: int, __: Device) -> list[Tile]:
-    return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (1024, 4), (4096, 8), (4096, 4))]
+    return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (1024, 2), (4096, 8), (4096, 4))]
 
 
 def _forward(x: Tensor) -> Tensor:

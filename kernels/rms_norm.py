@@ -111,7 +111,7 @@ def _tile(
     rows = max(1, elements // block)
     warps = min(512 // device.warp, max(1, rows * block // (device.warp * each)))
     ahead = 12 * rows * block * (stages - 1)  # bytes of x, dy and dtotal that a loop fetches, in float32
-    shared = ahead + 1024 if ahead else 0
+    shared = ahead + (9216 if rows > 1 else 1024) if ahead else 0  # with what sums over threads, and rows
     return Tile({"ROWS": rows, "BLOCK": block}, warps, stages, per_processor, shared)
 
 
@@ -129,7 +129,7 @@ def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
     """
     if block > 4096:
         return [_tile(block, device, block, 16, stages=stages) for stages in (2, 3, 1)]
-    sizes = ((4096, 16, 2), (2048, 16, 4), (4096, 32, 4))
+    sizes = ((4096, 16, 2), (2048, 16, 4), (4096, 32, 2))
     return [
         _tile(block, device, elements, each, per_processor=programs, stages=stages)
         for elements, each, programs in sizes

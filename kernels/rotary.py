@@ -137,7 +137,7 @@ def _rotary_backward_kernel(
 def _rotary_tiles(block: int, _: Device) -> list[Tile]:
     """Rows that make up about so many elements of each half, with so many of them a thread."""
     tiles = []
-    for elements, warps in ((2048, 4), (1024, 4), (2048, 8), (4096, 8)):
+    for elements, warps in ((2048, 4), (1024, 2), (4096, 8), (2048, 2)):
         tiles.append(Tile({"ROWS": max(1, elements // block), "BLOCK": block}, warps))
     return tiles
 

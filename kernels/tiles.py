@@ -127,7 +127,8 @@ def tile_key(table: Table, size: int) -> str:
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
