@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import time
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from hotlap.bench import results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.timing import Timing, synchronize
-from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
@@ -20,6 +22,7 @@ from hotlap.train.log import log
 from hotlap.train.optim import MuonAdamW, OptimConfig
 
 PHASES = ("forward", "backward", "optimizer")
+KERNELS = ("rms_norm", "rotary", "relu2")  # that a training step uses
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class TrainingConfig:
     """Steps that are measured, after two that are not."""
     compile: bool | None = None
     """torch.compile each block; by default on a GPU."""
+    without: bool = False
+    """Where Triton kernels are in use, measure again with each of them switched off: what it is worth."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -50,17 +55,37 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     for name, shape in shapes.items():
         count = config.rows or ROWS[name]
         compiled = on_gpu if config.compile is None else config.compile
-        row = {"case": f"{name} {count}x{shape.context}", "provider": "hotlap"}
-        try:
-            row |= measure_training(shape, count, config.steps, compiled, device)
-        except torch.OutOfMemoryError:
-            row |= {"ms": None, "note": "out of memory"}
-            torch.cuda.empty_cache()
-        rows.append(row)
-        log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in row.items()))
+        for off in ("", *(KERNELS if config.without and kernel_choice(device.type) == "triton" else ())):
+            provider = f"hotlap without {off}" if off else "hotlap"
+            row = {"case": f"{name} {count}x{shape.context}", "provider": provider}
+            try:
+                with switched_off(off):
+                    row |= measure_training(shape, count, config.steps, compiled, device)
+            except torch.OutOfMemoryError:
+                row |= {"ms": None, "note": "out of memory"}
+                torch.cuda.empty_cache()
+            rows.append(row)
+            log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in row.items()))
     path = results.save("training", rows, config.out or results.device_folder(device), device)
     log.info("written to %s", path)
     return rows
+
+
+@contextlib.contextmanager
+def switched_off(name: str):
+    """Let one file of kernels use torch; no name switches nothing off."""
+    if not name:
+        yield
+        return
+    module = importlib.import_module(f"hotlap.kernels.{name}")
+    before = module.use_triton
+    module.use_triton = lambda x: False
+    torch._dynamo.reset()  # or compiled blocks would go on with the kernels
+    try:
+        yield
+    finally:
+        module.use_triton = before
+        torch._dynamo.reset()
 
 
 def measure_training(shape: GPTConfig, count: int, steps: int, compiled: bool, device) -> dict:

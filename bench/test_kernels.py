@@ -1,0 +1,47 @@
+"""The cases of `hotlap bench kernels` under pytest-benchmark, whose --benchmark-compare tracks them:
+
+pytest bench --benchmark-only
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+from hotlap.bench.kernels import prepared
+from hotlap.bench.operations import operations
+from hotlap.bench.peaks import measure_ceilings
+from hotlap.bench.timing import synchronize
+from hotlap.kernels.dispatch import default_device, fast_dtype
+
+DEVICE = default_device()
+ROWS = 16384 if DEVICE.type == "cuda" else 256
+CASES = [
+    pytest.param(operation, direction, id=f"{operation.name} {direction} {operation.size}")
+    for operation in operations(ROWS, DEVICE, fast_dtype(DEVICE.type), ())
+    for direction in (("forward", "backward") if operation.differentiable else ("forward",))
+]
+
+
+@pytest.fixture(scope="module")
+def ceilings():
+    return measure_ceilings(DEVICE)
+
+
+@pytest.mark.parametrize(("operation", "direction"), CASES)
+def test_ours(operation, direction, benchmark, ceilings):
+    call = prepared(operation, operation.providers["hotlap"], direction, 1)
+
+    def once() -> None:
+        call(0)
+        synchronize(DEVICE)
+
+    benchmark(once)
+    part = ("forward", "backward").index(direction)
+    limit = operation.bytes[part] / ceilings.copy + operation.flops[part] / ceilings.product
+    benchmark.extra_info["share_of_ceiling"] = limit / benchmark.stats["median"]
+    benchmark.extra_info["bytes"], benchmark.extra_info["flops"] = (
+        operation.bytes[part],
+        operation.flops[part],
+    )
