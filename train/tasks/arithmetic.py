@@ -17,6 +17,14 @@ PHRASINGS = (
     "{a} {sign} {b} = ?",
     "{a}{sign}{b}",
     "Compute {a} {word} {b}.",
+    "Please compute {a} {sign} {b}.",
+    "Could you calculate {a} {word} {b}?",
+    "Do you know what {a} {sign} {b} is?",
+    "Can you do this for me: {a} {sign} {b}?",
+    "I need to know {a} {word} {b}.",
+    "Give me the result of {a} {sign} {b}",
+    "Evaluate {a} {sign} {b}",
+    "Can you say how much {a} {word} {b} is?",
 )
 HELD_OUT_PHRASINGS = (
     "Can you work out {a} {sign} {b}?",

@@ -21,7 +21,7 @@ OS_FUNCTIONS = (
     "stat", "symlink", "system", "truncate", "umask", "unlink", "urandom", "walk",
 )  # fmt: skip
 ADDED_BY_SITE = ("copyright", "credits", "exit", "license", "quit")  # not builtins of the language
-SHORTEST, LONGEST = 15, 110  # characters of an answer
+SHORTEST, LONGEST = 9, 140  # characters of an answer
 
 PHRASINGS = (
     "What does {} do?",
@@ -85,17 +85,27 @@ def named_objects() -> Iterator[tuple[str, object]]:
 
 
 def first_sentence(documentation: str) -> str:
-    """The first sentence on one line, or nothing where it is a signature, too short or too long."""
+    """The first sentence on one line, or nothing where there is none of a fitting length."""
     for paragraph in documentation.split("\n\n"):
         text = " ".join(paragraph.split())
-        if re.match(r"[\w.]+\(", text) or "->" in text:
-            continue  # a signature
+        if re.match(r"[\w.]+\(", text):
+            text = result_of_signature(paragraph.split("\n")[0])
+        if not text:
+            continue
         sentence = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
         sentence = sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
-        if SHORTEST <= len(sentence) <= LONGEST and sentence.isascii() and sentence[0].isalpha():
-            return sentence
-        return ""
+        fits = SHORTEST <= len(sentence) <= LONGEST and sentence.isascii() and sentence[0].isalpha()
+        return sentence if fits else ""
     return ""
+
+
+def result_of_signature(line: str) -> str:
+    """What a first line such as `D.values() -> a view on D's values` says of the result, as a sentence."""
+    match = re.match(r"[\w.]+\(.*?\)\s*-+>\s*(.+)", line)
+    result = re.sub(r"^None\.\s*", "", match[1]) if match else ""
+    if len(result.split()) < 3:  # the name of a type only
+        return ""
+    return result if result[0].isupper() else f"Return {result.removeprefix('create ')}"
 
 
 def conversation(question: str, answer: str) -> list[dict]:
