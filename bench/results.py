@@ -16,7 +16,7 @@ import torch
 from hotlap.bench.peaks import device_name, device_state
 from hotlap.model.errors import DataError
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("bench/results")  # in the current folder, which is the checkout
 
 
 def environment(device: torch.device) -> dict[str, object]:
