@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.errors import BAD_DATA, DataError, guarded
@@ -214,6 +214,7 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     folder = model_folder(path)
     device = default_device()
     engine = Engine(*load_model(folder, device, fast_dtype(device.type)))
+    kernel_choice(device.type)  # logs which now, and not amid the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)
     if is_base(folder):
