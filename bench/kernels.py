@@ -68,9 +68,10 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
         for o in operations(min(count, CHECKED_ROWS), device, dtype, config.operations)
     }
     rows: list[dict] = []
-    for operation in operations(count, device, dtype, config.operations):
-        small = checked[operation.name, operation.size.split()[0]]
-        rows += bench_operation(operation, small, config, ceilings, device)
+    with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass runs only once
+        for operation in operations(count, device, dtype, config.operations):
+            small = checked[operation.name, operation.size.split()[0]]
+            rows += bench_operation(operation, small, config, ceilings, device)
     folder = config.out or results.device_folder(device)
     path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
     draw_kernels(rows, path.with_suffix(".png"))
@@ -127,6 +128,10 @@ def time_providers(
             calls.pop(name, None)
             failed[name] = "out of memory"
             torch.cuda.empty_cache()
+        except (RuntimeError, NotImplementedError) as error:  # of one provider: the others go on
+            calls.pop(name, None)
+            failed[name] = does_not_run(error)
+            log.error("%s %s by %s: %s", operation.name, operation.size, name, failed[name])
     return (measure(calls, device, sets=sets, seconds=seconds) if calls else {}), failed
 
 
@@ -192,11 +197,15 @@ def fault(operation: Operation, function: Function, limit: list[float]) -> str:
         torch.cuda.empty_cache()
         return "out of memory"
     except (RuntimeError, NotImplementedError) as error:
-        return f"does not run: {str(error).splitlines()[0][:100]}"
+        return does_not_run(error)
     for what, error, most in zip(("output", "gradient", "gradient", "gradient"), found, limit, strict=False):
         if not error <= most:
             return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
     return ""
+
+
+def does_not_run(error: Exception) -> str:
+    return f"does not run: {' '.join(str(error).split())[:120]}"
 
 
 def row_of(

@@ -68,6 +68,25 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     assert any(row["provider"] == "eager" and row["ms"] for row in rows)
 
 
+def test_a_compiled_provider_is_timed_in_every_direction(tmp_path):
+    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **(QUICK | {"compile": True})))
+    compiled = [row["case"].split()[1] for row in rows if row["provider"] == "compile" and row["ms"] > 0]
+    assert compiled == ["forward", "backward", "both"] * 2
+
+
+def test_what_fails_while_it_is_timed_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    def fails_large(x):
+        if len(x) > 32:
+            raise RuntimeError("no kernel image")
+        return x.relu().square()
+
+    monkeypatch.setattr(kernels, "CHECKED_ROWS", 32)
+    monkeypatch.setattr("hotlap.bench.operations.relu2", fails_large)
+    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
+    assert {row["note"] for row in rows if row["provider"] == "hotlap"} == {"does not run: no kernel image"}
+    assert any(row["provider"] == "eager" and row["ms"] for row in rows)
+
+
 def test_results_hold_the_device_versions_and_the_share_of_the_ceiling(tmp_path):
     rows = bench_kernels(KernelsConfig(("rms_norm",), out=tmp_path, **QUICK))
     content = results.load(tmp_path / "kernels.json")
