@@ -255,7 +255,7 @@ class ChunkedSum(torch.autograd.Function):
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         N, V = len(x), len(head)
         weight = head.to(x.dtype)
-        dx, dw = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        dx, dw = torch.empty_like(x), None
         total = torch.zeros((), device=x.device)
         rows = chunk_rows(V, x.shape[1])
         for start in range(0, N, rows):
@@ -276,8 +276,9 @@ class ChunkedSum(torch.autograd.Function):
                 grad.mul_(slope)
             grad = grad.to(x.dtype)
             torch.mm(grad, weight, out=dx[start : start + rows])
-            dw += grad.T @ part
-        ctx.save_for_backward(dx, dw)
+            share = (grad.T @ part).float()  # (V, D)
+            dw = share if dw is None else dw.add_(share)
+        ctx.save_for_backward(dx, torch.zeros_like(head) if dw is None else dw)
         return total
 
     @staticmethod
