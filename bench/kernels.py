@@ -18,11 +18,8 @@ from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
 ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than torch in the same dtype
-SMALLEST_ERROR = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 8e-3,
-    torch.float16: 1e-3,
-}  # that is counted against it
+# What a provider may be off by in any case: rounding of the dtype.
+SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 CHECKED_ROWS = 2048  # of the sizes that are compared with float64
 
 
@@ -96,15 +93,13 @@ def bench_operation(
             log.error("%s %s by %s: %s", operation.name, operation.size, name, note)
         else:
             providers[name] = function
-    for direction in ("forward", "backward", "both") if operation.differentiable else ("forward",):
+    for direction in operation.directions:
         case = f"{operation.name} {direction} {operation.size}"
         timings, failed = time_providers(operation, providers, direction, config.seconds, device)
         rows += [{"case": case, "provider": name, "ms": None, "note": note} for name, note in failed.items()]
-        rows += [
-            row_of(case, name, timing, timings, operation, direction, ceilings)
-            for name, timing in timings.items()
-        ]
-        for row in rows[-len(timings) :]:
+        for name, timing in timings.items():
+            row = row_of(case, name, timing, timings, operation, direction, ceilings)
+            rows.append(row)
             log.info(
                 "%-46s %-14s %9.4f ms  %6.1f %% of the ceiling  %s",
                 case, row["provider"], row["ms"], 100 * row["share_of_ceiling"], ratio(row),
@@ -146,23 +141,27 @@ def prepared(operation: Operation, function: Function, direction: str, sets: int
 
         return forward
     leaves = [[t.requires_grad_() for t in tensors[: operation.differentiable]] for tensors in inputs]
-    outputs = [function(*tensors) for tensors in inputs]
-    grads = [torch.randn_like(output) for output in outputs]
+    outputs = [as_tuple(function(*tensors)) for tensors in inputs]
+    grads = [[torch.randn_like(output) for output in some] for some in outputs]
     if direction == "backward":
         return lambda i: torch.autograd.grad(outputs[i], leaves[i], grads[i], retain_graph=True)
-    return lambda i: torch.autograd.grad(function(*inputs[i]), leaves[i], grads[i])
+    return lambda i: torch.autograd.grad(as_tuple(function(*inputs[i])), leaves[i], grads[i])
+
+
+def as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
 def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The output and the gradients, for an output gradient that is the same whoever computes it."""
+    """The outputs and the gradients, for output gradients that are the same whoever computes them."""
     inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
-    output = function(*inputs)
+    outputs = as_tuple(function(*inputs))
+    found = [output.detach() for output in outputs]
     if not operation.differentiable:
-        return [output.detach()]
-    generator = torch.Generator(output.device).manual_seed(1)
-    grad = torch.randn(output.shape, generator=generator, device=output.device)
-    grads = torch.autograd.grad(output, inputs[: operation.differentiable], grad.to(output.dtype))
-    return [output.detach(), *grads]
+        return found
+    generator = torch.Generator(found[0].device).manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
+    return [*found, *torch.autograd.grad(outputs, inputs[: operation.differentiable], grads)]
 
 
 def errors(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[float]:
@@ -198,10 +197,17 @@ def fault(operation: Operation, function: Function, limit: list[float]) -> str:
         return "out of memory"
     except (RuntimeError, NotImplementedError) as error:
         return does_not_run(error)
-    for what, error, most in zip(("output", "gradient", "gradient", "gradient"), found, limit, strict=False):
+    for i, (error, most) in enumerate(zip(found, limit, strict=True)):
         if not error <= most:
+            what = "gradient" if i >= len(found) - operation.differentiable else "output"
             return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
     return ""
+
+
+def costs(operation: Operation, direction: str) -> tuple[float, float]:
+    """The bytes that a direction must move, and its FLOPs."""
+    part = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[direction]
+    return sum(operation.bytes[part]), sum(operation.flops[part])
 
 
 def does_not_run(error: Exception) -> str:
@@ -215,8 +221,7 @@ def row_of(
     """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other
     provider.
     """
-    part = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[direction]
-    moved, flops = sum(operation.bytes[part]), sum(operation.flops[part])
+    moved, flops = costs(operation, direction)
     others = [t.median for other, t in all_of.items() if other != name]
     row = {
         "case": case,

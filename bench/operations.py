@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref
 from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # of the tensors, to one tensor or a tuple of them
 
 CONTEXT, HEAD_DIM, VOCABULARY = 2048, 128, 32768
 WIDTHS = {"d12": 768, "d24": 1536}
@@ -30,8 +31,9 @@ WIDTHS = {"d12": 768, "d24": 1536}
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation at one size. Functions take `tensors` and return one tensor; gradients are of the first
-    `differentiable` tensors. Costs are of the forward pass and the backward pass."""
+    """One operation at one size. Functions take `tensors`; gradients are of the first `differentiable` ones.
+    Costs are of the forward pass and the backward pass.
+    """
 
     name: str
     size: str
@@ -41,6 +43,7 @@ class Operation:
     providers: dict[str, Function]
     bytes: tuple[float, float] = (0, 0)  # the least that must be moved
     flops: tuple[float, float] = (0, 0)  # where products bound it
+    directions: tuple[str, ...] = ("forward", "backward", "both")
 
 
 def operations(
@@ -106,12 +109,12 @@ def rotary_at(size: str, width: int, rows: int, device: torch.device, dtype: tor
         q, k, _ = qkv.view(rows // T, T, 3 * heads, HEAD_DIM).split(heads, dim=2)
         return q, k
 
-    def ours(qkv: Tensor) -> Tensor:
-        return torch.stack(qk_norm_rotary(*split(qkv), cos, sin, 1.2))
+    def ours(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm_rotary(*split(qkv), cos, sin, 1.2)
 
-    def reference(qkv: Tensor) -> Tensor:
+    def reference(qkv: Tensor) -> tuple[Tensor, ...]:
         table = (cos, sin) if qkv.dtype != torch.float64 else (cos.double(), sin.double())
-        return torch.stack([qk_norm_rotary_ref(x, *table, 1.2) for x in split(qkv)])
+        return tuple(qk_norm_rotary_ref(x, *table, 1.2) for x in split(qkv))
 
     moved = rows * 2 * width * dtype.itemsize
     return Operation(
@@ -175,6 +178,7 @@ def linear_cross_entropy_at(
             torch.randint(VOCABULARY, (rows,), device=device),
         ),
         2, reference, with_torch(ours, reference), flops=(product, 2 * product),
+        directions=("forward", "both"),  # ours computes the gradients in the forward pass
     )  # fmt: skip
 
 
@@ -188,4 +192,5 @@ def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dty
         "orthogonalize", f"{size} {layers}x{width}x{4 * width}",
         lambda: (normal(device, dtype)(layers, width, 4 * width),),
         0, orthogonalize_ref, with_torch(orthogonalize, orthogonalize_ref), flops=(flops, 0),
+        directions=("forward",),
     )  # fmt: skip

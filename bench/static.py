@@ -132,8 +132,9 @@ def examine(job: Job) -> dict[str, Any]:
     }
     try:
         row |= judge(compile_case(kernel, case.arguments, tile, target), tile, target, job.default)
-    except Exception as error:  # whatever the compiler throws is the finding
-        row["faults"] = [f"does not compile: {type(error).__name__} {' '.join(str(error).split())[:200]}"]
+    except Exception as error:  # whatever the compiler throws is the finding; not stored, as it may pass
+        text = " ".join(str(error).split())[:200]
+        return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
     stored.parent.mkdir(parents=True, exist_ok=True)
     part = stored.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(row))

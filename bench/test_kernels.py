@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from hotlap.bench.kernels import prepared
+from hotlap.bench.kernels import costs, prepared
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.timing import synchronize
@@ -20,7 +20,7 @@ ROWS = 16384 if DEVICE.type == "cuda" else 256
 CASES = [
     pytest.param(operation, direction, id=f"{operation.name} {direction} {operation.size}")
     for operation in operations(ROWS, DEVICE, fast_dtype(DEVICE.type), ())
-    for direction in (("forward", "backward") if operation.differentiable else ("forward",))
+    for direction in operation.directions
 ]
 
 
@@ -38,10 +38,7 @@ def test_ours(operation, direction, benchmark, ceilings):
         synchronize(DEVICE)
 
     benchmark(once)
-    part = ("forward", "backward").index(direction)
-    limit = operation.bytes[part] / ceilings.copy + operation.flops[part] / ceilings.product
+    moved, flops = costs(operation, direction)
+    limit = moved / ceilings.copy + flops / ceilings.product
+    benchmark.extra_info |= {"bytes": moved, "flops": flops}
     benchmark.extra_info["share_of_ceiling"] = limit / benchmark.stats["median"]
-    benchmark.extra_info["bytes"], benchmark.extra_info["flops"] = (
-        operation.bytes[part],
-        operation.flops[part],
-    )

@@ -111,9 +111,7 @@ def _device_block(call: Call, count: int, sets: int, capture: bool) -> Callable[
             with torch.cuda.graph(graph):
                 run()
             run = graph.replay
-        except (
-            RuntimeError
-        ) as error:  # what synchronises cannot be captured, and is timed with its host's share
+        except RuntimeError as error:  # what synchronises is timed with its host's share
             log.info("timed without a CUDA graph: %s", str(error).splitlines()[0])
 
     def block() -> float:

@@ -90,9 +90,8 @@ def _cross_entropy_forward_kernel(
     tl.store(lse + row, norm)
     target = tl.load(targets + row)
     known = (target >= 0) & (target < V)
-    s = tl.load(x + target, known, other=float("nan")).to(
-        tl.float32
-    )  # no silent loss for a word there is not
+    # no silent loss for a word that there is not
+    s = tl.load(x + target, known, other=float("nan")).to(tl.float32)
     if CAPPED:
         s = softcap * _tanh(s / softcap)
     loss = (highest - s) + log_total + z_loss * norm * norm

@@ -15,11 +15,8 @@ from hotlap.train.data import Documents, PackedRows
 from hotlap.train.log import log
 from hotlap.train.tasks import arithmetic, facts, identity, spelling
 
-ARITHMETIC, SPELLING, IDENTITY = (
-    4000,
-    6000,
-    12,
-)  # questions of the built-in mixture; repeats of the last
+# Questions of the built-in mixture, and repeats of its greetings.
+ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, each as likely
 
 

@@ -25,7 +25,7 @@ from hotlap.train.options import differences, to_json
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LOCK = "run.lock"
 CHANGEABLE = {"resume", "compile", "run"}  # what may differ when a run goes on
-COMPILE_PAYS = 2000  # steps from which compiling for a CPU, half a minute of work, earns its time back
+COMPILE_PAYS = 2000  # steps from which compiling for a CPU surely earns its time back
 
 
 @contextmanager

@@ -139,10 +139,7 @@ def source_documentation(module: str, path: Path) -> Iterator[str]:
     """Documents of one source file, by its syntax tree."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (
-        SyntaxError,
-        ValueError,
-    ):  # some files of the library are templates or in other encodings
+    except (SyntaxError, ValueError):  # a template, or in another encoding
         return
     if text := ast.get_docstring(tree):
         yield f"{module}\n\n{text}\n"

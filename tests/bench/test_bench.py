@@ -85,6 +85,11 @@ def test_what_fails_while_it_is_timed_is_a_row_and_the_others_go_on(tmp_path, mo
     rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
     assert {row["note"] for row in rows if row["provider"] == "hotlap"} == {"does not run: no kernel image"}
     assert any(row["provider"] == "eager" and row["ms"] for row in rows)
+    monkeypatch.setattr("hotlap.bench.operations.relu2_ref", fails_large)
+    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
+    assert len(rows) == 12 and all(
+        row["ms"] is None for row in rows
+    )  # no provider is left, and nothing breaks
 
 
 def test_results_hold_the_device_versions_and_the_share_of_the_ceiling(tmp_path):
