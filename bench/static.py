@@ -30,7 +30,7 @@ import torch
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
 from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
 
-MODULES = ("rms_norm", "rotary", "relu2", "cross_entropy")
+MODULES = ("rms_norm", "rotary", "relu2", "cross_entropy", "attention_forward", "attention_backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -172,7 +172,8 @@ def judge(compiled, tile: Tile, target: Target, default: bool) -> dict[str, Any]
         float64 = {name for name in instructions if ".f64" in name and not name.startswith(narrowing)}
     else:
         registers = max(int(x) for x in re.findall(r"\.vgpr_count: +(\d+)", code))
-        spilled = sum(4 * int(x) for x in re.findall(r"\.[sv]gpr_spill_count: +(\d+)", code))
+        # scalars spill to lanes of vector registers, and cost no memory
+        spilled = sum(int(x) for x in re.findall(r"\.private_segment_fixed_size: +(\d+)", code))
         float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
     resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
     products = len(re.findall(target.tensor_core, code))

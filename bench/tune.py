@@ -1,20 +1,38 @@
 """`hotlap bench tune`: measure the tiles of every table on the GPU at hand, and write down the fastest.
 
-Each case runs at a size that does not fit the caches, in bfloat16. Kernels pick the measured tiles from then
-on; the file is in the user's cache, and removing it undoes this.
+Each case runs in bfloat16 at a size that does not fit the caches, and then each backend of attention with
+the tiles found. Kernels and attention pick what was measured from then on; the file is in the user's cache,
+and removing it undoes this.
 """
+# B batch, T time, H heads, C head dim
 
 from __future__ import annotations
 
 import importlib
+import itertools
+import logging
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from hotlap.bench.static import MODULES
+from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
-from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, tile_key, tuned_tiles, write_tuned
+from hotlap.kernels.tiles import (
+    Case,
+    Tile,
+    fitting_tiles,
+    pick_tile,
+    tile_key,
+    tuned_backends,
+    tuned_tiles,
+    write_tuned,
+)
+
+log = logging.getLogger("hotlap")
 
 MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less is noise
 
@@ -23,8 +41,8 @@ MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less i
 class TuneConfig:
     """Measure the tiles of every kernel on this GPU, and write down the fastest for later runs."""
 
-    kernel: tuple[str, ...] = MODULES
-    """Files of kernels, such as rms_norm."""
+    kernel: tuple[str, ...] = (*MODULES, "attention")
+    """Files of kernels, such as rms_norm; attention: its backends."""
     rounds: int = 5
     """Measurements of each tile, which take turns."""
 
@@ -55,10 +73,42 @@ def fastest(tiles: list[Tile], milliseconds: dict[int, float]) -> Tile:
     return tiles[best] if milliseconds[best] < MARGIN * milliseconds[0] else tiles[0]
 
 
+def measure_backends(rounds: int, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
+    """For each head size, length and window its key, and the milliseconds of each backend that can do it.
+
+    Forward and backward of 16k tokens at a width of 2048; medians over rounds in which backends take turns.
+    """
+    for C, T, window in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384), (None, 512, 1024)):
+        if window and window >= T:
+            continue
+        shape = (3, 16384 // T, T, 2048 // C, C)
+        inputs = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
+        dy = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
+        runs: dict[str, Callable] = {}
+        for backend in ("triton", *(("flash", "cudnn") if window is None else ()), "flash-attn"):
+            run = partial(step, inputs, dy, window, backend)
+            try:
+                run()
+            except (ImportError, RuntimeError) as error:  # not built for this GPU, or not installed
+                log.info("attention: no %s here: %s", backend, error)
+            else:
+                runs[backend] = run
+        times: dict[str, list[float]] = {backend: [] for backend in runs}
+        for _ in range(rounds):
+            for backend, run in runs.items():
+                times[backend].append(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
+        yield case_key(C, T, window or 0), {name: statistics.median(each) for name, each in times.items()}
+
+
+def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: str) -> None:
+    y = attention(*inputs, window, backend=backend)
+    torch.autograd.grad(y, inputs, dy)
+
+
 def main(config: TuneConfig) -> int:
     """Measure, print a line a case, and write the file."""
-    if unknown := [name for name in config.kernel if name not in MODULES]:
-        raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}")
+    if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
+        raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
     if not torch.cuda.is_available():
         raise ValueError("hotlap bench tune measures on a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":
@@ -67,7 +117,9 @@ def main(config: TuneConfig) -> int:
     facts = device_facts(device)
     results = dict(tuned_tiles(facts.name))
     seen = set()
-    for name in config.kernel:
+    for name in MODULES:
+        if name not in config.kernel:
+            continue
         for case in importlib.import_module(f"hotlap.kernels.{name}").cases(torch.bfloat16):
             key, tiles = tile_key(case.table, case.size), fitting_tiles(case.table, case.size, facts)
             if key in seen:  # kernels that share a table are tuned by the first
@@ -78,5 +130,10 @@ def main(config: TuneConfig) -> int:
             sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
             took = f"{times[tiles.index(tile)]:.3f} ms, default {times[0]:.3f} ms"
             print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}: {took}")
-    print(write_tuned(facts.name, results))
+    backends = dict(tuned_backends(facts.name))
+    write_tuned(facts.name, results, backends)
+    for key, times in measure_backends(config.rounds, device) if "attention" in config.kernel else ():
+        backends[key] = best = min(times, key=times.__getitem__)
+        print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
+    print(write_tuned(facts.name, results, backends))
     return 0

@@ -1,88 +1,237 @@
 """Causal self-attention with sliding windows, grouped heads and packed documents.
 
-A query at position t sees the keys s with t - window < s <= t, so that a window counts the query's own key,
-and with s >= document_start[t], so that documents packed into one row do not see each other.
+The queries are the last T of S positions: query t stands at position p = S - T + t, and sees the keys s with
+p - window < s <= p, so that a window counts the query's own key (flash-attn's window of (window - 1, 0)), and
+with s >= document_start[t], so that documents packed into one row do not see each other. A query that sees
+nothing gives zeros.
+
+4 C FLOPs forward and 10 C backward for each pair of a query and a key that it sees; our kernels do 14 C
+backward (attention_backward.py says why). Nothing of size T x S is ever held.
 """
-# B batch, T queries, H heads, K kv heads, C head dim
+# B batch, T queries, S keys, H heads, K kv heads, C head dim
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.attention_backward import attention_backward
+from hotlap.kernels.attention_forward import attention_forward
+from hotlap.kernels.attention_torch import (
+    attention_blockwise,
+    attention_flash_attn,
+    attention_sdpa,
+    flash_attn_function,
+    masked_softmax,
+    without_blind,
+)
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
+from hotlap.kernels.tiles import tuned_backends
 
-def visible_keys(length: int, window: int, document_start: Tensor | None, device) -> Tensor:
-    """Boolean (T, T), or (B, 1, T, T) with documents: whether query row may see key column."""
-    t = torch.arange(length, device=device)
-    distance = t[:, None] - t
-    mask = (distance >= 0) & (distance < window)
+log = logging.getLogger("hotlap")
+
+
+def visible_keys(T: int, S: int, window: int | None, document_start: Tensor | None, device) -> Tensor:
+    """Boolean (T, S), or (B, 1, T, S) with documents: whether query row may see key column."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    mask = (distance >= 0) & (distance < (window or S))
     if document_start is not None:
-        mask = mask & (t >= document_start[:, None, :, None])
+        mask = mask & (torch.arange(S, device=device) >= document_start[:, None, :, None])
     return mask
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, document_start: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    document_start: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """The specification: the whole T x T matrix, softmax in float32."""
-    groups = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, H, T, C)
+    """The specification: the whole T x S matrix, softmax in float32 or wider."""
+    groups, T, S = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # (B, H, T, C)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mask = visible_keys(q.shape[2], window or q.shape[2], document_start, q.device)
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return (weights @ v).transpose(1, 2)
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = masked_softmax(scores, visible_keys(T, S, window, document_start, q.device), softcap or 0)
+    return without_blind((weights @ v).transpose(1, 2), S, document_start)
 
 
-def attention_blockwise(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, document_start: Tensor | None
-) -> Tensor:
-    """Plain products over blocks of queries, each with only the keys that its window and causality leave.
+def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """document_start (1, tokens) of a row of packed documents; cu_seqlens: where they begin, and the end."""
+    t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None]
 
-    For CPUs, where it is 2 to 6 times as fast as scaled_dot_product_attention in bfloat16 (measured on two
-    cores of a Zen 5 EPYC at 64 to 256 tokens): half of the square is never computed, and products run in
-    bfloat16.
+
+def _unit(x: Tensor) -> Tensor:
+    """x with unit stride over C, and with strides over tokens that a kernel can multiply in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 23 else x.contiguous()
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        y, lse = _fake(q, k, v)
+        return y.zero_(), lse
+    return attention_forward(_unit(q), _unit(k), _unit(v), document_start, window, softcap, scale)
+
+
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dy, q, k, v = _unit(dy), _unit(q), _unit(k), _unit(v)
+    return attention_backward(dy, q, k, v, document_start, y, lse, window, softcap, scale)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake(q, *_):
+    B, T, H, _ = q.shape
+    return _empty(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, document_start, ctx.window, ctx.softcap, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, document_start, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _):
+    if dy is None:
+        return (None,) * 7
+    gradients = _attention_backward(dy, *ctx.saved_tensors, ctx.window, ctx.softcap, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_attention_backward = kernel_op(
+    "attention_backward", _backward, lambda dy, q, k, v, *_: (_empty(q), _empty(k), _empty(v))
+)
+_attention = kernel_op("attention", _forward, _fake, _save, _gradients)
+
+BACKENDS = ("triton", "sdpa", "flash", "cudnn", "flash-attn", "blockwise")
+
+
+def case_key(C: int, S: int, window: int) -> str:
+    """The name of a measured case: the head size, and the length and window rounded up to a power of two."""
+    return f"{C} {round_up(S)} {round_up(window)}"
+
+
+def round_up(n: int) -> int:
+    """The next power of two, or 0."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+@functools.cache
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: bool,
+    C: int,
+    S: int,
+    window: int,
+    plain: bool,
+    documents: bool,
+) -> str:
+    """The backend that "auto" is. kernels: Triton runs here. plain: nothing but causal.
+
+    On a GPU it is what `hotlap bench tune` has measured, or else torch's fused kernels where causal is all:
+    cuDNN's from Hopper on, whose forward pass is known to run at 540 TFLOP/s on an H100 where Triton's
+    without warp specialisation runs at 400. Ours is for windows, documents and softcaps. On a CPU
+    torch's is the faster one in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
     """
-    _, T, H, C = q.shape
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, C)
-    if k.shape[1] != H:
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    window = window or T
-    size = max(64, T // 16)  # few enough blocks for a compiler to unroll
-    position = torch.arange(T, device=q.device)
-    blocks = []
-    for start in range(0, T, size):
-        end, first = min(start + size, T), max(0, start - window + 1)
-        query, key = position[start:end, None], position[None, first:end]
-        mask = (key <= query) & (query - key < window)
-        if document_start is not None:
-            mask = mask & (key >= document_start[:, None, start:end, None])
-        scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * C**-0.5
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
-        blocks.append(weights @ v[:, :, first:end])
-    return torch.cat(blocks, dim=2).transpose(1, 2)
+    if device.type != "cuda":
+        fused = plain and (dtype == torch.float32 or S >= 512)
+        return "triton" if kernels else "sdpa" if fused else "blockwise"
+    if dtype == torch.float32:
+        choice, why = "sdpa" if plain else "blockwise", "float32 has no tensor cores"
+    elif plain:
+        hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+        choice, why = "cudnn" if hopper and C <= 128 else "flash", "plain causal"
+    else:
+        choice, why = "triton" if kernels else "blockwise", "windows, documents or softcap"
+    measured = (
+        tuned_backends(device_facts(device).name).get(case_key(C, S, window))
+        if kernels and not documents
+        else None
+    )
+    usable = ("triton", "flash-attn") if flash_attn_function() else ("triton",)
+    if dtype != torch.float32 and measured and (measured in usable or (plain and measured != "flash-attn")):
+        choice, why = measured, "measured"
+    log.info("attention: %s (%s) for heads of %d, to %d keys, window %d", choice, why, C, S, window)
+    return choice
+
+
+@torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace the question
+def choose_backend(*question) -> str:
+    """The backend that "auto" is: of `_choose`, once for each question."""
+    return _choose(*question)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, document_start: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    document_start: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Causal attention over whole sequences.
+    """Causal attention of the last T of S positions.
 
-    q: (B, T, H, C), k and v: (B, T, K, C) with H a multiple of K. window: keys that a query sees, its own
-    included; None is all. document_start: (B, T) integers, the position at which each token's document
-    starts; None is one document a row. Returns (B, T, H, C) in q's dtype.
+    q: (B, T, H, C); k, v: (B, S, K, C) with H a multiple of K; any strides. window: keys that a query sees,
+    its own included; None is all. document_start: (B, T) integers that do not decrease along T, the position
+    at which each query's document starts; None is one document a row (`document_starts` makes it of
+    cu_seqlens). softcap: scores s become softcap tanh(s / softcap). scale: of the scores; None is C^-1/2.
+    backend: "auto" or one of BACKENDS. Returns (B, T, H, C) in q's dtype.
     """
-    if not q.is_cuda:
-        return attention_blockwise(q, k, v, window, document_start)
-    T = q.shape[1]
-    plain = document_start is None and (window is None or window >= T)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if plain else visible_keys(T, window or T, document_start, q.device),
-        is_causal=plain,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return y.transpose(1, 2)
+    B, T, H, C = q.shape
+    S, K = k.shape[1:3]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != C or H % K:
+        shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}; needed are (B, T, H, C) and twice (B, S, K, C) with H a multiple of K")
+    if document_start is not None and document_start.shape != (B, T):
+        raise ValueError(f"document_start is {tuple(document_start.shape)}; the queries need {(B, T)}")
+    if (window is not None and window < 1) or (softcap or 0) < 0 or (scale is not None and scale <= 0):
+        raise ValueError(f"window={window}, softcap={softcap} and scale={scale} have to be positive, or None")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is unknown; known: auto, {', '.join(BACKENDS)}")
+    window = window if window is not None and window < S else 0
+    softcap, scale = softcap or 0.0, C**-0.5 if scale is None else scale
+    documents = document_start is not None
+    plain = not documents and not window and not softcap and T == S
+    if backend == "auto":
+        backend = choose_backend(
+            q.device, q.dtype, use_triton(q), C, round_up(S), round_up(window), plain, documents
+        )
+    if backend == "triton":
+        if documents:
+            document_start = document_start.to(torch.int32).contiguous()
+        return _attention(q, k, v, document_start, window, softcap, scale)[0]
+    if backend == "blockwise":
+        return attention_blockwise(q, k, v, document_start, window, softcap, scale)
+    if backend == "flash-attn" and not documents:
+        return attention_flash_attn(q, k, v, window, softcap, scale)
+    if not plain:
+        raise ValueError(f"backend {backend!r} has no windows, documents, softcap or fewer queries than keys")
+    return attention_sdpa(q, k, v, scale, backend)

@@ -69,31 +69,45 @@ def tuned_file(name: str) -> Path:
 
 
 @functools.cache
-def tuned_tiles(name: str) -> dict[str, Tile]:
-    """The measured tiles of a device by key; none where it was not tuned, or under another Triton."""
+def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
     path = tuned_file(name)
     try:
         stored = json.loads(path.read_text())
         tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
+        backends = dict(stored.get("attention", {}))
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, or run: hotlap bench tune") from None
     if stored.get("triton") != triton.__version__:
         log.warning("tiles in %s are for triton %s; run again: hotlap bench tune", path, stored.get("triton"))
-        return {}
-    return tiles
+        return {}, {}
+    return tiles, backends
 
 
-def write_tuned(name: str, tiles: dict[str, Tile]) -> Path:
-    """Store the measured tiles of a device, and forget the ones in use."""
+def tuned_tiles(name: str) -> dict[str, Tile]:
+    """The measured tiles of a device by key; none where it was not tuned, or under another Triton."""
+    return _tuned(name)[0]
+
+
+def tuned_backends(name: str) -> dict[str, str]:
+    """The measured backends of attention on a device by key; none as above."""
+    return _tuned(name)[1]
+
+
+def write_tuned(name: str, tiles: dict[str, Tile], backends: dict[str, str]) -> Path:
+    """Store what was measured on a device, and forget what is in use."""
     path = tuned_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {"triton": triton.__version__, "tiles": {key: asdict(tile) for key, tile in tiles.items()}}
+    text = {
+        "triton": triton.__version__,
+        "tiles": {key: asdict(tile) for key, tile in tiles.items()},
+        "attention": backends,
+    }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(text, indent=1))
     part.replace(path)
-    tuned_tiles.cache_clear()
+    _tuned.cache_clear()
     pick_tile.cache_clear()
     return path
 

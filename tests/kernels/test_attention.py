@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tools import assert_as_good
 
-from hotlap.kernels.attention import attention, attention_blockwise, attention_ref, visible_keys
+from hotlap.kernels.attention import attention, attention_ref, visible_keys
 from hotlap.kernels.decode_attention import decode_attention
 
 INPUTS = ("q", "k", "v")
@@ -31,7 +31,7 @@ def naive(q, k, v, window=None, document_start=None):
 
 def plain(q, k, v, window=None, document_start=None):
     """PyTorch's attention with a mask, in the dtype of q."""
-    mask = visible_keys(q.shape[1], window or q.shape[1], document_start, q.device)
+    mask = visible_keys(q.shape[1], k.shape[1], window, document_start, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -59,7 +59,7 @@ def check(B, T, H, K, C, dtype, window=None, document_start=None):
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     exact, exact_grads = gradients(naive, doubles, upstream, window, document_start)
     usual, usual_grads = gradients(plain, inputs, upstream, window, document_start)
-    for function in (attention, attention_blockwise, attention_ref):
+    for function in (attention, attention_ref):
         y, grads = gradients(function, inputs, upstream, window, document_start)
         assert_as_good(y.to(dtype), usual, exact)
         for actual, other, wanted in zip(grads, usual_grads, exact_grads, strict=True):

@@ -92,15 +92,15 @@ def test_a_tile_that_does_not_fit_the_device_is_not_picked():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (pick_tile, tiles.tuned_tiles):
+    for function in (pick_tile, tiles._tuned):
         function.cache_clear()
     yield tmp_path
-    for function in (pick_tile, tiles.tuned_tiles):
+    for function in (pick_tile, tiles._tuned):
         function.cache_clear()
 
 
 def test_a_measured_tile_is_preferred_for_its_size_and_device(cache):
-    write_tuned("A GPU/1", {"a_table_of 1": SMALL})
+    write_tuned("A GPU/1", {"a_table_of 1": SMALL}, {})
     device = Device("A GPU/1", 100_000, 8)
     assert pick_tile(a_table_of_tiles, 1, device) == SMALL
     assert pick_tile(a_table_of_tiles, 2, device) == LARGE
@@ -109,9 +109,9 @@ def test_a_measured_tile_is_preferred_for_its_size_and_device(cache):
 
 def test_a_measured_tile_counts_only_while_the_table_holds_it_and_triton_is_the_same(cache):
     device = Device("gpu", 100_000, 8)
-    path = write_tuned("gpu", {"a_table_of 1": Tile({"BLOCK": 32})})
+    path = write_tuned("gpu", {"a_table_of 1": Tile({"BLOCK": 32})}, {})
     assert pick_tile(a_table_of_tiles, 1, device) == LARGE
-    write_tuned("gpu", {"a_table_of 1": SMALL})
+    write_tuned("gpu", {"a_table_of 1": SMALL}, {})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "2.0"}))
     assert pick_tile(a_table_of_tiles, 1, device) == LARGE
 

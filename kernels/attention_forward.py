@@ -1,0 +1,297 @@
+"""The forward kernel of causal attention, and what it shares with the backward ones.
+
+A program holds a block of M queries of one head and goes over the blocks of N keys that any of them sees.
+With the running maximum m, the running sum l and the accumulator a, in base 2 because exp2 is what the
+hardware has (FlashAttention-2, Dao, 2023):
+
+    s = q k^T    m' = max(m, max s)    p = 2^(s - m')    l = 2^(m - m') l + sum p    a = 2^(m - m') a + p v
+
+Only blocks that the diagonal, the edge of a window or the start of a document cuts through are masked.
+Queries that see the most keys start first, so that no long program is left at the end.
+"""
+# B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton
+from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+
+LOG2E = math.log2(math.e)
+LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
+RESERVE = 2 << 10  # bytes of it for barriers and the like
+SHARED_CACHE = 32 << 20  # bytes of keys and values in flight at once: they fit the L2 of every large GPU
+
+
+@jit
+def load_rows(
+    base, first, stride, rows, CHECKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows from `first` on of a head, as (ROWS, BLOCK): zero beyond C and, where CHECKED, beyond `rows`."""
+    row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
+    if CHECKED:
+        mask = first + row < rows
+        if C < BLOCK:
+            mask = mask & (c < C)
+        x = tl.load(pointer, mask, other=0.0)
+    elif C < BLOCK:
+        x = tl.load(pointer, c < C, other=0.0)
+    else:
+        x = tl.load(pointer)
+    return x
+
+
+@jit
+def store_rows(base, x, first, stride, rows, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Write (ROWS, BLOCK) to the rows from `first` on of a head, in the dtype of `base`."""
+    row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
+    mask = first + row < rows
+    if C < BLOCK:
+        mask = mask & (c < C)
+    tl.store(pointer, x.to(base.dtype.element_ty), mask)
+
+
+@jit
+def similarity(a, b, inner, SOFTCAP: tl.constexpr):
+    """a b^T in float32; with a softcap, tanh(inner a b^T). Times `outer` it is the score in base 2."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if SOFTCAP:
+        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
+    return s
+
+
+@jit
+def edges(from_any, from_all, to_all, to_any):
+    """The blocks from_any, ..., to_any - 1, of which from_all, ..., to_all - 1 need no mask, as four numbers:
+    the first block, the masked ones at the left, the whole ones after them, and all masked ones.
+    """
+    left = tl.maximum(tl.minimum(from_all, to_any) - from_any, 0)
+    whole = tl.maximum(to_all - from_any - left, 0)
+    return from_any, left, whole, tl.maximum(to_any - from_any - whole, 0)
+
+
+@jit
+def block_at(i, begin, left, whole, MASKED: tl.constexpr):
+    """The block of place i among the masked ones of both edges, or among the whole ones between them."""
+    return begin + i + tl.where(i < left, 0, whole) if MASKED else begin + left + i
+
+
+@jit
+def query_block(
+    program, section, document_start, B, T, H, offset, window,
+    WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a program of queries works on, of all programs in the order in which they start.
+
+    Heads go in sections whose keys and values share the L2 cache, and in a section the last queries, which
+    see the most keys, go first. Returns batch, head, first row, the positions and first keys (M,) of the
+    rows, and the blocks of keys as `edges` returns them. Rows beyond T repeat the last one, so that nothing
+    of theirs needs a mask until they are stored.
+    """
+    blocks = tl.cdiv(T, BLOCK_M)
+    past = program // (section * blocks) * section  # heads of the sections before
+    size = tl.minimum(section, B * H - past)
+    rest = program - past * blocks
+    b, h = ((past + rest % size) // H).to(tl.int64), (past + rest % size) % H
+    start = (blocks - 1 - rest // size) * BLOCK_M
+    row = tl.minimum(start + tl.arange(0, BLOCK_M), T - 1)
+    position = offset + row
+    first = tl.zeros_like(position)
+    if WINDOWED:
+        first = tl.maximum(first, position - window + 1)
+    if DOCUMENTS:
+        first = tl.maximum(first, tl.load(document_start + b * T + row))
+    begin, left, whole, masked = edges(
+        tl.min(first, 0) // BLOCK_N,
+        tl.cdiv(tl.max(first, 0), BLOCK_N),
+        tl.maximum(offset + start + 1, 0) // BLOCK_N,
+        tl.cdiv(tl.maximum(tl.max(position, 0) + 1, 0), BLOCK_N),
+    )
+    return b, h, start, position, first, begin, left, whole, masked
+
+
+@jit
+def _attend(
+    a, l, m, q, k, v, k_t, v_t, position, first, begin, left, whole, blocks, S, inner, outer,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The accumulator (M, C), the sum and the maximum (M,) after all blocks of keys that are MASKED, or not:
+    begin, left and whole as `edges` returns them, and blocks, how many.
+    """
+    for i in range(blocks):
+        key = block_at(i, begin, left, whole, MASKED) * BLOCK_N
+        s = similarity(q, load_rows(k, key, k_t, S, MASKED, BLOCK_N, C, BLOCK_C), inner, SOFTCAP)  # (M, N)
+        if MASKED:
+            n = key + tl.arange(0, BLOCK_N)[None, :]
+            s = tl.where((n <= position[:, None]) & (n >= first[:, None]), s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1) * outer)
+        base = new
+        if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
+            base = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s * outer - base[:, None])
+        decay = tl.exp2(m - base)
+        value = load_rows(v, key, v_t, S, MASKED, BLOCK_N, C, BLOCK_C)  # (N, C)
+        a = tl.dot(p.to(value.dtype), value, a * decay[:, None], input_precision="ieee")
+        l, m = l * decay + tl.sum(p, 1), new
+    return a, l, m
+
+
+@jit
+def _attention_forward_kernel(
+    q, k, v, document_start, y, lse, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, B, T, S, H, K, window, section,
+    WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
+    b, h, start, position, first, begin, left, whole, masked = query_block(
+        tl.program_id(0), section, document_start, B, T, H, S - T, window,
+        WINDOWED, DOCUMENTS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    kv = (h // (H // K)).to(tl.int64)
+    k += b * k_b + kv * k_h
+    v += b * v_b + kv * v_h
+    block = load_rows(q + b * q_b + h.to(tl.int64) * q_h, start, q_t, T, True, BLOCK_M, C, BLOCK_C)  # (M, C)
+    a = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    l, m = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    a, l, m = _attend(
+        a, l, m, block, k, v, k_t, v_t, position, first, begin, left, whole, whole, S, inner, outer,
+        False, SOFTCAP, C, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    a, l, m = _attend(
+        a, l, m, block, k, v, k_t, v_t, position, first, begin, left, whole, masked, S, inner, outer,
+        True, SOFTCAP, C, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    row = start + tl.arange(0, BLOCK_M)
+    head = b * T * H + h  # of the row-major (B, T, H, C) and, with the row, of (B, H, T)
+    store_rows(y + head * C, a / tl.where(l == 0, 1.0, l)[:, None], start, H * C, T, BLOCK_M, C, BLOCK_C)
+    tl.store(lse + (b * H + h) * T + row, m + tl.log2(tl.where(l == 0, 1.0, l)), row < T)
+
+
+Shape = tuple[int, int, int, int]  # M, N, warps, stages
+
+
+def make_tiles(
+    block_c: int, device: Device, rows: Callable[[int, int, int], int], shapes: Sequence[Shape]
+) -> list[Tile]:
+    """Tiles of the shapes. rows(M, N, stages): at most how many rows of BLOCK_C lie in shared memory.
+
+    Nothing is known of AMD's compiler, which keeps most in registers: 0.
+    """
+    tiles = []
+    for m, n, warps, stages in shapes:
+        shared = 0 if device.warp == 64 else 2 * block_c * rows(m, n, stages) + RESERVE
+        tiles.append(Tile({"BLOCK_C": block_c, "BLOCK_M": m, "BLOCK_N": n}, warps, stages, shared=shared))
+    return tiles
+
+
+def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
+    """The first spills on no target of the static gate; the tuner tries the others."""
+    if block_c <= 64:
+        shapes = [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)]
+        if device.warp == 64:  # AMD
+            shapes = [(128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
+    elif block_c == 128:
+        shapes = [(64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 3), (64, 32, 4, 2)]
+        if device.shared_memory >= LARGE:
+            shapes = [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)]
+        elif device.shared_memory >= MEDIUM:
+            shapes = [shapes[1], shapes[0], *shapes[2:]]
+        elif device.warp == 64:
+            shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)]
+    else:
+        shapes = [(64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)]
+        if device.shared_memory >= LARGE:
+            shapes = [(64, 64, 8, 2), (128, 64, 8, 2), *shapes[:1]]
+    return make_tiles(block_c, device, lambda m, n, stages: m + 2 * stages * n, shapes)
+
+
+def heads_in_section(S: int, C: int, heads: int, item: int) -> int:
+    """How many heads' keys and values fit SHARED_CACHE."""
+    return max(1, min(heads, SHARED_CACHE // (2 * S * C * item)))
+
+
+def factors(scale: float, softcap: float) -> tuple[float, float]:
+    """`inner` and `outer` of `similarity`."""
+    return (scale / softcap, softcap * LOG2E) if softcap else (0.0, scale * LOG2E)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, C), and the logarithms to base 2 of the sums of exponentials, (B, H, T) in float32.
+
+    Unit strides over C. document_start: contiguous int32 (B, T). window, softcap: 0 is none.
+    """
+    B, T, H, C = q.shape
+    S, K = k.shape[1:3]
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    tile = pick_tile(_attention_forward_tiles, max(16, triton.next_power_of_2(C)), device_facts(q.device))
+    grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
+    with torch.cuda.device_of(q):
+        wrap_triton(_attention_forward_kernel)[grid](
+            q, k, v, document_start, y, lse, *factors(scale, softcap),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, T, S, H, K, window,
+            heads_in_section(S, C, B * H, q.element_size()),
+            WINDOWED=window > 0, DOCUMENTS=document_start is not None, SOFTCAP=softcap > 0, C=C,
+            **tile.arguments,
+        )  # fmt: skip
+    return y, lse
+
+
+STRIDES = {f"{x}_{dimension}": "i32" for x in "qkv" for dimension in "bth"}
+
+
+def cases_of(
+    kernel: str,
+    pointers: dict,
+    numbers: tuple[str, ...],
+    sizes: dict,
+    table,
+    run: Callable,
+    dtype: torch.dtype,
+) -> list[Case]:
+    """Heads of 64, 128 and 256, over whole rows and over documents in a window."""
+    found = []
+    for C in (64, 128, 256) if dtype != torch.float32 else ():  # no tensor core multiplies float32 exactly
+        for masks in (False, True):
+            arguments = {**pointers, **dict.fromkeys(numbers, "fp64"), **STRIDES, **sizes, "C": C}
+            arguments |= {"WINDOWED": masks, "DOCUMENTS": masks, "SOFTCAP": False}
+            arguments["document_start"] = "*i32" if masks else None
+            start = functools.partial(run, C, masks, dtype)
+            found.append(Case(kernel, arguments, table, C, start, "documents, window" if masks else ""))
+    return found
+
+
+def inputs(C: int, masks: bool, dtype: torch.dtype, device: torch.device):
+    """16k tokens in rows of 4k, heads that make up a width of 2048; documents of 1k and a window of 512."""
+    qkv = torch.randn(4, 4096, 3 * 2048 // C, C, device=device, dtype=dtype)
+    start = torch.arange(4096, device=device, dtype=torch.int32) // 1024 * 1024
+    document_start = start.expand(4, 4096).contiguous() if masks else None
+    return *qkv.chunk(3, dim=2), document_start, 512 if masks else 0, 0.0, C**-0.5
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """For the static gate and the tuner; none in float32, which has no tensor cores."""
+    t = f"*{type_name(dtype)}"
+    pointers = {"q": t, "k": t, "v": t, "y": t, "lse": "*fp32"}
+    sizes = dict.fromkeys(("B", "T", "S", "H", "K", "window", "section"), "i32")
+
+    def run(C, masks, dtype, device):
+        arguments = inputs(C, masks, dtype, device)
+        return lambda: attention_forward(*arguments)
+
+    return cases_of(
+        "_attention_forward_kernel", pointers, ("inner", "outer"), sizes, _attention_forward_tiles, run, dtype
+    )

@@ -1,0 +1,251 @@
+import pytest
+import torch
+from kernel_tools import DEVICE, DTYPES, check, outputs_and_gradients, random
+from torch.library import opcheck
+
+from hotlap.kernels import attention as module
+from hotlap.kernels import attention_backward, attention_forward, tiles
+from hotlap.kernels.attention import attention, document_starts
+from hotlap.kernels.tiles import Tile
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 32 queries and 16 keys, or the other way round, so that short rows have many of them."""
+
+    def table(m, n):
+        return lambda block_c, _: [Tile({"BLOCK_C": block_c, "BLOCK_M": m, "BLOCK_N": n})]
+
+    monkeypatch.setattr(attention_forward, "_attention_forward_tiles", table(32, 16))
+    monkeypatch.setattr(attention_backward, "_attention_dq_tiles", table(16, 32))
+    monkeypatch.setattr(attention_backward, "_attention_dk_dv_tiles", table(16, 32))
+
+
+def triton(q, k, v, window=None, document_start=None, softcap=None, scale=None):
+    return attention(q, k, v, window, document_start, softcap, scale, backend="triton")
+
+
+def case(B, T, H, K, C, dtype=torch.float32, S=None):
+    """q, k and v as views of one projection, of which q is the last T positions, and the gradient of y."""
+    S = S or T
+    qkv = random(B, S, H + 2 * K, C, dtype=dtype, grad=False)
+    q, k, v = qkv.split((H, K, K), dim=2)
+    return [x.requires_grad_() for x in (q[:, S - T :], k, v)], [random(B, T, H, C, seed=1, grad=False)]
+
+
+def starts(*rows: list[int]) -> torch.Tensor:
+    """document_start of rows of documents of these lengths."""
+    found = [document_starts(torch.tensor([0, *lengths]).cumsum(0), sum(lengths)) for lengths in rows]
+    return torch.cat(found).to(DEVICE)
+
+
+def rounded(q, k, v, window=None, document_start=None, softcap=None, scale=None):
+    """Plain products, which round the weights to the dtype as the kernels do."""
+    return attention(q, k, v, window, document_start, softcap, scale, backend="blockwise")
+
+
+def compare(inputs, gradients, *arguments):
+    check(triton, rounded, [*inputs, *arguments], gradients, scale=30.0)  # where softmax is sure, dq is zero
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("T", [1, 17, 63, 128])
+def test_any_length_and_window(T, window):
+    compare(*case(1, T, 1, 1, 32), window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, window", [(200, 64), (257, None), (257, 1000)])
+def test_long_rows_in_every_dtype(T, window, dtype):
+    compare(*case(1, T, 1, 1, 16, dtype), window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [32, 64, 80, 96, 128, 256])
+def test_every_head_size(C, dtype):
+    compare(*case(1, 33, 1, 1, C, dtype))
+
+
+@pytest.mark.parametrize("H, K", [(4, 1), (6, 2), (3, 3)])
+def test_grouped_heads(H, K):
+    compare(*case(2, 50, H, K, 16), 20)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [[100], [1, 99], [40, 1, 59], [1, 1, 97, 1], [31, 33, 35, 1]])
+def test_documents_of_one_row_do_not_see_each_other(lengths, window):
+    inputs, gradients = case(1, 100, 2, 1, 16)
+    compare(inputs, gradients, window, starts(lengths))
+    alone = torch.cat([triton(*(x[:, a : a + n] for x in inputs), window) for a, n in spans(lengths)], 1)
+    torch.testing.assert_close(triton(*inputs, window, starts(lengths)), alone, rtol=1e-5, atol=1e-6)
+
+
+def spans(lengths: list[int]) -> list[tuple[int, int]]:
+    return [(sum(lengths[:i]), n) for i, n in enumerate(lengths)]
+
+
+def test_rows_of_different_documents():
+    compare(*case(2, 90, 2, 1, 16), 30, starts([30, 60], [1, 80, 9]))
+
+
+@pytest.mark.parametrize("T, S", [(1, 50), (17, 80), (40, 41), (50, 20)])
+@pytest.mark.parametrize("window", [None, 10])
+def test_queries_are_the_last_of_the_positions(T, S, window):
+    (q, _, _), gradients = case(2, T, 2, 1, 16)
+    k, v = (random(2, S, 1, 16, seed=seed) for seed in (2, 3))
+    compare([q, k, v], gradients, window)
+    document_start = torch.full((2, T), 7, device=DEVICE)
+    compare([q, k, v], gradients, window, document_start)
+
+
+def test_a_chunk_of_queries_is_that_part_of_all():
+    (q, k, v), _ = case(1, 80, 2, 1, 16)
+    whole = triton(q, k, v, 25)
+    torch.testing.assert_close(triton(q[:, 50:70], k[:, :70], v[:, :70], 25), whole[:, 50:70])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_and_scale(dtype):
+    (q, k, v), gradients = case(1, 60, 2, 1, 16, dtype)
+    compare([q, k, v], gradients, None, None, 2.0)
+    compare([q, k, v], gradients, 17, starts([20, 40]), 1.5, 0.7)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    (q, k, v), (dy,) = case(1, 40, 1, 1, 16)
+    inputs = [(100 * q).detach().requires_grad_(), (100 * k).detach().requires_grad_(), v]
+    y, *gradients = outputs_and_gradients(triton, inputs, [dy])
+    torch.testing.assert_close(y, rounded(*inputs), rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in gradients) and gradients[2].any()
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
+    (q, k, v), (dy,) = case(1, 40, 1, 1, 16)
+    document_start = torch.full((1, 40), 40, device=DEVICE)
+    document_start[:, :10] = 5  # the queries at 0 to 4, and those from 10 on, see nothing
+    y, *gradients = outputs_and_gradients(triton, (q, k, v, None, document_start), [dy])
+    blind = [*range(5), *range(10, 40)]
+    assert not y[:, blind].any() and not gradients[0][:, blind].any()
+    assert y[:, 5:10].all() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "channels apart", "expanded"])
+def test_strides_of_inputs_and_gradients_do_not_matter(layout):
+    def view(x):
+        if layout == "heads first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.stack((x, x), -1)[..., 0] if layout == "channels apart" else x[:, :1].expand(x.shape)
+
+    inputs, gradients = case(2, 35, 4, 2, 16)
+    compare([view(x).detach().requires_grad_() for x in inputs], [view(g) for g in gradients], 20)
+    triton(*inputs).sum().backward()  # a gradient of stride 0
+
+
+def test_rows_may_lie_beyond_two_to_the_31():
+    inputs, gradients = case(2, 18, 1, 1, 16, torch.float16)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+
+    def far(x):
+        apart = torch.empty_strided(x.shape, (2**31, 16, 16, 1), device=DEVICE, dtype=x.dtype)
+        return apart.copy_(x.detach()).requires_grad_()
+
+    ours = outputs_and_gradients(triton, [far(x) for x in inputs], gradients)
+    for a, b in zip(ours, outputs_and_gradients(triton, inputs, gradients), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 1, 16), (2, 0, 2, 1, 16)])
+def test_nothing_gives_nothing(shape):
+    compare(*case(*shape))
+
+
+def test_blocks_that_no_query_sees_are_never_loaded():
+    """NaN there would reach the output through its products with zeros."""
+    (q, k, v), (dy,) = case(1, 128, 1, 1, 16)
+    with torch.no_grad():
+        k[:, :64], v[:, :64] = float("nan"), float("nan")
+    for window, document_start in ((17, None), (None, starts([64, 64]))):
+        y, *gradients = outputs_and_gradients(triton, (q, k, v, window, document_start), [dy])
+        seen = slice(96 if window else 64, None)
+        assert y[:, seen].isfinite().all() and gradients[0][:, seen].isfinite().all()
+        assert not y[:, :64].isfinite().any()
+
+
+def test_two_runs_agree_bit_for_bit():
+    inputs, gradients = case(2, 70, 4, 2, 16, torch.bfloat16)
+    first, second = (outputs_and_gradients(triton, [*inputs, 30], gradients) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_heads_in_small_sections_are_all_there(monkeypatch):
+    monkeypatch.setattr(attention_forward, "SHARED_CACHE", 3 * 2 * 50 * 16 * 4)  # three heads of 50 keys
+    assert attention_forward.heads_in_section(50, 16, 8, 4) == 3
+    compare(*case(2, 50, 4, 2, 16))
+
+
+def test_the_operations_keep_the_rules_of_torch():
+    (q, k, v), (dy,) = case(1, 20, 2, 1, 16)
+    document_start = starts([5, 15]).int()
+    opcheck(module._attention.op, (q, k, v, document_start, 7, 0.0, 0.25))
+    opcheck(module._attention.op, (q, k, v, None, 0, 1.0, 0.25))
+    y, lse = module._attention(q, k, v, document_start, 7, 0.0, 0.25)
+    arguments = [x.detach() for x in (q, k, v)] + [document_start, y.detach(), lse]
+    opcheck(module._attention_backward.op, (dy, *arguments, 7, 0.0, 0.25))
+
+
+def test_compiles_whole_to_the_same_results():
+    def function(qkv, document_start):
+        q, k, v = qkv.sin().split((4, 2, 2), dim=2)
+        return attention(q, k, v, 9, document_start).flatten(2)
+
+    inputs = random(2, 30, 8, 16), starts([30], [10, 20])
+    gradients = [random(2, 30, 64, grad=False)]
+    compiled = outputs_and_gradients(torch.compile(function, fullgraph=True), inputs, gradients)
+    for a, b in zip(compiled, outputs_and_gradients(function, inputs, gradients), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_measured_backends_are_chosen_where_they_apply(monkeypatch, tmp_path):
+    """A device is pretended: what is measured wins over the rule, unless it cannot do what is asked."""
+    device = torch.device("cuda", 0)
+    gpu = tiles.Device("A GPU", 232448, 132)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "device_facts", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    choose = module._choose.__wrapped__
+
+    def chosen(S, window, documents=False, dtype=torch.bfloat16, kernels=True, C=128):
+        return choose(device, dtype, kernels, C, S, window, not (window or documents), documents)
+
+    tiles._tuned.cache_clear()
+    assert chosen(2048, 0) == "cudnn" and chosen(2048, 0, C=256) == "flash"
+    assert chosen(2048, 512) == "triton" and chosen(2048, 512, kernels=False) == "blockwise"
+    assert chosen(2048, 0, dtype=torch.float32) == "sdpa"
+    measured = {"128 2048 0": "triton", "128 2048 512": "cudnn", "128 4096 512": "flash-attn"}
+    tiles.write_tuned(gpu.name, {}, measured)
+    assert chosen(2048, 0) == "triton" and chosen(2048, 0, documents=True) == "triton"
+    assert chosen(2048, 512) == "triton"  # cuDNN's has no windows here
+    assert chosen(4096, 512) == "triton"  # flash-attn is not installed
+    tiles._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash-attn"])
+def test_a_backend_says_what_it_lacks(backend):
+    (q, k, v), _ = case(1, 8, 1, 1, 16)
+    with pytest.raises(ValueError, match="documents"):
+        attention(q, k, v, None, starts([4, 4]), backend=backend)
+
+
+def test_wrong_arguments_are_named():
+    (q, k, v), _ = case(1, 8, 3, 1, 16)
+    for wrong, match in (
+        (lambda: attention(q, k[:, :, :0], v), "q is"),
+        (lambda: attention(q, k, v[:, :4]), "multiple of K"),
+        (lambda: attention(q, k, v, 0), "window=0"),
+        (lambda: attention(q, k, v, document_start=starts([4])), "document_start is"),
+        (lambda: attention(q, k, v, backend="magic"), "known: auto, triton"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            wrong()
