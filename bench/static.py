@@ -30,7 +30,15 @@ import torch
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
 from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
 
-MODULES = ("rms_norm", "rotary", "relu2", "cross_entropy", "attention_forward", "attention_backward")
+MODULES = (
+    "rms_norm",
+    "rotary",
+    "relu2",
+    "cross_entropy",
+    "attention_forward",
+    "attention_backward",
+    "decode_attention",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,7 +139,9 @@ def examine(job: Job) -> dict[str, Any]:
         "tile": "x".join(str(size) for size in tile.blocks.values()) + f" w{tile.warps} s{tile.stages}",
     }
     try:
-        row |= judge(compile_case(kernel, case.arguments, tile, target), tile, target, job.default)
+        row |= judge(
+            compile_case(kernel, case.arguments, tile, target), tile, target, job.default, case.small
+        )
     except Exception as error:  # whatever the compiler throws is the finding; not stored, as it may pass
         text = " ".join(str(error).split())[:200]
         return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
@@ -162,8 +172,8 @@ def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
     return triton.compile(source, target=gpu, options=options)
 
 
-def judge(compiled, tile: Tile, target: Target, default: bool) -> dict[str, Any]:
-    """Numbers of a compiled kernel, and its faults."""
+def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = False) -> dict[str, Any]:
+    """Numbers of a compiled kernel, and its faults. small: as of `Case`."""
     code, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
     if target.backend == "cuda":
         registers, spilled = resources(compiled.asm["cubin"])
@@ -176,7 +186,7 @@ def judge(compiled, tile: Tile, target: Target, default: bool) -> dict[str, Any]
         spilled = sum(int(x) for x in re.findall(r"\.private_segment_fixed_size: +(\d+)", code))
         float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
     resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
-    products = len(re.findall(target.tensor_core, code))
+    products = len(re.findall(rf"{target.tensor_core}|mma\.sync" if small else target.tensor_core, code))
     wanted, loads = tile_bytes(compiled.asm["ttir"], target.device.warp * tile.warps), accesses(code, "load")
     wide = sum(size for size in loads if size >= 16)  # less than wanted also where branches share a load
     narrow = sum(loads) - wide

@@ -1,36 +1,328 @@
-"""Attention of a few new tokens against a key-value cache, where each sequence has its own length."""
-# B batch, T new tokens, S cache slots, H heads, K kv heads, C head dim
+"""Attention of a few new tokens against a key-value cache in which each sequence has its own length.
+
+The keys and values of the new tokens are appended to the cache; then query t of a sequence that held n tokens
+stands at n + t and sees the cache up to there, or its last `window` keys, its own included (flash-attn's
+window of (window - 1, 0)). Lengths are a tensor that nothing reads back, so that one CUDA graph serves all.
+
+The heads that share keys, times the new tokens, are the rows of one product. The live keys of a sequence are
+split among programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
+2023). Bound by memory: 2 n K C e bytes a sequence, for elements of e bytes.
+"""
+# B sequences, T new tokens, S cache positions, H heads, K kv heads, C head dim
+# G heads that share keys, R = G T rows, M, N rows of a block of queries, of keys
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import wrap_triton
+
+from hotlap.kernels.attention import attention
+from hotlap.kernels.attention_forward import RESERVE, factors, load_rows, similarity
+from hotlap.kernels.attention_torch import masked_softmax
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+
+
+def append_ref(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor
+) -> None:
+    """Write k and v (B, T, K, C) behind the `lengths` tokens of cache rows `slots`."""
+    index = (slots[:, None], lengths[:, None] + torch.arange(k.shape[1], device=k.device))
+    k_cache[index], v_cache[index] = k, v
 
 
 def decode_attention_ref(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """The specification. Query t of sequence b stands at positions[b, t] and sees the cache up to there."""
-    s = torch.arange(k_cache.shape[1], device=q.device)
-    distance = positions[:, None, :, None] - s  # (B, 1, T, S)
-    mask = (distance >= 0) & (distance < (window or k_cache.shape[1]))
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k_cache.transpose(1, 2),
-        v_cache.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=q.shape[2] != k_cache.shape[2],
-    )
-    return y.transpose(1, 2)
+    """The specification, after `append_ref`; on a CPU, over what the longest sequence holds alone."""
+    B, T, H, C = q.shape
+    scale = C**-0.5 if scale is None else scale
+    on_cpu = q.device.type == "cpu"
+    end = int(lengths.max()) + T if on_cpu and B else k_cache.shape[1]
+    k, v = (rows(cache, slots)[:, :end] for cache in (k_cache, v_cache))  # (B, S, K, C)
+    if on_cpu and T > 1 and B and bool((lengths == lengths[0]).all()):  # the prompt's own rows, at no T x S
+        return attention(q, k, v, window, None, softcap, scale)
+    position = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    distance = position[:, None, :, None] - torch.arange(end, device=q.device)  # (B, 1, T, S)
+    mask = (distance >= 0) & (distance < (window or end))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not softcap:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != H)
+        return y.transpose(1, 2)
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    weights = masked_softmax((q @ k.mT).float() * scale, mask, softcap)
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+
+def rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """Those rows of the cache: a view where they are neighbours and reading that is cheap, else a copy."""
+    if slots.device.type == "cpu" and len(slots):
+        first = int(slots[0])
+        if torch.equal(slots, torch.arange(first, first + len(slots))):
+            return cache[first : first + len(slots)]
+    return cache[slots]
+
+
+@jit
+def _cache_append_kernel(
+    k, v, k_cache, v_cache, slots, lengths,
+    k_b, k_t, k_h, v_b, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, N, T, K,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # of B * T * K = N
+    real = row < N
+    b, t, h = (row // (T * K)).to(tl.int64), (row // K % T).to(tl.int64), (row % K).to(tl.int64)
+    slot = tl.load(slots + b, real, other=0).to(tl.int64)
+    position = tl.load(lengths + b, real, other=0).to(tl.int64) + t
+    c = tl.arange(0, BLOCK_C)[None, :]
+    mask = real & (c < C)
+    key = tl.load(k + b * k_b + t * k_t + h * k_h + c, mask)
+    value = tl.load(v + b * v_b + t * v_t + h * v_h + c, mask)
+    tl.store(k_cache + slot * kc_b + position * kc_t + h * kc_h + c, key, mask)
+    tl.store(v_cache + slot * vc_b + position * vc_t + h * vc_h + c, value, mask)
+
+
+@jit
+def _decode_split_kernel(
+    q, k_cache, v_cache, slots, lengths, y, lse, inner, outer,
+    q_b, q_t, q_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, B, T, H, K, window, splits,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A share of the keys of one sequence and kv head, for M of their rows: y (splits, B, K, R, C), lse."""
+    inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
+    program, G = tl.program_id(0), H // K
+    R = G * T
+    split, program = program % splits, program // splits
+    h, program = (program % K).to(tl.int64), program // K
+    b, start = (program % B).to(tl.int64), program // B * BLOCK_M
+    r = start + tl.arange(0, BLOCK_M)
+    row = tl.minimum(r, R - 1)  # rows beyond R repeat the last one, and are not stored
+    held = tl.load(lengths + b).to(tl.int32)
+    position = held + row // G  # (M,)
+    first = tl.zeros_like(position)
+    if WINDOWED:
+        first = tl.maximum(first, position - window + 1)
+    begin, end = tl.min(first, 0) // BLOCK_N, tl.max(position, 0) + 1
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N) - begin, splits)  # blocks of keys
+    begin += split * share
+    slot = tl.load(slots + b).to(tl.int64)
+    k_cache += slot * kc_b + h * kc_h
+    v_cache += slot * vc_b + h * vc_h
+    c = tl.arange(0, BLOCK_C)[None, :]
+    pointer = q + b * q_b + (row // G).to(tl.int64)[:, None] * q_t + (h * G + row % G)[:, None] * q_h + c
+    block = tl.load(pointer, c < C, other=0.0)  # (M, C)
+    a = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    l, m = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for i in range(begin, tl.minimum(begin + share, tl.cdiv(end, BLOCK_N))):
+        key = i * BLOCK_N
+        s = similarity(
+            block, load_rows(k_cache, key, kc_t, end, True, BLOCK_N, C, BLOCK_C), inner, SOFTCAP
+        )  # (M, N)
+        n = key + tl.arange(0, BLOCK_N)[None, :]
+        s = tl.where((n <= position[:, None]) & (n >= first[:, None]), s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1) * outer)
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        p, decay = tl.exp2(s * outer - base[:, None]), tl.exp2(m - base)
+        value = load_rows(v_cache, key, vc_t, end, True, BLOCK_N, C, BLOCK_C)  # (N, C)
+        a = tl.dot(p.to(value.dtype), value, a * decay[:, None], input_precision="ieee")
+        l, m = l * decay + tl.sum(p, 1), new
+    out = ((split * B + b) * K + h) * R + r
+    tl.store(lse + out, m + tl.log2(tl.where(l == 0, 1.0, l)), r < R)
+    a /= tl.where(l == 0, 1.0, l)[:, None]
+    tl.store(y + out[:, None] * C + c, a, (r < R)[:, None] & (c < C))
+
+
+@jit
+def _decode_combine_kernel(
+    partial, lse, y, rows, T, H, K, splits, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):
+    """y (B, T, H, C) of the results of all splits: one row, of `rows` = B K R, a program."""
+    row, G = tl.program_id(0).to(tl.int64), H // K
+    r, h, b = row % (G * T), row // (G * T) % K, row // (G * T * K)
+    split, c = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_C)
+    part = tl.load(lse + split * rows + row, split < splits, other=float("-inf"))
+    weight = tl.exp2(part - tl.max(part, 0))  # the new tokens' own keys are seen, so the maximum is finite
+    weight /= tl.sum(weight, 0)
+    mask = (split < splits)[:, None] & (c < C)[None, :]
+    parts = tl.load(partial + (split[:, None] * rows + row) * C + c[None, :], mask, other=0.0)  # (splits, C)
+    out = ((b * T + r // G) * H + h * G + r % G) * C + c
+    tl.store(y + out, tl.sum(parts * weight[:, None], 0).to(y.dtype.element_ty), c < C)
+
+
+def _decode_split_tiles(block_c: int, _: Device) -> list[Tile]:
+    """Blocks of keys: the more in flight, the nearer to the memory's bandwidth."""
+    tiles = []
+    for n, warps, stages in ((64, 4, 3), (128, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1)):
+        shared = 2 * block_c * (64 + 2 * stages * n) + RESERVE
+        tiles.append(Tile({"BLOCK_C": block_c, "BLOCK_N": n}, warps, stages, shared=shared))
+    return tiles
+
+
+def _cache_append_tiles(block_c: int, _: Device) -> list[Tile]:
+    return [Tile({"BLOCK_C": block_c, "BLOCK_N": max(1, 2048 // block_c)})]
+
+
+def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor) -> None:
+    B, T, K, C = k.shape
+    if k.numel() == 0:
+        return
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    tile = pick_tile(_cache_append_tiles, max(16, triton.next_power_of_2(C)), device_facts(k.device))
+    strides = [stride for x in (k, v, k_cache, v_cache) for stride in x.stride()[:3]]
+    with torch.cuda.device_of(k):
+        grid = (triton.cdiv(B * T * K, tile.blocks["BLOCK_N"]),)
+        wrap_triton(_cache_append_kernel)[grid](
+            k, v, k_cache, v_cache, slots, lengths, *strides, B * T * K, T, K, C=C, **tile.arguments
+        )
+
+
+def split_count(programs: int, S: int, device: Device) -> int:
+    """How many programs share a sequence's keys: enough for four on each processor, with 128 keys each."""
+    return max(1, min(4 * device.processors // programs, S // 128, 128))
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    B, T, H, C = q.shape
+    S, K = k_cache.shape[1:3]
+    y = _fake(q)
+    if q.numel() == 0:
+        return y
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    R, block_c, device = H // K * T, max(16, triton.next_power_of_2(C)), device_facts(q.device)
+    block_m = min(64, max(16, triton.next_power_of_2(R)))
+    programs = triton.cdiv(R, block_m) * B * K
+    splits = split_count(programs, S, device)
+    partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
+    lse = torch.empty(splits, B, K, R, dtype=torch.float32, device=q.device)
+    tile = pick_tile(_decode_split_tiles, block_c, device)
+    strides = [stride for x in (q, k_cache, v_cache) for stride in x.stride()[:3]]
+    with torch.cuda.device_of(q):
+        wrap_triton(_decode_split_kernel)[(programs * splits,)](
+            q, k_cache, v_cache, slots, lengths, partial, lse, *factors(scale, softcap), *strides, B, T, H, K,
+            window, splits, WINDOWED=window > 0, SOFTCAP=softcap > 0, C=C, BLOCK_M=block_m, **tile.arguments,
+        )  # fmt: skip
+        wrap_triton(_decode_combine_kernel)[(B * K * R,)](
+            partial, lse, y, B * K * R, T, H, K, splits, C=C, BLOCK_C=block_c,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4 if splits > 8 else 1,
+        )  # fmt: skip
+    return y
+
+
+def _fake(q, *_):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_cache_append = kernel_op("cache_append", _append, lambda *_: None, mutates=("k_cache", "v_cache"))
+_decode_attention = kernel_op("decode_attention", _decode, _fake)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention of new queries against the cache, which already holds their own keys and values.
+    """Append k and v to the cache, in place, and attend to it. For inference: no gradients.
 
-    q: (B, T, H, C); k_cache, v_cache: (B, S, K, C); positions: (B, T) integers. window: keys that a query
-    sees, its own included; None is all. Returns (B, T, H, C) in q's dtype.
+    q: (B, T, H, C); k, v: (B, T, K, C); k_cache, v_cache: (slots, S, K, C) with unit stride over C; slots,
+    lengths: (B,) integers, the different cache rows of the sequences and the tokens that each holds so far.
+    lengths + T must fit S. window: keys that a query sees, its own included; None is all. softcap, scale: as
+    of `attention`. Returns (B, T, H, C) in q's dtype.
     """
-    return decode_attention_ref(q, k_cache, v_cache, positions, window)
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    if k.shape != (B, T, K, C) or v.shape != k.shape or k_cache.shape[2:] != (K, C) or H % K:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("cache", k_cache)))
+        raise ValueError(f"{shapes}; needed are (B, T, H, C), (B, T, K, C) and (slots, S, K, C)")
+    if slots.shape != (B,) or lengths.shape != (B,) or k_cache.shape[1] < T:
+        raise ValueError(
+            f"slots {tuple(slots.shape)}, lengths {tuple(lengths.shape)} and {T} new tokens do not fit "
+            f"{B} sequences and a cache of {k_cache.shape[1]} tokens"
+        )
+    softcap = softcap or 0.0
+    if not use_triton(q):
+        append_ref(k, v, k_cache, v_cache, slots, lengths)
+        return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
+    _cache_append(k, v, k_cache, v_cache, slots, lengths)
+    window = window if window is not None and window < k_cache.shape[1] else 0
+    scale = C**-0.5 if scale is None else scale
+    return _decode_attention(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """For the static gate and the tuner: one token of 32 sequences of 4096, heads of 64, 128 and 256."""
+    if dtype == torch.float32:  # no tensor cores
+        return []
+    t = f"*{type_name(dtype)}"
+
+    def strides(*names: str) -> dict[str, str]:
+        return {f"{x}_{dimension}": "i32" for x in names for dimension in "bth"}
+
+    common = {"k_cache": t, "v_cache": t, "slots": "*i64", "lengths": "*i64", **strides("kc", "vc")}
+    append = {"k": t, "v": t, **common, **strides("k", "v"), **dict.fromkeys("NTK", "i32")}
+    split = {"q": t, **common, "y": "*fp32", "lse": "*fp32", "inner": "fp64", "outer": "fp64", **strides("q")}
+    split |= dict.fromkeys(("B", "T", "H", "K", "window", "splits"), "i32")
+    split |= {"WINDOWED": True, "SOFTCAP": False}
+    combine = {"partial": "*fp32", "lse": "*fp32", "y": t, "BLOCK_SPLITS": 16}
+    combine |= dict.fromkeys(("rows", "T", "H", "K", "splits"), "i32")
+
+    def combine_tiles(block_c: int, _: Device) -> list[Tile]:
+        return [Tile({"BLOCK_C": block_c})]
+
+    def run(C: int, device: torch.device):
+        q = torch.randn(32, 1, 2048 // C, C, device=device, dtype=dtype)
+        cache = torch.randn(2, 32, 4096, 512 // C, C, device=device, dtype=dtype)
+        slots, lengths = torch.arange(32, device=device), torch.full((32,), 4095, device=device)
+        return lambda: _decode(q, *cache, slots, lengths, 0, 0.0, C**-0.5)
+
+    found = []
+    for C in (64, 128, 256):
+        start = functools.partial(run, C)
+        found += [
+            Case("_cache_append_kernel", append | {"C": C}, _cache_append_tiles, C, start),
+            Case(
+                "_decode_split_kernel",
+                split | {"C": C, "BLOCK_M": 16},
+                _decode_split_tiles,
+                C,
+                start,
+                small=True,
+            ),
+            Case(
+                "_decode_split_kernel",
+                split | {"C": C, "BLOCK_M": 64},
+                _decode_split_tiles,
+                C,
+                start,
+                "prompt",
+            ),
+            Case("_decode_combine_kernel", combine | {"C": C}, combine_tiles, C, start),
+        ]
+    return found

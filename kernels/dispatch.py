@@ -79,9 +79,9 @@ def use_triton(x: Tensor) -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: returns fresh tensors and changes none; with type annotations. fake: the same on shapes
-    alone. save(ctx, inputs, output) and backward(ctx, *grads): as in `torch.autograd.Function`; an operation
-    without them is not differentiable.
+    implementation: returns fresh tensors, or None, and changes no others than `mutates` names; with type
+    annotations. fake: the same on shapes alone. save(ctx, inputs, output) and backward(ctx, *grads): as in
+    `torch.autograd.Function`; an operation without them is not differentiable.
 
     Under the interpreter it is a custom_op, because tracing does not get through an interpreted kernel; on a
     GPU it is a triton_op, whose kernels Inductor sees. Plain eager calls skip the dispatcher, which costs
@@ -95,9 +95,10 @@ class kernel_op:
         fake: Callable,
         save: Callable | None = None,
         backward: Callable | None = None,
+        mutates: tuple[str, ...] = (),
     ):
         register = triton_op if triton and not INTERPRETED else custom_op
-        self.op = register(f"hotlap::{name}", implementation, mutates_args=())
+        self.op = register(f"hotlap::{name}", implementation, mutates_args=mutates)
         self.op.register_fake(fake)
         self.eager = implementation
         if backward is None:

@@ -56,6 +56,7 @@ class Case:
     size: int
     run: Callable[[torch.device], Callable[[], Any]]  # allocates on a device; the result launches the kernel
     variant: str = ""  # what sets it apart from other cases of the kernel and size
+    small: bool = False  # its products have too few rows for the tensor-core instructions of the newest GPUs
 
 
 def user_cache() -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hotlap.kernels.decode_attention import decode_attention
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
@@ -35,14 +36,12 @@ class KVCache:
         """Say which slots (B,) the next forward continues, by how many tokens each."""
         self.slots = slots
         offset = torch.arange(new_tokens, device=slots.device)
-        self.positions = self.lengths[slots][:, None] + offset  # (B, T)
-        self.end = int(self.positions.max()) + 1
+        self.held = self.lengths[slots]  # (B,) before the forward
+        self.positions = self.held[:, None] + offset  # (B, T)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, K, C), and return all keys and values of these slots (B, S', K, C)."""
-        index = (self.slots[:, None], self.positions)
-        self.k[layer][index], self.v[layer][index] = k, v
-        return self.k[layer][self.slots, : self.end], self.v[layer][self.slots, : self.end]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Store k and v (B, T, K, C), and return the attention of q (B, T, H, C) to all that is stored."""
+        return decode_attention(q, k, v, self.k[layer], self.v[layer], self.slots, self.held, window)
 
     def previous_embedding(self, x: Tensor) -> Tensor:
         """The embedding before each of x (B, T, D): zero before the first token of a sequence."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import linear_cross_entropy, softcap_logits
-from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
@@ -32,7 +31,7 @@ class Cache(Protocol):
 
     positions: Tensor  # (B, T) of the tokens of this call
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
 
     def previous_embedding(self, x: Tensor) -> Tensor: ...
 
@@ -78,8 +77,7 @@ class Attention(nn.Module):
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:
-            k, v = cache.append(self.layer, k, v)  # (B, S, K, C)
-            y = decode_attention(q, k, v, cache.positions, self.window)
+            y = cache.attend(self.layer, q, k, v, self.window)
         return self.proj(y.reshape(B, T, -1))
 
 

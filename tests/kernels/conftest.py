@@ -30,6 +30,10 @@ def triton_kernels(choose_kernels, monkeypatch):
 
     def poisoned(*size, **options):
         x = empty(*size, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
 
+    with torch.device("cpu"):  # at its first use torch notes, for good, which functions it has to watch
+        empty(0)
     monkeypatch.setattr(torch, "empty", poisoned)

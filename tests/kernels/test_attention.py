@@ -1,4 +1,4 @@
-"""Attention and its decoding form against a naive float64 softmax."""
+"""Attention against a naive float64 softmax."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from tools import assert_as_good
 
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
-from hotlap.kernels.decode_attention import decode_attention
 
 INPUTS = ("q", "k", "v")
 
@@ -100,23 +99,3 @@ def test_a_window_of_w_sees_w_keys(window):
     q, k, v = fused_qkv(1, 150, 1, 1, 32, torch.float32)
     (grad,) = torch.autograd.grad(attention(q, k, v, window)[0, 120].sum(), v)
     assert grad[0, :, 0, 0].nonzero().flatten().tolist() == list(range(121 - window, 121))
-
-
-@pytest.mark.parametrize("window", [1, 5, None])
-def test_decoding_token_by_token_is_attention(window):
-    q, k, v = (x.detach() for x in fused_qkv(2, 40, 4, 2, 32, torch.float32))
-    whole = attention(q, k, v, window)
-    for t in range(40):
-        positions = torch.full((2, 1), t)
-        y = decode_attention(q[:, t : t + 1], k, v, positions, window)  # later keys are there, and unseen
-        torch.testing.assert_close(y, whole[:, t : t + 1], rtol=1e-5, atol=1e-5)
-
-
-def test_decoding_sequences_at_different_positions():
-    q, k, v = (x.detach() for x in fused_qkv(3, 40, 2, 2, 32, torch.float32))
-    whole, first = attention(q, k, v, 7), torch.tensor([0, 11, 33])
-    positions = first[:, None] + torch.arange(5)
-    row = torch.arange(3)[:, None]
-    torch.testing.assert_close(
-        decode_attention(q[row, positions], k, v, positions, 7), whole[row, positions], rtol=1e-5, atol=1e-5
-    )
