@@ -162,10 +162,11 @@ def _decode_combine_kernel(
 
 
 def _decode_split_tiles(block_c: int, _: Device) -> list[Tile]:
-    """Blocks of keys: the more in flight, the nearer to the memory's bandwidth."""
+    """The more keys in flight, the nearer to the memory's bandwidth; blocks of 64 spill for heads of 256."""
+    shapes = [(64, 4, 3), (128, 4, 2), (64, 4, 2)] if block_c <= 128 else [(32, 4, 3)]
     tiles = []
-    for n, warps, stages in ((64, 4, 3), (128, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1)):
-        shared = 2 * block_c * (64 + 2 * stages * n) + RESERVE
+    for n, warps, stages in (*shapes, (32, 4, 2), (32, 4, 1), (16, 4, 1)):
+        shared = 2 * block_c * (32 + 2 * stages * n) + RESERVE
         tiles.append(Tile({"BLOCK_C": block_c, "BLOCK_N": n}, warps, stages, shared=shared))
     return tiles
 
@@ -210,7 +211,7 @@ def _decode(
         return y
     q = q if q.stride(-1) == 1 else q.contiguous()
     R, block_c, device = H // K * T, max(16, triton.next_power_of_2(C)), device_facts(q.device)
-    block_m = min(64, max(16, triton.next_power_of_2(R)))
+    block_m = min(32, max(16, triton.next_power_of_2(R)))
     programs = triton.cdiv(R, block_m) * B * K
     splits = split_count(programs, S, device)
     partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
@@ -307,22 +308,13 @@ def cases(dtype: torch.dtype) -> list[Case]:
         start = functools.partial(run, C)
         found += [
             Case("_cache_append_kernel", append | {"C": C}, _cache_append_tiles, C, start),
-            Case(
-                "_decode_split_kernel",
-                split | {"C": C, "BLOCK_M": 16},
-                _decode_split_tiles,
-                C,
-                start,
-                small=True,
-            ),
-            Case(
-                "_decode_split_kernel",
-                split | {"C": C, "BLOCK_M": 64},
-                _decode_split_tiles,
-                C,
-                start,
-                "prompt",
-            ),
             Case("_decode_combine_kernel", combine | {"C": C}, combine_tiles, C, start),
         ]
+        for variant, m in (("", 16), ("prompt", 32)):
+            blocks = {"C": C, "BLOCK_M": m}
+            found.append(
+                Case(
+                    "_decode_split_kernel", split | blocks, _decode_split_tiles, C, start, variant, small=True
+                )
+            )
     return found
