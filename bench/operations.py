@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hotlap.kernels.attention import attention, attention_ref
-from hotlap.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from hotlap.kernels.orthogonalize import COEFFICIENTS, orthogonalize, orthogonalize_ref
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref

@@ -7,17 +7,12 @@ Gimelshein, 2018); the gradient is a second pass. With z-loss z logsumexp(s)^2,
 
 Bound by memory: N V e bytes forward and 2 N V e backward for elements of e bytes; about 4 N V FLOPs forward
 and 5 N V backward, and N V exponentials in each.
-
-`linear_cross_entropy` is the head's product and the loss in one operation, so that the logits, which at 32768
-words take more memory than the rest of the model's activations together, exist only a chunk of rows at a
-time. The gradients of a chunk are computed while its logits are at hand; the backward pass only scales them.
 """
-# N tokens, D width, V vocab
+# N tokens, V vocab
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
 
@@ -25,7 +20,6 @@ from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, tr
 from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
 IGNORE = -1  # the target of a token that carries no loss
-CHUNK_BYTES = 8 << 20  # of float32 logits: what stays in a cache
 
 
 def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
@@ -132,7 +126,7 @@ def _cross_entropy_backward_tiles(_: int, __: Device) -> list[Tile]:
     return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (4096, 8), (4096, 4), (1024, 2))]
 
 
-def _forward(
+def cross_entropy_forward(
     logits: Tensor, targets: Tensor, softcap: float, z_loss: float, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,) and the logarithms of the softmax's denominators (N,), both float32."""
@@ -152,10 +146,10 @@ def _forward(
 def _backward(
     dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
 ) -> Tensor:
-    return _write_gradient(dloss, logits, targets, lse, softcap, z_loss, _empty(logits))
+    return write_gradient(dloss, logits, targets, lse, softcap, z_loss, _empty(logits))
 
 
-def _write_gradient(
+def write_gradient(
     dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, out: Tensor
 ) -> Tensor:
     """The gradient of the logits, written to out, which may be the logits."""
@@ -186,7 +180,7 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, dloss, _):
     logits, targets, lse = ctx.saved_tensors
     if ctx.in_place and logits.stride(1) == 1:
-        dlogits = _write_gradient(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss, logits.detach())
+        dlogits = write_gradient(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss, logits.detach())
         torch.autograd.graph.increment_version(logits)  # whoever else needs the logits backward, is told
     else:
         dlogits = _cross_entropy_backward(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss)
@@ -198,7 +192,7 @@ _cross_entropy_backward = kernel_op(
 )
 _cross_entropy = kernel_op(
     "cross_entropy",
-    _forward,
+    cross_entropy_forward,
     lambda logits, *_: tuple(
         torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2)
     ),
@@ -233,80 +227,6 @@ def cross_entropy(
     return reduce(_cross_entropy(logits, targets, softcap, z_loss, in_place)[0], targets, reduction)
 
 
-def linear_cross_entropy_ref(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float = 0.0, reduction: str = "sum"
-) -> Tensor:
-    """The specification: all logits at once, in float32 after the product."""
-    logits = softcap_logits(F.linear(x, head.to(x.dtype)), softcap)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
-
-
-def chunk_rows(V: int, D: int) -> int:
-    """Rows of a chunk: few enough for a cache, unless each chunk's pass over the (V, D) sum of dW would cost
-    more than its pass over the logits."""
-    return max(CHUNK_BYTES // (4 * V), 2 * D)
-
-
-class ChunkedSum(torch.autograd.Function):
-    """The sum of the losses, and its gradients with it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        N, V = len(x), len(head)
-        weight = head.to(x.dtype)
-        dx, dw = torch.empty_like(x), None
-        total = torch.zeros((), device=x.device)
-        rows = chunk_rows(V, x.shape[1])
-        for start in range(0, N, rows):
-            part, target = x[start : start + rows], targets[start : start + rows]
-            logits = (part @ weight.T).float()  # (rows, V)
-            if softcap:
-                logits = logits.div_(softcap).tanh_()
-                slope = 1 - logits.square()
-                logits = logits.mul_(softcap)
-            carries = target != IGNORE
-            index = target.clamp(min=0)[:, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, index)).squeeze(1) * carries).sum()
-            grad = logits.sub_(lse).exp_()  # the softmax, then the gradient of the logits
-            grad.scatter_add_(1, index, torch.full_like(lse, -1.0))
-            grad.mul_(carries[:, None])
-            if softcap:
-                grad.mul_(slope)
-            grad = grad.to(x.dtype)
-            torch.mm(grad, weight, out=dx[start : start + rows])
-            share = (grad.T @ part).float()  # (V, D)
-            dw = share if dw is None else dw.add_(share)
-        ctx.save_for_backward(dx, torch.zeros_like(head) if dw is None else dw)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        dx, dw = ctx.saved_tensors
-        return dx * grad_output.to(dx.dtype), (dw * grad_output), None, None
-
-
-def linear_cross_entropy(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float = 0.0, reduction: str = "sum"
-) -> Tensor:
-    """Loss of predicting targets from x through the head.
-
-    x: (N, D), head: (V, D), targets: (N,) int64 with -1 for tokens without loss. reduction: "sum", "mean"
-    over the tokens with loss, or "none" for (N,). Returns float32, in nats.
-    """
-    if not torch.is_grad_enabled():
-        rows = chunk_rows(*head.shape)
-        parts = zip(x.split(rows), targets.split(rows), strict=True)
-        losses = torch.cat([linear_cross_entropy_ref(p, head, t, softcap, "none") for p, t in parts])
-        if reduction == "none":
-            return losses
-        return losses.sum() / ((targets != IGNORE).sum() if reduction == "mean" else 1)
-    if reduction == "none":
-        return linear_cross_entropy_ref(x, head, targets, softcap, reduction)
-    total = ChunkedSum.apply(x, head, targets, softcap)
-    return total / (targets != IGNORE).sum() if reduction == "mean" else total
-
-
 def cases(dtype: torch.dtype) -> list[Case]:
     """For the static gate and the tuner: logits of 50304 words, with and without softcap."""
     t, N, V = f"*{type_name(dtype)}", 8192, 50304
@@ -322,11 +242,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
         def run_forward(device):
             logits, targets = data(device)
-            return lambda: _forward(logits, targets, softcap, 0.0, False)
+            return lambda: cross_entropy_forward(logits, targets, softcap, 0.0, False)
 
         def run_backward(device):
             logits, targets = data(device)
-            losses, lse = _forward(logits, targets, softcap, 0.0, False)
+            losses, lse = cross_entropy_forward(logits, targets, softcap, 0.0, False)
             return lambda: _backward(losses, logits, targets, lse, softcap, 0.0)
 
         variant = "softcap" if softcap else ""

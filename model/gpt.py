@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.attention import attention
-from hotlap.kernels.cross_entropy import linear_cross_entropy, softcap_logits
+from hotlap.kernels.cross_entropy import softcap_logits
+from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables

@@ -1,0 +1,193 @@
+"""The head's product and the cross-entropy of its softcapped logits in one operation.
+
+The logits, which at 32768 words take more memory than the rest of a model's activations together, exist only
+a chunk of rows at a time. For a sum or mean of the losses, the gradients of a chunk are computed while its
+logits are at hand, and the backward pass only scales them: 6 N D V FLOPs as without chunks. For the losses of
+the tokens themselves, whose gradients depend on what comes, it computes the logits again: 8 N D V.
+"""
+# N tokens, D width, V vocab
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hotlap.kernels.cross_entropy import (
+    IGNORE,
+    cross_entropy_forward,
+    cross_entropy_ref,
+    reduce,
+    write_gradient,
+)
+from hotlap.kernels.dispatch import kernel_op, use_triton
+
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of logits: what stays in a CPU's cache; little for a GPU
+
+
+def linear_cross_entropy_ref(
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    reduction: str = "sum",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The specification: all logits at once, in float32 after the product."""
+    return cross_entropy_ref(F.linear(x, head.to(x.dtype)), targets, softcap, reduction, z_loss)
+
+
+def chunk_rows(V: int, D: int, device_type: str) -> int:
+    """Rows of a chunk. On a CPU at least so many that adding up the (V, D) shares of dW costs less than the
+    passes over the logits; on a GPU a multiple of its tiles."""
+    if device_type == "cuda":
+        return max(CHUNK_BYTES["cuda"] // (2 * V) // 128, 1) * 128
+    return max(CHUNK_BYTES["cpu"] // (4 * V), 2 * D)
+
+
+def _losses_and_gradient(
+    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, dlosses: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) of a chunk, and the gradient of its logits (n, V), which are overwritten.
+
+    dlosses: (n,); None asks for no gradient.
+    """
+    if use_triton(logits):
+        losses, lse = cross_entropy_forward(logits, targets, softcap, z_loss, False)
+        if dlosses is None:
+            return losses, None
+        return losses, write_gradient(dlosses, logits, targets, lse, softcap, z_loss, logits)
+    dtype, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    slope = None
+    if softcap:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if dlosses is not None else None
+        logits = logits.mul_(softcap)
+    carries, index = targets != IGNORE, targets.clamp(min=0)[:, None]
+    lse = logits.logsumexp(-1, keepdim=True)
+    losses = ((lse - logits.gather(1, index) + z_loss * lse.square()).squeeze(1)) * carries
+    if dlosses is None:
+        return losses, None
+    grad = logits.sub_(lse).exp_()  # the softmax
+    if z_loss:
+        grad.mul_(1 + 2 * z_loss * lse)
+    grad.scatter_add_(1, index, torch.full_like(lse, -1.0))
+    grad.mul_((carries * dlosses)[:, None])
+    if slope is not None:
+        grad.mul_(slope)
+    return losses, grad.to(dtype)
+
+
+def _chunks(x: Tensor, head: Tensor, targets: Tensor):
+    """The head in the dtype of x; for each chunk its start, rows and targets."""
+    rows = chunk_rows(*head.shape, x.device.type)
+    return head.to(x.dtype), [(i, x[i : i + rows], targets[i : i + rows]) for i in range(0, len(x), rows)]
+
+
+def _gradients(
+    x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, dlosses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses, dx in the dtype of x, and dW in float32 for the gradients dlosses (N,)."""
+    weight, chunks = _chunks(x, head, targets)
+    total, dw = torch.zeros((), dtype=torch.float32, device=x.device), None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for start, part, target in chunks:
+        here = slice(start, start + len(part))
+        losses, grad = _losses_and_gradient(part @ weight.T, target, softcap, z_loss, dlosses[here])
+        total = total + losses.sum()
+        torch.mm(grad, weight, out=dx[here])
+        share = (grad.T @ part).to(head.dtype)  # (V, D)
+        dw = share if dw is None else dw.add_(share)
+    return total, dx, torch.zeros_like(head) if dw is None else dw
+
+
+def _sum(
+    x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    ones = torch.ones(1, dtype=torch.float32, device=x.device).expand(len(x))
+    return _gradients(x, head, targets, softcap, z_loss, ones)
+
+
+def _each(x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float) -> Tensor:
+    weight, chunks = _chunks(x, head, targets)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for start, part, target in chunks:
+        some, _ = _losses_and_gradient(part @ weight.T, target, softcap, z_loss, None)
+        losses[start : start + len(part)] = some
+    return losses
+
+
+def _each_backward(
+    dlosses: Tensor, x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    return _gradients(x, head, targets, softcap, z_loss, dlosses)[1:]
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+    return torch.empty(x.shape if shape is None else shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _save_sum(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale(ctx, dtotal, *_):
+    if dtotal is None:
+        return (None,) * 5
+    dx, dw = ctx.saved_tensors
+    return dx * dtotal.to(dx.dtype), dw * dtotal, None, None, None
+
+
+def _save_each(ctx, inputs, output):
+    x, head, targets, ctx.softcap, ctx.z_loss = inputs
+    ctx.save_for_backward(x, head, targets)
+
+
+def _again(ctx, dlosses):
+    return *_linear_losses_backward(dlosses, *ctx.saved_tensors, ctx.softcap, ctx.z_loss), None, None, None
+
+
+_linear_sum = kernel_op(
+    "linear_cross_entropy_sum",
+    _sum,
+    lambda x, head, *_: (_empty(x, torch.float32, ()), _empty(x), _empty(head)),
+    _save_sum,
+    _scale,
+)
+_linear_losses_backward = kernel_op(
+    "linear_cross_entropy_backward", _each_backward, lambda dlosses, x, head, *_: (_empty(x), _empty(head))
+)
+_linear_losses = kernel_op(
+    "linear_cross_entropy",
+    _each,
+    lambda x, *_: _empty(x, torch.float32, (len(x),)),
+    _save_each,
+    _again,
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    reduction: str = "sum",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Loss of predicting targets from x through the head, in float32 and nats.
+
+    x: (N, D), head: (V, D), targets: (N,) int64 with -1 for tokens without loss. softcap, z_loss: as of
+    `cross_entropy`; 0 is none. reduction: "sum", "mean" over the tokens with loss (0 where none has one), or
+    "none" for (N,), which without z_loss are the tokens' negative log-probabilities.
+    """
+    if x.dim() != 2 or head.dim() != 2 or x.shape[1] != head.shape[1] or targets.shape != x.shape[:1]:
+        shapes = f"x is {tuple(x.shape)}, head {tuple(head.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes}; needed are (N, D), (V, D) and (N,)")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is unknown; it can be none, mean or sum")
+    if reduction == "none" or not torch.is_grad_enabled():
+        return reduce(_linear_losses(x, head, targets, softcap, z_loss), targets, reduction)
+    total = _linear_sum(x, head, targets, softcap, z_loss)[0]
+    return total / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else total
