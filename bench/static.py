@@ -38,6 +38,7 @@ MODULES = (
     "attention_forward",
     "attention_backward",
     "decode_attention",
+    "linear_relu2",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
-from hotlap.kernels.relu2 import relu2
+from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 from hotlap.model.config import GPTConfig
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_ratio * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(relu2(self.fc(x)))
+        return linear_relu2(x, self.fc.weight, self.proj.weight)
 
 
 class Block(nn.Module):

@@ -1,0 +1,180 @@
+"""The MLP relu(x W_in^T)^2 W_out^T, with the activation in the epilogue of the first product.
+
+With p = x W_in^T and a = relu(p)^2, only a is written forward: its root is relu(p), so that backward
+
+    da = dy W_out    dp = 2 sqrt(a) da    dx = dp W_in    dW_in = dp^T x    dW_out = dy^T a
+
+where dp leaves the product da in its epilogue. The root of an a that was rounded to bfloat16 is off by 2^-9
+at most. All other products stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
+products and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
+"""
+# M tokens, D width, N hidden width; K inner dimension of a product
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import wrap_triton
+
+from hotlap.kernels.dispatch import INTERPRETED, Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.relu2 import relu2
+from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+
+# Up to here what the epilogue saves, 4 N bytes a token at 3 TB/s, is more than what Triton's product loses to
+# cuBLAS's, 2 N D FLOPs at 600 instead of 750 TFLOP/s: calculated for an H100, not measured.
+FUSED_WIDTH = 2048
+RESERVE = 2 << 10  # bytes of shared memory for barriers and the like
+
+
+def linear_relu2_ref(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """The specification. x: (..., D), w_in: (N, D), w_out: (D, N)."""
+    return F.linear(relu2(F.linear(x, w_in.to(x.dtype))), w_out.to(x.dtype))
+
+
+@jit
+def _linear_relu2_kernel(
+    x, w, a, out, x_m, w_k, w_n, M, N, K,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = relu(x w)^2, or BACKWARD x w times 2 sqrt(a): x (M, K), w (K, N), a and out contiguous."""
+    # programs that run together share rows of x and columns of w in the L2 cache
+    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    first = program // (GROUP * across) * GROUP
+    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
+    rest = program % (GROUP * across)
+    m = ((first + rest % rows) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    n = (rest // rows * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    left = x + tl.minimum(m, M - 1) * x_m + k[None, :]  # (BLOCK_M, BLOCK_K)
+    right = w + k[:, None].to(tl.int64) * w_k + n * w_n  # (BLOCK_K, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        p = tl.load(left, inside[None, :], other=0.0)
+        q = tl.load(right, inside[:, None] & (n < N), other=0.0)
+        total = tl.dot(p, q, total, input_precision="ieee")
+        left += BLOCK_K
+        right += BLOCK_K * w_k
+    mask = (m < M) & (n < N)
+    place = m * N + n
+    if BACKWARD:
+        total *= 2.0 * tl.sqrt(tl.load(a + place, mask, other=0.0).to(tl.float32))
+    else:
+        total = tl.maximum(total, 0.0)
+        total *= total
+    tl.store(out + place, total.to(out.dtype.element_ty), mask)
+
+
+def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
+    """M, N, K of a block, with two operands in shared memory for each stage; backward reads a as well."""
+    shapes = [(128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4)]
+    if device.shared_memory >= 200 << 10:  # Hopper and Blackwell of datacenters
+        shapes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)]
+        shapes[:2] = reversed(shapes[:2]) if backward else shapes[:2]
+    elif device.warp == 64:  # AMD
+        shapes = [(128, 128, 32, 8, 2), (64, 64, 64, 4, 2)]
+    tiles = []
+    for m, n, k, warps, stages in shapes:
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
+        tiles.append(Tile(blocks, warps, stages, shared=2 * stages * k * (m + n) + RESERVE))
+    return tiles
+
+
+def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
+    """Launch the kernel: x (M, K) with unit stride, w (K, N) with any."""
+    (M, K), N = x.shape, w.shape[1]
+    if M:
+        tile = pick_tile(_linear_relu2_tiles, int(a is not None), device_facts(x.device))
+        grid = (triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"]),)
+        with torch.cuda.device_of(x):
+            wrap_triton(_linear_relu2_kernel)[grid](
+                x, w, a, out, x.stride(0), *w.stride(), M, N, K, BACKWARD=a is not None, **tile.arguments
+            )
+    return out
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """y (M, D) and a (M, N)."""
+    a = _product(_unit(x), w_in.T, None, _empty(x, len(x), len(w_in)))
+    return a @ w_out.T, a
+
+
+def _backward(dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dp = _product(_unit(dy), w_out, a, _empty(a))
+    return dp @ w_in, dp.T @ x, dy.T @ a
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _):
+    return (None,) * 3 if dy is None else _linear_relu2_backward(dy, *ctx.saved_tensors)
+
+
+_linear_relu2_backward = kernel_op(
+    "linear_relu2_backward", _backward, lambda dy, x, w_in, w_out, a: tuple(map(_empty, (x, w_in, w_out)))
+)
+_linear_relu2 = kernel_op(
+    "linear_relu2",
+    _forward,
+    lambda x, w_in, w_out: (_empty(x, len(x), len(w_out)), _empty(x, len(x), len(w_in))),
+    _save,
+    _gradients,
+)
+
+
+def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in^T)^2 w_out^T of x (..., D), w_in (N, D) and w_out (D, N), in the dtype of x: (..., D).
+
+    The weights are cast to it. float32 on a GPU, where it has no tensor cores, and widths from FUSED_WIDTH
+    on are products and an elementwise kernel.
+    """
+    D = x.shape[-1]
+    if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != len(w_in):
+        shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
+        raise ValueError(f"{shapes}; needed are (..., D), (N, D) and (D, N)")
+    fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
+    if not (use_triton(x) and fused):
+        return linear_relu2_ref(x, w_in, w_out)
+    y, _ = _linear_relu2(x.reshape(-1, D), w_in.to(x.dtype), w_out.to(x.dtype))
+    return y.view(*x.shape[:-1], len(w_out))
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """For the static gate and the tuner: 16k tokens of d24; none in float32, which has no tensor cores."""
+    if dtype == torch.float32:
+        return []
+    t, (M, D, N) = f"*{type_name(dtype)}", (16384, 1536, 6144)
+    common = {"x": t, "w": t, "out": t, "x_m": "i32", "M": "i32", "N": "i32", "K": "i32"}
+
+    def run(backward: bool, device: torch.device):
+        x, w = (torch.randn(n, D, device=device, dtype=dtype) for n in (M, N))
+        w, a = w / D**0.5, torch.rand(M, N, device=device, dtype=dtype)
+        out = torch.empty_like(a)
+        if backward:
+            w = w.T.contiguous()
+            return lambda: _product(x, w, a, out)
+        return lambda: _product(x, w.T, None, out)
+
+    forward = {**common, "a": None, "w_k": 1, "w_n": "i32", "BACKWARD": False}
+    backward = {**common, "a": t, "w_k": "i32", "w_n": 1, "BACKWARD": True}
+    table, kernel = _linear_relu2_tiles, "_linear_relu2_kernel"
+    return [
+        Case(kernel, forward, table, 0, functools.partial(run, False), "forward"),
+        Case(kernel, backward, table, 1, functools.partial(run, True), "backward"),
+    ]
