@@ -39,6 +39,7 @@ MODULES = (
     "attention_backward",
     "decode_attention",
     "linear_relu2",
+    "fp8",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,7 +114,7 @@ def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
     for name in config.kernel:
         for dtype in DTYPES if config.all else ("fp32", "bf16"):
             for i, case in enumerate(importlib.import_module(modules[name]).cases(DTYPES[dtype])):
-                for target in config.arch:
+                for target in (name for name in config.arch if name not in case.without):
                     device = TARGETS[target].device
                     table = list(case.table(case.size, device))
                     fitting = [table.index(tile) for tile in fitting_tiles(case.table, case.size, device)]

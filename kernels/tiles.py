@@ -56,6 +56,7 @@ class Case:
     size: int
     run: Callable[[torch.device], Callable[[], Any]]  # allocates on a device; the result launches the kernel
     variant: str = ""  # what sets it apart from other cases of the kernel and size
+    without: tuple[str, ...] = ()  # targets of the static gate that lack what it needs
     small: bool = False  # its products have too few rows for the tensor-core instructions of the newest GPUs
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
+from hotlap.kernels.fp8 import fp8_pays, linear_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
+from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 from hotlap.model.config import GPTConfig
@@ -38,12 +40,19 @@ class Cache(Protocol):
 
 
 class Linear(nn.Linear):
-    """A product without bias, in the dtype of its input: the weights stay float32 masters."""
+    """A product without bias, in the dtype of its input, or in fp8 while training where `fp8` is set.
+
+    The weights stay float32 masters.
+    """
+
+    fp8 = False
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return linear_fp8(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -89,6 +98,8 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_ratio * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fc.fp8:
+            return self.proj(relu2(self.fc(x)))
         return linear_relu2(x, self.fc.weight, self.proj.weight)
 
 
@@ -128,6 +139,13 @@ class GPT(nn.Module):
             self.backout_scale = nn.Parameter(torch.empty(1))
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(config.context, config.head_dim // 2), persistent=False)
+
+    def use_fp8(self) -> int:
+        """Train the products of the blocks that are large enough in fp8, and return how many they are."""
+        layers = [m for m in self.blocks.modules() if isinstance(m, Linear) and fp8_pays(*m.weight.shape)]
+        for layer in layers:
+            layer.fp8 = True
+        return len(layers)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:

@@ -12,8 +12,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_bf16_exact() -> None:
-    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits."""
+def mend_interpreter() -> None:
+    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits, and
+    rounds to fp8 wrongly.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -24,7 +26,9 @@ def make_bf16_exact() -> None:
         rounded = torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.uint16).numpy().reshape(data.shape), tl.bfloat16)
 
+    fp8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
     cast, dot, binary = (getattr(InterpreterBuilder, n) for n in ("cast_impl", "create_dot", "binary_op"))
+    convert = InterpreterBuilder.create_fp_to_fp
 
     def cast_impl(self, source, target):
         types = (source.dtype.scalar, target.scalar)
@@ -33,6 +37,12 @@ def make_bf16_exact() -> None:
         if types == (tl.bfloat16, tl.float32):
             return widen(source)
         return cast(self, source, target)
+
+    def create_fp_to_fp(self, source, target, mode):
+        if source.dtype.scalar == tl.float32 and target.scalar in fp8:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(fp8[target.scalar])
+            return TensorHandle(rounded.view(torch.uint8).numpy().reshape(source.data.shape), target.scalar)
+        return convert(self, source, target, mode)
 
     def create_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
@@ -46,6 +56,7 @@ def make_bf16_exact() -> None:
         return binary(self, a, b, operation)
 
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary_op
 

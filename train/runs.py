@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hotlap.kernels.dispatch import fast_dtype
+from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import MANIFEST, TOKENIZER, run_checkpoints
@@ -107,7 +108,18 @@ def resume_from(run: Path, model: GPT, optimizer: MuonAdamW) -> tuple[int, dict]
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The dtype of everything but fp8's products; a ValueError for fp8 on a device without."""
+    if choice == "fp8":
+        check_fp8(device)
+        return torch.bfloat16
     return fast_dtype(device.type) if choice == "auto" else getattr(torch, choice)
+
+
+def prepare_model(model: GPT, dtype: str, compile: str, steps: int) -> None:
+    """Make the model as fast as was asked: products in fp8, blocks compiled."""
+    if dtype == "fp8" and not model.use_fp8():
+        log.warning("fp8: no layer is large enough for it to pay; computing in bfloat16")
+    compile_model(model, compile, steps)
 
 
 def compile_model(model: GPT, choice: str, steps: int) -> None:

@@ -25,7 +25,7 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.report import write_report
-from hotlap.train.runs import compile_model, compute_dtype, open_run, resume_from, run_lock
+from hotlap.train.runs import compute_dtype, open_run, prepare_model, resume_from, run_lock
 from hotlap.train.schedule import ScheduleConfig
 from hotlap.train.sources import split_documents
 
@@ -52,8 +52,8 @@ class SFTConfig:
     )
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(500))
     seed: int = 0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in. auto: bfloat16 where the device is fast at it."""
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
+    """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large products."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU always, on a CPU for runs long enough to earn it back."""
     resume: bool = False
@@ -107,7 +107,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
             rows.epoch_rows(),
             epochs,
         )
-        compile_model(model, config.compile, config.loop.steps - start)
+        prepare_model(model, config.dtype, config.compile, config.loop.steps - start)
         kept = state | {"stage": "sft", "data": data_id}
         evaluate = partial(validation, model, held_out_rows, tokenizer, step_rows["micro_rows"])
         last = fit(

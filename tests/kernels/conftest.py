@@ -5,7 +5,7 @@ import torch
 from hotlap.kernels import dispatch
 
 if dispatch.INTERPRETED:
-    kernel_tools.make_bf16_exact()
+    kernel_tools.mend_interpreter()
 
 
 @pytest.fixture

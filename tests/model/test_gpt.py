@@ -6,6 +6,7 @@ import pytest
 import torch
 from tools import relative_error, tiny_config
 
+from hotlap.kernels import fp8
 from hotlap.model.engine import KVCache
 from hotlap.model.gpt import GPT, Block
 
@@ -256,3 +257,20 @@ def test_a_compiled_block_is_the_eager_one(random_model):
     block: Block = model.blocks[0]
     compiled = torch.compile(block, fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), block(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def test_fp8_is_for_large_layers_while_training_and_stays_near_bfloat16(random_model, monkeypatch):
+    config = tiny_config(layers=2)
+    assert random_model(config).use_fp8() == 0  # all are small
+    monkeypatch.setattr(fp8, "SMALLEST", 1)
+    model, ids = random_model(config, compute_dtype=torch.bfloat16), ids_of(2, 32)
+    with torch.no_grad():
+        before = model(ids)
+    loss = model(ids, ids.roll(-1, 1), reduction="mean")
+    gradient = torch.autograd.grad(loss, model.blocks[0].mlp.fc.weight)[0]
+    assert model.use_fp8() == 2 * 4  # qkv, projection, and the two of the MLP
+    loss8 = model(ids, ids.roll(-1, 1), reduction="mean")
+    gradient8 = torch.autograd.grad(loss8, model.blocks[0].mlp.fc.weight)[0]
+    assert 0 < relative_error(loss8, loss) < 0.02 and 1e-4 < relative_error(gradient8, gradient) < 0.2
+    with torch.no_grad():
+        assert torch.equal(model(ids), before)
