@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    state, _ = device_state(device)
+    state, warnings = device_state(device)
     return {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -35,6 +35,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "state": state,
+        "warnings": warnings,
     }
 
 
@@ -52,8 +53,10 @@ def device_folder(device: torch.device) -> Path:
 
 
 def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more: object) -> Path:
-    """Write kind.json and kind.csv. rows: `case` and `provider` name what was measured, the rest is what was
-    found.
+    """Write kind.json and kind.csv, and return the path of the first. rows: `case` and `provider` name what
+    was measured, the rest is what was found.
+
+    Called again whenever there are more rows, so that a run that is cut off leaves what it has measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.json"
@@ -86,6 +89,11 @@ def table(rows: list[dict], columns: list[str] | None = None) -> str:
     return "\n".join(lines)
 
 
+def as_line(row: dict) -> str:
+    """A row for the log."""
+    return "  ".join(f"{name} {shown(value)}" for name, value in row.items())
+
+
 def shown(value: object) -> str:
     if value is None:
         return "n/a"
@@ -104,6 +112,7 @@ def write_page(folder: Path = RESULTS) -> Path:
             f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content.get('date', '')}, "
             f"commit {content.get('commit', '')}, {versions}",
             "",
+            *(f"Warning: {warning}\n" for warning in content.get("warnings", ())),
             table(content["rows"]),
             "",
         ]
