@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hotlap.bench import results
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import log_warnings, measure_ceilings
-from hotlap.bench.timing import measure, start_afresh
+from hotlap.bench.timing import NO_TIME, deadline, measure, start_afresh
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.engine import KVCache
 from hotlap.model.flops import parameter_counts
@@ -28,6 +29,8 @@ class InferenceConfig:
     """Sequences that are decoded at once."""
     prompt: int = 0
     """Tokens of the prompt; 0 is half of the model's context."""
+    minutes: float = 0
+    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -37,7 +40,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row
     too.
     """
-    device = default_device()
+    end, device = deadline(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
     prompt = config.prompt or shape.context // 2
@@ -56,7 +59,10 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         start_afresh(device)
         row = {"case": f"{name} prompt {prompt} batch {batch}", "provider": "hotlap"}
         try:
-            row |= measure_decoding(model, batch, prompt, ceilings.copy, device)
+            if time.monotonic() > end:
+                row |= {"ms": None, "note": NO_TIME}
+            else:
+                row |= measure_decoding(model, batch, prompt, ceilings.copy, device)
         except torch.OutOfMemoryError:
             row |= {"ms": None, "note": "out of memory"}
         rows.append(row)

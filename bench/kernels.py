@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, log_warnings, measure_ceilings
 from hotlap.bench.plots import draw_kernels
 from hotlap.bench.providers import CONTEXT, Function, Operation
-from hotlap.bench.timing import Timing, buffer_sets, measure, side_stream, start_afresh
+from hotlap.bench.timing import (
+    NO_TIME,
+    Timing,
+    buffer_sets,
+    deadline,
+    measure,
+    side_stream,
+    start_afresh,
+)
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
@@ -39,6 +48,8 @@ class KernelsConfig:
     """Time for each provider in each direction."""
     compile: bool = True
     """Measure torch.compile too, which takes a while to compile."""
+    minutes: float = 0
+    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -54,7 +65,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
         raise ValueError(
             f"rows={config.rows} must be at most {CONTEXT} or a multiple of it; 0 is the default"
         )
-    device = default_device()
+    end, device = deadline(config.minutes), default_device()
     dtype = fast_dtype(device.type)
     log_warnings(device)
     ceilings = measure_ceilings(device)
@@ -71,8 +82,12 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
     folder = config.out or results.device_folder(device)
     rows: list[dict] = []
     for operation in operations(count, device, dtype, config.operations):
-        small = checked[operation.name, operation.size.split()[0]]
-        rows += bench_operation(operation, small, config, ceilings, device)
+        if time.monotonic() > end:
+            case = f"{operation.name} {operation.size}"
+            rows.append({"case": case, "provider": "hotlap", "ms": None, "note": NO_TIME})
+        else:
+            small = checked[operation.name, operation.size.split()[0]]
+            rows += bench_operation(operation, small, config, ceilings, device)
         path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
     draw_kernels(rows, path.with_suffix(".png"))
     log.info("written to %s", path)

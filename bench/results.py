@@ -67,6 +67,8 @@ def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    if folder.parent == RESULTS:
+        write_page(RESULTS)
     return path
 
 
@@ -82,8 +84,10 @@ def load(path: Path) -> dict:
 
 
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Rows as a table in Markdown, numbers to four digits."""
-    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    """Rows as a table in Markdown, numbers to four digits; by default with every column that has a value."""
+    columns = columns or list(
+        dict.fromkeys(n for row in rows for n, value in row.items() if value is not None)
+    )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
@@ -100,8 +104,8 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_page(folder: Path = RESULTS) -> Path:
-    """README.md of the results: each file's device, date and commit, and its rows."""
+def write_page(folder: Path) -> Path:
+    """README.md of the results in a folder: each file's device, date and commit, and its rows."""
     lines = ["# Measurements", "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
     for path in sorted(folder.rglob("*.json")):
         content = load(path)

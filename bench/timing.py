@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ Call = Callable[[int], object]  # a call on buffer set i
 BLOCK_SECONDS = 2e-3  # the least that is timed at once, far above the clocks' resolution
 WARM_UP_SECONDS = 0.05
 FEWEST_SAMPLES = 5
+NO_TIME = "skipped: no time left"  # the note of a row that was not measured
 CACHE_FACTOR = 2.5  # how far the rotating buffers exceed the last-level cache
 
 
@@ -172,6 +174,13 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def deadline(minutes: float) -> float:
+    """When so many minutes are over, on the clock of time.monotonic; 0 minutes never are."""
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
+    return time.monotonic() + 60 * minutes if minutes else math.inf
 
 
 def start_afresh(device: torch.device) -> None:

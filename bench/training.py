@@ -23,7 +23,7 @@ import torch
 from hotlap.bench import results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.peaks import log_warnings
-from hotlap.bench.timing import Timing, start_afresh, synchronize
+from hotlap.bench.timing import NO_TIME, Timing, deadline, start_afresh, synchronize
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
@@ -56,6 +56,8 @@ class TrainingConfig:
     """torch.compile each block. auto: on a GPU."""
     without: bool = False
     """Where Triton kernels are in use, measure again with each of them switched off: what it is worth."""
+    minutes: float = 0
+    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -64,7 +66,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     """Measure each model, write training.json and .csv, and return the rows. Out of memory is a row too."""
     if config.steps < 1 or config.rows < 0:
         raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
-    device = default_device()
+    end, device = deadline(config.minutes), default_device()
     on_gpu = device.type == "cuda"
     names = config.models or (("124m", "d12", "d20", "d24") if on_gpu else ("tiny",))
     shapes = {name: model_config(name) for name in names}
@@ -79,8 +81,11 @@ def bench_training(config: TrainingConfig) -> list[dict]:
             provider = f"hotlap without {off}" if off else "hotlap"
             row = {"case": f"{name} {count}x{shape.context}", "provider": provider}
             try:
-                with switched_off(off):
-                    row |= measure_training(shape, count, config.steps, compiled, device)
+                if time.monotonic() > end:
+                    row |= {"ms": None, "note": NO_TIME}
+                else:
+                    with switched_off(off):
+                        row |= measure_training(shape, count, config.steps, compiled, device)
             except torch.OutOfMemoryError:
                 row |= {"ms": None, "note": "out of memory; give fewer --rows"}
             rows.append(row)
