@@ -40,7 +40,7 @@ class AllConfig:
 def bench_all(config: AllConfig) -> int:
     """Run the stages until the time is over and say what became of each; 1 where one failed, else 0."""
     if not 0 < config.minutes < math.inf:
-        raise ValueError(f"minutes={config.minutes} must be a positive number")
+        raise ValueError(f"minutes={config.minutes} must be positive")
     out = config.out or results.device_folder(default_device())
     out.mkdir(parents=True, exist_ok=True)
     end = deadline(config.minutes)

@@ -1,5 +1,6 @@
-"""What the interpreter cannot show: compilers, graphs and memory of a real GPU. Where there is one, the other tests
-of this folder run natively too.
+"""What the interpreter cannot show: compilers, graphs and memory of a real GPU.
+
+Where there is one, the other tests of this folder run natively too.
 """
 
 import pytest
