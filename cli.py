@@ -118,7 +118,7 @@ def bench(arguments: list[str]) -> int | None:
         from hotlap.bench import kernels
 
         rows = kernels.bench_kernels(config(kernels.KernelsConfig))
-        return int(any("WRONG" in row.get("note", "") for row in rows))
+        return int(any(map(kernels.is_fault, rows)))
     if name == "training":
         from hotlap.bench import training
 

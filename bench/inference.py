@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 from hotlap.bench import results
 from hotlap.bench.models import model_config
-from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.timing import measure
+from hotlap.bench.peaks import log_warnings, measure_ceilings
+from hotlap.bench.timing import NO_TIME, deadline, measure, start_afresh
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.engine import KVCache
 from hotlap.model.flops import parameter_counts
@@ -28,6 +29,8 @@ class InferenceConfig:
     """Sequences that are decoded at once."""
     prompt: int = 0
     """Tokens of the prompt; 0 is half of the model's context."""
+    minutes: float = 0
+    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -37,7 +40,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row
     too.
     """
-    device = default_device()
+    end, device = deadline(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
     prompt = config.prompt or shape.context // 2
@@ -45,21 +48,26 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         raise ValueError(
             f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
         )
+    log_warnings(device)
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights().eval()
-    bandwidth = measure_ceilings(device).copy
+    ceilings = measure_ceilings(device)
+    folder = config.out or results.device_folder(device)
     rows = []
     for batch in config.batches:
+        start_afresh(device)
         row = {"case": f"{name} prompt {prompt} batch {batch}", "provider": "hotlap"}
         try:
-            row |= measure_decoding(model, batch, prompt, bandwidth, device)
+            if time.monotonic() > end:
+                row |= {"ms": None, "note": NO_TIME}
+            else:
+                row |= measure_decoding(model, batch, prompt, ceilings.copy, device)
         except torch.OutOfMemoryError:
             row |= {"ms": None, "note": "out of memory"}
-            torch.cuda.empty_cache()
         rows.append(row)
-        log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in row.items()))
-    path = results.save("inference", rows, config.out or results.device_folder(device), device)
+        log.info("%s", results.as_line(row))
+        path = results.save("inference", rows, folder, device, ceilings=vars(ceilings))
     log.info("written to %s", path)
     return rows
 
@@ -85,7 +93,7 @@ def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, devi
 
     cache.k.normal_()
     cache.v.normal_()
-    timings = measure({"prefill": prefill, "decode": decode}, device)
+    timings = measure({"prefill": prefill, "decode": decode}, device, capture=False)  # the cache waits
     step = timings["decode"]
     limit = decoding_bytes(model, batch, prompt) / bandwidth
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 from hotlap.bench import results
-from hotlap.bench.operations import Function, Operation, operations
-from hotlap.bench.peaks import Ceilings, device_state, measure_ceilings
+from hotlap.bench.operations import operations
+from hotlap.bench.peaks import Ceilings, log_warnings, measure_ceilings
 from hotlap.bench.plots import draw_kernels
-from hotlap.bench.timing import Timing, buffer_sets, measure
+from hotlap.bench.providers import CONTEXT, Function, Operation
+from hotlap.bench.timing import (
+    NO_TIME,
+    Timing,
+    buffer_sets,
+    deadline,
+    measure,
+    side_stream,
+    start_afresh,
+)
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
@@ -30,13 +40,17 @@ class KernelsConfig:
     """
 
     operations: tuple[str, ...] = ()
-    """Of rms_norm, relu2, rotary, attention, linear_cross_entropy and orthogonalize; none is all."""
+    """Of rms_norm, rms_norm_residual, relu2, linear_relu2, rotary, attention, windowed_attention,
+    decode_attention, cross_entropy, linear_cross_entropy, linear_cross_entropy_uncapped and orthogonalize;
+    none is all. attention_lengths: rows of 1k to 16k, only where it is named."""
     rows: int = 0
-    """Rows of tokens; 0 is 16384 on a GPU, 1024 on a CPU."""
+    """Rows of tokens, up to 2048 or a multiple of that; 0 is 16384 on a GPU, 1024 on a CPU."""
     seconds: float = 0.2
     """Time for each provider in each direction."""
     compile: bool = True
     """Measure torch.compile too, which takes a while to compile."""
+    minutes: float = 0
+    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
 
@@ -46,13 +60,15 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
 
     A provider that is wrong is a row that says so and is not timed; out of memory is a row too.
     """
-    if not config.seconds > 0 or config.rows < 0:
-        raise ValueError(f"seconds={config.seconds} must be positive and rows={config.rows} 0 or more")
-    device = default_device()
+    if not config.seconds > 0:
+        raise ValueError(f"seconds={config.seconds} must be positive")
+    if config.rows < 0 or (config.rows > CONTEXT and config.rows % CONTEXT):
+        raise ValueError(
+            f"rows={config.rows} must be at most {CONTEXT} or a multiple of it; 0 is the default"
+        )
+    end, device = deadline(config.minutes), default_device()
     dtype = fast_dtype(device.type)
-    _, warnings = device_state(device)
-    for warning in warnings:
-        log.warning("warning: %s", warning)
+    log_warnings(device)
     ceilings = measure_ceilings(device)
     log.info(
         "measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s",
@@ -64,22 +80,28 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
         (o.name, o.size.split()[0]): o
         for o in operations(min(count, CHECKED_ROWS), device, dtype, config.operations)
     }
+    folder = config.out or results.device_folder(device)
     rows: list[dict] = []
-    with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass runs only once
-        for operation in operations(count, device, dtype, config.operations):
+    for operation in operations(count, device, dtype, config.operations):
+        if time.monotonic() > end:
+            case = f"{operation.name} {operation.size}"
+            rows.append({"case": case, "provider": "hotlap", "ms": None, "note": NO_TIME})
+        else:
             small = checked[operation.name, operation.size.split()[0]]
             rows += bench_operation(operation, small, config, ceilings, device)
-    folder = config.out or results.device_folder(device)
-    path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
+        path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
     draw_kernels(rows, path.with_suffix(".png"))
     log.info("written to %s", path)
     return rows
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # or a compiled backward pass runs only once
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or what is timed would not be compiled
 def bench_operation(
     operation: Operation, small: Operation, config: KernelsConfig, ceilings: Ceilings, device
 ) -> list[dict]:
     """The rows of one operation: for each direction and provider."""
+    start_afresh(device)
     providers, rows = {}, []
     limit = allowed_error(small)
     for name, function in operation.providers.items():
@@ -95,10 +117,12 @@ def bench_operation(
             providers[name] = function
     for direction in operation.directions:
         case = f"{operation.name} {direction} {operation.size}"
-        timings, failed = time_providers(operation, providers, direction, config.seconds, device)
+        with side_stream(device):
+            timings, memory, failed = time_providers(operation, providers, direction, config.seconds, device)
         rows += [{"case": case, "provider": name, "ms": None, "note": note} for name, note in failed.items()]
         for name, timing in timings.items():
             row = row_of(case, name, timing, timings, operation, direction, ceilings)
+            row["memory_gb"] = memory[name]
             rows.append(row)
             log.info(
                 "%-46s %-14s %9.4f ms  %6.1f %% of the ceiling  %s",
@@ -109,25 +133,38 @@ def bench_operation(
 
 def time_providers(
     operation: Operation, providers: dict[str, Function], direction: str, seconds: float, device
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Timings of the providers that run, interleaved, and what the others failed with."""
+) -> tuple[dict[str, Timing], dict[str, float | None], dict[str, str]]:
+    """Timings of the providers that run, interleaved, the gigabytes that a call of each allocates, and what
+    the others failed with.
+    """
     size = sum(t.numel() * t.element_size() for t in operation.tensors())
     sets = min(8, buffer_sets(size, device))
     calls: dict[str, Callable[[int], object]] = {}
+    memory: dict[str, float | None] = {}
     failed: dict[str, str] = {}
     for name, function in providers.items():
         try:
-            calls[name] = prepared(operation, function, direction, sets)
-            calls[name](0)
-        except torch.OutOfMemoryError:
-            calls.pop(name, None)
-            failed[name] = "out of memory"
-            torch.cuda.empty_cache()
-        except (RuntimeError, NotImplementedError) as error:  # of one provider: the others go on
-            calls.pop(name, None)
+            call = prepared(operation, function, direction, sets)
+            call(0)  # compiles
+            memory[name] = memory_of(call, device)
+            calls[name] = call
+        except Exception as error:  # whatever a provider throws is its row
             failed[name] = does_not_run(error)
             log.error("%s %s by %s: %s", operation.name, operation.size, name, failed[name])
-    return (measure(calls, device, sets=sets, seconds=seconds) if calls else {}), failed
+    try:
+        return (measure(calls, device, sets=sets, seconds=seconds) if calls else {}), memory, failed
+    except torch.OutOfMemoryError:  # each ran alone, but their inputs do not fit together
+        return {}, memory, failed | dict.fromkeys(calls, "out of memory beside the others; lower --rows")
+
+
+def memory_of(call: Callable[[int], object], device) -> float | None:
+    """Gigabytes that a call allocates at most, beyond what was there; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(0)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def prepared(operation: Operation, function: Function, direction: str, sets: int) -> Callable[[int], object]:
@@ -192,10 +229,7 @@ def fault(operation: Operation, function: Function, limit: list[float]) -> str:
     """Why a provider cannot be timed, or nothing."""
     try:
         found = errors(operation, function, checked_tensors(operation))
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "out of memory"
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever a provider throws is its row
         return does_not_run(error)
     for i, (error, most) in enumerate(zip(found, limit, strict=True)):
         if not error <= most:
@@ -211,7 +245,9 @@ def costs(operation: Operation, direction: str) -> tuple[float, float]:
 
 
 def does_not_run(error: Exception) -> str:
-    return f"does not run: {' '.join(str(error).split())[:120]}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"does not run: {' '.join(str(error).split())[:120] or type(error).__name__}"
 
 
 def row_of(
@@ -235,6 +271,12 @@ def row_of(
         "best_other_over_this": min(others) / timing.median if others else None,
     }
     return row
+
+
+def is_fault(row: dict) -> bool:
+    """Whether a row says that our kernel is wrong or does not run."""
+    note = row.get("note", "")
+    return row["provider"] == "hotlap" and ("WRONG" in note or "does not run" in note)
 
 
 def ratio(row: dict) -> str:

@@ -1,79 +1,40 @@
-"""What `hotlap bench kernels` measures: each operation with its inputs, its reference, who provides it, and
-its costs.
-"""
+"""What `hotlap bench kernels` measures, apart from the inner workings of attention: attention.py."""
 # B batch, T time, D width, H heads, C head dim, V vocab, N rows = B * T
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hotlap.kernels.attention import attention, attention_ref
+from hotlap.bench.attention import (
+    attention_at,
+    attention_of_lengths,
+    decode_attention_at,
+    windowed_attention_at,
+)
+from hotlap.bench.providers import (
+    CONTEXT,
+    HEAD_DIM,
+    WIDTHS,
+    Function,
+    Operation,
+    liger,
+    normal,
+    with_torch,
+)
+from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
 from hotlap.kernels.orthogonalize import COEFFICIENTS, orthogonalize, orthogonalize_ref
 from hotlap.kernels.relu2 import relu2, relu2_ref
-from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref
+from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
 from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
 
-Function = Callable[..., Any]  # of the tensors, to one tensor or a tuple of them
-
-CONTEXT, HEAD_DIM, VOCABULARY = 2048, 128, 32768
-WIDTHS = {"d12": 768, "d24": 1536}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation at one size. Functions take `tensors`; gradients are of the first `differentiable` ones.
-    Costs are of the forward pass and the backward pass.
-    """
-
-    name: str
-    size: str
-    tensors: Callable[[], tuple[Tensor, ...]]
-    differentiable: int
-    reference: Function
-    providers: dict[str, Function]
-    bytes: tuple[float, float] = (0, 0)  # the least that must be moved
-    flops: tuple[float, float] = (0, 0)  # where products bound it
-    directions: tuple[str, ...] = ("forward", "backward", "both")
-
-
-def operations(
-    rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
-) -> list[Operation]:
-    """Every named operation at the sizes of d12 and d24, for `rows` rows of tokens."""
-    builders = {
-        "rms_norm": rms_norm_at,
-        "relu2": relu2_at,
-        "rotary": rotary_at,
-        "attention": attention_at,
-        "linear_cross_entropy": linear_cross_entropy_at,
-        "orthogonalize": orthogonalize_at,
-    }
-    if unknown := sorted(set(names) - set(builders)):
-        raise ValueError(f"unknown operation {unknown[0]!r}; known: {', '.join(builders)}")
-    return [
-        builders[name](size, width, rows, device, dtype)
-        for name in names or builders
-        for size, width in WIDTHS.items()
-    ]
-
-
-def normal(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return partial(torch.randn, device=device, dtype=dtype)
-
-
-def with_torch(ours: Function, reference: Function, **others: Function) -> dict[str, Function]:
-    """The providers that are always there: ours, the reference as it is, and the reference compiled."""
-    return {"hotlap": ours, "eager": reference, "compile": torch.compile(reference, dynamic=False), **others}
+VOCABULARY = 32768
+SOFTCAP = 15.0
 
 
 def rms_norm_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
@@ -81,10 +42,10 @@ def rms_norm_at(size: str, width: int, rows: int, device: torch.device, dtype: t
         return F.rms_norm(x, weight.shape, weight, 1e-6)
 
     others: dict[str, Function] = {"torch": normalised}
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-        others["liger"] = lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)
+    if function := liger("liger_rms_norm", device):
+        others["liger"] = partial(
+            function, eps=1e-6, in_place=False
+        )  # in place, it would spoil the gradients
     moved = rows * width * dtype.itemsize
     return Operation(
         "rms_norm", f"{size} {rows}x{width}",
@@ -93,11 +54,44 @@ def rms_norm_at(size: str, width: int, rows: int, device: torch.device, dtype: t
     )  # fmt: skip
 
 
+def rms_norm_residual_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    others: dict[str, Function] = {}
+    if function := liger("liger_fused_add_rms_norm", device):
+        others["liger"] = partial(function, eps=1e-6, in_place=False)
+    moved = rows * width * dtype.itemsize
+    random = normal(device, dtype)
+    return Operation(
+        "rms_norm_residual", f"{size} {rows}x{width}",
+        lambda: (random(rows, width), random(rows, width), 1 + 0.1 * random(width)),
+        3, rms_norm_residual_ref, with_torch(rms_norm_residual, rms_norm_residual_ref, **others),
+        (4 * moved, 4 * moved),
+    )  # fmt: skip
+
+
 def relu2_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    others: dict[str, Function] = {}
+    if function := liger("liger_relu_squared", device):
+        others["liger"] = function
     moved = rows * 4 * width * dtype.itemsize
     return Operation(
         "relu2", f"{size} {rows}x{4 * width}", lambda: (normal(device, dtype)(rows, 4 * width),),
-        1, relu2_ref, with_torch(relu2, relu2_ref), (2 * moved, 3 * moved),
+        1, relu2_ref, with_torch(relu2, relu2_ref, **others), (2 * moved, 3 * moved),
+    )  # fmt: skip
+
+
+def linear_relu2_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    product = 2 * rows * width * 4 * width
+    weight = normal(device, dtype)
+    return Operation(
+        "linear_relu2", f"{size} {rows}x{width}x{4 * width}",
+        lambda: (
+            normal(device, dtype)(rows, width),
+            weight(4 * width, width) * width**-0.5,
+            weight(width, 4 * width) * (4 * width) ** -0.5,
+        ),
+        3, linear_relu2_ref, with_torch(linear_relu2, linear_relu2_ref), flops=(2 * product, 4 * product),
     )  # fmt: skip
 
 
@@ -123,61 +117,63 @@ def rotary_at(size: str, width: int, rows: int, device: torch.device, dtype: tor
     )  # fmt: skip
 
 
-def attention_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    heads, T = width // HEAD_DIM, min(CONTEXT, rows)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    providers: dict[str, Function] = {"hotlap": attention, "sdpa": sdpa}
-    if device.type == "cuda":
-        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            providers[f"sdpa-{name.split('_')[0].lower()}"] = partial(sdpa, backend=getattr(SDPBackend, name))
-        providers["flex"] = flex_attention(T, device)
-        if importlib.util.find_spec("flash_attn"):
-            from flash_attn import flash_attn_func
-
-            providers["flash-attn"] = partial(flash_attn_func, causal=True)
-    pairs = rows * (T + 1) / 2
-    flops = 4 * pairs * width
+def cross_entropy_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    """Without Liger's, which writes the gradients over the logits that it is given."""
+    V = {"d12": VOCABULARY, "d24": 50304}[size]  # whatever the width, so GPT-2's vocabulary too
+    moved = rows * V * dtype.itemsize
     return Operation(
-        "attention", f"{size} {rows // T}x{T}x{heads}x{HEAD_DIM}",
-        lambda: tuple(normal(device, dtype)(rows // T, T, heads, HEAD_DIM) for _ in range(3)),
-        3, attention_ref, providers, flops=(flops, 2.5 * flops),
+        "cross_entropy", f"{size} {rows}x{V}",
+        lambda: (3 * normal(device, dtype)(rows, V), torch.randint(V, (rows,), device=device)),
+        1, partial(cross_entropy_ref, softcap=SOFTCAP),
+        with_torch(partial(cross_entropy, softcap=SOFTCAP), partial(cross_entropy_ref, softcap=SOFTCAP)),
+        (moved, 2 * moved),
     )  # fmt: skip
-
-
-def flex_attention(T: int, device: torch.device) -> Function:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
-
-    return call
 
 
 def linear_cross_entropy_at(
     size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Operation:
-    ours = partial(linear_cross_entropy, softcap=15.0, reduction="mean")
-    reference = partial(linear_cross_entropy_ref, softcap=15.0, reduction="mean")
+    others: dict[str, Function] = {}
+    if function := liger("liger_fused_linear_cross_entropy", device):
+
+        def fused(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+            return function(x, head.to(x.dtype), targets, softcap=SOFTCAP, accum_dtype=torch.float32)
+
+        others["liger"] = fused
+    return _linear_cross_entropy("linear_cross_entropy", SOFTCAP, others, size, width, rows, device, dtype)
+
+
+def linear_cross_entropy_uncapped_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    """Beside torch's own, which has no softcap, and takes seconds on a CPU."""
+    others: dict[str, Function] = {}
+    if device.type == "cuda" and hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+
+        def chunked(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+            options = torch.nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(x, head.to(x.dtype), targets, options=options)
+
+        others["torch"] = chunked
+    return _linear_cross_entropy(
+        "linear_cross_entropy_uncapped", 0.0, others, size, width, rows, device, dtype
+    )
+
+
+def _linear_cross_entropy(
+    name: str, softcap: float, others: dict[str, Function], size: str, width: int, rows: int, device, dtype
+) -> Operation:
+    ours = partial(linear_cross_entropy, softcap=softcap, reduction="mean")
+    reference = partial(linear_cross_entropy_ref, softcap=softcap, reduction="mean")
     product = 2 * rows * width * VOCABULARY
     return Operation(
-        "linear_cross_entropy", f"{size} {rows}x{width}x{VOCABULARY}",
+        name, f"{size} {rows}x{width}x{VOCABULARY}",
         lambda: (
             normal(device, dtype)(rows, width),
             0.02 * torch.randn(VOCABULARY, width, device=device),
             torch.randint(VOCABULARY, (rows,), device=device),
         ),
-        2, reference, with_torch(ours, reference), flops=(product, 2 * product),
+        2, reference, with_torch(ours, reference, **others), flops=(product, 2 * product),
         directions=("forward", "both"),  # ours computes the gradients in the forward pass
     )  # fmt: skip
 
@@ -194,3 +190,38 @@ def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dty
         0, orthogonalize_ref, with_torch(orthogonalize, orthogonalize_ref), flops=(flops, 0),
         directions=("forward",),
     )  # fmt: skip
+
+
+BUILDERS = {
+    "rms_norm": rms_norm_at,
+    "rms_norm_residual": rms_norm_residual_at,
+    "relu2": relu2_at,
+    "linear_relu2": linear_relu2_at,
+    "rotary": rotary_at,
+    "attention": attention_at,
+    "windowed_attention": windowed_attention_at,
+    "decode_attention": decode_attention_at,
+    "cross_entropy": cross_entropy_at,
+    "linear_cross_entropy": linear_cross_entropy_at,
+    "linear_cross_entropy_uncapped": linear_cross_entropy_uncapped_at,
+    "orthogonalize": orthogonalize_at,
+}
+
+
+LENGTHS = "attention_lengths"  # thirty operations: only where it is named
+
+
+def operations(
+    rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
+) -> list[Operation]:
+    """Every named operation for `rows` rows of tokens, at the size of d12, then all again at that of d24."""
+    known = (*BUILDERS, LENGTHS)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"unknown operation {unknown[0]!r}; known: {', '.join(known)}")
+    found = [
+        BUILDERS[name](size, width, rows, device, dtype)
+        for size, width in WIDTHS.items()
+        for name in names or BUILDERS
+        if name != LENGTHS
+    ]
+    return found + (attention_of_lengths(rows, device, dtype) if LENGTHS in names else [])

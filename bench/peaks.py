@@ -11,6 +11,7 @@ import torch
 from hotlap.bench.timing import measure
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.model.flops import peak_flops
+from hotlap.train.log import log
 
 # Memory bandwidth on paper in bytes/s, by a part of the driver's name; the first match counts. Sources: the
 # makers' data sheets of each card.
@@ -94,8 +95,8 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
         import pynvml
     except ImportError:
         return {}, ["nvidia-ml-py is missing, so clocks and other users of the GPU are not known"]
-    pynvml.nvmlInit()
     try:
+        pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         state = {
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -112,8 +113,6 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
         )
     except pynvml.NVMLError as error:
         return {}, [f"the GPU's state cannot be read: {error}"]
-    finally:
-        pynvml.nvmlShutdown()
     warnings = []
     if slowed:
         warnings.append(f"the GPU is slowed by heat or power ({state['temperature_c']} C)")
@@ -124,6 +123,11 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
     if state["processes"] > 1:
         warnings.append(f"{state['processes'] - 1} other processes use the GPU")
     return state, warnings
+
+
+def log_warnings(device: torch.device) -> None:
+    for warning in device_state(device)[1]:
+        log.warning("warning: %s", warning)
 
 
 def paper_peaks(device: torch.device) -> dict[str, float | None]:

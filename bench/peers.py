@@ -1,5 +1,5 @@
-"""`hotlap bench peers`: a training step of nanoGPT and of nanochat, from the user's checkouts, beside ours,
-in one run.
+"""`hotlap bench peers`: a training step of nanoGPT, nanochat and modded-nanogpt, from the user's checkouts,
+beside ours, in one run. Nothing is written to a checkout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hotlap.bench import results
+from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
-from hotlap.bench.timing import measure
+from hotlap.bench.peaks import log_warnings
+from hotlap.bench.timing import measure, start_afresh
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
@@ -38,6 +39,8 @@ class PeersConfig:
     """Your checkout of nanoGPT."""
     nanochat: Path | None = None
     """Your checkout of nanochat, whose requirements must be installed."""
+    modded: Path | None = None
+    """Your checkout of modded-nanogpt, with its data: beside our 124m, at the batch of its scripts."""
     models: tuple[str, ...] = ()
     """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and 124m, d12 and d24 on a GPU."""
     rows: int = 0
@@ -51,21 +54,36 @@ class PeersConfig:
 def bench_peers(config: PeersConfig) -> list[dict]:
     """Measure every pair, write peers.json and .csv, and return the rows."""
     builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
-    paths = {name: getattr(config, name) for name in builders if getattr(config, name)}
+    paths = {name: getattr(config, name) for name in (*builders, "modded") if getattr(config, name)}
     if not paths:
-        raise ValueError("no peer; name a checkout by --nanogpt PATH or --nanochat PATH")
+        raise ValueError("no peer; name a checkout by --nanogpt PATH, --nanochat PATH or --modded PATH")
     for name, path in paths.items():
         if not path.is_dir():
             raise FileNotFoundError(f"no checkout of {name} at {path}")
     device = default_device()
+    scripts = modded.runnable(config.modded, device) if config.modded else {}
+    log_warnings(device)
+    folder = config.out or results.device_folder(device)
     names = config.models or (("124m", "d12", "d24") if device.type == "cuda" else ("tiny",))
     shapes = {name: model_config(name) for name in names}
     rows: list[dict] = []
     for name, shape in shapes.items():
-        for peer, path in paths.items():
-            rows += bench_pair(name, shape, peer, builders[peer], path, config, device)
-    path = results.save("peers", rows, config.out or results.device_folder(device), device)
-    log.info("written to %s", path)
+        for peer in [peer for peer in builders if peer in paths]:
+            start_afresh(device)
+            try:
+                rows += bench_pair(name, shape, peer, builders[peer], paths[peer], config, device)
+            except torch.OutOfMemoryError:
+                case, note = f"step {name} beside {peer}", "out of memory; give fewer --rows"
+                rows.append({"case": case, "provider": peer, "ms": None, "note": note})
+                log.error("%s: %s", case, note)
+            results.save("peers", rows, folder, device)
+    for name, script in scripts.items():
+        start_afresh(device)
+        shape = model_config("124m")
+        step = our_step(shape, device, micro_rows=ROWS["124m"])
+        rows += modded.bench_script(name, script, modded.data_folder(config.modded), shape, step, device)
+        results.save("peers", rows, folder, device)
+    log.info("written to %s", folder / "peers.json")
     return rows
 
 
@@ -104,7 +122,8 @@ def bench_pair(
     return rows
 
 
-def our_step(shape: GPTConfig, device) -> Step:
+def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
+    """micro_rows: rows that go through the model at once; 0 is all."""
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights()
@@ -114,7 +133,8 @@ def our_step(shape: GPTConfig, device) -> Step:
             block.compile(dynamic=False)
 
     def step(tokens: Tensor) -> None:
-        (model(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()).backward()
+        for rows in tokens.split(micro_rows or len(tokens)):
+            (model(rows[:, :-1], rows[:, 1:].contiguous()) / tokens[:, 1:].numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -149,7 +169,8 @@ def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
     """nanochat's step as its base_train.py takes it: its own Muon and AdamW, the model compiled on a GPU."""
     sys.path.insert(0, str(path))
     try:
-        from nanochat import gpt
+        with nothing_written():
+            from nanochat import gpt
     except ImportError as error:
         raise ImportError(
             f"nanochat at {path} cannot be imported ({error}); install its requirements"
@@ -183,5 +204,16 @@ def module_at(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with nothing_written():
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def nothing_written():
+    """Import without leaving bytecode in the checkout."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before

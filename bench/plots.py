@@ -17,19 +17,18 @@ def draw_kernels(rows: list[dict], path: Path) -> bool:
         log.info("no picture of the results: matplotlib is missing; pip install 'hotlap[plot]'")
         return False
     timed = [row for row in rows if row.get("ms") is not None]
-    cases = list(dict.fromkeys(row["case"] for row in timed))
-    providers = list(dict.fromkeys(row["provider"] for row in timed))
     if not timed:
         return False
-    figure = Figure(figsize=(9, 1 + 0.14 * len(cases) * (len(providers) + 1)), layout="constrained")
+    cases = list(dict.fromkeys(row["case"] for row in timed))
+    places = [i + cases.index(row["case"]) for i, row in enumerate(timed)]  # a gap before each case
+    figure = Figure(figsize=(9, 1.5 + 0.11 * (len(timed) + len(cases))), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(providers)
-    for k, provider in enumerate(providers):
-        of = {row["case"]: row["share_of_ceiling"] for row in timed if row["provider"] == provider}
-        at = [i + k * height for i, case in enumerate(cases) if case in of]
-        axes.barh(at, [of[case] for case in cases if case in of], height, label=provider)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases, fontsize=7)
-    axes.invert_yaxis()
+    for provider in dict.fromkeys(row["provider"] for row in timed):
+        bars = [(i, row) for i, row in zip(places, timed, strict=True) if row["provider"] == provider]
+        axes.barh([i for i, _ in bars], [row["share_of_ceiling"] for _, row in bars], label=provider)
+    first = {row["case"]: i for i, row in reversed(list(zip(places, timed, strict=True)))}
+    axes.set_yticks([first[case] for case in cases], cases, fontsize=7)
+    axes.set_ylim(places[-1] + 1, -1)
     axes.set(xlabel="share of the measured ceiling (copy or product)", xlim=(0, None))
     axes.legend(fontsize=7)
     axes.grid(axis="x", alpha=0.3)

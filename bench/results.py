@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    state, _ = device_state(device)
+    state, warnings = device_state(device)
     return {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -35,6 +35,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "state": state,
+        "warnings": warnings,
     }
 
 
@@ -52,8 +53,10 @@ def device_folder(device: torch.device) -> Path:
 
 
 def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more: object) -> Path:
-    """Write kind.json and kind.csv. rows: `case` and `provider` name what was measured, the rest is what was
-    found.
+    """Write kind.json and kind.csv, and return the path of the first. rows: `case` and `provider` name what
+    was measured, the rest is what was found.
+
+    Called again whenever there are more rows, so that a run that is cut off leaves what it has measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.json"
@@ -64,6 +67,8 @@ def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    if folder.parent == RESULTS:
+        write_page(RESULTS)
     return path
 
 
@@ -79,11 +84,18 @@ def load(path: Path) -> dict:
 
 
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Rows as a table in Markdown, numbers to four digits."""
-    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    """Rows as a table in Markdown, numbers to four digits; by default with every column that has a value."""
+    columns = columns or list(
+        dict.fromkeys(n for row in rows for n, value in row.items() if value is not None)
+    )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def as_line(row: dict) -> str:
+    """A row for the log."""
+    return "  ".join(f"{name} {shown(value)}" for name, value in row.items())
 
 
 def shown(value: object) -> str:
@@ -92,8 +104,8 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_page(folder: Path = RESULTS) -> Path:
-    """README.md of the results: each file's device, date and commit, and its rows."""
+def write_page(folder: Path) -> Path:
+    """README.md of the results in a folder: each file's device, date and commit, and its rows."""
     lines = ["# Measurements", "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
     for path in sorted(folder.rglob("*.json")):
         content = load(path)
@@ -104,6 +116,7 @@ def write_page(folder: Path = RESULTS) -> Path:
             f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content.get('date', '')}, "
             f"commit {content.get('commit', '')}, {versions}",
             "",
+            *(f"Warning: {warning}\n" for warning in content.get("warnings", ())),
             table(content["rows"]),
             "",
         ]

@@ -7,10 +7,14 @@ left out; on a CPU by the host's clock. Variants take turns, forwards and backwa
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,7 @@ Call = Callable[[int], object]  # a call on buffer set i
 BLOCK_SECONDS = 2e-3  # the least that is timed at once, far above the clocks' resolution
 WARM_UP_SECONDS = 0.05
 FEWEST_SAMPLES = 5
+NO_TIME = "skipped: no time left"  # the note of a row that was not measured
 CACHE_FACTOR = 2.5  # how far the rotating buffers exceed the last-level cache
 
 
@@ -62,16 +67,19 @@ def measure(
     """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer
     set.
 
-    capture: whether to time a CUDA graph of the calls; not for whole training steps, whose optimisers
-    synchronise. Raises what a variant raises; one that does not run should not be in here.
+    capture: whether to time a CUDA graph of the calls; not for what waits for the GPU, such as whole training
+    steps. Raises what a variant raises; one that does not run should not be in here.
     """
-    blocks = {name: _block(call, device, sets, capture) for name, call in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    began, order = time.perf_counter(), list(variants)
-    while time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES:
-        for name in order:
-            samples[name].append(blocks[name]())
-        order.reverse()
+    with side_stream(device) if capture else contextlib.nullcontext():
+        blocks = {name: _block(call, device, sets, capture) for name, call in variants.items()}
+        samples: dict[str, list[float]] = {name: [] for name in variants}
+        began, order = time.perf_counter(), list(variants)
+        while (
+            time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES
+        ):
+            for name in order:
+                samples[name].append(blocks[name]())
+            order.reverse()
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
@@ -105,14 +113,17 @@ def _device_block(call: Call, count: int, sets: int, capture: bool) -> Callable[
         for i in range(count):
             call(i % sets)
 
-    if capture:
-        graph = torch.cuda.CUDAGraph()
+    if capture and (why := _waits_for_gpu(call)):
+        log.info("timed with the host's share, without a CUDA graph: %s", why)
+    elif capture:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 run()
             run = graph.replay
-        except RuntimeError as error:  # what synchronises is timed with its host's share
-            log.info("timed without a CUDA graph: %s", str(error).splitlines()[0])
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch forgets to, where a capture fails
+            log.warning("a CUDA graph cannot be captured: %s", str(error).splitlines()[0])
 
     def block() -> float:
         start.record()
@@ -125,6 +136,58 @@ def _device_block(call: Call, count: int, sets: int, capture: bool) -> Callable[
     return block
 
 
+def _waits_for_gpu(call: Call) -> str:
+    """Where a call waits for the GPU, so that no graph can hold it, or nothing. Asked beforehand, because a
+    capture that fails leaves torch's random numbers and streams unusable.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(0)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, work on a stream of its own. Graphs cannot be captured on the default stream, and a backward
+    pass runs on the stream of its forward pass.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    outside, inside = torch.cuda.current_stream(device), _stream(device)
+    inside.wait_stream(outside)
+    with torch.cuda.stream(inside):
+        yield
+    outside.wait_stream(inside)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def deadline(minutes: float) -> float:
+    """When so many minutes are over, on the clock of time.monotonic; 0 minutes never are."""
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
+    return time.monotonic() + 60 * minutes if minutes else math.inf
+
+
+def start_afresh(device: torch.device) -> None:
+    """Forget what was compiled, which would count towards the compiler's limit for each function, and free
+    memory.
+    """
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -17,6 +17,17 @@ from hotlap.model.tokenizer import Tokenizer
 __all__ = ["tiny_config"]  # a plain function, from tests/tools.py
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """`-m gpu` is what a GPU has to pass: the tests that need one, and those of kernels, which run on it."""
+    there_is_one = torch.cuda.is_available()
+    for item in items:
+        if there_is_one and item.path.parent.name == "kernels":
+            item.add_marker("gpu")
+        elif not there_is_one and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of 300 ids, of which 289 are text."""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.errors import DataError
-from hotlap.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # benchmarks read shards where the tokenizer's libraries are not installed
+    from hotlap.model.tokenizer import Tokenizer
 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4

@@ -18,7 +18,8 @@ from hotlap.bench import static
 
 def python(code: str, cache: Path | None = None) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     if cache:
         environment["XDG_CACHE_HOME"] = str(cache)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -1,0 +1,169 @@
+"""Who computes causal attention, whole, in windows and against a cache, for `hotlap bench kernels`."""
+# B batch, T time, S cache positions, H heads, C head dim
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from hotlap.bench.providers import CONTEXT, HEAD_DIM, Function, Operation, installed, normal
+from hotlap.kernels.attention import attention, attention_ref, visible_keys
+from hotlap.kernels.decode_attention import append_ref, decode_attention, decode_attention_ref
+
+FLASH_ATTENTION = {  # where each version keeps `flash_attn_func`
+    "flash-attn-2": "flash_attn.flash_attn_interface",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+}
+
+
+def attention_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    T = min(CONTEXT, rows)
+    return _attention("attention", size, T, T, width // HEAD_DIM, HEAD_DIM, rows, device, dtype)
+
+
+def windowed_attention_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    """Each query sees a quarter of the context, as in three of four layers."""
+    T = min(CONTEXT, rows)
+    return _attention(
+        "windowed_attention", size, T, max(1, T // 4), width // HEAD_DIM, HEAD_DIM, rows, device, dtype
+    )
+
+
+def attention_of_lengths(rows: int, device: torch.device, dtype: torch.dtype) -> list[Operation]:
+    """Heads of 64 and 128 at a width of 2048, rows of 1k to 16k, whole and in windows of 512 and 1024."""
+    return [
+        _attention("attention_lengths", f"window {window}", T, window, 2048 // C, C, rows, device, dtype)
+        for C, T in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384))
+        for window in sorted({512, min(1024, T), T})
+        if rows >= T
+    ]
+
+
+def _attention(
+    name: str,
+    size: str,
+    T: int,
+    window: int,
+    heads: int,
+    C: int,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Operation:
+    auto = partial(attention, window=window)
+    providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device)}
+    if device.type == "cuda":  # there the choice may fall on another's kernel
+        providers["hotlap"] = partial(auto, backend="triton")
+        providers |= {"hotlap-auto": auto, **_others(window, T, rows, device)}
+    pairs = rows // T * (window * (window + 1) / 2 + (T - window) * window)  # of a query and a key it sees
+    flops = 4 * pairs * heads * C
+    return Operation(
+        name, f"{size} {rows // T}x{T}x{heads}x{C}",
+        lambda: tuple(normal(device, dtype)(rows // T, T, heads, C) for _ in range(3)),
+        3, partial(attention_ref, window=window), providers, flops=(flops, 2.5 * flops),
+    )  # fmt: skip
+
+
+def decode_attention_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    """One new token of each sequence against a full context."""
+    heads, S = width // HEAD_DIM, min(CONTEXT, rows)
+    B = rows // S
+    slots, lengths = torch.arange(B, device=device), torch.full((B,), S - 1, device=device)
+
+    def reference(*tensors: Tensor) -> Tensor:
+        q, k, v, *cache = tensors
+        append_ref(k, v, *cache, slots, lengths)
+        return decode_attention_ref(q, *cache, slots, lengths)
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return decode_attention(*tensors, slots, lengths)
+
+    providers = {"hotlap": ours, "eager": reference}
+    function = installed("flash_attn.flash_attn_interface", "flash_attn_with_kvcache")
+    if device.type == "cuda" and function:
+        held = lengths.int()
+
+        def flash(q: Tensor, k: Tensor, v: Tensor, *cache: Tensor) -> Tensor:
+            return function(q, *cache, k, v, cache_seqlens=held, causal=True)
+
+        providers["flash-attn-2"] = flash
+    random = normal(device, dtype)
+    return Operation(
+        "decode_attention", f"{size} {B}x{S}x{heads}x{HEAD_DIM}",
+        lambda: tuple(random(B, length, heads, HEAD_DIM) for length in (1, 1, 1, S, S)),
+        0, reference, providers, (2 * B * S * width * dtype.itemsize, 0), directions=("forward",),
+    )  # fmt: skip
+
+
+def _others(window: int, T: int, rows: int, device: torch.device) -> dict[str, Function]:
+    """Providers that need a GPU: torch's own, and the versions of flash-attn that are installed."""
+    providers = {"flex": _flex(window, T, device)}
+    if window == T:  # the backends have no windows; a mask would only be theirs in name
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            label = f"sdpa-{backend.split('_')[0].lower()}"
+            providers[label] = _sdpa(window, T, device, getattr(SDPBackend, backend))
+    if function := installed("torch.nn.attention.varlen", "varlen_attn"):
+        providers["varlen"] = _varlen(function, window, T, rows, device)
+    for label, module in FLASH_ATTENTION.items():
+        if function := installed(module, "flash_attn_func"):
+            providers[label] = _flash_attention(function, window, T)
+    return providers
+
+
+def _sdpa(window: int, T: int, device: torch.device, backend: SDPBackend | None = None) -> Function:
+    mask = None if window == T else visible_keys(T, T, window, None, device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend) if backend else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return y.transpose(1, 2)
+
+    return call
+
+
+def _flex(window: int, T: int, device: torch.device) -> Function:
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < window)
+
+    mask = create_block_mask(visible, None, None, T, T, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return call
+
+
+def _varlen(function: Function, window: int, T: int, rows: int, device: torch.device) -> Function:
+    starts = torch.arange(0, rows + 1, T, dtype=torch.int32, device=device)
+    before = -1 if window == T else window - 1  # keys before the query's own; -1 is all
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, C)
+        return function(*flat, starts, starts, T, T, window_size=(before, 0)).view_as(q)
+
+    return call
+
+
+def _flash_attention(function: Function, window: int, T: int) -> Function:
+    options = {} if window == T else {"window_size": (window - 1, 0)}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = function(q, k, v, causal=True, **options)
+        return y[0] if isinstance(y, tuple) else y  # some versions return the logsumexp too
+
+    return call
