@@ -40,6 +40,7 @@ MODULES = (
     "decode_attention",
     "linear_relu2",
     "fp8",
+    "orthogonalize",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,124 @@
+"""The symmetric product, and Polar Express on it, also in the Gram form, on spectra that are hard for it."""
+
+import pytest
+import torch
+from kernel_tools import DEVICE, DTYPES, error, random
+from torch.library import opcheck
+
+from hotlap.kernels import orthogonalize as module
+from hotlap.kernels.orthogonalize import COEFFICIENTS, gram_matrix, orthogonalize
+from hotlap.kernels.tiles import Tile
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(module, "_symmetric_tiles", lambda *_: [Tile({"TILE": 32, "DEPTH": 32})])
+
+
+def matrix_of(values, M, N, dtype=torch.bfloat16):
+    """A random matrix (M, N) of these singular values, and what Polar Express makes of it without rounding."""
+    generator = torch.Generator().manual_seed(M + N)
+    n = min(M, N)
+    u, v = (torch.linalg.qr(torch.randn(size, n, generator=generator).double())[0] for size in (M, N))
+    x = (u * values.double() @ v.T).to(dtype)
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (s.norm() * 1.01 + 1e-6)
+    for a, b, c in COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    return x.to(DEVICE), (u * s @ v).to(DEVICE)
+
+
+SHAPES = [(64, 64), (33, 70), (129, 64), (32, 128), (20, 160), (150, 17), (1, 40), (40, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M, N", SHAPES)
+def test_is_polar_express_at_every_aspect(M, N, dtype):
+    x, exact = matrix_of(torch.linspace(0.05, 1, min(M, N)), M, N, dtype)
+    y = orthogonalize(x)
+    assert y.dtype == dtype and error(y, exact) < 0.02
+    values = torch.linalg.svdvals(y.float())
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+HARD = {
+    "falls to nothing": lambda n: torch.logspace(0, -9, n),
+    "half are zero": lambda n: torch.cat((torch.linspace(0.1, 1, n - n // 2), torch.zeros(n // 2))),
+    "rank of two": lambda n: torch.cat((torch.tensor([1.0, 0.5]), torch.zeros(n - 2))),
+    "one is huge": lambda n: torch.cat((torch.tensor([1e4]), torch.linspace(0.5, 1, n - 1))),
+    "all are equal": lambda n: torch.ones(n),
+    "tiny": lambda n: torch.linspace(0.5, 1, n) * 1e-6,
+    "large": lambda n: torch.linspace(0.5, 1, n) * 1e12,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("M, N", [(48, 48), (32, 64), (128, 32), (24, 192)])
+def test_hard_spectra_neither_blow_up_nor_turn(M, N, name):
+    """No singular value passes 1.3, and large ones and their vectors come out as without rounding."""
+    x, exact = matrix_of(HARD[name](min(M, N)), M, N)
+    y = orthogonalize(x).double()
+    assert y.isfinite().all() and torch.linalg.svdvals(y).max() < 1.3
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    kept = s > 0.02 * s.norm()  # of these, rounding leaves the directions
+    ours, wanted = ((u.T @ z @ v.T)[kept][:, kept] for z in (y, exact))
+    assert error(ours, wanted) < 0.05
+
+
+def test_without_the_restart_the_gram_form_blows_up(monkeypatch):
+    """What the restart is for: if this holds no longer, it can go."""
+    x, _ = matrix_of(torch.logspace(0, -9, 32), 32, 256)
+    monkeypatch.setattr(module, "_stages", lambda *_: [COEFFICIENTS])
+    worst = torch.linalg.svdvals(orthogonalize(x).double().nan_to_num(1e9)).max()
+    monkeypatch.undo()
+    assert worst > 1.3
+
+
+def test_the_gram_form_is_for_long_matrices():
+    assert [len(stage) for stage in module._stages(64, 64)] == [1] * 5
+    assert [len(stage) for stage in module._stages(64, 127)] == [1] * 5
+    assert [len(stage) for stage in module._stages(128, 64)] == [2, 3]
+    assert sum(module._stages(64, 256), ()) == COEFFICIENTS
+
+
+def test_zeros_stay_zeros_and_batches_are_of_single_matrices():
+    assert not orthogonalize(torch.zeros(2, 40, 90, dtype=torch.bfloat16, device=DEVICE)).any()
+    x = random(2, 2, 24, 60, dtype=torch.bfloat16, grad=False)
+    x = x * torch.tensor([1e-4, 1.0], device=DEVICE, dtype=x.dtype)[:, None, None]
+    y = orthogonalize(x)
+    assert all(torch.equal(y[i, j], orthogonalize(x[i, j])) for i in range(2) for j in range(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 70), (70, 33), (2, 3, 40, 64), (64, 64)])
+def test_the_gram_matrix_is_exact_and_symmetric_to_the_last_bit(shape, dtype):
+    x = random(*shape, dtype=dtype, grad=False)
+    y, exact = gram_matrix(x), module.gram_matrix_ref(x.double())
+    assert torch.equal(y, y.mT) and error(y, exact) < {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+
+
+def test_a_polynomial_of_a_symmetric_matrix_is_one_product():
+    g = gram_matrix(random(2, 45, 50, dtype=torch.float16, grad=False) / 8)
+    y = module._symmetric_product(g, g, False, 0.5, g, -2.0, 3.0)
+    exact = 0.5 * g.double() @ g.double() - 2 * g.double() + 3 * torch.eye(45, device=DEVICE)
+    assert torch.equal(y, y.mT) and error(y, exact) < 1e-3
+
+
+def test_strides_do_not_matter_and_two_runs_agree():
+    x = random(70, 33, dtype=torch.bfloat16, grad=False)
+    assert torch.equal(orthogonalize(x.T), orthogonalize(x.T.contiguous()))
+    assert torch.equal(orthogonalize(x), orthogonalize(x))
+
+
+def test_the_operation_keeps_the_rules_of_torch():
+    x = random(2, 20, 33, dtype=torch.float16, grad=False)
+    gram = gram_matrix(x)
+    opcheck(module._symmetric_product.op, (x, x, False))
+    opcheck(module._symmetric_product.op, (gram, gram, False, 0.5, gram, 1.0, 2.0))
+
+
+def test_compiles_whole_to_the_same_results():
+    x = random(2, 20, 50, dtype=torch.bfloat16, grad=False)
+    torch.testing.assert_close(torch.compile(orthogonalize, fullgraph=True)(x), orthogonalize(x))
