@@ -41,6 +41,25 @@ def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
     assert 1e8 < found.copy < 1e13 and 1e9 < found.product < 1e15
 
 
+@pytest.mark.parametrize(
+    ("name", "bandwidth", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35e12, 989e12),
+        ("NVIDIA H100 PCIe", 2.0e12, 756e12),
+        ("NVIDIA GH200 480GB", 4.0e12, 989e12),
+        ("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12),
+        ("NVIDIA L4", 0.3e12, 121e12),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA GeForce RTX 4090", 1.008e12, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("AMD Instinct MI300X", 5.3e12, 1307e12),
+    ],
+)
+def test_a_card_has_the_peaks_of_its_own_name(name, bandwidth, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peaks.paper_peaks(torch.device("cuda")) == {"flops": flops, "bandwidth": bandwidth}
+
+
 class NVMLError(Exception):
     pass
 
