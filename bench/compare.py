@@ -22,7 +22,7 @@ class CompareConfig:
 
 def compare(config: CompareConfig) -> list[str]:
     """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their
-    spread.
+    spread; and what was not measured the second time, with the reason.
 
     ValueError where the files come from different devices: their times say nothing about the code.
     """
@@ -36,6 +36,8 @@ def compare(config: CompareConfig) -> list[str]:
     lines = []
     for row in after["rows"]:
         was = old.get((row["case"], row["provider"]))
+        if row.get("ms") is None:
+            lines.append(f"{row['case']:44} {row['provider']:14} {row.get('note', '')}")
         if was is None or row.get("ms") is None:
             continue
         verdict = ""

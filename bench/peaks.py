@@ -10,10 +10,10 @@ import torch
 
 from hotlap.bench.timing import measure
 from hotlap.kernels.dispatch import fast_dtype
-from hotlap.model.flops import peak_flops
+from hotlap.model.flops import of_card, peak_flops
 from hotlap.train.log import log
 
-# Memory bandwidth on paper in bytes/s, by a part of the driver's name; the first match counts. Sources: the
+# Memory bandwidth on paper in bytes/s, by words of the driver's name; the first match counts. Sources: the
 # makers' data sheets of each card.
 PEAK_BANDWIDTH = (
     ("B200", 8.0e12),
@@ -62,8 +62,7 @@ def peak_bandwidth(device: torch.device) -> float | None:
     """Paper peak of the memory in bytes/s, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BANDWIDTH if part in name), None)
+    return of_card(PEAK_BANDWIDTH, torch.cuda.get_device_name(device))
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -89,7 +89,8 @@ def table(rows: list[dict], columns: list[str] | None = None) -> str:
         dict.fromkeys(n for row in rows for n, value in row.items() if value is not None)
     )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(shown(row.get(name)) for name in columns) + " |" for row in rows]
+    cells = [[shown(row[name]) if name in row else "" for name in columns] for row in rows]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines)
 
 
@@ -120,6 +121,8 @@ def write_page(folder: Path) -> Path:
             table(content["rows"]),
             "",
         ]
+        if (picture := path.with_suffix(".png")).exists():
+            lines += [f"![{path.stem}]({picture.relative_to(folder)})", ""]
     page = folder / "README.md"
     page.write_text("\n".join(lines), encoding="utf-8")
     return page

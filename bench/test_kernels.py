@@ -39,6 +39,9 @@ def test_ours(operation, direction, benchmark, ceilings):
 
     benchmark(once)
     moved, flops = costs(operation, direction)
-    limit = moved / ceilings.copy + flops / ceilings.product
-    benchmark.extra_info |= {"bytes": moved, "flops": flops}
-    benchmark.extra_info["share_of_ceiling"] = limit / benchmark.stats["median"]
+    limit, seconds = moved / ceilings.copy + flops / ceilings.product, benchmark.stats["median"]
+    benchmark.extra_info |= {
+        "tb_per_s": moved / seconds / 1e12,
+        "tflops": flops / seconds / 1e12,
+        "share_of_ceiling": limit / seconds,
+    }

@@ -13,16 +13,19 @@ window. This
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn as nn
 
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT, Linear
 
-# Dense bf16 FLOP/s on paper, by a part of the name that the driver gives; the first match counts.
+# Dense bf16 FLOP/s on paper, by words of the name that the driver gives; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
 PEAK_BF16 = (
     ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -43,8 +46,14 @@ def peak_flops(device: torch.device) -> float | None:
     """Paper peak of the device in bf16 FLOP/s, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16 if part in name), None)
+    return of_card(PEAK_BF16, torch.cuda.get_device_name(device))
+
+
+def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
+    """The entry of a card in a table of peaks: an L40 is no L4, and the laptops' cards are others."""
+    if "Laptop" in name:
+        return None
+    return next((peak for words, peak in peaks if re.search(rf"\b{words}\b", name)), None)
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:

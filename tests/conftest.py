@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from small_runs import write_conversations, write_text
 from tools import tiny_config, train_tiny_tokenizer
 
 from hotlap.model.gpt import GPT
@@ -48,6 +50,15 @@ def random_model():
         return model
 
     return build
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, with text.txt and talks.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.txt")
+    write_conversations(tmp_path / "talks.jsonl")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

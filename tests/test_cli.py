@@ -1,67 +1,28 @@
-"""The `hotlap` command: what it says, and with which exit code."""
+"""The `hotlap` command up to pretraining: what it says, and with which exit code."""
 
 import gzip
-import io
-import json
 import os
-import re
 import shutil
 import signal
 import struct
-import sys
 from pathlib import Path
 
 import pytest
-from small_runs import MODEL_FLAGS, conversation, write_conversations, write_text
+from commands import (
+    BAD_DATA,
+    CANNOT_CREATE,
+    INPUT_OUTPUT,
+    INTERRUPTED,
+    NO_INPUT,
+    SMALL,
+    USAGE,
+    assert_error,
+    pretrain_here,
+)
 
 from hotlap.cli import COMMANDS, main
-from hotlap.model.errors import DataError
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train import pretrain, sources
-from hotlap.train.log import read_metrics
-
-USAGE, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, INTERRUPTED = 2, 65, 66, 73, 74, 130
-SMALL = [*MODEL_FLAGS, "--batch-rows", "4", "--loop.steps", "4", "--dtype", "float32", "--compile", "off"]
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty folder to work in, with text.txt and talks.jsonl."""
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "text.txt")
-    write_conversations(tmp_path / "talks.jsonl")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A base model that was pretrained through the command."""
-    folder = tmp_path_factory.mktemp("base")
-    write_text(folder / "text.txt")
-    assert pretrain_here("--run", str(folder / "base"), "--data", str(folder / "text.txt")) == 0
-    return folder / "base"
-
-
-def pretrain_here(*flags: str) -> int:
-    return main(
-        ["pretrain", "--data", "text.txt", "--tokenizer", "characters", "--run", "base", *SMALL, *flags]
-    )
-
-
-def sft_here(base: Path, *flags: str) -> int:
-    fixed = ["--loop.steps", "2", "--batch-rows", "4", "--dtype", "float32", "--compile", "off"]
-    return main(["sft", "--base", str(base), "--data", "talks.jsonl", "--run", "sft", *fixed, *flags])
-
-
-def assert_error(capsys, code: int, expected: int, *parts: str) -> None:
-    """The command failed with this code and one line, which holds the parts: what was given, what to try."""
-    printed = capsys.readouterr()
-    lines = printed.err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert code == expected and len(errors) == 1 and lines[-1] == errors[0], printed.err
-    assert "Traceback" not in printed.err + printed.out
-    for part in parts:
-        assert part in errors[0]
+from hotlap.train import pretrain
 
 
 def test_alone_it_lists_the_commands(capsys):
@@ -285,124 +246,3 @@ def test_a_run_that_is_stopped_says_how_to_go_on(work, capsys, monkeypatch):
 def test_a_plain_failure_of_ours_is_called_a_bug(work, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, "describe", lambda *given: {}["no such key"])
     assert_error(capsys, pretrain_here(), 70, "KeyError", "a bug", "--debug")
-
-
-# hotlap sft
-
-
-GOOD = json.dumps({"messages": conversation("square", "is 4.")})
-
-
-@pytest.mark.parametrize(
-    ("lines", "parts"),
-    [
-        ([GOOD, "{"], ("talks.jsonl:2", "not JSON")),
-        ([GOOD, GOOD, '{"text": "a"}'], ("talks.jsonl:3", '"messages"')),
-        ([json.dumps({"messages": conversation("a", "b")[:1]})], ("talks.jsonl:1", "end with the assistant")),
-        ([json.dumps({"messages": conversation("a", "b")[::-1]})], ("talks.jsonl:1", "system or user")),
-        ([json.dumps({"messages": conversation("a", "")})], ("talks.jsonl:1", "says nothing")),
-        ([json.dumps({"messages": conversation("square " * 30, "is")})], ("context of 32", "shorten")),
-        ([""], ("talks.jsonl", "holds no conversation")),
-    ],
-)
-def test_conversations_that_cannot_be_used_are_named(work, capsys, base, lines, parts):
-    (work / "talks.jsonl").write_text("\n".join(lines))
-    assert_error(capsys, sft_here(base), BAD_DATA, *parts)
-    assert not (work / "sft").exists()
-
-
-def test_conversations_that_are_missing(work, capsys, base):
-    code = sft_here(base, "--data", "none.jsonl")
-    assert_error(capsys, code, NO_INPUT, "none.jsonl", "or `tasks`")
-
-
-def test_a_base_model_that_is_missing_lists_those_that_are_there(work, capsys, base):
-    assert_error(capsys, sft_here(work / "none"), NO_INPUT, "no model at", "none found under runs/")
-    shutil.copytree(base, work / "runs" / "mine")
-    assert_error(capsys, sft_here(work / "none"), NO_INPUT, "found: runs/mine")
-
-
-def test_a_base_model_without_chat_tokens(work, capsys, base):
-    folder = work / "mute"
-    shutil.copytree(sorted((base / "checkpoints").iterdir())[-1], folder)
-    (folder / "manifest.json").unlink()
-    definition = json.loads((folder / "tokenizer.json").read_text())
-    definition["added_tokens"] = definition["added_tokens"][:1]
-    (folder / "tokenizer.json").write_text(json.dumps(definition))
-    assert_error(capsys, sft_here(folder), BAD_DATA, "mute/tokenizer.json", "<|system_start|>")
-
-
-def test_a_base_model_that_has_changed_on_disk(work, capsys, base):
-    shutil.copytree(base, work / "copy")
-    path = sorted((work / "copy" / "checkpoints").iterdir())[-1] / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-7] ^= 4
-    path.write_bytes(raw)
-    assert_error(capsys, sft_here(work / "copy"), BAD_DATA, "model.safetensors has changed")
-    assert_error(capsys, main(["eval", "--model", "copy"]), BAD_DATA, "model.safetensors has changed")
-
-
-def test_fine_tuning_on_a_file_of_messages(work, capsys, base):
-    with open("talks.jsonl", "a") as file:
-        file.write(json.dumps({"messages": conversation("square " * 30, "is")}) + "\n")
-    assert sft_here(base) == 0
-    assert re.search(r"1 of \d+ conversations are longer than 32 tokens", capsys.readouterr().err)
-    assert [m["step"] for m in read_metrics(Path("sft/metrics.jsonl"))] == [0, 1]
-    assert Path("sft/report.md").exists() and Path("sft/curves.png").exists()
-    (work / "talks.jsonl").write_text("\n".join([GOOD] * 5))
-    code = sft_here(base, "--resume")
-    assert_error(capsys, code, USAGE, "started on other conversations than talks.jsonl")
-
-
-def test_a_run_goes_on_with_the_tokenizer_it_started_from(work, capsys, base):
-    assert sft_here(base) == 0
-    tokenizer = json.loads((work / "sft" / "tokenizer.json").read_text())
-    (work / "sft" / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
-    capsys.readouterr()
-    assert_error(capsys, sft_here(base, "--resume"), USAGE, "sft/tokenizer.json has sha256", "base tokenizer")
-
-
-def test_conversations_on_both_sides_are_counted(work, capsys, base):
-    (work / "talks.jsonl").write_text(GOOD)
-    assert sft_here(base) == 0
-    assert "1 conversations are in training and in validation" in capsys.readouterr().err
-
-
-# hotlap eval, report, and the whole way
-
-
-def test_scores_that_cannot_be_had(work, capsys, base):
-    code = main(["eval", "--model", str(base), "--tasks", "facts", "sums"])
-    assert_error(capsys, code, USAGE, "'sums'", "facts, arithmetic, spelling")
-    assert_error(capsys, main(["eval", "--model", "none"]), NO_INPUT, "no model at none")
-    code = main(["eval", "--model", str(base), "--out", "text.txt"])
-    assert_error(capsys, code, CANNOT_CREATE, "text.txt exists", "--out")
-    assert_error(capsys, main(["report", "--run", "none"]), NO_INPUT, "metrics.jsonl in none")
-
-
-def test_from_text_to_an_answer(work, capsys, monkeypatch):
-    assert main(["tokenizer", "--source", "text.txt", "--vocab-size", "300"]) == 0
-    assert main(["data", "--source", "text.txt", "--out", "shards"]) == 0
-    assert main(["pretrain", "--data", "shards", "--run", "base", *SMALL, "--model.context", "64"]) == 0
-    assert main(["report", "--run", "base"]) == 0
-    assert sft_here(Path("base")) == 0
-    monkeypatch.setattr("hotlap.train.tasks.arithmetic.held_out", lambda count: [("2 + 3?", "2 + 3 = 5")])
-    assert main(["eval", "--model", "sft", "--tasks", "arithmetic", "--out", "scores.json"]) == 0
-    assert "arithmetic" in json.loads(Path("scores.json").read_text())["scores"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    capsys.readouterr()
-    assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8"]) == 0
-    printed = capsys.readouterr()
-    assert "parameters on cpu" in printed.err and printed.out.endswith("\n") and "error" not in printed.err
-    assert main(["chat", "base", "-p", "The square", "--max-tokens", "8"]) == 0
-    assert "a base model" in capsys.readouterr().err
-
-
-def test_a_source_that_fails_in_the_middle_leaves_nothing_that_looks_whole(work, capsys, monkeypatch):
-    def failing(source, errors="strict"):
-        yield "one document"
-        raise DataError("the second document is damaged; repair it")
-
-    monkeypatch.setattr(sources, "documents", failing)
-    assert_error(capsys, pretrain_here(), BAD_DATA, "the second document")
-    assert not list(work.glob("base/data/*"))

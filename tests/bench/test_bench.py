@@ -1,14 +1,17 @@
 """Benchmarks say what is so: right before fast, against the right device, with what did not run."""
 
 import json
+import sys
+import threading
+import types
 
 import pytest
 import torch
+from tools import tiny_config
 
 from hotlap.bench import compare, everything, kernels, peaks, results, timing, training
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
-from hotlap.bench.operations import operations
 from hotlap.bench.timing import Timing, measure
 from hotlap.cli import main
 
@@ -39,15 +42,66 @@ def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["rms_norm", "relu2", "linear_relu2", "rotary", "attention", "decode_attention", "linear_cross_entropy"],
+    ("name", "bandwidth", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35e12, 989e12),
+        ("NVIDIA H100 PCIe", 2.0e12, 756e12),
+        ("NVIDIA GH200 480GB", 4.0e12, 989e12),
+        ("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12),
+        ("NVIDIA L4", 0.3e12, 121e12),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA GeForce RTX 4090", 1.008e12, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("AMD Instinct MI300X", 5.3e12, 1307e12),
+    ],
 )
-def test_every_provider_computes_its_operation(name):
-    for operation in operations(64, CPU, torch.float32, (name,))[:1]:
-        limit = kernels.allowed_error(operation)
-        for provider, function in operation.providers.items():
-            if provider != "compile":
-                assert kernels.fault(operation, function, limit) == "", provider
+def test_a_card_has_the_peaks_of_its_own_name(name, bandwidth, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peaks.paper_peaks(torch.device("cuda")) == {"flops": flops, "bandwidth": bandwidth}
+
+
+class NVMLError(Exception):
+    pass
+
+
+def a_busy_gpu(slowed: int = 0):
+    """A pynvml whose GPU is capped, used by two others, and slowed or not."""
+    return types.SimpleNamespace(
+        NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0,
+        nvmlClocksEventReasonSwThermalSlowdown=32, nvmlClocksThrottleReasonHwSlowdown=8,
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetClockInfo=lambda *_: 1200, nvmlDeviceGetMaxClockInfo=lambda *_: 1980,
+        nvmlDeviceGetPowerUsage=lambda _: 400_000, nvmlDeviceGetEnforcedPowerLimit=lambda _: 500_000,
+        nvmlDeviceGetPowerManagementDefaultLimit=lambda _: 700_000, nvmlDeviceGetTemperature=lambda *_: 91,
+        nvmlDeviceGetComputeRunningProcesses=lambda _: [1, 2, 3],
+        nvmlDeviceGetCurrentClocksEventReasons=lambda _: slowed,
+    )  # fmt: skip
+
+
+def test_a_gpu_that_is_slowed_capped_or_busy_is_warned_of(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1-2"))
+    for reasons in (8, 32):
+        monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu(reasons))
+        state, warnings = peaks.device_state(gpu)
+        assert state["power_w"] == 400 and state["sm_clock_mhz"] == 1200
+        for said in ("slowed by heat or power (91 C)", "capped at 500 of 700 W", "2 other processes"):
+            assert any(said in warning for warning in warnings)
+    monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu())
+    assert not any("slowed" in warning for warning in peaks.device_state(gpu)[1])
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "nvidia-ml-py is missing" in peaks.device_state(gpu)[1][0]
+
+
+def test_a_driver_that_says_nothing_is_a_warning(monkeypatch):
+    def fails():
+        raise NVMLError("library not found")
+
+    nvml = a_busy_gpu()
+    nvml.nvmlInit = fails
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    state, (warning,) = peaks.device_state(torch.device("cuda"))
+    assert state == {} and "library not found" in warning
 
 
 def test_a_wrong_kernel_is_named_and_never_timed(tmp_path, monkeypatch, capsys):
@@ -123,6 +177,9 @@ def test_comparing_flags_what_is_slower_beyond_the_noise_and_refuses_other_devic
     assert "1.30x time  SLOWER" in compare.compare(config)[0]
     write_result(after, "card", 0.7, 0.1)
     assert "faster" in compare.compare(config)[0]
+    row = {"case": "c d12", "provider": "p", "ms": None, "note": "WRONG: its output is off"}
+    after.write_text(json.dumps({"device": "card", "rows": [row]}))
+    assert compare.compare(config)[0].endswith("WRONG: its output is off")
     write_result(after, "other card", 1.0, 0.1)
     assert main(["bench", "compare", str(before), str(after)]) == 2
     assert "compare files of one device" in capsys.readouterr().err
@@ -133,7 +190,21 @@ def test_a_training_step_is_the_sum_of_its_parts_and_has_no_mfu_on_an_unknown_de
     (row,) = training.bench_training(config)
     parts = sum(row[f"{phase}_ms"] for phase in training.PHASES)
     assert 0.5 * row["ms"] < parts < 1.5 * row["ms"]
-    assert row["mfu_nanochat"] is None and row["tokens_per_second"] == pytest.approx(256 / row["ms"] * 1e3)
+    assert row["data_wait_ms"] > 0 and row["mfu_nanochat"] is None
+    assert row["tokens_per_second"] == pytest.approx(256 / row["ms"] * 1e3)
+
+
+def test_training_waits_for_batches_of_documents_that_a_thread_reads_ahead():
+    shape = tiny_config(context=32)
+    with training.random_batches(shape, 4, 3) as batches:
+        found = [next(batches) for _ in range(3)]
+        assert "prefetch" in {thread.name for thread in threading.enumerate()}
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+    for (batch,) in found:
+        assert batch.inputs.shape == (4, 32) and batch.inputs.max() < shape.vocab_size
+        assert batch.weight > 0.9 * 4 * 32
+    inputs = torch.stack([batch.inputs for (batch,) in found])
+    assert len(inputs.unique()) > 100
 
 
 def test_decoding_is_measured_against_the_bytes_that_it_must_read(tmp_path):
@@ -141,6 +212,15 @@ def test_decoding_is_measured_against_the_bytes_that_it_must_read(tmp_path):
     one, four = rows
     assert one["limit_ms"] < four["limit_ms"] < 4 * one["limit_ms"]  # the weights are read once
     assert all(row["share_of_bandwidth"] == pytest.approx(row["limit_ms"] / row["ms"]) for row in rows)
+
+
+def test_what_there_was_no_time_for_is_a_row(tmp_path):
+    soon = {"minutes": 1e-9, "out": tmp_path}
+    rows = bench_kernels(KernelsConfig(("relu2",), **soon))
+    rows += training.bench_training(training.TrainingConfig(("tiny",), **soon))
+    rows += bench_inference(InferenceConfig("tiny", batches=(1,), **soon))
+    assert {row["note"] for row in rows} == {"skipped: no time left"} and len(rows) == 4
+    assert everything.left_out(tmp_path / "training.json") == ["tiny 16x256"]
 
 
 def test_what_does_not_fit_in_the_time_is_listed_as_skipped(tmp_path, capsys):
@@ -154,6 +234,8 @@ def test_what_does_not_fit_in_the_time_is_listed_as_skipped(tmp_path, capsys):
     [
         (["kernels", "--operations", "softmax"], 2, "unknown operation 'softmax'; known: rms_norm"),
         (["kernels", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
+        (["kernels", "--rows", "3000"], 2, "rows=3000 must be at most 2048 or a multiple of it"),
+        (["kernels", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (no limit) or more"),
         (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
         (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
         (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),

@@ -18,7 +18,7 @@ def small_tiles(monkeypatch):
 
 
 def matrix_of(values, M, N, dtype=torch.bfloat16):
-    """A random matrix (M, N) of these singular values, and what Polar Express makes of it without rounding."""
+    """A random matrix (M, N) of these singular values, and Polar Express of it without rounding."""
     generator = torch.Generator().manual_seed(M + N)
     n = min(M, N)
     u, v = (torch.linalg.qr(torch.randn(size, n, generator=generator).double())[0] for size in (M, N))
