@@ -11,8 +11,8 @@ from torch._inductor.utils import run_and_get_code
 
 from hotlap.bench import tune
 from hotlap.kernels import relu2 as module
-from hotlap.kernels.cross_entropy import linear_cross_entropy
 from hotlap.kernels.dispatch import device_facts
+from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm
 from hotlap.kernels.tiles import fitting_tiles, tuned_tiles
