@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT = 70, 65, 66, 73, 74  # as in sysexits.h
+# as in sysexits.h
+BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 70, 65, 66, 73, 74, 75
 
 
 class DataError(ValueError):
@@ -17,9 +18,14 @@ class Interrupted(Exception):
     """The run was asked to stop, and has saved where it was."""
 
 
+class RankLost(Exception):
+    """Another process of the run failed or does not answer; says which, and what it said."""
+
+
 EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
     Interrupted: 130,
     KeyboardInterrupt: 130,
+    RankLost: TRY_AGAIN,
     DataError: BAD_DATA,
     ValueError: 2,
     FloatingPointError: 1,
