@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from hotlap.kernels.dispatch import fast_dtype
-from hotlap.kernels.muon import muon_apply, muon_momentum
+from hotlap.kernels.muon import muon_apply, muon_factor, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
+from hotlap.train.exchange import Exchange, assign_owners
 
 ADAM_EPS = 1e-10
+# While the blocks are still zero, scaling the residual changes nothing, and these have no gradient but rounding
+# errors of 1e-8, which a smaller eps would turn into full steps in random directions.
+SCALAR_EPS = 1e-6
 MUON_BETA2 = 0.9
 
 
@@ -66,10 +70,11 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
             "lr": config.scalar_lr / 100,
             "betas": (0.8, 0.95),
             "weight_decay": 0.05,
+            "eps": SCALAR_EPS,
         },
-        "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0},
-        "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0},
-        "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0},
+        "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
     }
     members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -88,74 +93,137 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
                 "muon": key.startswith("muon"),
                 "peak_lr": rule["lr"],
                 "peak_weight_decay": rule["weight_decay"],
+                "eps": ADAM_EPS,
                 **rule,
             }
         )
     return result
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; of another, all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:
+    """part as this rank's share of a tensor that is sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """One step of Muon or AdamW for each group. `momentum` applies to the Muon groups and may be changed.
 
-    State is created here, not at the first step, so that every rank and every checkpoint has the same keys.
+    Works on whole parameters, and on parameters that FSDP2 has sharded by rows: every rank keeps the state of
+    its rows, and orthogonalises the matrices that it owns (hotlap.train.exchange). State is created here, not
+    at the first step, so that every rank and every checkpoint has the same keys.
     """
 
     def __init__(self, model: GPT, config: OptimConfig):
         super().__init__(parameter_groups(model, config.validate()), {})
         self.momentum = 0.95
-        self.steps = 0
+        self.dtype = model.compute_dtype  # of the orthogonalisation
         for group in self.param_groups:
-            for i, parameter in enumerate(group["params"]):
+            if group["muon"]:
+                self._add_muon_state(group)
+                continue
+            for parameter in group["params"]:
                 state = self.state[parameter]
-                if not group["muon"]:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    continue
-                if i == 0:  # one buffer a group: the batch is the state, and each parameter has a view of it
-                    count, (M, N) = len(group["params"]), parameter.shape
-                    momentum = parameter.new_zeros(count, M, N)
-                    second = parameter.new_zeros((count, M, 1) if M >= N else (count, 1, N))
-                    group["momentum_buffer"], group["second_moment"] = momentum, second
-                state["momentum"], state["second_moment"] = momentum[i], second[i]
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros((), device=parameter.device)
+        self._plan_exchange()
+
+    def _add_muon_state(self, group: dict) -> None:
+        """One buffer a group: the batch is the state, and each parameter has a view of it."""
+        first = local(group["params"][0])
+        count, (M, N) = len(group["params"]), group["params"][0].shape
+        group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): rows of this rank
+        group["second_moment"] = first.new_zeros(
+            count, max(M, N)
+        )  # (G, M), or (G, N) for wide ones: all ranks'
+        for i, parameter in enumerate(group["params"]):
+            state = self.state[parameter]
+            state["momentum"] = sharded_like(parameter, group["momentum_buffer"][i])
+            state["second_moment"] = group["second_moment"][i]
+
+    def _plan_exchange(self) -> None:
+        groups = [group for group in self.param_groups if group["muon"]]
+        mesh = groups[0]["params"][0].device_mesh if isinstance(groups[0]["params"][0], DTensor) else None
+        if mesh is None or mesh.size() == 1:
+            return
+        shapes = [tuple(group["params"][0].shape) for group in groups]
+        owners = assign_owners(
+            [(len(g["params"]), *s) for g, s in zip(groups, shapes, strict=True)], mesh.size()
+        )
+        for group, shape, owned in zip(groups, shapes, owners, strict=True):
+            group["exchange"] = Exchange(shape, owned, mesh)
 
     @torch.no_grad()
     def step(self) -> None:
+        """The matrices travel to their owners while AdamW works, and back while others are orthogonalised."""
+        muon = [group for group in self.param_groups if group["muon"]]
+        updates = {id(group): self._start(group) for group in muon}
         for group in self.param_groups:
-            self._muon(group) if group["muon"] else self._adamw(group)
+            if not group["muon"]:
+                self._adamw(group)
+        returned = {id(group): self._orthogonalize(group, updates.pop(id(group))) for group in muon}
+        for group in muon:
+            self._apply(group, *returned.pop(id(group)))
 
-    def _muon(self, group: dict) -> None:
-        weights = group["params"]
-        M, N = weights[0].shape
-        device = weights[0].device
-        scalar = lambda value: torch.tensor(value, device=device)  # noqa: E731
-        grad = torch.stack([w.grad for w in weights])  # (G, M, N)
-        update = muon_momentum(grad, group["momentum_buffer"], scalar(self.momentum))
-        update = orthogonalize(update.to(fast_dtype(device.type)))
-        stacked = torch.stack(list(weights))
-        lr = group["lr"] * max(1, M / N) ** 0.5
-        muon_apply(
-            stacked,
-            update,
-            group["second_moment"],
-            scalar(lr),
-            scalar(group["weight_decay"]),
-            MUON_BETA2,
+    def _start(self, group: dict) -> Tensor:
+        """The update (G, m, N) of this rank's rows, on its way where there are more ranks."""
+        grad = torch.stack([local(p.grad) for p in group["params"]])  # (G, m, N)
+        beta = torch.tensor(self.momentum, device=grad.device)
+        update = muon_momentum(grad, group["momentum_buffer"], beta, self.dtype)
+        if "exchange" in group:
+            group["exchange"].send(update)
+        return update
+
+    def _orthogonalize(self, group: dict, update: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The orthogonalised update and its squares; nothing yet where they are on their way back."""
+        if "exchange" not in group:
+            update = orthogonalize(update)
+            return update, muon_squares(update)
+        update = orthogonalize(group["exchange"].receive())  # (k, M, N)
+        group["exchange"].send_back(update, muon_squares(update))
+        return None, None
+
+    def _apply(self, group: dict, update: Tensor | None, squares: Tensor | None) -> None:
+        if update is None:
+            update, squares = group["exchange"].receive_back()
+        weights = [local(p) for p in group["params"]]
+        M, N = group["params"][0].shape
+        factor = muon_factor(squares, group["second_moment"], (M, N), MUON_BETA2)
+        if M >= N:  # a factor for each row: those of this rank's rows
+            first = group["exchange"].first_row if "exchange" in group else 0
+            factor = factor[:, first : first + len(weights[0]), None]
+        else:
+            factor = factor[:, None]
+        stacked = torch.stack(weights)
+        lr, decay = (
+            torch.tensor(value, device=stacked.device)
+            for value in (group["lr"] * max(1, M / N) ** 0.5, group["weight_decay"])
         )
-        torch._foreach_copy_(list(weights), list(stacked.unbind()))
+        muon_apply(stacked, update, factor, lr, decay)
+        torch._foreach_copy_(weights, list(stacked.unbind()))
 
     def _adamw(self, group: dict) -> None:
         states = [self.state[p] for p in group["params"]]
         beta1, beta2 = group["betas"]
         adamw(
-            group["params"],
-            [p.grad for p in group["params"]],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in group["params"]],
+            [local(p.grad) for p in group["params"]],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=ADAM_EPS, maximize=False,
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,118 @@
+"""Muon over ranks: each matrix, of which every rank holds some rows, is orthogonalised by one rank.
+
+A rank sends its rows of each matrix to that matrix's owner and gets its rows of the result back, in one
+all-to-all each way for each group of matrices of one shape. Owners are spread over all ranks by cost. Where
+replicas hold the same rows (hybrid sharding), a matrix is owned in one of them, which sends its result to the
+others in a second all-to-all.
+"""
+# G matrices of one shape, M rows, N columns, m rows of them on this rank
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def chunk_rows(rows: int, parts: int) -> list[int]:
+    """How many rows each part holds where FSDP2 shards them: as many as torch.chunk gives, the last fewer."""
+    size = -(-rows // parts)
+    return [max(0, min(size, rows - part * size)) for part in range(parts)]
+
+
+def assign_owners(groups: Sequence[tuple[int, int, int]], ranks: int) -> list[list[int]]:
+    """The rank that owns each matrix of each group (G, M, N): the costliest first, to the least busy rank."""
+    cost = [min(M, N) ** 2 * max(M, N) for _, M, N in groups]
+    busy = [0] * ranks
+    owners: list[list[int]] = [[] for _ in groups]
+    for group in sorted(range(len(groups)), key=lambda g: -cost[g]):
+        for _ in range(groups[group][0]):
+            rank = busy.index(min(busy))
+            busy[rank] += cost[group]
+            owners[group].append(rank)
+    return owners
+
+
+class Exchange:
+    """The way of one group's matrices of shape (M, N) to their owners and back, on one rank.
+
+    owners: a rank for each matrix, counted over the mesh row by row. `moved`: bytes sent to other ranks.
+    """
+
+    def __init__(self, shape: tuple[int, int], owners: list[int], mesh: DeviceMesh):
+        self.shape, self.owners, self.mesh = shape, owners, mesh
+        self.last = mesh.ndim - 1  # the dimension along which rows are sharded
+        self.shard, shards = mesh.get_local_rank(self.last), mesh.size(self.last)
+        replica = mesh.get_local_rank(0) if self.last else 0
+        self.rows = chunk_rows(shape[0], shards)  # of a matrix, on each rank of a replica
+        self.first_row = sum(self.rows[: self.shard])
+        self.owned = [self._owned(replica * shards + shard) for shard in range(shards)]  # in this replica
+        self.moved = 0
+
+    def _owned(self, rank: int) -> list[int]:
+        return [matrix for matrix, owner in enumerate(self.owners) if owner == rank]
+
+    def _swap(self, parts: list[Tensor], sizes: list[int], dimension: int) -> tuple[Tensor, dist.Work]:
+        """Send part i to rank i of a dimension of the mesh; what comes, of these sizes, end to end."""
+        inputs = torch.cat([part.reshape(-1) for part in parts])
+        output = inputs.new_empty(sum(sizes))
+        splits = [part.numel() for part in parts]
+        here = self.mesh.get_local_rank(dimension)
+        self.moved += (inputs.numel() - splits[here]) * inputs.element_size()
+        work = dist.all_to_all_single(
+            output, inputs, sizes, splits, group=self.mesh.get_group(dimension), async_op=True
+        )
+        return output, work
+
+    def send(self, update: Tensor) -> None:
+        """Start sending update (G, m, N), this rank's rows, to the owners."""
+        N = self.shape[1]
+        sizes = [len(self.owned[self.shard]) * rows * N for rows in self.rows]
+        self._coming = self._swap([update[owned] for owned in self.owned], sizes, self.last), sizes
+
+    def receive(self) -> Tensor:
+        """The whole matrices that this rank owns: (k, M, N)."""
+        (flat, work), sizes = self._coming
+        work.wait()
+        k, N = len(self.owned[self.shard]), self.shape[1]
+        parts = zip(flat.split(sizes), self.rows, strict=True)
+        return torch.cat([part.view(k, rows, N) for part, rows in parts], 1)
+
+    def send_back(self, update: Tensor, squares: Tensor) -> None:
+        """Start returning the rows of the owned matrices (k, M, N) to where they belong, each with its
+        squares (k, L) in float32.
+        """
+        tail = squares.contiguous().view(update.dtype)
+        parts = [
+            torch.cat([rows.flatten(1), tail], 1) for rows in update.split(self.rows, 1)
+        ]  # each (k, m N + the squares)
+        width = self.rows[self.shard] * self.shape[1] + tail.shape[1]
+        sizes = [len(owned) * width for owned in self.owned]
+        self._coming = self._swap(parts, sizes, self.last), sizes
+        self._width = width
+
+    def receive_back(self) -> tuple[Tensor, Tensor]:
+        """This rank's rows (G, m, N) of all orthogonalised matrices, and their squares (G, L)."""
+        (flat, work), _ = self._coming
+        work.wait()
+        order = [matrix for owned in self.owned for matrix in owned]
+        if self.last:
+            flat, order = self._share(flat, order)
+        found = flat.view(len(order), self._width)
+        found = found[torch.tensor(order, device=flat.device).argsort()]
+        m, N = self.rows[self.shard], self.shape[1]
+        return found[:, : m * N].view(len(found), m, N), found[:, m * N :].contiguous().view(torch.float32)
+
+    def _share(self, flat: Tensor, order: list[int]) -> tuple[Tensor, list[int]]:
+        """What all replicas have, and the matrices that it is of."""
+        replicas, shards = self.mesh.size(0), self.mesh.size(1)
+        orders = [
+            [matrix for shard in range(shards) for matrix in self._owned(replica * shards + shard)]
+            for replica in range(replicas)
+        ]
+        output, work = self._swap([flat] * replicas, [len(o) * self._width for o in orders], 0)
+        work.wait()
+        return output, [matrix for o in orders for matrix in o]
