@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: hotlap COMMAND [flags]     (hotlap COMMAND --help lists the flags)\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
         print("\n  --debug    show the traceback of an error")
+        print("  --profile  of pretrain and sft: write a trace of a few steps, and on a GPU its memory")
         return 0 if arguments else 2
     return guarded(lambda: run(arguments[0], arguments[1:]), debug)
 
@@ -46,6 +47,7 @@ def run(command: str, arguments: list[str]) -> int | None:
         return bench(arguments)
     from hotlap.train import options
 
+    profile, arguments = "--profile" in arguments, [a for a in arguments if a != "--profile"]
     if command == "pretrain":
         from hotlap.train import presets, pretrain
 
@@ -56,13 +58,13 @@ def run(command: str, arguments: list[str]) -> int | None:
             presets=presets.PRETRAIN,
             depth=presets.from_depth,
         )
-        pretrain.pretrain(config)
+        pretrain.pretrain(config, profile)
         print(f"{config.run}/report.md")
     elif command == "sft":
         from hotlap.train import sft
 
         config = options.parse(sft.SFTConfig, arguments, command=command)
-        sft.fine_tune(config)
+        sft.fine_tune(config, profile)
         print(f"talk to it: python chat.py {config.run}")
     elif command == "data":
         from hotlap.train import prepare

@@ -97,18 +97,25 @@ def causal_flops(model: GPT, T: int | None = None) -> int:
     return round(6 * (counts["matrices"] + counts["head"]) + attention)
 
 
-def training_bytes(model: GPT, rows: int, T: int, activation_bytes: int = 2) -> dict[str, int]:
-    """Memory of a training step at `rows` rows of T tokens, by part; activations are an estimate from the
-    shapes.
+def training_bytes(
+    model: GPT, rows: int, T: int, shards: int = 1, activation_bytes: int = 2
+) -> dict[str, int]:
+    """Memory of a training step on one of `shards` ranks, at `rows` rows of T tokens, by part.
+
+    Activations are an estimate from the shapes. gathered: what is whole on every rank for a while, embeddings
+    and head with their gradients in float32, and two blocks in the dtype of activations.
     """
-    c, total = model.config, parameter_counts(model)["total"]
-    muon = sum(p.numel() for p in model.blocks.parameters())
+    c, counts = model.config, parameter_counts(model)
+    blocks = sum(p.numel() for p in model.blocks.parameters())
     kv = c.kv_heads * c.head_dim
     saved = 4 * c.width + 2 * c.width + 2 * kv + 2 * c.mlp_ratio * c.width + 2 * c.width
-    return {
-        "parameters": 4 * total,
-        "gradients": 4 * total,
-        "optimizer": 4 * muon + 8 * (total - muon),
+    sharded = {
+        "parameters": 4 * counts["total"],
+        "gradients": 4 * counts["total"],
+        "optimizer": 4 * blocks + 8 * (counts["total"] - blocks),
+    }
+    return {name: size // shards for name, size in sharded.items()} | {
+        "gathered": 8 * (counts["total"] - blocks) + 4 * activation_bytes * blocks // c.layers,
         "activations": rows * T * c.layers * saved * activation_bytes,
     }
 

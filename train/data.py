@@ -277,7 +277,7 @@ def check_rows(batch_rows: int, micro_rows: int, world: int = 1) -> None:
         valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
         raise ValueError(
             f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
-            f"micro_rows may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
+            f"micro_batch may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
         )
 
 
@@ -302,12 +302,17 @@ def step_batches(
         step += 1
 
 
-def validation_batches(rows: PackedRows, B: int, limit: int | None = None) -> Iterator[Batch]:
-    """The first epoch of rows, once, in batches of B; the last one is filled with rows without loss."""
+def validation_batches(
+    rows: PackedRows, B: int, limit: int | None = None, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """This rank's part of the first epoch of rows, once, in batches of B. Every rank has as many, filled up
+    with rows without loss.
+    """
     total = min(rows.epoch_rows(), limit or rows.epoch_rows())
-    for first in range(0, total, B):
+    for start in range(0, total, B * world):
+        first = start + rank * B
         batch = rows.batch(first, B)
-        batch.targets[total - first :] = IGNORE
+        batch.targets[max(0, total - first) :] = IGNORE
         yield batch
 
 

@@ -38,6 +38,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store
+    timeout: float = 300  # seconds that the others wait for a rank
 
     @property
     def leads(self) -> bool:
@@ -107,7 +108,7 @@ def joined(timeout: float = 300) -> Iterator[World]:
         store=dist.PrefixStore("torch", store), rank=rank, world_size=size,
         timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
-    _world = World(rank, size, device, dist.PrefixStore("hotlap", store))
+    _world = World(rank, size, device, dist.PrefixStore("hotlap", store), timeout)
     speak_as(_world)
     try:
         yield _world

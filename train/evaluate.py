@@ -21,6 +21,7 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_model
 from hotlap.train.data import PackedRows, validation_batches
+from hotlap.train.dist import World
 from hotlap.train.log import log
 from hotlap.train.sources import split_documents
 from hotlap.train.tasks import arithmetic, facts, spelling
@@ -43,17 +44,17 @@ class EvalConfig:
 
 @torch.no_grad()
 def validation(
-    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, limit: int = 0
+    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, limit: int, world: World
 ) -> dict[str, float]:
-    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens
-    apart.
+    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens apart.
+
+    Over all rows, or the first `limit`, each rank taking its part; every rank has to ask.
     """
-    device = model.embedding.weight.device
+    device = world.device
     sizes = torch.zeros(model.config.vocab_size, device=device)
     sizes[: tokenizer.vocab_size] = torch.tensor(tokenizer.byte_counts(), dtype=torch.float32)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    text_nats, text_bytes, count = nats.clone(), nats.clone(), nats.clone()
-    for batch in validation_batches(rows, batch_rows, limit or None):
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of text, bytes of text
+    for batch in validation_batches(rows, batch_rows, limit or None, world.rank, world.size):
         batch = batch.to(device)
         losses = model(
             batch.inputs, batch.targets, reduction="none", document_start=batch.document_start
@@ -61,16 +62,11 @@ def validation(
         targets = batch.targets.flatten()
         carries = targets != IGNORE
         size = sizes[targets.clamp(min=0)] * carries
-        nats += losses.sum()
-        count += carries.sum()
-        text_nats += (losses * (size > 0)).sum()
-        text_bytes += size.sum()
-    if not math.isfinite(nats.item()):
+        sums += torch.stack((losses.sum(), carries.sum(), (losses * (size > 0)).sum(), size.sum()))
+    nats, count, text_nats, text_bytes = world.total(*sums.tolist())
+    if not math.isfinite(nats):
         raise FloatingPointError("the validation loss is not finite; the model's weights are spoilt")
-    return {
-        "validation_loss": (nats / count).item(),
-        "validation_bpb": (text_nats / text_bytes / math.log(2)).item(),
-    }
+    return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 
 def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float, list[tuple[str, str, str]]]:

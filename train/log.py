@@ -8,6 +8,8 @@ import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 log = logging.getLogger("hotlap")
 
 
@@ -38,6 +40,47 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Progress:
+    """A bar on a terminal, else a line in twenty, and metrics.jsonl: of the one rank that speaks."""
+
+    def __init__(self, run: Path, steps: int, start: int, speaks: bool):
+        self.name, self.steps = run.name, steps
+        self.metrics = Metrics(run / "metrics.jsonl", start) if speaks else None
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True,
+            disable=None if speaks else True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.metrics:
+            self.metrics.close()
+
+    @property
+    def last(self) -> dict:
+        """The last line that the file had when this opened it."""
+        return (self.metrics.last if self.metrics else None) or {}
+
+    def show(self, values: dict, evaluated: dict) -> None:
+        """What a step came to, and what was measured after it."""
+        if not self.metrics:
+            return
+        line = f"{self.name}: step {values['step'] + 1}/{self.steps}  loss {values['loss']:.4f}"
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+        if evaluated:
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if k.startswith("validation"))
+            self.bar.clear()
+            log.info("%s  %s", line, shown)
+        elif self.bar.disable and (values["step"] + 1) % max(1, self.steps // 20) == 0:
+            log.info("%s  %s", line, speed)
+        self.metrics.write(values | evaluated)
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
+        self.bar.update()
 
 
 def read_metrics(path: Path) -> list[dict]:

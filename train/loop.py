@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -12,17 +11,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hotlap.model.errors import Interrupted
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.checkpoint import check_space, save_checkpoint
+from hotlap.train.checkpoint import Saver
 from hotlap.train.data import Batch
-from hotlap.train.log import Metrics, log
+from hotlap.train.dist import World
+from hotlap.train.faults import fault
+from hotlap.train.health import Judge, Policy, check_copies
+from hotlap.train.log import Progress, log
+from hotlap.train.memory import out_of_memory_explained
 from hotlap.train.optim import MuonAdamW
+from hotlap.train.profile import profiled
 from hotlap.train.schedule import ScheduleConfig, set_schedule
+from hotlap.train.step import take_step
+from hotlap.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class LoopConfig:
     """Steps between checkpoints; the last step always saves."""
     clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
+    bad_steps: Policy = "stop"
+    """What becomes of a step with a loss or gradient that is not finite, or jumps: stop at the former and
+    report the latter, or skip both.
+    """
 
     def validate(self) -> LoopConfig:
         for name in ("steps", "evaluate_every", "save_every"):
@@ -55,113 +64,101 @@ def fit(
     batches: Iterator[list[Batch]],
     loss_fn: Callable[[GPT, Batch], Tensor],
     *,
+    world: World,
     run: Path,
     start: int = 0,
     state: dict | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    profile: bool = False,
 ) -> dict[str, float]:
     """Train from step `start` to the end, and return the last metrics.
 
-    batches: for each step, its micro-batches. loss_fn: the sum of the loss over a micro-batch's targets;
-    gradients are those of the sum over the step divided by all its targets. state: kept in checkpoints, and
-    grows by the seconds and tokens of training. A SIGINT or SIGTERM saves and raises Interrupted.
+    batches: for each step, this rank's micro-batches. loss_fn: the sum of the loss over a micro-batch's
+    targets; gradients are those of the sum over the step, on all ranks, divided by all its targets. state:
+    kept in checkpoints, and grows by the seconds and tokens of training. A SIGINT, SIGTERM or SIGUSR1 to any
+    rank saves and raises Interrupted on all.
     """
-    device = model.embedding.weight.device
-    state = {"seconds": 0.0, "tokens": 0} | (state or {})
-    check_space(run, model, optimizer)
-    flops, peak = nanochat_flops(model), peak_flops(device)
-    metrics = Metrics(run / "metrics.jsonl", start)
-    bar = tqdm(
-        total=config.steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True, disable=None
-    )  # fmt: skip
-    last = metrics.last or {}
-    if start and (not last or last["step"] < start - 1):  # killed between its checkpoint and its line
-        last = state["last"] | (evaluate() if evaluate and start == config.steps else {})
-        metrics.write(last)
-    with StopRequest() as stop:
+    state = {"seconds": 0.0, "tokens": 0, "skipped": 0, "recent": {"loss": [], "norm": []}} | (state or {})
+    judge = Judge(config.bad_steps, state["recent"])
+    flops, peak = nanochat_flops(model), peak_flops(world.device)
+    with (
+        Saver(run, world, model, optimizer, tokenizer) as saver,
+        Progress(run, config.steps, start, world.leads) as progress,
+        Watch(world) as watch,
+        StopRequest() as stop,
+        profiled(run if profile else None, world) as profile_step,
+    ):
+        last = progress.last
+        if start and (not last or last["step"] < start - 1):  # killed between its checkpoint and its line
+            last = state["last"]
+            progress.show(last, evaluate() if evaluate and start == config.steps else {})
         for step in range(start, config.steps):
             began = time.perf_counter()
             share = set_schedule(optimizer, schedule, step, config.steps)
-            micro = [batch.to(device) for batch in next(batches)]
-            loss, norm = take_step(model, optimizer, micro, loss_fn, config.clip)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(
-                    f"loss {loss}, gradient norm {norm} at step {step}; the last checkpoint is whole. "
-                    "Try a lower learning rate"
-                )
-            optimizer.step()
+            micro = [batch.to(world.device) for batch in next(batches)]
+            waited = time.perf_counter() - began
+            fault("step", world.rank, step)
+            watch.arrive(step)
+            sums = world.total(sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked)
+            weight, tokens, stopping = sums
+            with out_of_memory_explained(world, len(micro[0].inputs)):
+                outcome = take_step(model, micro, loss_fn, weight, config.clip, world, step)
+                good = judge.approves(world, step, outcome, model, micro)
+                if good:
+                    optimizer.step()
             optimizer.zero_grad()
-            if device.type == "cuda":
+            if world.device.type == "cuda":
                 torch.cuda.synchronize()
+            watch.leave()
             seconds = time.perf_counter() - began
-            tokens = sum(b.inputs.numel() for b in micro)
             state["seconds"] += seconds
-            state["tokens"] += tokens
+            state["tokens"] += int(tokens)
+            state["skipped"] += not good
             last = {
                 "step": step,
-                "loss": loss,
-                "gradient_norm": norm,
+                "loss": outcome.loss,
+                "gradient_norm": outcome.norm,
                 "lr_share": share,
                 "tokens_per_second": tokens / seconds,
-                "mfu": mfu(flops, tokens / seconds, peak),
+                "mfu": mfu(flops, tokens / seconds / world.size, peak),
+                "data_wait": waited,
+                "skipped": state["skipped"],
                 "seconds": state["seconds"],
                 "tokens": state["tokens"],
             }
-            state["last"] = last
+            state["last"], state["recent"] = last, judge.recent
+            watch.report(step, seconds)
+            profile_step()
             done = step + 1 == config.steps
-            if done or (step + 1) % config.save_every == 0 or stop.asked:
-                save_checkpoint(run, step + 1, model, optimizer, tokenizer, state)
-            line = f"{run.name}: step {step + 1}/{config.steps}  loss {loss:.4f}"
-            if bar.disable and (step + 1) % max(1, config.steps // 20) == 0:  # no terminal to draw on
-                log.info("%s  %s tokens/s", line, f"{tokens / seconds:,.0f}")
-            if evaluate and not stop.asked and (done or (step + 1) % config.evaluate_every == 0):
-                last = last | evaluate()
-                shown = "  ".join(f"{k} {v:.4f}" for k, v in last.items() if k.startswith("validation"))
-                bar.clear()
-                log.info("%s  %s", line, shown)
-            metrics.write(last)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if stop.asked and not done:
-                bar.close()
-                metrics.close()
+            if done or (step + 1) % config.save_every == 0 or stopping:
+                check_copies(world, model, optimizer, step)
+                saver.save(step + 1, state)
+            evaluated = {}
+            if evaluate and not stopping and (done or (step + 1) % config.evaluate_every == 0):
+                if done:
+                    saver.finish()  # before anything else can go wrong
+                evaluated = evaluate()
+                watch.leave()
+            progress.show(last, evaluated)
+            last = last | evaluated
+            if stopping and not done:
+                saver.finish()
                 raise Interrupted(
                     f"stopped after step {step + 1} of {config.steps}, saved in {run}; the same command with "
-                    "--resume goes on (make demo needs no flag)"
+                    "--resume auto goes on (make demo needs no flag)"
                 )
-    bar.close()
-    metrics.close()
     return last
 
 
-def take_step(
-    model: GPT, optimizer: MuonAdamW, micro: list[Batch], loss_fn: Callable, clip: float
-) -> tuple[float, float]:
-    """Gradients of the mean loss over all targets of the micro-batches: returns that loss and their norm."""
-    weight = sum(batch.weight for batch in micro)
-    if weight == 0:
-        raise ValueError("a step without a single target; every row of its batch is masked")
-    total = torch.zeros((), device=micro[0].inputs.device)
-    for batch in micro:
-        loss = loss_fn(model, batch)
-        (loss / weight).backward()
-        total += loss.detach()
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return (total / weight).item(), norm.item()
-
-
 class StopRequest:
-    """While it is open, the first SIGINT or SIGTERM only sets `asked`; a second one does what it always
-    did.
+    """While it is open, the first SIGINT, SIGTERM or SIGUSR1 only sets `asked`; a second one does what it
+    always did.
     """
 
     def __enter__(self) -> StopRequest:
         self.asked = False
         self._previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             if threading.current_thread() is threading.main_thread():  # it alone may set handlers
                 self._previous[number] = signal.signal(number, self._ask)
         return self

@@ -19,10 +19,11 @@ from hotlap.kernels.muon import muon_apply, muon_factor, muon_momentum, muon_squ
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
 from hotlap.train.exchange import Exchange, assign_owners
+from hotlap.train.parallel import local
 
 ADAM_EPS = 1e-10
-# While the blocks are still zero, scaling the residual changes nothing, and these have no gradient but rounding
-# errors of 1e-8, which a smaller eps would turn into full steps in random directions.
+# While the blocks are still zero, scaling the residual changes nothing, and these have no gradient but
+# rounding errors of 1e-8, which a smaller eps would turn into full steps in random directions.
 SCALAR_EPS = 1e-6
 MUON_BETA2 = 0.9
 
@@ -98,11 +99,6 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
             }
         )
     return result
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; of another, all."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:

@@ -82,6 +82,15 @@ def materialize(model: GPT, device: torch.device, seed: int) -> None:
         model.init_weights(seed)
 
 
+@torch.no_grad()
+def copy_weights(model: GPT, source: GPT) -> None:
+    """The weights of a whole model into one that may be sharded; every rank has the source."""
+    weights = source.state_dict()
+    with KeepRows():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
+
+
 class KeepRows(TorchFunctionMode):
     """In it, a sharded tensor that is filled in place is filled whole, and keeps the rows of this rank.
 
@@ -130,12 +139,28 @@ def compiles(choice: str, device: torch.device, steps: int) -> bool:
     return True
 
 
-def begin_accumulation(model: GPT, last: bool) -> None:
-    """Before the backward pass of a micro-batch: gradients are summed over ranks after the last one alone,
-    and the parameters gathered for the first stay until then.
+def accumulate(model: GPT, i: int, count: int) -> None:
+    """Before micro-batch i of count: parameters are gathered for the first alone, and gradients are summed
+    over ranks after the last alone.
     """
+    if not isinstance(model, FSDPModule):
+        return
+    last = i == count - 1
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last)
+    if count > 1:
+        model.set_reshard_after_forward(False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; of another, all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicas(model: GPT) -> int:
+    """How many ranks hold the same rows of each parameter."""
+    mesh = getattr(model.head.weight, "device_mesh", None)
+    return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     )  # fmt: skip
     return PretrainConfig(
         run=Path(f"runs/d{depth}"), vocab_size=vocab_size, model=model, optim=optim,
-        batch_rows=batch // context, micro_rows=min(32, batch // context),
+        batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
         loop=LoopConfig(round(tokens / batch)),
     )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,17 +12,15 @@ from typing import Literal
 
 import torch
 
-from hotlap.kernels.dispatch import default_device
 from hotlap.model import tokenizer as tokenizers
 from hotlap.model.config import GPTConfig
 from hotlap.model.errors import DataError
-from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts, training_bytes
+from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import (
     PackedRows,
-    check_rows,
     fingerprint,
     prefetch,
     shard_documents,
@@ -28,13 +28,16 @@ from hotlap.train.data import (
     step_batches,
     write_shards,
 )  # fmt: skip
+from hotlap.train.dist import World, joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
+from hotlap.train.memory import check_memory, device_bytes, largest_that_fits, micro_batch_rows, rank_bytes
 from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
-from hotlap.train.runs import compute_dtype, open_run, prepare_model, resume_from, run_lock
+from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
 from hotlap.train.schedule import ScheduleConfig
 from hotlap.train.sources import split_documents
 
@@ -55,8 +58,12 @@ class PretrainConfig:
     """Size of a tokenizer that is learnt."""
     batch_rows: int = 16
     """Rows of `model.context` tokens in a step."""
-    micro_rows: int = 0
-    """Rows that go through the model at once; 0 is all of the step's. Fewer take less memory."""
+    micro_batch: str = "all"
+    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    recompute: Recompute = "none"
+    """Activations that are computed again for the backward pass, to save memory: none, of each block, or
+    (selective) all but products and attention.
+    """
     model: GPTConfig = field(default_factory=GPTConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -68,15 +75,14 @@ class PretrainConfig:
     """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large products."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU always, on a CPU for runs long enough to earn it back."""
-    resume: bool = False
-    """Go on with the run where it stopped."""
+    resume: str = "no"
+    """Go on with a run: auto (from its newest checkpoint that is whole), or the path of a checkpoint."""
 
     def validate(self) -> PretrainConfig:
-        if self.batch_rows < 1 or self.micro_rows < 0 or self.validation_rows < 0:
-            raise ValueError("batch_rows must be at least 1, micro_rows and validation_rows 0 or more")
+        if self.batch_rows < 1 or self.validation_rows < 0:
+            raise ValueError("batch_rows must be at least 1, validation_rows 0 or more")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
-        check_rows(self.batch_rows, self.micro_rows or self.batch_rows)
         self.model.validate()
         self.optim.validate()
         self.loop.validate()
@@ -84,13 +90,17 @@ class PretrainConfig:
         return self
 
 
-def pretrain(config: PretrainConfig) -> dict[str, float]:
-    """Run the pretraining that config describes, and return its last metrics."""
+def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
+    """Run the pretraining that config describes, on all ranks, and return its last metrics."""
     config = config.validate()
-    device = default_device()
-    with run_lock(config.run):
-        open_run(config.run, config, config.resume)
-        tokenizer, folder = prepare(config)
+    with joined() as world, ExitStack() as stack:
+        micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
+        dtype = compute_dtype(config.dtype, world.device)
+        with world.leader_first(f"open {config.run}"):
+            if world.leads:
+                stack.enter_context(run_lock(config.run))
+                open_run(config.run, config, config.resume != "no")
+            tokenizer, folder = prepare(config)
         vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that products like
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
         train, held_out = (packed_rows(folder, split, tokenizer, shape.context, config.seed)
@@ -100,33 +110,31 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
                 f"{folder} has no more to train on than one row of model.context={shape.context} tokens; "
                 "bring more text, or lower --model.context"
             )
-        step_rows = {
-            "batch_rows": config.batch_rows,
-            "micro_rows": config.micro_rows or config.batch_rows,
-        }
-        next(
-            step_batches(train, **step_rows)
-        )  # so that what is wrong with the data shows before the model is built
+        train.batch(0, 1)  # so that what is wrong with the data shows before the model is built
         with torch.device("meta"):
-            model = GPT(shape, compute_dtype(config.dtype, device))
-        model.to_empty(device=device).init_weights(config.seed)
+            model = GPT(shape, dtype)
+        use_fp8(model, config.dtype)
+        parallelize(model, world, config.recompute, compiles(config.compile, world.device, config.loop.steps))
+        check_memory(model, world, micro_rows)
+        materialize(model, world.device, config.seed)
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, model, optimizer)
+        start, state = resume_from(config.run, config.resume, model, optimizer, world)
         data_id = fingerprint([*shard_paths(folder, "train"), *shard_paths(folder, "validation")])
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.run} was started on other data than {folder} holds now")
-        describe(model, config, train)
-        prepare_model(model, config.dtype, config.compile, config.loop.steps - start)
-        kept = state | {"stage": "pretrain", "data": data_id}
-        evaluate = partial(
-            validation, model, held_out, tokenizer, step_rows["micro_rows"], config.validation_rows
-        )
+        if config.micro_batch == "auto":
+            micro_rows = largest_that_fits(model, config.batch_rows, world)
+        describe(model, config, train, world, micro_rows)
+        evaluate = partial(validation, model, held_out, tokenizer, micro_rows, config.validation_rows, world)
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
-            prefetch(step_batches(train, start=start, **step_rows)), next_token_loss,
-            run=config.run, start=start, state=kept, evaluate=evaluate,
+            prefetch(step_batches(train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
+                                  rank=world.rank, world=world.size)),
+            next_token_loss, world=world, run=config.run, start=start,
+            state=state | {"stage": "pretrain", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip
-        write_report(config.run)
+        if world.leads:
+            write_report(config.run)
         return last
 
 
@@ -191,17 +199,28 @@ def packed_rows(folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: in
     return PackedRows(shards, T, seed, shuffle=split == "train")
 
 
-def describe(model: GPT, config: PretrainConfig, rows: PackedRows) -> None:
-    """Log what is about to run: parameters, FLOPs, tokens and memory."""
+def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:
+    """Log what is about to run: parameters, FLOPs, tokens, and the memory of each rank."""
     counts, T = parameter_counts(model), model.config.context
     tokens = config.loop.steps * config.batch_rows * T
     epochs = config.loop.steps * config.batch_rows / rows.epoch_rows() if len(rows.shards) == 1 else None
-    memory = sum(training_bytes(model, config.micro_rows or config.batch_rows, T).values())
     log.info(
         "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %.2fM tokens%s, "
-        "about %.2f GB, %s on %s",
+        "%s on %s%s",
         config.run, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
         nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, tokens / 1e6,
-        f" ({epochs:.1f} epochs)" if epochs else "", memory / 1e9,
-        str(model.compute_dtype).removeprefix("torch."), model.embedding.weight.device,
+        f" ({epochs:.1f} epochs)" if epochs else "", str(model.compute_dtype).removeprefix("torch."),
+        f"{world.size} x " if world.size > 1 else "", world.device.type,
     )  # fmt: skip
+    parts = rank_bytes(model, world, micro_rows)
+    log.info(
+        "about %.2f of %.1f GB on each rank with %d rows at once: %s",
+        sum(parts.values()) / 1e9, device_bytes(world) / 1e9, micro_rows,
+        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":  # torchrun -m hotlap.train.pretrain
+    from hotlap.cli import main
+
+    raise SystemExit(main(["pretrain", *sys.argv[1:]]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,7 @@ from hotlap.train.options import differences, to_json
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LOCK = "run.lock"
-CHANGEABLE = {"resume", "compile", "run"}  # what may differ when a run goes on
-COMPILE_PAYS = 2000  # steps from which compiling for a CPU surely earns its time back
+CHANGEABLE = {"resume", "compile", "run", "micro_batch", "recompute"}  # what may differ when a run goes on
 
 
 @contextmanager
@@ -115,20 +113,7 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return fast_dtype(device.type) if choice == "auto" else getattr(torch, choice)
 
 
-def prepare_model(model: GPT, dtype: str, compile: str, steps: int) -> None:
-    """Make the model as fast as was asked: products in fp8, blocks compiled."""
+def use_fp8(model: GPT, dtype: str) -> None:
+    """Train in fp8 what is large enough for it, where it is asked for."""
     if dtype == "fp8" and not model.use_fp8():
         log.warning("fp8: no layer is large enough for it to pay; computing in bfloat16")
-    compile_model(model, compile, steps)
-
-
-def compile_model(model: GPT, choice: str, steps: int) -> None:
-    """torch.compile each block in place, where it is asked for or pays."""
-    device = model.embedding.weight.device
-    if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_PAYS):
-        return
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
-        log.info("no C++ compiler found: running without torch.compile")
-        return
-    for block in model.blocks:
-        block.compile(dynamic=False)

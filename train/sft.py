@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from hotlap.kernels.dispatch import default_device
+import torch
+
+from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, model_folder
 from hotlap.train.conversations import (
@@ -18,14 +22,17 @@ from hotlap.train.conversations import (
     read_conversations,
     split_conversations,
 )  # fmt: skip
-from hotlap.train.data import check_rows, prefetch, step_batches
+from hotlap.train.data import prefetch, step_batches
+from hotlap.train.dist import joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
+from hotlap.train.memory import check_memory, largest_that_fits, micro_batch_rows
 from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.parallel import Recompute, compiles, copy_weights, materialize, parallelize
 from hotlap.train.report import write_report
-from hotlap.train.runs import compute_dtype, open_run, prepare_model, resume_from, run_lock
+from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
 from hotlap.train.schedule import ScheduleConfig
 from hotlap.train.sources import split_documents
 
@@ -42,8 +49,10 @@ class SFTConfig:
     """tasks (facts, sums, spelling, greetings), or a .jsonl file of {"messages": [...]} lines."""
     batch_rows: int = 16
     """Rows of the model's context in a step."""
-    micro_rows: int = 0
-    """Rows that go through the model at once; 0 is all of the step's."""
+    micro_batch: str = "all"
+    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    recompute: Recompute = "none"
+    """Activations that are computed again for the backward pass, to save memory."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
@@ -56,66 +65,68 @@ class SFTConfig:
     """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large products."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU always, on a CPU for runs long enough to earn it back."""
-    resume: bool = False
-    """Go on with the run where it stopped."""
+    resume: str = "no"
+    """Go on with a run: auto (from its newest checkpoint that is whole), or the path of a checkpoint."""
 
     def validate(self) -> SFTConfig:
-        if self.batch_rows < 1 or self.micro_rows < 0:
-            raise ValueError("batch_rows must be at least 1, micro_rows 0 or more")
+        if self.batch_rows < 1:
+            raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
-        check_rows(self.batch_rows, self.micro_rows or self.batch_rows)
         self.optim.validate()
         self.loop.validate()
         self.schedule.validate(self.loop.steps)
         return self
 
 
-def fine_tune(config: SFTConfig) -> dict[str, float]:
-    """Run the fine-tuning that config describes, and return its last metrics."""
+def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
+    """Run the fine-tuning that config describes, on all ranks, and return its last metrics."""
     config = config.validate()
-    device = default_device()
-    base = model_folder(config.base)
-    model, tokenizer = load_model(base, device, compute_dtype(config.dtype, device))
-    train, held_out = split_conversations(conversations(config))
-    if same := len(
-        {json.dumps(c, sort_keys=True) for c in train} & {json.dumps(c, sort_keys=True) for c in held_out}
-    ):
-        log.info("%d conversations are in training and in validation", same)
-    T = model.config.context
-    rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
-    held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
-    step_rows = {
-        "batch_rows": config.batch_rows,
-        "micro_rows": config.micro_rows or config.batch_rows,
-    }
-    next(step_batches(rows, **step_rows))
-    with run_lock(config.run):
-        open_run(config.run, config, config.resume)
-        check_tokenizer(config.run / TOKENIZER, tokenizer)
-        model.train()
+    with joined() as world, ExitStack() as stack:
+        micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
+        dtype = compute_dtype(config.dtype, world.device)
+        base, tokenizer = load_model(model_folder(config.base), torch.device("cpu"), dtype)
+        train, held_out = split_conversations(conversations(config))
+        seen = {json.dumps(c, sort_keys=True) for c in train}
+        if same := len(seen & {json.dumps(c, sort_keys=True) for c in held_out}):
+            log.info("%d conversations are in training and in validation", same)
+        T = base.config.context
+        rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
+        held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
+        rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
+        with world.leader_first(f"open {config.run}"):
+            if world.leads:
+                stack.enter_context(run_lock(config.run))
+                open_run(config.run, config, config.resume != "no")
+            check_tokenizer(config.run / TOKENIZER, tokenizer)
+        with torch.device("meta"):
+            model = GPT(base.config, dtype)
+        use_fp8(model, config.dtype)
+        parallelize(model, world, config.recompute, compiles(config.compile, world.device, config.loop.steps))
+        check_memory(model, world, micro_rows)
+        materialize(model, world.device, config.seed)
+        copy_weights(model, base)
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, model, optimizer)
+        start, state = resume_from(config.run, config.resume, model, optimizer, world)
         data_id = hashlib.sha256(json.dumps(train).encode()).hexdigest()
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.run} was started on other conversations than {config.data} holds now")
+        if config.micro_batch == "auto":
+            micro_rows = largest_that_fits(model, config.batch_rows, world)
         epochs = config.loop.steps * config.batch_rows / rows.epoch_rows()
         log.info(
-            "%s: %d conversations in %d rows, %.1f epochs",
-            config.run,
-            len(train),
-            rows.epoch_rows(),
-            epochs,
+            "%s: %d conversations in %d rows, %.1f epochs", config.run, len(train), rows.epoch_rows(), epochs
         )
-        prepare_model(model, config.dtype, config.compile, config.loop.steps - start)
-        kept = state | {"stage": "sft", "data": data_id}
-        evaluate = partial(validation, model, held_out_rows, tokenizer, step_rows["micro_rows"])
+        evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, 0, world)
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
-            prefetch(step_batches(rows, start=start, **step_rows)), next_token_loss,
-            run=config.run, start=start, state=kept, evaluate=evaluate,
+            prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
+                                  rank=world.rank, world=world.size)),
+            next_token_loss, world=world, run=config.run, start=start,
+            state=state | {"stage": "sft", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip
-        write_report(config.run)
+        if world.leads:
+            write_report(config.run)
         return last
 
 
@@ -134,3 +145,9 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
             f"{path} has sha256 {saved.sha256[:12]}..., the base tokenizer {tokenizer.sha256[:12]}...; "
             "a run goes on with the base that it started from"
         )
+
+
+if __name__ == "__main__":  # torchrun -m hotlap.train.sft
+    from hotlap.cli import main
+
+    raise SystemExit(main(["sft", *sys.argv[1:]]))

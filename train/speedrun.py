@@ -39,8 +39,8 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     """Run every stage that is not done yet, print the scores and a conversation, and return the scores."""
     began = time.perf_counter()
     run = config.run
-    base = dataclasses.replace(tiny(), run=run / "pretrain", resume=True)
-    tuned = dataclasses.replace(tiny_sft(), run=run / "sft", base=run / "pretrain", resume=True)
+    base = dataclasses.replace(tiny(), run=run / "pretrain", resume="auto")
+    tuned = dataclasses.replace(tiny_sft(), run=run / "sft", base=run / "pretrain", resume="auto")
     scores_path = run / "scores.json"
     if scores_path.exists():
         scores = json.loads(scores_path.read_text())

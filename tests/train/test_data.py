@@ -221,7 +221,7 @@ def test_a_limit_keeps_the_first_rows_of_validation():
 
 def test_a_batch_that_does_not_divide_lists_what_does():
     rows = random_shards(SHARDS, 16)
-    with pytest.raises(ValueError, match=r"12 rows .* 2 ranks x 5 rows; micro_rows may be 1, 2, 3, 6$"):
+    with pytest.raises(ValueError, match=r"12 rows .* 2 ranks x 5 rows; micro_batch may be 1, 2, 3, 6$"):
         next(step_batches(rows, batch_rows=12, micro_rows=5, world=2))
     with pytest.raises(ValueError, match="make batch_rows a multiple of 3"):
         next(step_batches(rows, batch_rows=8, micro_rows=1, world=3))
