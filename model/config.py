@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 HEAD_DIM = 128  # of every model that is built from a depth: the size that attention kernels like best
+MLP_RATIO = 4  # width of the MLP as a multiple of the residual stream's
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # what attention is built and tested for
 
 
@@ -14,7 +15,7 @@ class GPTConfig:
     """Shape and options of a `GPT`. The defaults are nanochat's d12."""
 
     vocab_size: int = 32768
-    """Number of token ids, special tokens included."""
+    """Number of token ids, special tokens included. A tokenizer that is given says how many."""
     context: int = 2048
     """Longest sequence in tokens."""
     layers: int = 12
@@ -24,8 +25,6 @@ class GPTConfig:
     """Query heads."""
     kv_heads: int = 6
     """Key and value heads; fewer than `heads` is grouped-query attention."""
-    mlp_ratio: int = 4
-    """Width of the MLP as a multiple of `width`."""
     window_pattern: str = "SSSL"
     """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is
     always L.
@@ -73,7 +72,7 @@ class GPTConfig:
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
-        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_ratio"):
+        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.width % self.heads:

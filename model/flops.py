@@ -18,7 +18,7 @@ import re
 import torch
 import torch.nn as nn
 
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.gpt import GPT, Linear
 
 # Dense bf16 FLOP/s on paper, by words of the name that the driver gives; the first match counts.
@@ -108,7 +108,7 @@ def training_bytes(
     c, counts = model.config, parameter_counts(model)
     blocks = sum(p.numel() for p in model.blocks.parameters())
     kv = c.kv_heads * c.head_dim
-    saved = 4 * c.width + 2 * c.width + 2 * kv + 2 * c.mlp_ratio * c.width + 2 * c.width
+    saved = 4 * c.width + 2 * c.width + 2 * kv + 2 * MLP_RATIO * c.width + 2 * c.width
     sharded = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],

@@ -23,7 +23,7 @@ from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import MLP_RATIO, GPTConfig
 
 GATE_CHANNELS = 12  # of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
@@ -94,8 +94,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.fc = Linear(config.width, config.mlp_ratio * config.width)
-        self.proj = Linear(config.mlp_ratio * config.width, config.width)
+        self.fc = Linear(config.width, MLP_RATIO * config.width)
+        self.proj = Linear(MLP_RATIO * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fc.fp8:

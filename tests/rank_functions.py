@@ -32,7 +32,7 @@ def waits(timeout: float) -> None:
 def train_steps(
     world: World, compute: str, recompute: str = "none", compile: bool = False, steps: int = 3
 ) -> dict:
-    """Whole parameters (numpy) and losses after steps of a small GPT on all ranks, each of which has its rows."""
+    """Losses of steps of a small GPT that is spread over all ranks, and its weights after them."""
     config = tiny_config(layers=3, width=80, heads=1, kv_heads=1, context=16, vocab_size=301)
     with torch.device("meta"):
         model = GPT(config, getattr(torch, compute))

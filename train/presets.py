@@ -76,7 +76,7 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
         weight_decay=rates.weight_decay * share / growth,
     )  # fmt: skip
     return PretrainConfig(
-        run=Path(f"runs/d{depth}"), vocab_size=vocab_size, model=model, optim=optim,
+        run=Path(f"runs/d{depth}"), model=model, optim=optim,
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
         loop=LoopConfig(round(tokens / batch)),
     )  # fmt: skip

@@ -53,9 +53,7 @@ class PretrainConfig:
     data: str = "pydocs"
     """pydocs (Python's own documentation), shakespeare, text or .jsonl files, or a folder of shards."""
     tokenizer: str = "bpe"
-    """bpe or characters (learnt from the data), gpt2, or a tokenizer.json."""
-    vocab_size: int = 4096
-    """Size of a tokenizer that is learnt."""
+    """bpe (of `model.vocab_size`) or characters, learnt from the data; gpt2; or a tokenizer.json."""
     batch_rows: int = 16
     """Rows of `model.context` tokens in a step."""
     micro_batch: str = "all"
@@ -153,7 +151,7 @@ def prepare(config: PretrainConfig) -> tuple[Tokenizer, Path]:
     folder = config.run / "data"
     if not (folder / TOKENIZER).exists():  # written last
         train, held_out = split_documents(config.data)
-        tokenizer = make_tokenizer(config.tokenizer, config.vocab_size, train, train + held_out)
+        tokenizer = make_tokenizer(config.tokenizer, config.model.vocab_size, train, train + held_out)
         write_data(folder, train, held_out, tokenizer)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     tokenizer.save(path)

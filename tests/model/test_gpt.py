@@ -152,7 +152,7 @@ def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
 
 
 CHANGES = {
-    "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "mlp_ratio": 2, "vocab_size": 640,
+    "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "vocab_size": 640,
     "window_pattern": "L", "rope_base": 500.0, "qk_gain": 1.0, "value_embeddings": False,
     "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
 }  # fmt: skip

@@ -25,7 +25,7 @@ def test_a_depth_means_what_it_means_in_nanochat(depth, batch, steps, decay, wid
 def test_every_preset_is_valid(name):
     config = PRETRAIN[name]()
     assert config.validate() == config
-    assert config.tokenizer != "bpe" or config.vocab_size >= SMALLEST_BPE
+    assert config.tokenizer != "bpe" or config.model.vocab_size >= SMALLEST_BPE
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 30])

@@ -19,8 +19,8 @@ def small_speedrun(tmp_path, monkeypatch) -> list[str]:
     """The command of a speedrun whose stages take 12 and 4 steps; its questions are two a task."""
     (tmp_path / "words").mkdir()
     base = small_run(
-        tmp_path / "words", tokenizer="bpe", vocab_size=300,
-        model=tiny_config(context=64, layers=1, width=32, heads=1, kv_heads=1),
+        tmp_path / "words", tokenizer="bpe",
+        model=tiny_config(vocab_size=300, context=64, layers=1, width=32, heads=1, kv_heads=1),
     )  # fmt: skip
     tuned = SFTConfig(
         data=str(write_conversations(tmp_path / "talks.jsonl")),
