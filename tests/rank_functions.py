@@ -2,9 +2,12 @@
 
 import torch
 from tools import tiny_config
+from torch.distributed.tensor import distribute_tensor
 
 from hotlap.model.gpt import GPT
+from hotlap.train import optim
 from hotlap.train.dist import World, joined
+from hotlap.train.exchange import Exchange
 from hotlap.train.faults import fault
 from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.parallel import materialize, parallelize, whole
@@ -33,9 +36,7 @@ def train_steps(
     world: World, compute: str, recompute: str = "none", compile: bool = False, steps: int = 3
 ) -> dict:
     """Losses of steps of a small GPT that is spread over all ranks, and its weights after them."""
-    config = tiny_config(layers=3, width=80, heads=1, kv_heads=1, context=16, vocab_size=301)
-    with torch.device("meta"):
-        model = GPT(config, getattr(torch, compute))
+    model = small_gpt(compute)
     parallelize(model, world, recompute, compile)
     materialize(model, world.device, seed=1)
     optimizer = MuonAdamW(model, OptimConfig())
@@ -48,10 +49,60 @@ def train_steps(
         losses.append(world.total(loss.item())[0] / (12 * 16))
         optimizer.step()
         optimizer.zero_grad()
-    exchanges = [g["exchange"] for g in optimizer.param_groups if "exchange" in g]
     return {
         "losses": losses,
         "weights": {name: whole(p).detach().float().numpy() for name, p in model.named_parameters()},
-        "owned": sum(len(e.owned[e.shard]) for e in exchanges),
-        "moved": sum(e.moved for e in exchanges),
     }
+
+
+def small_gpt(compute: str) -> GPT:
+    """On the meta device; rows of its matrices that no number of ranks divides, and a gate of one row."""
+    config = tiny_config(layers=3, width=80, heads=1, kv_heads=1, context=16, vocab_size=301)
+    with torch.device("meta"):
+        return GPT(config, getattr(torch, compute))
+
+
+def muon_steps(world: World, steps: int = 3) -> dict:
+    """Weights after steps of Muon and AdamW on random gradients, and what each rank did for them."""
+    model = small_gpt("float32")
+    parallelize(model, world, "none", compile=False)
+    materialize(model, world.device, seed=1)
+    optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
+    orthogonalized = 0
+
+    def counted(x):
+        nonlocal orthogonalized
+        orthogonalized += len(x)
+        return orthogonalize(x)
+
+    orthogonalize, optim.orthogonalize = optim.orthogonalize, counted
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = distribute_tensor(
+                gradient, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        optimizer.step()
+    exchanges = [group["exchange"] for group in optimizer.param_groups if "exchange" in group]
+    return {
+        "weights": {name: whole(p).detach().numpy() for name, p in model.named_parameters()},
+        "orthogonalized": orthogonalized,
+        "moved": sum(exchange.moved for exchange in exchanges),
+        "least": steps * sum(map(least_bytes, exchanges)),
+    }
+
+
+def least_bytes(exchange: Exchange) -> int:
+    """What this rank has to send of one group: its rows to their owners in the replica, the rows of its own
+    matrices and their squares to the others there, and what the replica owns to the other replicas.
+    """
+    (M, N), mesh = exchange.shape, exchange.mesh
+    shards, m = mesh.size(mesh.ndim - 1), exchange.rows[exchange.shard]
+    mine = len(exchange.owned[exchange.shard])
+    here = sum(map(len, exchange.owned))
+    squares = max(M, N)
+    there = (here - mine) * m * N
+    back = mine * (M - m) * N + mine * squares * (shards - 1)
+    copies = (mesh.size() // shards - 1) * here * (m * N + squares)
+    return 4 * (there + back + copies)

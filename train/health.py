@@ -141,6 +141,6 @@ def placed(tensor: torch.Tensor) -> int:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Of the bits of a tensor, sensitive to their order."""
-    bits = tensor.detach().contiguous().view(torch.uint8).long()
-    return int((bits * (torch.arange(bits.numel(), device=bits.device) % 65521 + 1)).sum())
+    """Of the bits of a float32 tensor, sensitive to their order."""
+    bits = tensor.detach().reshape(-1).view(torch.int32).long()
+    return int((bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum())
