@@ -16,13 +16,22 @@ from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.errors import Interrupted
 from hotlap.model.gpt import GPT
 from hotlap.train.data import Batch, step_batches
-from hotlap.train.loop import LoopConfig, fit, take_step
+from hotlap.train.dist import joined
+from hotlap.train.health import ENOUGH, MOST_SKIPPED, Judge
+from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.step import Outcome, take_step
 
 SCHEDULE = ScheduleConfig(warmup_steps=2)
 CONFIG = tiny_config(layers=1, context=16)
+
+
+@pytest.fixture
+def world():
+    with joined() as world:
+        yield world
 
 
 def fresh() -> tuple[GPT, MuonAdamW]:
@@ -45,12 +54,14 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model, world):
     results = []
     for micro in (split(ragged_batch(), 8), split(ragged_batch(), rows)):
         model = random_model(CONFIG)
-        loss, norm = take_step(model, MuonAdamW(model, OptimConfig()), micro, next_token_loss, clip=0.0)
-        results.append((loss, norm, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        outcome = take_step(model, micro, next_token_loss, sum(b.weight for b in micro), 0.0, world)
+        results.append(
+            (outcome.loss, outcome.norm, torch.cat([p.grad.flatten() for p in model.parameters()]))
+        )
     (loss, norm, gradient), (same_loss, same_norm, same_gradient) = results
     assert same_loss == pytest.approx(loss, rel=1e-5) and same_norm == pytest.approx(norm, rel=1e-5)
     assert (gradient - same_gradient).norm() < 1e-5 * gradient.norm()
@@ -60,17 +71,17 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model):
     assert loss == pytest.approx(mean.item(), rel=1e-5)
 
 
-def test_a_step_without_a_target_is_an_error():
+def test_a_step_without_a_target_is_an_error(world):
     batch = ragged_batch()
     batch.targets[:] = IGNORE
     with pytest.raises(ValueError, match="without a single target"):
-        take_step(*fresh(), [batch], next_token_loss, clip=0.0)
+        take_step(fresh()[0], [batch], next_token_loss, 0, 0.0, world)
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
-def test_clipping_bounds_the_norm_and_reports_what_it_was(clip, random_model):
+def test_clipping_bounds_the_norm_and_reports_what_it_was(clip, random_model, world):
     model = random_model(CONFIG)
-    _, norm = take_step(model, MuonAdamW(model, OptimConfig()), [ragged_batch()], next_token_loss, clip)
+    norm = take_step(model, [ragged_batch()], next_token_loss, ragged_batch().weight, clip, world).norm
     clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     assert norm > 0.01 and clipped == pytest.approx(min(norm, clip), rel=1e-4)
 
@@ -82,7 +93,8 @@ def run_fit(tmp_path, tokenizer, loss_fn=next_token_loss, batches=None, steps=8,
     config = LoopConfig(steps, **{"evaluate_every": 4, "save_every": 4} | arguments.pop("loop", {}))
     arguments.setdefault("run", tmp_path / "run")
     batches = batches or step_batches(rows, batch_rows=4, micro_rows=2)
-    last = fit(config, SCHEDULE, model, optimizer, tokenizer, batches, loss_fn, **arguments)
+    with joined() as world:
+        last = fit(config, SCHEDULE, model, optimizer, tokenizer, batches, loss_fn, world=world, **arguments)
     return model, last
 
 
@@ -148,6 +160,52 @@ def test_a_disk_that_cannot_hold_a_checkpoint_shows_before_the_first_step(
     with pytest.raises(OSError, match=r"takes \d+ MB, and 0 MB are free"):
         run_fit(tmp_path, tiny_tokenizer, lambda model, batch: taken.append(batch))
     assert not taken
+
+
+def judged(policy: str, values: list[tuple[float, float]], random_model) -> list[bool]:
+    """What a judge says to steps with these losses and norms."""
+    judge, model = Judge(policy, {"loss": [], "norm": []}), random_model(CONFIG)
+    batch = ragged_batch()
+    model(batch.inputs, batch.targets).backward()
+    with joined() as world:
+        return [
+            judge.approves(world, step, Outcome(loss, norm, loss), model, [batch])
+            for step, (loss, norm) in enumerate(values)
+        ]
+
+
+def steady(count: int) -> list[tuple[float, float]]:
+    return [(3.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(count)]
+
+
+@pytest.mark.parametrize("jump", [(9.0, 1.0), (3.0, 50.0)])
+def test_a_jump_of_loss_or_gradient_is_reported_or_left_out(jump, random_model, caplog):
+    values = [*steady(ENOUGH), jump, *steady(3)]
+    assert all(judged("stop", values, random_model))
+    what = "loss" if jump[0] > 3 else "gradient norm"
+    assert (
+        f"{what} {max(jump):.4g} at step {ENOUGH}" in caplog.text and "--loop.bad-steps skip" in caplog.text
+    )
+    assert judged("skip", values, random_model) == [True] * ENOUGH + [False] + [True] * 3
+
+
+def test_what_jumps_before_there_is_a_usual_is_no_jump(random_model, caplog):
+    assert all(judged("skip", [*steady(ENOUGH - 1), (90.0, 90.0)], random_model))
+    assert "standard deviations" not in caplog.text
+
+
+def test_a_run_whose_steps_are_all_left_out_stops(random_model):
+    values = [(3.0, 1.0)] + [(math.nan, 1.0)] * (MOST_SKIPPED - 1)
+    assert judged("skip", values, random_model) == [True] + [False] * (MOST_SKIPPED - 1)
+    with pytest.raises(FloatingPointError, match=f"{MOST_SKIPPED} steps in a row"):
+        judged("skip", [*values, (math.nan, 1.0)], random_model)
+
+
+def test_what_stops_a_run_names_rank_and_batch(random_model):
+    with pytest.raises(
+        FloatingPointError, match=r"at step 1: rank 0 has loss nan on batch [0-9a-f]{12} \(\d+ "
+    ):
+        judged("stop", [(3.0, 1.0), (math.nan, 1.0)], random_model)
 
 
 @pytest.mark.parametrize(
