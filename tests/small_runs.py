@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,14 @@ MODEL_FLAGS = [
 
 def write_text(path: Path, lines: int = 120) -> Path:
     """A text of which a model can learn something."""
-    path.write_text("".join(f"The square of {i} is {i * i}, and so on.\n" for i in range(lines)), "utf-8")
-    return path
+    return write_whole(path, "".join(f"The square of {i} is {i * i}, and so on.\n" for i in range(lines)))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Several ranks may write the same file while another reads it."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text, "utf-8")
+    return part.replace(path)
 
 
 def conversation(question: str, answer: str) -> list[dict]:
@@ -31,8 +38,7 @@ def conversation(question: str, answer: str) -> list[dict]:
 def write_conversations(path: Path, count: int = 40) -> Path:
     """Questions in TRL's format, in characters that `write_text` has."""
     lines = [json.dumps({"messages": conversation(f"square of {i}", f"is {i * i}.")}) for i in range(count)]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    return path
+    return write_whole(path, "\n".join(lines) + "\n")
 
 
 def small_run(folder: Path, **fields) -> PretrainConfig:

@@ -1,7 +1,8 @@
 """Faults for tests: with FAULT="POINT:RANK:STEP:ACTION" a rank fails at a named point; else nothing happens.
 
 POINT names a call of `fault`. ACTION is kill9, stop (until it is continued or killed), raise, sleep=SECONDS,
-enospc, or a word that the caller acts on: nan, flip. Several faults are separated by commas.
+enospc, or a word that the caller acts on: nan, grow, flip. Several faults are separated by commas. After
+torchrun has restarted the ranks nothing happens any more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 
 def fault(point: str, rank: int, step: int) -> str | None:
     """Fail here, where the environment says so; the word of an action that the caller has to carry out."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return None
     for entry in filter(None, os.environ.get("FAULT", "").split(",")):
         where, whose, when, action = entry.split(":")
         if (where, int(whose), int(when)) != (point, rank, step):

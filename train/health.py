@@ -19,6 +19,7 @@ from hotlap.model.errors import RankLost
 from hotlap.model.gpt import GPT
 from hotlap.train.data import Batch
 from hotlap.train.dist import World
+from hotlap.train.faults import fault
 from hotlap.train.log import log
 from hotlap.train.optim import MuonAdamW
 from hotlap.train.parallel import local, replicas
@@ -117,6 +118,8 @@ def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> N
     tensors = dict(model.named_buffers()) | dict(optimizer.named_state()) | dict(model.named_parameters())
     if replicas(model) == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    if fault("copies", world.rank, step) == "flip":
+        next(t for t in tensors.values() if not isinstance(t, DTensor)).view(-1)[0] += 1
     mine = {name: (placed(tensor), checksum(local(tensor))) for name, tensor in tensors.items()}
     found = world.gather(mine)
     for name in mine:

@@ -16,7 +16,7 @@ from hotlap.model.errors import Interrupted
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.checkpoint import Saver
+from hotlap.train.checkpoint import Saver, check_space
 from hotlap.train.data import Batch
 from hotlap.train.dist import World
 from hotlap.train.faults import fault
@@ -79,10 +79,12 @@ def fit(
     rank saves and raises Interrupted on all.
     """
     state = {"seconds": 0.0, "tokens": 0, "skipped": 0, "recent": {"loss": [], "norm": []}} | (state or {})
+    if world.leads:
+        check_space(run, model, optimizer)
     judge = Judge(config.bad_steps, state["recent"])
     flops, peak = nanochat_flops(model), peak_flops(world.device)
     with (
-        Saver(run, world, model, optimizer, tokenizer) as saver,
+        Saver(run, world) as saver,
         Progress(run, config.steps, start, world.leads) as progress,
         Watch(world) as watch,
         StopRequest() as stop,
@@ -132,7 +134,7 @@ def fit(
             done = step + 1 == config.steps
             if done or (step + 1) % config.save_every == 0 or stopping:
                 check_copies(world, model, optimizer, step)
-                saver.save(step + 1, state)
+                saver.save(step + 1, model, optimizer, tokenizer, state)
             evaluated = {}
             if evaluate and not stopping and (done or (step + 1) % config.evaluate_every == 0):
                 if done:

@@ -16,7 +16,7 @@ from hotlap.train.dist import World
 from hotlap.train.log import log
 
 PATIENCE = 0.6  # of the group's timeout, after which the ranks that hang are named
-REPORT = 100  # steps between looks at who is late
+REPORT = 50  # steps between looks at who is late
 LATE, NOTABLE = (
     2.0,
     0.05,

@@ -1,0 +1,102 @@
+"""The same run, however often it is stopped and on however many ranks."""
+
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ranks import Failed, run_ranks
+from run_functions import fine_tuning, losses, metrics, pretraining, soak, state_of
+
+RESUMED = partial(pretraining, resume="auto")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the runs `one` and `two`: 10 steps without a stop, on one rank and on two."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(1, pretraining, str(folder), "one")
+    run_ranks(2, pretraining, str(folder), "two")
+    return folder
+
+
+def differences(run: Path, reference: Path) -> list[float]:
+    pairs = zip(metrics(run), metrics(reference), strict=True)
+    return [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs]
+
+
+@pytest.mark.parametrize("size, reference", [(1, "one"), (2, "two")])
+def test_a_run_that_failed_and_went_on_is_the_same_bit_for_bit(folder, size, reference):
+    name = f"failed-{size}"
+    with pytest.raises(Failed, match="injected at step, step 6"):
+        run_ranks(size, pretraining, str(folder), name, env={"FAULT": "step:0:6:raise"})
+    run_ranks(size, RESUMED, str(folder), name)
+    assert losses(folder / name) == losses(folder / reference)
+    assert state_of(folder / name) == state_of(folder / reference)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_run_of_two_ranks_goes_on_with_another_number(folder, size):
+    name = f"resharded-{size}"
+    with pytest.raises(Failed):
+        run_ranks(2, pretraining, str(folder), name, env={"FAULT": "step:0:4:raise"})
+    run_ranks(size, RESUMED, str(folder), name)
+    assert max(differences(folder / name, folder / "two")) < 1e-5
+
+
+def test_ranks_that_the_rows_do_not_divide_among_are_refused_before_the_first_step(folder):
+    with pytest.raises(
+        Failed, match=r"12 rows is not a multiple of 5 ranks .* make batch_rows a multiple of 5"
+    ):
+        run_ranks(5, pretraining, str(folder), "five")
+    assert not (folder / "five").exists()
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_another(folder):
+    run_ranks(2, pretraining, str(folder), "again")
+    run_ranks(2, partial(pretraining, seed=1), str(folder), "other")
+    assert losses(folder / "again") == losses(folder / "two")
+    assert state_of(folder / "again") == state_of(folder / "two")
+    assert losses(folder / "other") != losses(folder / "two")
+
+
+def test_accumulation_and_ranks_leave_the_losses_of_pretraining_and_fine_tuning(folder):
+    longer = partial(pretraining, steps=20)
+    run_ranks(1, longer, str(folder), "base")
+    run_ranks(1, fine_tuning, str(folder), "tuned", "base")
+    for size, micro in ((1, "4"), (2, "all"), (3, "2"), (4, "1")):
+        run_ranks(size, partial(longer, micro_batch=micro), str(folder), f"base-{size}")
+        run_ranks(size, partial(fine_tuning, micro_batch=micro), str(folder), f"tuned-{size}", "base")
+        assert max(differences(folder / f"base-{size}", folder / "base")) < 1e-5
+        assert max(differences(folder / f"tuned-{size}", folder / "tuned")) < 1e-5
+        validation = [metrics(folder / name)[-1]["validation_loss"] for name in ("base", f"base-{size}")]
+        assert validation[1] == pytest.approx(validation[0], rel=1e-5)
+
+
+POINTS = (
+    "step", "loss", "checkpoint-made", "checkpoint-shards", "checkpoint-manifest", "checkpoint-rename",
+    "checkpoint-renamed", "checkpoint-retention",
+)  # fmt: skip
+
+
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
+    choose, kills = random.Random(0), 0
+    for _ in range(20):
+        fault = f"{choose.choice(POINTS)}:{choose.randrange(2)}:{choose.randrange(1, 11)}:kill9"
+        try:
+            run_ranks(2, RESUMED, str(folder), "killed", env={"FAULT": fault})
+            break
+        except Failed:
+            kills += 1
+    else:
+        run_ranks(2, RESUMED, str(folder), "killed")
+    assert kills > 3
+    assert losses(folder / "killed") == losses(folder / "two")
+    assert state_of(folder / "killed") == state_of(folder / "two")
+
+
+def test_memory_and_open_files_do_not_grow(tmp_path):
+    seen = run_ranks(1, soak, str(tmp_path), "soak", 300, timeout=120)[0]
+    memory, files = zip(*seen[2:], strict=True)  # after what the first steps set up
+    assert max(files) == min(files)
+    assert memory[-1] - memory[0] < 20 << 20

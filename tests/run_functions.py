@@ -1,0 +1,82 @@
+"""Whole runs on several ranks, for tests: small pretrainings and fine-tunings, and what came of them."""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from small_runs import small_run, write_conversations
+
+from hotlap.model.weights import run_checkpoints
+from hotlap.train.dist import joined
+from hotlap.train.log import log
+from hotlap.train.loop import LoopConfig
+from hotlap.train.pretrain import pretrain
+from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.sft import SFTConfig, fine_tune
+
+SCHEDULE = ScheduleConfig(warmup_steps=10)
+
+
+def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **fields) -> list[str]:
+    """12 rows a step, saved every 4. Returns what the rank has logged."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    config = small_run(
+        Path(folder), batch_rows=12, loop=LoopConfig(steps, evaluate_every=steps, save_every=4),
+        schedule=SCHEDULE,
+    )  # fmt: skip
+    loop = dataclasses.replace(config.loop, **fields.pop("loop", {}))
+    with joined(timeout):
+        pretrain(dataclasses.replace(config, run=Path(folder) / name, loop=loop, **fields))
+    return said
+
+
+def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) -> None:
+    """12 ragged rows a step, of which few targets carry loss."""
+    with joined(30):
+        fine_tune(
+            SFTConfig(
+                run=Path(folder) / name, base=Path(folder) / base, batch_rows=12, dtype="float32",
+                data=str(write_conversations(Path(folder) / f"{name}.jsonl", 100)), compile="off",
+                schedule=SCHEDULE, loop=LoopConfig(steps, steps, steps), **fields,
+            )
+        )  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[str]:
+    """Bit for bit."""
+    return [float(line["loss"]).hex() for line in metrics(run)]
+
+
+def state_of(run: Path) -> dict[str, str]:
+    """sha256 of each file of tensors of the newest checkpoint, by name."""
+    manifest = json.loads((run_checkpoints(run)[-1] / "manifest.json").read_text())
+    files = manifest["files"].items()
+    return {name: entry["sha256"] for name, entry in files if name.endswith(".safetensors")}
+
+
+def soak(folder: str, name: str, steps: int) -> list[tuple[int, int]]:
+    """Resident bytes and open files of the process during a pretraining, at each evaluation."""
+    seen = []
+
+    def look(*_) -> dict:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return {"validation_loss": 0.0, "validation_bpb": 0.0}
+
+    from hotlap.train import pretrain as module
+
+    module.validation = look
+    torch.set_num_threads(1)
+    pretraining(folder, name, steps=steps, loop={"evaluate_every": steps // 10, "save_every": steps // 10})
+    return seen
