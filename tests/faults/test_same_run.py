@@ -8,6 +8,8 @@ import pytest
 from ranks import Failed, run_ranks
 from run_functions import fine_tuning, losses, metrics, pretraining, soak, state_of
 
+from hotlap.model.weights import run_checkpoints
+
 RESUMED = partial(pretraining, resume="auto")
 
 
@@ -73,24 +75,28 @@ def test_accumulation_and_ranks_leave_the_losses_of_pretraining_and_fine_tuning(
         assert validation[1] == pytest.approx(validation[0], rel=1e-5)
 
 
-POINTS = (
-    "step", "loss", "checkpoint-made", "checkpoint-shards", "checkpoint-manifest", "checkpoint-rename",
-    "checkpoint-renamed", "checkpoint-retention",
-)  # fmt: skip
+SAVING = ("made", "shards", "manifest", "rename", "renamed", "retention")
 
 
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
     choose, kills = random.Random(0), 0
-    for _ in range(20):
-        fault = f"{choose.choice(POINTS)}:{choose.randrange(2)}:{choose.randrange(1, 11)}:kill9"
+    for attempt in range(8):
+        found = run_checkpoints(folder / "killed")
+        reached = int(found[-1].name.removeprefix("step-")) if found else 0
+        point, step = choose.choice(("step", "loss")), choose.randrange(reached, 10)
+        if choose.random() < 0.6:
+            point, step = f"checkpoint-{choose.choice(SAVING)}", min(10, reached + 4)
+        faults = [f"{point}:0:{step}:kill9"]
+        if attempt % 3:  # both ranks, or one, which the other has to notice
+            faults.append(f"{point}:1:{step}:kill9")
         try:
-            run_ranks(2, RESUMED, str(folder), "killed", env={"FAULT": fault})
+            run_ranks(2, RESUMED, str(folder), "killed", env={"FAULT": ",".join(faults)})
             break
         except Failed:
             kills += 1
     else:
         run_ranks(2, RESUMED, str(folder), "killed")
-    assert kills > 3
+    assert kills > 4
     assert losses(folder / "killed") == losses(folder / "two")
     assert state_of(folder / "killed") == state_of(folder / "two")
 
@@ -98,5 +104,5 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
 def test_memory_and_open_files_do_not_grow(tmp_path):
     seen = run_ranks(1, soak, str(tmp_path), "soak", 300, timeout=120)[0]
     memory, files = zip(*seen[2:], strict=True)  # after what the first steps set up
-    assert max(files) == min(files)
+    assert files[-1] <= files[0] + 1  # a checkpoint may be on its way
     assert memory[-1] - memory[0] < 20 << 20
