@@ -60,13 +60,13 @@ def run(command: str, arguments: list[str]) -> int | None:
             depth=presets.from_depth,
         )
         pretrain.pretrain(config, profile)
-        print(f"{config.run}/report.md")
+        print(f"{config.out}/report.md")
     elif command == "sft":
         from hotlap.train import sft
 
         config = options.parse(sft.SFTConfig, arguments, command=command)
         sft.fine_tune(config, profile)
-        print(f"talk to it: python chat.py {config.run}")
+        print(f"talk to it: python chat.py {config.out}")
     elif command == "data":
         from hotlap.train import prepare
 
@@ -179,7 +179,7 @@ def speedrun(arguments: list[str]) -> int | None:
     if sys.stdin.isatty() and sys.stdout.isatty():
         from hotlap.chat import main as chat
 
-        return chat([str(config.run / "sft")])
+        return chat([str(config.out / "sft")])
     return None
 
 

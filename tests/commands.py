@@ -12,13 +12,13 @@ SMALL = [*MODEL_FLAGS, "--batch-rows", "4", "--loop.steps", "4", "--dtype", "flo
 
 def pretrain_here(*flags: str) -> int:
     return main(
-        ["pretrain", "--data", "text.txt", "--tokenizer", "characters", "--run", "base", *SMALL, *flags]
+        ["pretrain", "--data", "text.txt", "--tokenizer", "characters", "--out", "base", *SMALL, *flags]
     )
 
 
 def sft_here(base: Path, *flags: str) -> int:
     fixed = ["--loop.steps", "2", "--batch-rows", "4", "--dtype", "float32", "--compile", "off"]
-    return main(["sft", "--base", str(base), "--data", "talks.jsonl", "--run", "sft", *fixed, *flags])
+    return main(["sft", "--base", str(base), "--data", "talks.jsonl", "--out", "sft", *fixed, *flags])
 
 
 def assert_error(capsys, code: int, expected: int, *parts: str) -> None:

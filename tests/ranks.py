@@ -18,6 +18,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "hotlap.train.pretrain", "hotlap.train.sft", "ranks"])
 
 
+GRACE = 8.0  # seconds in which all ranks have to end after one has failed
+
+
 class Failed(Exception):
     """What some ranks raised; `texts` by rank, with tracebacks, and `seconds` until all had ended."""
 
@@ -51,6 +54,7 @@ def run_ranks(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )  # as torchrun's agent has it
     results, began = CONTEXT.Queue(), time.monotonic()
+    good_until = began
     ranks = [
         CONTEXT.Process(target=work, args=(function, rank, size, store.port, env or {}, arguments, results))
         for rank in range(size)
@@ -67,7 +71,9 @@ def run_ranks(
             except queue.Empty:
                 dead = [r for r, p in enumerate(ranks) if not p.is_alive() and p.exitcode and p.exitcode < 0]
                 failed |= {r: f"killed by signal {-ranks[r].exitcode}" for r in dead if r not in failed}
-                if time.monotonic() - began > timeout:
+                if not failed:
+                    good_until = time.monotonic()
+                if time.monotonic() - began > timeout or time.monotonic() - good_until > GRACE:
                     failed |= {r: "did not end" for r in range(size) if r not in found and r not in failed}
         seconds = time.monotonic() - began
     finally:

@@ -38,7 +38,7 @@ def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **
     )  # fmt: skip
     loop = dataclasses.replace(config.loop, **fields.pop("loop", {}))
     with joined(timeout):
-        pretrain(dataclasses.replace(config, run=Path(folder) / name, loop=loop, **fields))
+        pretrain(dataclasses.replace(config, out=Path(folder) / name, loop=loop, **fields))
     return said
 
 
@@ -47,7 +47,7 @@ def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) ->
     with joined(30):
         fine_tune(
             SFTConfig(
-                run=Path(folder) / name, base=Path(folder) / base, batch_rows=12, dtype="float32",
+                out=Path(folder) / name, base=Path(folder) / base, batch_rows=12, dtype="float32",
                 data=str(write_conversations(Path(folder) / f"{name}.jsonl", 100)), compile="off",
                 schedule=SCHEDULE, optim=GENTLE, loop=LoopConfig(steps, steps, steps), **fields,
             )

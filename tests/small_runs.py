@@ -44,7 +44,7 @@ def write_conversations(path: Path, count: int = 40) -> Path:
 def small_run(folder: Path, **fields) -> PretrainConfig:
     """A pretraining of 12 steps of 4 rows, which saves every 3; writes its text too."""
     config = PretrainConfig(
-        run=folder / "run", data=str(write_text(folder / "text.txt")), tokenizer="characters",
+        out=folder / "run", data=str(write_text(folder / "text.txt")), tokenizer="characters",
         batch_rows=4, model=tiny_config(**MODEL), loop=LoopConfig(12, evaluate_every=6, save_every=3),
         dtype="float32", compile="off",
     )  # fmt: skip

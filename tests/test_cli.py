@@ -168,7 +168,7 @@ def test_a_damaged_shard_is_named(work, capsys, damage, parts):
     path = shards(work) / "train_000000.bin"
     path.write_bytes(damage(path.read_bytes()))
     capsys.readouterr()
-    code = main(["pretrain", "--data", "shards", "--run", "base", *SMALL])
+    code = main(["pretrain", "--data", "shards", "--out", "base", *SMALL])
     assert_error(capsys, code, BAD_DATA, "shards/train_000000.bin", *parts)
 
 
@@ -180,9 +180,9 @@ def test_data_that_is_missing_is_named(work, capsys):
     (folder / "validation_000000.bin").unlink()
     capsys.readouterr()
     flags = ["pretrain", "--data", "shards", *SMALL]
-    assert_error(capsys, main([*flags, "--run", "a"]), NO_INPUT, "validation_*.bin in shards", "hotlap data")
+    assert_error(capsys, main([*flags, "--out", "a"]), NO_INPUT, "validation_*.bin in shards", "hotlap data")
     (folder / "tokenizer.json").unlink()
-    assert_error(capsys, main([*flags, "--run", "b"]), NO_INPUT, "tokenizer.json", "--tokenizer")
+    assert_error(capsys, main([*flags, "--out", "b"]), NO_INPUT, "tokenizer.json", "--tokenizer")
 
 
 def test_less_text_than_the_context_is_refused_and_can_be_corrected(work, capsys):
@@ -195,10 +195,12 @@ def test_less_text_than_the_context_is_refused_and_can_be_corrected(work, capsys
 def test_a_run_that_exists_is_not_overwritten(work, capsys):
     assert pretrain_here() == 0
     capsys.readouterr()
-    assert_error(capsys, pretrain_here(), CANNOT_CREATE, "base holds a run already", "--resume", "--run")
-    code = pretrain_here("--resume", "--loop.steps", "6", "--model.layers", "2")
+    assert_error(
+        capsys, pretrain_here(), CANNOT_CREATE, "base holds a run already", "--resume", "auto", "--out"
+    )
+    code = pretrain_here("--resume", "auto", "--loop.steps", "6", "--model.layers", "2")
     assert_error(capsys, code, USAGE, "loop.steps: saved 4, current 6", "model.layers: saved 1, current 2")
-    assert pretrain_here("--resume") == 0
+    assert pretrain_here("--resume", "auto") == 0
 
 
 def test_two_runs_in_one_directory(work, capsys):
@@ -209,7 +211,7 @@ def test_two_runs_in_one_directory(work, capsys):
 
 
 def test_a_run_where_a_file_is(work, capsys):
-    assert_error(capsys, pretrain_here("--run", "text.txt"), CANNOT_CREATE, "text.txt", "name another")
+    assert_error(capsys, pretrain_here("--out", "text.txt"), CANNOT_CREATE, "text.txt", "name another")
 
 
 def test_a_disk_that_is_too_small_is_named_with_both_numbers(work, capsys, monkeypatch):
@@ -239,7 +241,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(work, capsys, monkeypatch):
         assert pretrain_here() == INTERRUPTED
         last = capsys.readouterr().err.splitlines()[-1]
         assert "after step 2 of 4" in last and "--resume" in last
-    assert pretrain_here("--resume") == 0
+    assert pretrain_here("--resume", "auto") == 0
     assert "going on after step 2" in capsys.readouterr().err
 
 

@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> Path:
     """A base model that was pretrained through the command."""
     folder = tmp_path_factory.mktemp("base")
     write_text(folder / "text.txt")
-    assert pretrain_here("--run", str(folder / "base"), "--data", str(folder / "text.txt")) == 0
+    assert pretrain_here("--out", str(folder / "base"), "--data", str(folder / "text.txt")) == 0
     return folder / "base"
 
 
@@ -95,7 +95,7 @@ def test_fine_tuning_on_a_file_of_messages(work, capsys, base):
     assert [m["step"] for m in read_metrics(Path("sft/metrics.jsonl"))] == [0, 1]
     assert Path("sft/report.md").exists() and Path("sft/curves.png").exists()
     (work / "talks.jsonl").write_text("\n".join([GOOD] * 5))
-    code = sft_here(base, "--resume")
+    code = sft_here(base, "--resume", "auto")
     assert_error(capsys, code, USAGE, "started on other conversations than talks.jsonl")
 
 
@@ -104,7 +104,9 @@ def test_a_run_goes_on_with_the_tokenizer_it_started_from(work, capsys, base):
     tokenizer = json.loads((work / "sft" / "tokenizer.json").read_text())
     (work / "sft" / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
     capsys.readouterr()
-    assert_error(capsys, sft_here(base, "--resume"), USAGE, "sft/tokenizer.json has sha256", "base tokenizer")
+    assert_error(
+        capsys, sft_here(base, "--resume", "auto"), USAGE, "sft/tokenizer.json has sha256", "base tokenizer"
+    )
 
 
 def test_conversations_on_both_sides_are_counted(work, capsys, base):
@@ -128,7 +130,7 @@ def test_scores_that_cannot_be_had(work, capsys, base):
 def test_from_text_to_an_answer(work, capsys, monkeypatch):
     assert main(["tokenizer", "--source", "text.txt", "--vocab-size", "300"]) == 0
     assert main(["data", "--source", "text.txt", "--out", "shards"]) == 0
-    assert main(["pretrain", "--data", "shards", "--run", "base", *SMALL, "--model.context", "64"]) == 0
+    assert main(["pretrain", "--data", "shards", "--out", "base", *SMALL, "--model.context", "64"]) == 0
     assert main(["report", "--run", "base"]) == 0
     assert sft_here(Path("base")) == 0
     monkeypatch.setattr("hotlap.train.tasks.arithmetic.held_out", lambda count: [("2 + 3?", "2 + 3 = 5")])

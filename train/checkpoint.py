@@ -312,7 +312,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             f"a checkpoint in {folder} needs {needed:,} bytes, and {free:,} are free; make room, or name "
-            "another --run"
+            "another --out"
         )
 
 

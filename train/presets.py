@@ -24,7 +24,7 @@ def shakespeare_char() -> PretrainConfig:
         value_embeddings=False, residual_scalars=False, backout=False,
     )  # fmt: skip
     return PretrainConfig(
-        run=Path("runs/shakespeare-char"), data="shakespeare", tokenizer="characters",
+        out=Path("runs/shakespeare-char"), data="shakespeare", tokenizer="characters",
         batch_rows=16, model=model,
         optim=OptimConfig(weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=15, warmdown=0.6, momentum_warmup_steps=45),
@@ -39,7 +39,7 @@ def tiny() -> PretrainConfig:
         value_embeddings=False,
     )  # fmt: skip
     return PretrainConfig(
-        run=Path("runs/tiny/pretrain"), model=model,
+        out=Path("runs/tiny/pretrain"), model=model,
         optim=OptimConfig(weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=20, momentum_warmup_steps=100),
         loop=LoopConfig(250, evaluate_every=125, save_every=50),
@@ -49,7 +49,7 @@ def tiny() -> PretrainConfig:
 def tiny_sft() -> SFTConfig:
     """The fine-tuning of the demo."""
     return SFTConfig(
-        run=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
+        out=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
         schedule=ScheduleConfig(warmup_steps=0, warmdown=0.6, final_lr=0.0, momentum_warmup_steps=100),
         loop=LoopConfig(420, evaluate_every=420, save_every=60),
     )  # fmt: skip
@@ -76,7 +76,7 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
         weight_decay=rates.weight_decay * share / growth,
     )  # fmt: skip
     return PretrainConfig(
-        run=Path(f"runs/d{depth}"), model=model, optim=optim,
+        out=Path(f"runs/d{depth}"), model=model, optim=optim,
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
         loop=LoopConfig(round(tokens / batch)),
     )  # fmt: skip

@@ -48,7 +48,7 @@ CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at
 class PretrainConfig:
     """Train a base model on text."""
 
-    run: Path = Path("runs/pretrain")
+    out: Path = Path("runs/pretrain")
     """Directory of the run: configuration, metrics, checkpoints and report."""
     data: str = "pydocs"
     """pydocs (Python's own documentation), shakespeare, text or .jsonl files, or a folder of shards."""
@@ -94,10 +94,10 @@ def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
     with joined() as world, ExitStack() as stack:
         micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
         dtype = compute_dtype(config.dtype, world.device)
-        with world.leader_first(f"open {config.run}"):
+        with world.leader_first(f"open {config.out}"):
             if world.leads:
-                stack.enter_context(run_lock(config.run))
-                open_run(config.run, config, config.resume != "no")
+                stack.enter_context(run_lock(config.out))
+                open_run(config.out, config, config.resume != "no")
             tokenizer, folder = prepare(config)
         vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that products like
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -116,10 +116,10 @@ def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
         check_memory(model, world, micro_rows)
         materialize(model, world.device, config.seed)
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, config.resume, model, optimizer, world)
+        start, state = resume_from(config.out, config.resume, model, optimizer, world)
         data_id = fingerprint([*shard_paths(folder, "train"), *shard_paths(folder, "validation")])
         if state and state.get("data") != data_id:
-            raise ValueError(f"{config.run} was started on other data than {folder} holds now")
+            raise ValueError(f"{config.out} was started on other data than {folder} holds now")
         if config.micro_batch == "auto":
             micro_rows = largest_that_fits(model, config.batch_rows, world)
         describe(model, config, train, world, micro_rows)
@@ -128,17 +128,17 @@ def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
                                   rank=world.rank, world=world.size)),
-            next_token_loss, world=world, run=config.run, start=start,
+            next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "pretrain", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip
         if world.leads:
-            write_report(config.run)
+            write_report(config.out)
         return last
 
 
 def prepare(config: PretrainConfig) -> tuple[Tokenizer, Path]:
     """The tokenizer, and the folder with the shards: the one that was named, or one made in the run."""
-    path = config.run / TOKENIZER
+    path = config.out / TOKENIZER
     if Path(config.data).is_dir() and list(Path(config.data).glob("*.bin")):
         folder = Path(config.data)
         if not path.exists():
@@ -148,7 +148,7 @@ def prepare(config: PretrainConfig) -> tuple[Tokenizer, Path]:
                 raise FileNotFoundError(f"no {beside}; name the tokenizer of these shards by --tokenizer")
             (named_tokenizer(config.tokenizer) if named else Tokenizer.load(beside)).save(path)
         return Tokenizer.load(path), folder
-    folder = config.run / "data"
+    folder = config.out / "data"
     if not (folder / TOKENIZER).exists():  # written last
         train, held_out = split_documents(config.data)
         tokenizer = make_tokenizer(config.tokenizer, config.model.vocab_size, train, train + held_out)
@@ -205,7 +205,7 @@ def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World,
     log.info(
         "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %.2fM tokens%s, "
         "%s on %s%s",
-        config.run, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
+        config.out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
         nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, tokens / 1e6,
         f" ({epochs:.1f} epochs)" if epochs else "", str(model.compute_dtype).removeprefix("torch."),
         f"{world.size} x " if world.size > 1 else "", world.device.type,

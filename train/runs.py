@@ -26,7 +26,7 @@ from hotlap.train.options import differences, to_json
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LOCK = "run.lock"
-CHANGEABLE = {"resume", "compile", "run", "micro_batch", "recompute"}  # what may differ when a run goes on
+CHANGEABLE = {"resume", "compile", "out", "micro_batch", "recompute"}  # what may differ when a run goes on
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     path, text = run / CONFIG, to_json(config)
     if not path.exists():
         if others := sorted(p.name for p in run.iterdir() if p.name != LOCK):
-            raise FileExistsError(f"{run} holds {others[0]} and no run; name a new folder by --run")
+            raise FileExistsError(f"{run} holds {others[0]} and no run; name a new folder by --out")
         path.write_text(text, encoding="utf-8")
         return
     try:
@@ -68,7 +68,7 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     if not resume:
         if (run / METRICS).exists() or not ours:
             raise FileExistsError(
-                f"{run} holds a run already; go on with it by --resume, or name another by --run"
+                f"{run} holds a run already; go on with it by --resume auto, or name another by --out"
             )
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
             made.unlink(missing_ok=True)  # from what the failed start named
@@ -97,7 +97,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     if choice == "no":
         if found:
             raise FileExistsError(
-                f"{run} holds checkpoints already; go on by --resume, or name another --run"
+                f"{run} holds checkpoints already; go on by --resume auto, or name another --out"
             )
         return 0, {}
     if choice == "auto":

@@ -41,7 +41,7 @@ from hotlap.train.sources import split_documents
 class SFTConfig:
     """Teach a base model to converse."""
 
-    run: Path = Path("runs/sft")
+    out: Path = Path("runs/sft")
     """Directory of the run."""
     base: Path = Path("runs/pretrain")
     """Run or model directory to start from."""
@@ -94,11 +94,11 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
         held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
         rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
-        with world.leader_first(f"open {config.run}"):
+        with world.leader_first(f"open {config.out}"):
             if world.leads:
-                stack.enter_context(run_lock(config.run))
-                open_run(config.run, config, config.resume != "no")
-            check_tokenizer(config.run / TOKENIZER, tokenizer)
+                stack.enter_context(run_lock(config.out))
+                open_run(config.out, config, config.resume != "no")
+            check_tokenizer(config.out / TOKENIZER, tokenizer)
         with torch.device("meta"):
             model = GPT(base.config, dtype)
         use_fp8(model, config.dtype)
@@ -107,26 +107,26 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         materialize(model, world.device, config.seed)
         copy_weights(model, base)
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, config.resume, model, optimizer, world)
+        start, state = resume_from(config.out, config.resume, model, optimizer, world)
         data_id = hashlib.sha256(json.dumps(train).encode()).hexdigest()
         if state and state.get("data") != data_id:
-            raise ValueError(f"{config.run} was started on other conversations than {config.data} holds now")
+            raise ValueError(f"{config.out} was started on other conversations than {config.data} holds now")
         if config.micro_batch == "auto":
             micro_rows = largest_that_fits(model, config.batch_rows, world)
         epochs = config.loop.steps * config.batch_rows / rows.epoch_rows()
         log.info(
-            "%s: %d conversations in %d rows, %.1f epochs", config.run, len(train), rows.epoch_rows(), epochs
+            "%s: %d conversations in %d rows, %.1f epochs", config.out, len(train), rows.epoch_rows(), epochs
         )
         evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, 0, world)
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
                                   rank=world.rank, world=world.size)),
-            next_token_loss, world=world, run=config.run, start=start,
+            next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "sft", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip
         if world.leads:
-            write_report(config.run)
+            write_report(config.out)
         return last
 
 

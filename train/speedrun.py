@@ -31,16 +31,16 @@ SAMPLE = (
 class TinyConfig:
     """Train a model that answers questions about Python, in minutes, with nothing but this machine."""
 
-    run: Path = Path("runs/tiny")
+    out: Path = Path("runs/tiny")
     """Directory of everything that this makes."""
 
 
 def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     """Run every stage that is not done yet, print the scores and a conversation, and return the scores."""
     began = time.perf_counter()
-    run = config.run
-    base = dataclasses.replace(tiny(), run=run / "pretrain", resume="auto")
-    tuned = dataclasses.replace(tiny_sft(), run=run / "sft", base=run / "pretrain", resume="auto")
+    run = config.out
+    base = dataclasses.replace(tiny(), out=run / "pretrain", resume="auto")
+    tuned = dataclasses.replace(tiny_sft(), out=run / "sft", base=run / "pretrain", resume="auto")
     scores_path = run / "scores.json"
     if scores_path.exists():
         scores = json.loads(scores_path.read_text())
@@ -48,13 +48,13 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     else:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
-        engine = load_engine(tuned.run)
+        engine = load_engine(tuned.out)
         scores = evaluate_tasks(engine)[0] | {"validation_bpb": bits}
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
         scores_path.write_text(json.dumps(scores, indent=1) + "\n")  # last: it says that the run is complete
     print((run / "report.md").read_text())
-    print(f"the whole report: {run / 'report.md'}\ntalk to it:       python chat.py {tuned.run}")
+    print(f"the whole report: {run / 'report.md'}\ntalk to it:       python chat.py {tuned.out}")
     return scores
 
 

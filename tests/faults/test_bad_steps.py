@@ -72,7 +72,6 @@ def test_a_rank_that_hangs_is_named_and_the_others_show_where_they_stand(tmp_pat
             str(tmp_path),
             "run",
             env={"FAULT": "step:2:3:stop"},
-            timeout=12,
         )
     lines = last_lines(failure.value)
     assert all("RankLost: rank 2 does not answer" in lines[rank] for rank in (0, 1))

@@ -259,26 +259,26 @@ def outcome(run: Path) -> tuple[dict, list]:
 
 @pytest.mark.parametrize("end", ["crash", "SIGTERM"])
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, end):
-    straight = small_run(tmp_path, run=tmp_path / "straight")
+    straight = small_run(tmp_path, out=tmp_path / "straight")
     pretrain.pretrain(straight)
-    config = small_run(tmp_path, run=tmp_path / "stopped")
+    config = small_run(tmp_path, out=tmp_path / "stopped")
     with pytest.MonkeyPatch.context() as patch:
         die_in_step(7, patch, PowerCut() if end == "crash" else None)
         with pytest.raises(PowerCut if end == "crash" else Interrupted):
             pretrain.pretrain(config)
-    newest = run_checkpoints(config.run)[-1].name
+    newest = run_checkpoints(config.out)[-1].name
     assert newest == ("step-000006" if end == "crash" else "step-000008")
     torch.manual_seed(123)  # what the new process starts with must not matter
     pretrain.pretrain(dataclasses.replace(config, resume=True))
-    assert outcome(config.run) == outcome(straight.run)
+    assert outcome(config.out) == outcome(straight.out)
 
 
 def test_a_run_that_is_complete_only_validates_when_it_is_resumed(tmp_path):
     config = small_run(tmp_path)
     last = pretrain.pretrain(config)
-    before = outcome(config.run)
+    before = outcome(config.out)
     again = pretrain.pretrain(dataclasses.replace(config, resume=True))
-    assert again["validation_loss"] == last["validation_loss"] and outcome(config.run) == before
+    assert again["validation_loss"] == last["validation_loss"] and outcome(config.out) == before
 
 
 def test_another_configuration_is_refused_field_by_field(tmp_path):
@@ -302,7 +302,7 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
 def test_other_data_under_the_same_name_is_refused_on_resuming(tmp_path):
     config = small_run(tmp_path)
     pretrain.pretrain(config)
-    shard = config.run / "data" / "train_000000.bin"
+    shard = config.out / "data" / "train_000000.bin"
     raw = bytearray(shard.read_bytes())
     raw[1024 + 20] ^= 1
     shard.write_bytes(raw)
@@ -318,10 +318,10 @@ def contents(folder: Path) -> dict[str, str]:
 def test_an_existing_run_is_not_touched_without_resume(tmp_path):
     config = small_run(tmp_path)
     pretrain.pretrain(config)
-    before = contents(config.run)
+    before = contents(config.out)
     with pytest.raises(FileExistsError, match="--resume"):
         pretrain.pretrain(dataclasses.replace(config, seed=3))
-    assert contents(config.run) == before
+    assert contents(config.out) == before
 
 
 def test_a_start_that_failed_before_its_first_step_can_be_corrected(tmp_path):
@@ -330,7 +330,7 @@ def test_a_start_that_failed_before_its_first_step_can_be_corrected(tmp_path):
     with pytest.raises(DataError, match=r"model\.context=32"):
         pretrain.pretrain(dataclasses.replace(config, data=str(tmp_path / "short.txt")))
     pretrain.pretrain(config)
-    assert outcome(config.run)
+    assert outcome(config.out)
 
 
 def test_a_second_process_in_a_run_is_refused_naming_the_first(tmp_path):
@@ -369,17 +369,17 @@ def test_a_spoilt_configuration_of_a_run_is_named(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_with_something_else_in_it_is_refused_and_kept_as_it_is(tmp_path, resume):
     config = small_run(tmp_path, resume=resume)
-    (config.run / "data").mkdir(parents=True)
-    (config.run / "data" / "train_000000.bin").write_bytes(b"mine")
-    (config.run / "config.json").write_text('{"mine": 1}')
-    before = contents(config.run)
+    (config.out / "data").mkdir(parents=True)
+    (config.out / "data" / "train_000000.bin").write_bytes(b"mine")
+    (config.out / "config.json").write_text('{"mine": 1}')
+    before = contents(config.out)
     with pytest.raises((FileExistsError, ValueError)):
         pretrain.pretrain(config)
-    assert contents(config.run) == before
-    (config.run / "config.json").unlink()
+    assert contents(config.out) == before
+    (config.out / "config.json").unlink()
     with pytest.raises(FileExistsError, match="holds data and no run"):
         pretrain.pretrain(config)
-    assert (config.run / "data" / "train_000000.bin").read_bytes() == b"mine"
+    assert (config.out / "data" / "train_000000.bin").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("at", [6, 12])
@@ -393,5 +393,5 @@ def test_a_kill_while_validating_loses_no_line_of_the_metrics(tmp_path, at, monk
         pretrain.pretrain(config)
     monkeypatch.undo()
     last = pretrain.pretrain(dataclasses.replace(config, resume=True))
-    assert [m["step"] for m in read_metrics(config.run / "metrics.jsonl")] == list(range(12))
+    assert [m["step"] for m in read_metrics(config.out / "metrics.jsonl")] == list(range(12))
     assert last["step"] == 11 and "validation_loss" in last

@@ -35,7 +35,7 @@ def test_the_others_say_what_the_rank_said_that_failed(rank):
 @pytest.mark.parametrize("action, timeout", [("kill9", 60), ("stop", 2)])
 def test_the_others_name_a_rank_that_is_gone(action, timeout):
     with pytest.raises(Failed) as failure:
-        run_ranks(3, waits, timeout, env={"FAULT": f"step:1:1:{action}"}, timeout=8)
+        run_ranks(3, waits, timeout, env={"FAULT": f"step:1:1:{action}"})
     lines = last_lines(failure.value)
     assert "killed by signal 9" in lines[1] or "did not end" in lines[1]
     assert all("RankLost: rank 1 does not answer" in lines[rank] for rank in (0, 2))

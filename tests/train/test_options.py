@@ -40,9 +40,9 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
 
 
 def test_paths_tuples_and_choices_come_from_a_file(tmp_path):
-    path = toml(tmp_path, 'run = "a/b"\ndtype = "float32"\nschedule.momentum = [0, 0.5, 0.25]\n')
+    path = toml(tmp_path, 'out = "a/b"\ndtype = "float32"\nschedule.momentum = [0, 0.5, 0.25]\n')
     config = parse_pretrain("--config", path)
-    assert config.run == Path("a/b") and config.dtype == "float32"
+    assert config.out == Path("a/b") and config.dtype == "float32"
     assert config.schedule.momentum == (0.0, 0.5, 0.25)
     out = toml(tmp_path, 'out = "scores.json"\ntasks = ["facts"]\n')
     config = parse(evaluate.EvalConfig, ["--config", out], command="eval")
@@ -54,12 +54,12 @@ def test_paths_tuples_and_choices_come_from_a_file(tmp_path):
     [
         ("bach_rows = 3", r"unknown key in .*run\.toml: 'bach_rows'; did you mean 'batch_rows'\?"),
         ("[model]\nlayer = 3", r"'layer'; did you mean 'layers'\?"),
-        ("zzz = 3", "known: run, data"),
+        ("zzz = 3", "known: out, data"),
         ('batch_rows = "8"', "batch_rows='8' must be int"),
         ("batch_rows = true", "batch_rows=True must be int"),
         ("batch_rows = 1.5", "batch_rows=1.5 must be int"),
         ("optim.matrix_lr = true", "matrix_lr=True must be float"),
-        ("run = 3", "run=3 must be a path"),
+        ("out = 3", "out=3 must be a path"),
         ("model = 3", "model must be a table"),
         ('dtype = "float8"', "'float8'; did you mean 'float32'"),
         ("compile = 1", "unknown compile in .*: 1"),

@@ -40,4 +40,4 @@ def test_a_depth_of_nothing_is_refused():
 
 def test_the_demo_fine_tunes_what_it_has_pretrained():
     base, tuned = tiny(), tiny_sft().validate()
-    assert tuned.base == base.run != tuned.run and dataclasses.asdict(base)["data"] == "pydocs"
+    assert tuned.base == base.out != tuned.out and dataclasses.asdict(base)["data"] == "pydocs"

@@ -14,13 +14,13 @@ from hotlap.train.report import write_report
 def test_a_run_ends_with_a_report_and_its_curves(tmp_path):
     config = small_run(tmp_path)
     last = pretrain(config)
-    text = (config.run / "report.md").read_text()
-    assert (config.run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "(curves.png)" in text
+    text = (config.out / "report.md").read_text()
+    assert (config.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "(curves.png)" in text
     assert "| steps | 12 |" in text and f"| tokens | {12 * 4 * 32:,} |" in text
     assert f"| validation bits per byte | {last['validation_bpb']:.4f} |" in text
     assert '"matrix_lr": 0.02' in text
-    (config.run / "report.md").unlink()
-    assert write_report(config.run).read_text() == text
+    (config.out / "report.md").unlink()
+    assert write_report(config.out).read_text() == text
 
 
 def test_utilisation_of_an_unknown_device_is_not_a_number(tmp_path):

@@ -33,7 +33,7 @@ def small_speedrun(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 8)
     for task, examples in list(evaluate.TASKS.items()):
         monkeypatch.setitem(evaluate.TASKS, task, partial(lambda examples: examples()[:2], examples))
-    return ["speedrun", "tiny", "--run", str(tmp_path / "tiny")]
+    return ["speedrun", "tiny", "--out", str(tmp_path / "tiny")]
 
 
 def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path, small_speedrun, capsys):
@@ -72,4 +72,4 @@ def test_the_demo_trains_in_the_directory_that_it_is_given(monkeypatch, tmp_path
     monkeypatch.setattr(speedrun, "fine_tune", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         speedrun.tiny_speedrun(speedrun.TinyConfig(tmp_path / "here"))
-    assert seen == [dataclasses.replace(speedrun.tiny(), run=tmp_path / "here" / "pretrain", resume=True)]
+    assert seen == [dataclasses.replace(speedrun.tiny(), out=tmp_path / "here" / "pretrain", resume="auto")]
