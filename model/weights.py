@@ -72,10 +72,10 @@ def load_config(folder: Path) -> GPTConfig:
 def stage(folder: Path) -> str | None:
     """What a model was trained for last, "pretrain" or "sft", where its directory says so."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))["stage"]
+        return json.loads((folder / STATE).read_text(encoding="utf-8")).get("stage")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(f"{folder / STATE} is not a checkpoint's state: {error!r}") from error
 
 

@@ -1,8 +1,10 @@
 """Models and optimiser state to save and load, whole or sharded over ranks, and what they hold."""
 
 import hashlib
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from ranks import Failed, in_world, run_ranks
 from tools import tiny_config
@@ -13,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import train_characters
-from hotlap.model.weights import run_checkpoints
+from hotlap.model.weights import read_tensors, run_checkpoints, stored_tensors
 from hotlap.train.checkpoint import Saver, verify_checkpoint
 from hotlap.train.dist import World
 from hotlap.train.runs import resume_from
@@ -123,3 +125,34 @@ def assert_all_whole(world: World, run: Path) -> None:
     assert folders == run_checkpoints(run)
     for folder in folders:
         verify_checkpoint(folder, world)
+
+
+def draws() -> tuple[float, ...]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def draw_on(world: World, run: Path) -> tuple[float, ...]:
+    """Save, and return what each generator says next."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(world.rank)
+    draws()
+    save_steps(world, run, (1,), (world.size,))
+    return draws()
+
+
+def draw(world: World, run: Path) -> tuple[float, ...]:
+    """Resume, and return what each generator says next."""
+    load_newest(world, run, (world.size,))
+    return draws()
+
+
+def state_in(run: Path) -> dict[str, str]:
+    """sha256 of each tensor in the newest checkpoint of a run; files differ in the order of their headers."""
+    folder = run_checkpoints(run)[-1]
+    found = {}
+    for part in (folder, folder / "optimizer"):
+        stored = stored_tensors(part)
+        into = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+        read_tensors(part, into)
+        found |= {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in into.items()}
+    return found
