@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 from hotlap.model.errors import guarded
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n  --debug    show the traceback of an error")
         print("  --profile  of pretrain and sft: write a trace of a few steps, and on a GPU its memory")
         return 0 if arguments else 2
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes, one speaks
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            return guarded(lambda: run(arguments[0], arguments[1:]), debug)
     return guarded(lambda: run(arguments[0], arguments[1:]), debug)
 
 

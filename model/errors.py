@@ -52,5 +52,9 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
         code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
         if code == BUG:
             text = f"{type(error).__name__}: {text} (a bug; --debug shows where)"
-        print(text if isinstance(error, Interrupted) else f"error: {text}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))  # of torchrun's processes
+        if not isinstance(error, Interrupted):
+            text = f"rank {rank}: error: {text}" if rank else f"error: {text}"
+        if not (rank and isinstance(error, Interrupted)):
+            print(text, file=sys.stderr)
         return code

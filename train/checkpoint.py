@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hotlap.model.config import GPTConfig
@@ -81,20 +81,47 @@ class Saver:
     def __init__(self, run: Path, world: World):
         self.run, self.world = run, world
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # pinned memory
+        self.meshes: dict[DeviceMesh, DeviceMesh] = {}  # the CPUs of a mesh of GPUs
+        self.memory: dict[str, Tensor] = {}  # for the copies, used again by each
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer, state: dict) -> None:
         """Begin to write checkpoints/step-N, once the one before is written. state: what JSON can hold."""
         self.finish()
-        copies = self.stager.stage({"weights": model.state_dict(), "optimizer": optimizer_tensors(optimizer)})
+        weights, states = (
+            {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+            for tensors in (model.state_dict(), optimizer_tensors(optimizer))
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # until the copies are there
         snapshot = Snapshot(
-            step, copies["weights"], copies["optimizer"], model.config, tokenizer,
+            step, weights, states, model.config, tokenizer,
             {"step": step} | json.loads(json.dumps(state)), random_state(),
         )  # fmt: skip
         self.thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
         self.thread.start()
+
+    @torch.no_grad()
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor, or this rank's shard of one, in memory of the CPU; on its way there from a GPU."""
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in self.memory:
+            self.memory[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+        copy = self.memory[name].copy_(part, non_blocking=True)
+        if not isinstance(tensor, DTensor):
+            return copy
+        return DTensor.from_local(
+            copy, self._mesh_of_cpus(tensor.device_mesh), tensor.placements, run_check=False,
+            shape=tensor.shape, stride=tensor.stride(),
+        )  # fmt: skip
+
+    def _mesh_of_cpus(self, mesh: DeviceMesh) -> DeviceMesh:
+        if mesh.device_type == "cpu":
+            return mesh
+        if mesh not in self.meshes:
+            self.meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        return self.meshes[mesh]
 
     def finish(self) -> None:
         """Wait until what was saved is published; raise what kept it from that."""

@@ -46,6 +46,14 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(folder, size):
     assert max(differences(folder / name, folder / "two")) < 1e-5
 
 
+def test_nodes_hold_a_copy_each_and_the_run_is_the_same(folder):
+    nodes = {"LOCAL_WORLD_SIZE": "2"}
+    with pytest.raises(Failed):
+        run_ranks(4, pretraining, str(folder), "nodes", env=nodes | {"FAULT": "step:3:6:raise"})
+    run_ranks(4, RESUMED, str(folder), "nodes", env=nodes)
+    assert max(differences(folder / "nodes", folder / "two")) < 1e-5
+
+
 def test_ranks_that_the_rows_do_not_divide_among_are_refused_before_the_first_step(folder):
     with pytest.raises(
         Failed, match=r"12 rows is not a multiple of 5 ranks .* make batch_rows a multiple of 5"
