@@ -17,10 +17,10 @@ import tyro
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
-from hotlap.model.errors import BAD_DATA, DataError, guarded
+from hotlap.model.errors import BAD_DATA, guarded
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
-from hotlap.model.weights import find_models, load_model, model_folder
+from hotlap.model.weights import find_models, load_model, model_folder, stage
 
 HELP = """\
   /system TEXT       tell the model who to be (no TEXT: forget it)
@@ -217,22 +217,13 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     kernel_choice(device.type)  # logs which now, and not amid the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)
-    if is_base(folder):
+    if stage(folder) == "pretrain":
         print(
             "[a base model: it continues text; `hotlap sft` teaches it to converse]",
             file=sys.stderr,
         )
         return Continuation(engine, config.sampling)
     return Chat(engine, config.sampling)
-
-
-def is_base(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "state.json").read_text())["stage"] == "pretrain"
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'state.json'} is not a checkpoint's state: {error!r}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,18 +13,20 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hotlap.kernels.dispatch import default_device
-from hotlap.model.errors import RankLost
+from hotlap.model.errors import DataError, RankLost
 from hotlap.train.log import log
 
+T = TypeVar("T")
 PREPARATION = timedelta(hours=12)  # what one rank may take to download and tokenise while the others wait
 ROLL_CALL = 3.0  # seconds in which the ranks that are left notice that one is lost
 LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store", re.IGNORECASE)
@@ -52,13 +54,31 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def gather(self, value: object) -> list:
+    def gather(self, value: object, group: dist.ProcessGroup | None = None) -> list:
         """What each rank gave, in the order of ranks."""
         if self.size == 1:
             return [value]
         found: list = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group)
         return found
+
+    def together(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """What action() returned on each rank. Where it fails on one, that rank raises its error and the
+        others what it said: a DataError as such, anything else as RankLost. It must not itself wait for them.
+        """
+        value = problem = raised = None
+        try:
+            value = action()
+        except Exception as error:
+            raised, problem = error, (isinstance(error, DataError), str(error) or type(error).__name__)
+        outcomes = self.gather((value, problem), group)
+        if raised is not None:
+            raise raised
+        for rank, (_, problem) in enumerate(outcomes):
+            if problem is not None:
+                bad_data, text = problem
+                raise DataError(text) if bad_data else RankLost(f"rank {rank}: {text}")
+        return [value for value, _ in outcomes]
 
     @contextmanager
     def leader_first(self, what: str) -> Iterator[None]:

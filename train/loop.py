@@ -18,8 +18,9 @@ from hotlap.model.errors import Interrupted
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.checkpoint import check_space, save_checkpoint
+from hotlap.train.checkpoint import Saver, check_space
 from hotlap.train.data import Batch
+from hotlap.train.dist import joined
 from hotlap.train.log import Metrics, log
 from hotlap.train.optim import MuonAdamW
 from hotlap.train.schedule import ScheduleConfig, set_schedule
@@ -78,7 +79,7 @@ def fit(
     if start and (not last or last["step"] < start - 1):  # killed between its checkpoint and its line
         last = state["last"] | (evaluate() if evaluate and start == config.steps else {})
         metrics.write(last)
-    with StopRequest() as stop:
+    with joined() as world, Saver(run, world) as saver, StopRequest() as stop:
         for step in range(start, config.steps):
             began = time.perf_counter()
             share = set_schedule(optimizer, schedule, step, config.steps)
@@ -110,7 +111,9 @@ def fit(
             state["last"] = last
             done = step + 1 == config.steps
             if done or (step + 1) % config.save_every == 0 or stop.asked:
-                save_checkpoint(run, step + 1, model, optimizer, tokenizer, state)
+                saver.save(step + 1, model, optimizer, tokenizer, state)
+            if done or stop.asked:
+                saver.finish()
             line = f"{run.name}: step {step + 1}/{config.steps}  loss {loss:.4f}"
             if bar.disable and (step + 1) % max(1, config.steps // 20) == 0:  # no terminal to draw on
                 log.info("%s  %s tokens/s", line, f"{tokens / seconds:,.0f}")

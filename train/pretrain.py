@@ -28,6 +28,7 @@ from hotlap.train.data import (
     step_batches,
     write_shards,
 )  # fmt: skip
+from hotlap.train.dist import joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
@@ -88,7 +89,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     """Run the pretraining that config describes, and return its last metrics."""
     config = config.validate()
     device = default_device()
-    with run_lock(config.run):
+    with joined() as world, run_lock(config.run):
         open_run(config.run, config, config.resume)
         tokenizer, folder = prepare(config)
         vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that products like
@@ -111,7 +112,9 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
             model = GPT(shape, compute_dtype(config.dtype, device))
         model.to_empty(device=device).init_weights(config.seed)
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, model, optimizer)
+        start, state = resume_from(
+            config.run, "auto" if config.resume else "no", model, optimizer, world
+        )  # fmt: skip
         data_id = fingerprint([*shard_paths(folder, "train"), *shard_paths(folder, "validation")])
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.run} was started on other data than {folder} holds now")

@@ -17,8 +17,10 @@ from hotlap.kernels.dispatch import fast_dtype
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import MANIFEST, TOKENIZER, run_checkpoints
-from hotlap.train.checkpoint import load_checkpoint, remove_unfinished
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import TOKENIZER, model_folder, run_checkpoints
+from hotlap.train.checkpoint import load_checkpoint, remove_unfinished, set_aside, verify_checkpoint
+from hotlap.train.dist import World
 from hotlap.train.log import log
 from hotlap.train.optim import MuonAdamW
 from hotlap.train.options import differences, to_json
@@ -84,27 +86,60 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
         )
 
 
-def resume_from(run: Path, model: GPT, optimizer: MuonAdamW) -> tuple[int, dict]:
-    """Load the newest checkpoint that is whole, and return its step and state; step 0 where there is none.
+def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> tuple[int, dict]:
+    """Load the checkpoint that `choice` means on every rank, and return its step and state; or 0 and {}.
 
-    Newer ones that are damaged lose their name as a checkpoint, so that the run writes them again.
+    choice: "no"; "auto", the run's newest that is whole, or none where there is none yet; or the path of a
+    checkpoint or run, which is taken as it is, or refused. Checkpoints of the run that are damaged, or later
+    than the chosen one, lose their name as such (aside-step-...), so that the run writes them anew.
     """
-    remove_unfinished(run)
-    refused: list[Path] = []
-    for folder in reversed(run_checkpoints(run)):
+    if world.leads:
+        remove_unfinished(run)
+    found = world.together(lambda: run_checkpoints(run))[0]
+    if choice == "no":
+        if found:
+            raise FileExistsError(
+                f"{run} holds checkpoints already; go on by --resume, or name another --run"
+            )
+        return 0, {}
+    if choice == "auto":
+        folder, manifest = newest_whole(found, world)
+        if folder is None:
+            return 0, {}
+    else:
+        folder = world.together(lambda: model_folder(choice))[0]
+        manifest = verify_checkpoint(folder, world)
+    same_tokenizer(run, folder, manifest)
+    state = load_checkpoint(folder, manifest, model, optimizer, world)
+    if world.leads:
+        for later in found:
+            if int(later.name.removeprefix("step-")) >= state["step"] and not later.samefile(folder):
+                log.warning("%s is set aside as %s", later, set_aside(later).name)
+    log.info("%s: going on after step %d, from %s", run, state["step"], folder)
+    return state.pop("step"), state
+
+
+def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
+    """The newest checkpoint that is not damaged, and its manifest. DataError where all are."""
+    for folder in reversed(found):
         try:
-            state = load_checkpoint(folder, model, optimizer)
+            return folder, verify_checkpoint(folder, world)
         except DataError as error:
             log.warning("%s; trying the checkpoint before it", error)
-            refused.append(folder)
-            continue
-        for damaged in refused:
-            (damaged / MANIFEST).rename(damaged / "manifest.damaged.json")
-        log.info("%s: going on after step %d", run, state["step"])
-        return state.pop("step"), state
-    if refused:
-        raise DataError(f"no checkpoint of {run} can be used ({len(refused)} are damaged); start another run")
-    return 0, {}
+    if found:
+        raise DataError(f"all checkpoints in {found[-1].parent} are damaged; start another run")
+    return None, {}
+
+
+def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
+    """DataError where the run has another tokenizer than the checkpoint that it is to go on from."""
+    if (run / TOKENIZER).exists():
+        current = Tokenizer.load(run / TOKENIZER).sha256
+        if current != manifest["tokenizer"]:
+            raise DataError(
+                f"{folder} is of another tokenizer: saved sha256 {manifest['tokenizer'][:12]}..., current "
+                f"{current[:12]}..."
+            )
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from hotlap.train.conversations import (
     split_conversations,
 )  # fmt: skip
 from hotlap.train.data import check_rows, prefetch, step_batches
+from hotlap.train.dist import joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
@@ -90,12 +91,14 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         "micro_rows": config.micro_rows or config.batch_rows,
     }
     next(step_batches(rows, **step_rows))
-    with run_lock(config.run):
+    with joined() as world, run_lock(config.run):
         open_run(config.run, config, config.resume)
         check_tokenizer(config.run / TOKENIZER, tokenizer)
         model.train()
         optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.run, model, optimizer)
+        start, state = resume_from(
+            config.run, "auto" if config.resume else "no", model, optimizer, world
+        )  # fmt: skip
         data_id = hashlib.sha256(json.dumps(train).encode()).hexdigest()
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.run} was started on other conversations than {config.data} holds now")

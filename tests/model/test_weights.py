@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -58,8 +59,48 @@ def test_a_tensor_that_does_not_fit_is_named(damage, folder):
     tensors = load_file(folder / WEIGHTS)
     damage(tensors)
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(DataError, match=rf"{WEIGHTS}.*head\.weight"):
+    with pytest.raises(DataError, match=r"does not fit the model: head\.weight.*: saved .*, current "):
         load_model(folder, CPU, torch.float32)
+
+
+@pytest.fixture
+def sharded(tmp_path, random_model, tiny_tokenizer):
+    """The same model in two shards, as 2 ranks write them."""
+    folder, model = tmp_path / "sharded", random_model(tiny_config())
+    folder.mkdir()
+    save_model(folder, model, tiny_tokenizer)
+    whole = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    for rank in range(2):
+        parts = {name: tensor.chunk(2)[rank] for name, tensor in whole.items() if len(tensor.chunk(2)) > rank}
+        starts = {
+            name: {"saved_offsets": [rank * len(tensor.chunk(2)[0]), *[0] * (tensor.ndim - 1)]}
+            for name, tensor in whole.items()
+        }
+        save_file(parts, folder / shard(rank), {"DCP_SHARDING_INFO": json.dumps(starts)})
+    return folder
+
+
+def shard(rank: int) -> str:
+    return f"shard-0000{rank + 1}-model-00001-of-00001.safetensors"
+
+
+def test_shards_are_read_as_the_whole_that_they_make(sharded, folder):
+    one, other = (load_model(path, CPU, torch.float32)[0].state_dict() for path in (folder, sharded))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_of_which_one_is_missing_are_refused(sharded, rank):
+    (sharded / shard(rank)).unlink()
+    with pytest.raises(DataError, match=r"head\.weight: saved (\[160, 64\] float32|parts that)|and \d+ more"):
+        load_model(sharded, CPU, torch.float32)
+
+
+def test_weights_that_are_there_twice_are_refused(sharded, folder):
+    shutil.copy(folder / WEIGHTS, sharded / WEIGHTS)
+    with pytest.raises(DataError, match="saved parts that do not make a whole"):
+        load_model(sharded, CPU, torch.float32)
 
 
 class Trap:
@@ -147,3 +188,14 @@ def test_a_wrong_path_lists_what_there_is(tmp_path, tiny_tokenizer, monkeypatch)
             FileNotFoundError, match=rf"no model at {wrong}; found: .*runs/first.*runs/second"
         ):
             model_folder(wrong)
+
+
+@pytest.mark.gpu
+def test_loading_to_a_gpu_holds_the_model_there_once(tmp_path, tiny_tokenizer):
+    config = tiny_config(vocab_size=8192, width=512, heads=4, kv_heads=4)
+    save_model(tmp_path, GPT(config).init_weights(), tiny_tokenizer)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model, _ = load_model(tmp_path, torch.device("cuda"), torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * held + (1 << 20)

@@ -1,0 +1,52 @@
+"""Save on a disk that has no room; for test_full_disk.py, which gives it one. Prints JSON."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoints import load_newest, save_steps
+from small_runs import MODEL_FLAGS, write_text
+
+from hotlap.cli import main
+from hotlap.train import checkpoint
+from hotlap.train.dist import joined
+
+
+def message(world, run: Path, step: int) -> str:
+    try:
+        save_steps(world, run, (step,))
+    except OSError as error:
+        return str(error)
+    raise AssertionError("there was room")
+
+
+def report(disk: Path) -> dict:
+    with joined() as world:
+        run = disk / "saved"
+        held = save_steps(world, run, (1,))
+        (disk / "ballast").write_bytes(bytes(checkpoint.shutil.disk_usage(disk).free - 100_000))
+        said = {"beforehand": message(world, run, 2)}
+        with mock.patch.object(checkpoint, "require_space"):  # the room is taken by another meanwhile
+            said["amid"] = message(world, run, 3)
+        said["left"] = sorted(p.name for p in (run / "checkpoints").iterdir())
+        step, found = load_newest(world, run)
+        said["loaded"] = [step, found == held[1]]
+    write_text(disk / "text.txt", lines=10)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        small = ["--tokenizer", "characters", "--dtype", "float32", "--batch-rows", "1", "--loop.steps", "2"]
+        said["exit code"] = main(
+            ["pretrain", "--data", str(disk / "text.txt"), "--run", str(disk / "run"), *small, *MODEL_FLAGS]
+        )
+    said["command"] = errors.getvalue().splitlines()[-1]
+    metrics = disk / "run" / "metrics.jsonl"
+    said["steps"] = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(Path(sys.argv[1]))))

@@ -1,0 +1,89 @@
+"""A save that fails in the background stops training, says why, and leaves the checkpoints before it."""
+
+import pytest
+import torch
+from checkpoints import TOKENIZER, assert_all_whole, built, fill, load_newest, save_steps, saved
+from commands import INPUT_OUTPUT, USAGE, assert_error, pretrain_here
+from ranks import Failed
+from small_runs import small_run
+
+from hotlap.model.weights import run_checkpoints
+from hotlap.train import pretrain
+from hotlap.train.checkpoint import Saver
+from hotlap.train.dist import joined
+from hotlap.train.log import read_metrics
+
+
+@pytest.mark.parametrize("point", ["made", "shards", "manifest", "rename"])
+def test_training_stops_at_the_next_save_with_the_cause(tmp_path, monkeypatch, point):
+    monkeypatch.setenv("FAULT", f"checkpoint-{point}:0:6:raise")
+    config = small_run(tmp_path)  # saves every 3 of 12 steps
+    with pytest.raises(ValueError, match=f"injected at checkpoint-{point}, step 6"):
+        pretrain.pretrain(config)
+    assert 6 <= len(read_metrics(config.run / "metrics.jsonl")) <= 9
+    assert [p.name for p in (config.run / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_the_last_save_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "checkpoint-manifest:0:12:sleep=0.3")
+    config = small_run(tmp_path)
+    pretrain.pretrain(config)
+    assert run_checkpoints(config.run)[-1].name == "step-000012"
+    monkeypatch.setenv("FAULT", "checkpoint-manifest:0:12:raise")
+    with pytest.raises(ValueError, match="injected"):
+        pretrain.pretrain(small_run(tmp_path, run=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("action", "expected", "said"),
+    [("raise", USAGE, "injected"), ("enospc", INPUT_OUTPUT, "the disk is full")],
+)
+def test_the_command_says_it_in_one_line(work, capsys, monkeypatch, action, expected, said):
+    monkeypatch.setenv("FAULT", f"checkpoint-shards:0:2:{action}")
+    assert_error(capsys, pretrain_here("--loop.save-every", "2"), expected, said)
+
+
+def test_a_checkpoint_that_is_being_written_is_not_lost_by_an_error_in_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "checkpoint-manifest:0:3:sleep=0.3")
+    with joined() as world:
+        with pytest.raises(ZeroDivisionError), Saver(tmp_path, world) as saver:
+            saver.save(3, *built(), TOKENIZER, {})
+            raise ZeroDivisionError
+        assert_all_whole(world, tmp_path)
+        assert load_newest(world, tmp_path)[0] == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_training_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path, size):
+    held = saved(tmp_path, 3, size=size, fault="checkpoint-made:0:3:sleep=0.3")
+    with joined() as world:
+        assert load_newest(world, tmp_path) == (3, held[3])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_one_rank_cannot_write_all_stop_and_say_what_it_said(tmp_path, rank):
+    with pytest.raises(Failed) as failure:
+        saved(tmp_path, 3, 6, 9, size=2, fault=f"checkpoint-shards:{rank}:6:enospc")
+    lines = {r: text.rstrip().splitlines()[-1] for r, text in failure.value.texts.items()}
+    assert lines[rank].startswith("OSError: the disk is full: ") and failure.value.seconds < 20
+    assert lines[1 - rank] == f"hotlap.model.errors.RankLost: rank {rank}: [Errno 28] No space left on device"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["weights", "optimizer"])
+def test_what_is_not_finite_is_not_published(tmp_path, kind, value):
+    with joined() as world:
+        held = save_steps(world, tmp_path, (3,))
+        model, states = built()
+        fill(model, states, 6)
+        tensors = model.state_dict() if kind == "weights" else states.tensors
+        name = "head.weight" if kind == "weights" else "head.weight/exp_avg"
+        with torch.no_grad():
+            tensors[name][-1, -1] = value
+        saver = Saver(tmp_path, world)
+        saver.save(6, model, states, TOKENIZER, {})
+        with pytest.raises(FloatingPointError, match=f"{name} is not finite after step 6"):
+            saver.save(9, model, states, TOKENIZER, {})
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+        assert load_newest(world, tmp_path) == (3, held[3])
