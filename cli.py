@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "score a model on held-out questions",
     "report": "write a run's report again",
     "bench": "measure this device: kernels, training, inference, peers",
+    "export": "write a model for others to use: hotlap export weights",
     "chat": "talk to a model",
 }
 
@@ -77,6 +78,8 @@ def run(command: str, arguments: list[str]) -> int | None:
 
         scores = evaluate.evaluate_model(options.parse(evaluate.EvalConfig, arguments, command=command))
         print("\n".join(f"{task:12} {score:6.1%}" for task, score in scores.items()))
+    elif command == "export":
+        return export(arguments)
     elif command == "report":
         from hotlap.train import report
 
@@ -144,6 +147,20 @@ def bench(arguments: list[str]) -> int | None:
 
         return tune.main(config(tune.TuneConfig))
     return None
+
+
+def export(arguments: list[str]) -> int:
+    from hotlap.model import export
+    from hotlap.train import options
+
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print("usage: hotlap export weights [flags]     (hotlap export weights --help lists the flags)")
+        return 0
+    options.known(name, ("weights",), "format")
+    config = options.parse(export.ExportConfig, arguments[1:], command="export weights")
+    print(f"{export.export_weights(config)}")
+    return 0
 
 
 def speedrun(arguments: list[str]) -> int | None:

@@ -1,0 +1,44 @@
+"""Models for others to use, from runs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hotlap.model.weights import STATE, load_model, model_folder, save_model, stage
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as one directory: config.json, tokenizer.json and model.safetensors."""
+
+    model: Path = Path("runs/tiny/sft")
+    """Run, checkpoint or model directory."""
+    out: Path = Path("exported")
+    """The folder to write; it must not exist yet, or be empty."""
+
+
+def export_weights(config: ExportConfig) -> Path:
+    """Write the model in float32 and whole, whatever number of ranks saved it, and return its folder."""
+    out = config.out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; name a new folder by --out")
+    folder = model_folder(config.model)
+    model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        save_model(partial, model, tokenizer)
+        if trained_for := stage(folder):  # a base model stays known as one
+            (partial / STATE).write_text(json.dumps({"stage": trained_for}) + "\n")
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return out
