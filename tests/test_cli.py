@@ -218,7 +218,7 @@ def test_a_disk_that_is_too_small_is_named_with_both_numbers(work, capsys, monke
     usage = shutil.disk_usage(work)._replace(free=500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code = pretrain_here()
-    assert_error(capsys, code, INPUT_OUTPUT, "MB, and 0 MB are free")
+    assert_error(capsys, code, INPUT_OUTPUT, "needs", "bytes, and 500,000 are free")
 
 
 def test_a_loss_that_explodes_names_the_step(work, capsys, monkeypatch):

@@ -15,11 +15,12 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,7 @@ from hotlap.train.optim import MuonAdamW
 from hotlap.train.options import differences
 from hotlap.train.randomness import random_state, set_random_state
 
+T = TypeVar("T")
 FOLDER, OPTIMIZER = "checkpoints", "optimizer"
 KEEP = 2  # newest checkpoints of a run
 PATIENCE = timedelta(minutes=10)  # of ranks that wait for another's part of a checkpoint
@@ -170,7 +172,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _together(self, action):
+    def _together(self, action: Callable[[], T]) -> list[T]:
         return self.world.together(action, self.group)
 
     def _begin(self, snapshot: Snapshot) -> Path | None:
@@ -201,6 +203,7 @@ class Saver:
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """This rank's shards, in a file of its own."""
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # of a GPU's tensors: there are none, and its stream is training's
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
         except dcp.CheckpointException as error:  # with what went wrong on each rank

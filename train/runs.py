@@ -107,7 +107,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     else:
         folder = world.together(lambda: model_folder(choice))[0]
         manifest = verify_checkpoint(folder, world)
-    check_tokenizer(run, folder, manifest)
+    same_tokenizer(run, folder, manifest)
     state = load_checkpoint(folder, manifest, model, optimizer, world)
     if world.leads:
         for later in found:
@@ -129,8 +129,8 @@ def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def check_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
-    """A run's own tokenizer, where it has one yet, is that of the checkpoint that it goes on from."""
+def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
+    """DataError where the run has another tokenizer than the checkpoint that it is to go on from."""
     if (run / TOKENIZER).exists():
         current = Tokenizer.load(run / TOKENIZER).sha256
         if current != manifest["tokenizer"]:

@@ -40,7 +40,7 @@ def report(disk: Path) -> dict:
     with contextlib.redirect_stderr(errors):
         small = ["--tokenizer", "characters", "--dtype", "float32", "--batch-rows", "1", "--loop.steps", "2"]
         said["exit code"] = main(
-            ["pretrain", "--data", str(disk / "text.txt"), "--run", str(disk / "run"), *small, *MODEL_FLAGS]
+            ["pretrain", "--data", str(disk / "text.txt"), "--out", str(disk / "run"), *small, *MODEL_FLAGS]
         )
     said["command"] = errors.getvalue().splitlines()[-1]
     metrics = disk / "run" / "metrics.jsonl"

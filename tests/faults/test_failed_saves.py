@@ -20,18 +20,18 @@ def test_training_stops_at_the_next_save_with_the_cause(tmp_path, monkeypatch, p
     config = small_run(tmp_path)  # saves every 3 of 12 steps
     with pytest.raises(ValueError, match=f"injected at checkpoint-{point}, step 6"):
         pretrain.pretrain(config)
-    assert 6 <= len(read_metrics(config.run / "metrics.jsonl")) <= 9
-    assert [p.name for p in (config.run / "checkpoints").iterdir()] == ["step-000003"]
+    assert 6 <= len(read_metrics(config.out / "metrics.jsonl")) <= 9
+    assert [p.name for p in (config.out / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_the_last_save_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "checkpoint-manifest:0:12:sleep=0.3")
     config = small_run(tmp_path)
     pretrain.pretrain(config)
-    assert run_checkpoints(config.run)[-1].name == "step-000012"
+    assert run_checkpoints(config.out)[-1].name == "step-000012"
     monkeypatch.setenv("FAULT", "checkpoint-manifest:0:12:raise")
     with pytest.raises(ValueError, match="injected"):
-        pretrain.pretrain(small_run(tmp_path, run=tmp_path / "other"))
+        pretrain.pretrain(small_run(tmp_path, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

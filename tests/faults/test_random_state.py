@@ -37,21 +37,21 @@ def test_a_run_with_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
         pretrain.pretrain(config)
 
     seed_everything(1)
-    train(straight := small_run(tmp_path, run=tmp_path / "straight"))
+    train(straight := small_run(tmp_path, out=tmp_path / "straight"))
     end = random_state()
     seed_everything(1)
-    stopped = small_run(tmp_path, run=tmp_path / "stopped")
+    stopped = small_run(tmp_path, out=tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         train(stopped, until=7)
     seed_everything(2)  # as another process starts with something else
-    train(dataclasses.replace(stopped, resume=True))
+    train(dataclasses.replace(stopped, resume="auto"))
     assert random_state() == end
     straight_losses, losses = (
         [float.hex(m["loss"]) for m in read_metrics(run / "metrics.jsonl")]
-        for run in (straight.run, stopped.run)
+        for run in (straight.out, stopped.run)
     )
     assert losses == straight_losses and len(losses) == 12
-    assert state_in(straight.run) == state_in(stopped.run)
+    assert state_in(straight.out) == state_in(stopped.run)
 
 
 def test_each_rank_goes_on_with_its_own_draws_and_at_another_size_with_none(tmp_path):

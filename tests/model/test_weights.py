@@ -188,3 +188,14 @@ def test_a_wrong_path_lists_what_there_is(tmp_path, tiny_tokenizer, monkeypatch)
             FileNotFoundError, match=rf"no model at {wrong}; found: .*runs/first.*runs/second"
         ):
             model_folder(wrong)
+
+
+@pytest.mark.gpu
+def test_loading_to_a_gpu_holds_the_model_there_once(tmp_path, tiny_tokenizer):
+    config = tiny_config(vocab_size=8192, width=512, heads=4, kv_heads=4)
+    save_model(tmp_path, GPT(config).init_weights(), tiny_tokenizer)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model, _ = load_model(tmp_path, torch.device("cuda"), torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * held + (1 << 20)

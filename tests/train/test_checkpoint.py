@@ -101,7 +101,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, 
     newest = run_checkpoints(config.out)[-1].name
     assert newest == ("step-000006" if end == "crash" else "step-000008")
     torch.manual_seed(123)  # what the new process starts with must not matter
-    pretrain.pretrain(dataclasses.replace(config, resume=True))
+    pretrain.pretrain(dataclasses.replace(config, resume="auto"))
     assert outcome(config.out) == outcome(straight.out)
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_complete_only_validates_when_it_is_resumed(tmp_path):
     config = small_run(tmp_path)
     last = pretrain.pretrain(config)
     before = outcome(config.out)
-    again = pretrain.pretrain(dataclasses.replace(config, resume=True))
+    again = pretrain.pretrain(dataclasses.replace(config, resume="auto"))
     assert again["validation_loss"] == last["validation_loss"] and outcome(config.out) == before
 
 
@@ -117,7 +117,7 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
     config = small_run(tmp_path)
     pretrain.pretrain(config)
     other = dataclasses.replace(
-        config, resume=True, seed=5, model=dataclasses.replace(config.model, layers=2),
+        config, resume="auto", seed=5, model=dataclasses.replace(config.model, layers=2),
         loop=LoopConfig(13, evaluate_every=6, save_every=3),
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:
@@ -139,7 +139,7 @@ def test_other_data_under_the_same_name_is_refused_on_resuming(tmp_path):
     raw[1024 + 20] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(ValueError, match="other data"):
-        pretrain.pretrain(dataclasses.replace(config, resume=True))
+        pretrain.pretrain(dataclasses.replace(config, resume="auto"))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -204,6 +204,6 @@ def test_a_kill_while_validating_loses_no_line_of_the_metrics(tmp_path, at, monk
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(config)
     monkeypatch.undo()
-    last = pretrain.pretrain(dataclasses.replace(config, resume=True))
+    last = pretrain.pretrain(dataclasses.replace(config, resume="auto"))
     assert [m["step"] for m in read_metrics(config.out / "metrics.jsonl")] == list(range(12))
     assert last["step"] == 11 and "validation_loss" in last
