@@ -28,12 +28,14 @@ from hotlap.kernels.attention_forward import (
     inputs,
     load_rows,
     make_tiles,
+    place,
     query_block,
     similarity,
     store_rows,
+    tile_for,
 )
-from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.dispatch import Device, jit, tl, triton
+from hotlap.kernels.tiles import Case, Tile, type_name
 
 
 @jit
@@ -51,10 +53,10 @@ def _add_dq(
         if MASKED:
             n = key + tl.arange(0, BLOCK_N)[None, :]
             p = tl.where((n <= position[:, None]) & (n >= first[:, None]), p, 0.0)
+        if SOFTCAP:
+            p *= 1 - s * s
         values = load_rows(v, key, v_t, S, MASKED, BLOCK_N, C, BLOCK_C)
         ds = p * (tl.dot(dy, tl.trans(values), input_precision="ieee") - delta[:, None])
-        if SOFTCAP:
-            ds *= 1 - s * s
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
     return dq
 
@@ -123,10 +125,10 @@ def _add_dk_dv(
                 seen = seen & (n >= tl.load(document_start + row, row < T, other=0)[None, :])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(gradient.dtype), gradient, dv, input_precision="ieee")
+        if SOFTCAP:
+            p *= 1 - s * s
         of_rows = tl.load(delta + h * T + row, row < T, other=0.0)
         ds = p * (tl.dot(v, tl.trans(gradient), input_precision="ieee") - of_rows[None, :])
-        if SOFTCAP:
-            ds *= 1 - s * s
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
@@ -134,15 +136,15 @@ def _add_dk_dv(
 @jit
 def _attention_dk_dv_kernel(
     q, k, v, document_start, rows_before, dy, lse, delta, dk, dv, inner, outer, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, B, T, S, H, K, window,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, B, T, S, H, K, window, section,
     WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """rows_before (B, S): how many queries stand before the end of each key's document."""
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
-    program, offset = tl.program_id(0), S - T
-    b, kv = (program % (B * K) // K).to(tl.int64), (program % K).to(tl.int64)
-    key = program // (B * K) * BLOCK_N  # the first keys, which the most queries see, go first
+    head, turn = place(tl.program_id(0), section, B * K, tl.cdiv(S, BLOCK_N))
+    b, kv, offset = (head // K).to(tl.int64), (head % K).to(tl.int64), S - T
+    key = turn * BLOCK_N  # the first keys, which the most queries see, go first
     last = tl.minimum(key + BLOCK_N, S) - 1
     # rows of queries: any may see a key of the block from `from_any` to `to_any`, all see all in between
     from_any, from_all = tl.maximum(key - offset, 0), tl.maximum(last - offset, 0)
@@ -186,40 +188,44 @@ def _attention_dk_dv_kernel(
 def _attention_dq_tiles(block_c: int, device: Device) -> list[Tile]:
     """The first spills on no target of the static gate; the tuner tries the others."""
     large = device.shared_memory >= LARGE
-    if block_c <= 64:
-        shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
-        if device.warp == 64:  # AMD
+    if device.warp == 64:  # AMD
+        shapes = [(32, 16, 4, 1), (32, 32, 4, 1)]
+        if block_c <= 64:
             shapes = [(128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 2)]
+        elif block_c == 128:
+            shapes = [(64, 32, 4, 1), (128, 32, 8, 1), (32, 32, 4, 1)]
+    elif block_c <= 64:
+        shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     elif block_c == 128:
         shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
         if large:
-            shapes = [(128, 64, 8, 2), (128, 32, 8, 2), *shapes]
-        elif device.warp == 64:
-            shapes = [(64, 32, 4, 1), (32, 32, 4, 1)]
+            shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 8, 2)]
+    elif large:
+        shapes = [(64, 32, 8, 2), (64, 16, 8, 2)]
     else:
-        shapes = [(64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)]
-        if device.warp == 64:
-            shapes = [(32, 16, 4, 1), (32, 32, 4, 1)]
+        shapes = [(64, 64, 8, 1), (32, 32, 4, 1), (64, 32, 8, 2), (64, 16, 8, 2)]
     return make_tiles(block_c, device, lambda m, n, stages: 2 * m + (2 * stages + large) * n, shapes)
 
 
 def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
     """As above, but here it is N rows, of keys, that are held, and M, of queries, that are read."""
     large = device.shared_memory >= LARGE
-    if block_c <= 64:
-        shapes = [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)]
-        if device.warp == 64:  # AMD
-            shapes = [(32, 128, 8, 1), (32, 64, 4, 1), (64, 64, 4, 1)]
-    elif block_c == 128:
-        shapes = [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)]
-        if device.warp == 64:
+    if device.warp == 64:  # AMD
+        shapes = [(16, 64, 8, 1), (16, 32, 8, 1)]
+        if block_c <= 64:
+            shapes = [(32, 128, 4, 1), (32, 128, 8, 1), (32, 64, 4, 1), (64, 64, 4, 1)]
+        elif block_c == 128:
             shapes = [(16, 128, 8, 1), (16, 64, 4, 1), (32, 64, 8, 1)]
-    else:
-        shapes = [(16, 64, 8, 1), (32, 32, 8, 1)]
+    elif block_c <= 64:
+        shapes = [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)]
+    elif block_c == 128:
+        shapes = [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)]
         if large:
-            shapes = [(16, 64, 8, 2), (32, 64, 8, 2)]
-        elif device.warp == 64:
-            shapes = [(16, 32, 8, 1), (16, 64, 8, 1)]
+            shapes = [(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2)]
+    elif large:
+        shapes = [(16, 64, 8, 2), (32, 64, 8, 2)]
+    else:
+        shapes = [(64, 32, 8, 1), (32, 32, 8, 1), (16, 64, 8, 1)]
     return make_tiles(
         block_c, device, lambda m, n, stages: 2 * n + (max(3, 2 * stages) + 2 * large) * m, shapes
     )
@@ -249,25 +255,24 @@ def attention_backward(
     S, K = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    block_c, device = max(16, triton.next_power_of_2(C)), device_facts(q.device)
     strides = [stride for x in (q, k, v, dy) for stride in x.stride()[:3]]
     flags = {
         "WINDOWED": window > 0, "DOCUMENTS": document_start is not None, "SOFTCAP": softcap > 0, "C": C
     }  # fmt: skip
     numbers = (*factors(scale, softcap), scale)
     with torch.cuda.device_of(q):
-        tile = pick_tile(_attention_dq_tiles, block_c, device)
+        tile = tile_for(_attention_dq_tiles, q)
         grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
         wrap_triton(_attention_dq_kernel)[grid](
             q, k, v, document_start, y, dy, lse, delta, dq, *numbers, *strides, B, T, S, H, K, window,
             heads_in_section(S, C, B * H, q.element_size()), **flags, **tile.arguments,
         )  # fmt: skip
-        tile = pick_tile(_attention_dk_dv_tiles, block_c, device)
+        tile = tile_for(_attention_dk_dv_tiles, q)
         grid = (triton.cdiv(S, tile.blocks["BLOCK_N"]) * B * K,)
         ends = None if document_start is None else rows_before_end(document_start, S)
         wrap_triton(_attention_dk_dv_kernel)[grid](
             q, k, v, document_start, ends, dy, lse, delta, dk, dv, *numbers, *strides, B, T, S, H, K, window,
-            **flags, **tile.arguments,
+            heads_in_section(T * (H // K), C, B * K, q.element_size()), **flags, **tile.arguments,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -276,7 +281,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
     """For the static gate and the tuner."""
     t = f"*{type_name(dtype)}"
     pointers = {"q": t, "k": t, "v": t, "dy": t, "lse": "*fp32", "delta": "*fp32"}
-    sizes = dict.fromkeys(("dy_b", "dy_t", "dy_h", "B", "T", "S", "H", "K", "window"), "i32")
+    sizes = dict.fromkeys(("dy_b", "dy_t", "dy_h", "B", "T", "S", "H", "K", "window", "section"), "i32")
     numbers = ("inner", "outer", "scale")
 
     def run(C, masks, dtype, device):
@@ -286,7 +291,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
     return [
         *cases_of(
-            "_attention_dq_kernel", {**pointers, "y": t, "dq": t}, numbers, sizes | {"section": "i32"},
+            "_attention_dq_kernel", {**pointers, "y": t, "dq": t}, numbers, sizes,
             _attention_dq_tiles, run, dtype,
         ),
         *cases_of(

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, pick_tile, type_name
 
 LOG2E = math.log2(math.e)
 LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
 RESERVE = 2 << 10  # bytes of it for barriers and the like
-SHARED_CACHE = 32 << 20  # bytes of keys and values in flight at once: they fit the L2 of every large GPU
+SHARED_CACHE = 32 << 20  # bytes of what programs of one head share, in flight at once: of the L2 cache
 
 
 @jit
@@ -86,23 +86,33 @@ def block_at(i, begin, left, whole, MASKED: tl.constexpr):
 
 
 @jit
+def place(program, section, heads, blocks):
+    """The head, of all batches, and the place in the order of its blocks that a program works on.
+
+    Heads go in sections whose shared operands fit the L2 cache; in a section all heads go through their
+    blocks side by side.
+    """
+    past = program // (section * blocks) * section  # heads of the sections before
+    size = tl.minimum(section, heads - past)
+    rest = program - past * blocks
+    return past + rest % size, rest // size
+
+
+@jit
 def query_block(
     program, section, document_start, B, T, H, offset, window,
     WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What a program of queries works on, of all programs in the order in which they start.
 
-    Heads go in sections whose keys and values share the L2 cache, and in a section the last queries, which
-    see the most keys, go first. Returns batch, head, first row, the positions and first keys (M,) of the
-    rows, and the blocks of keys as `edges` returns them. Rows beyond T repeat the last one, so that nothing
-    of theirs needs a mask until they are stored.
+    The last queries, which see the most keys, go first. Returns batch, head, first row, the positions and
+    first keys (M,) of the rows, and the blocks of keys as `edges` returns them. Rows beyond T repeat the last
+    one, so that nothing of theirs needs a mask until they are stored.
     """
     blocks = tl.cdiv(T, BLOCK_M)
-    past = program // (section * blocks) * section  # heads of the sections before
-    size = tl.minimum(section, B * H - past)
-    rest = program - past * blocks
-    b, h = ((past + rest % size) // H).to(tl.int64), (past + rest % size) % H
-    start = (blocks - 1 - rest // size) * BLOCK_M
+    head, turn = place(program, section, B * H, blocks)
+    b, h = (head // H).to(tl.int64), head % H
+    start = (blocks - 1 - turn) * BLOCK_M
     row = tl.minimum(start + tl.arange(0, BLOCK_M), T - 1)
     position = offset + row
     first = tl.zeros_like(position)
@@ -196,29 +206,45 @@ def make_tiles(
 
 
 def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
-    """The first spills on no target of the static gate; the tuner tries the others."""
-    if block_c <= 64:
-        shapes = [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)]
-        if device.warp == 64:  # AMD
+    """The first spills on no target of the static gate; the tuner tries the others.
+
+    Eight warps want 128 rows: with fewer, Triton often has two of them compute the same scores.
+    """
+    large = device.shared_memory >= LARGE
+    if device.warp == 64:  # AMD
+        shapes = [(64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1)]
+        if block_c <= 64:
             shapes = [(128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
+        elif block_c == 128:
+            shapes = [(128, 32, 4, 1), (128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2)]
+    elif block_c <= 32:
+        shapes = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
+    elif block_c == 64:
+        shapes = [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)]
     elif block_c == 128:
-        shapes = [(64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 3), (64, 32, 4, 2)]
-        if device.shared_memory >= LARGE:
-            shapes = [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)]
+        shapes = [(64, 32, 4, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)]
+        if large:
+            shapes = [(128, 64, 8, 2), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)]
         elif device.shared_memory >= MEDIUM:
-            shapes = [shapes[1], shapes[0], *shapes[2:]]
-        elif device.warp == 64:
-            shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)]
+            shapes = [(128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)]
+    elif large:
+        shapes = [(128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
     else:
-        shapes = [(64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)]
-        if device.shared_memory >= LARGE:
-            shapes = [(64, 64, 8, 2), (128, 64, 8, 2), *shapes[:1]]
+        shapes = [(64, 32, 8, 1), (64, 16, 4, 2), (32, 32, 4, 1)]
     return make_tiles(block_c, device, lambda m, n, stages: m + 2 * stages * n, shapes)
 
 
-def heads_in_section(S: int, C: int, heads: int, item: int) -> int:
-    """How many heads' keys and values fit SHARED_CACHE."""
-    return max(1, min(heads, SHARED_CACHE // (2 * S * C * item)))
+def tile_for(table: Table, x: Tensor) -> Tile:
+    """The tile for heads like those of x (..., C)."""
+    device = device_facts(x.device)
+    if x.is_cuda and x.dtype == torch.float32:  # tables count two bytes an element
+        device = device._replace(shared_memory=device.shared_memory // 2)
+    return pick_tile(table, max(16, triton.next_power_of_2(x.shape[-1])), device)
+
+
+def heads_in_section(rows: int, C: int, heads: int, item: int) -> int:
+    """How many heads' keys and values, or queries and gradients, fit SHARED_CACHE."""
+    return max(1, min(heads, SHARED_CACHE // (2 * rows * C * item)))
 
 
 def factors(scale: float, softcap: float) -> tuple[float, float]:
@@ -237,7 +263,7 @@ def attention_forward(
     S, K = k.shape[1:3]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    tile = pick_tile(_attention_forward_tiles, max(16, triton.next_power_of_2(C)), device_facts(q.device))
+    tile = tile_for(_attention_forward_tiles, q)
     grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
     with torch.cuda.device_of(q):
         wrap_triton(_attention_forward_kernel)[grid](
@@ -262,15 +288,19 @@ def cases_of(
     run: Callable,
     dtype: torch.dtype,
 ) -> list[Case]:
-    """Heads of 64, 128 and 256, over whole rows and over documents in a window."""
+    """Whole rows first, which the tuner measures; then everything at once, which takes the most registers."""
+    if dtype == torch.float32:  # no tensor core multiplies it exactly
+        return []
+    every = "documents, window, softcap"
+    variants = [*((C, "") for C in (64, 128, 256)), *((C, every) for C in (32, 64, 80, 128))]
     found = []
-    for C in (64, 128, 256) if dtype != torch.float32 else ():  # no tensor core multiplies float32 exactly
-        for masks in (False, True):
-            arguments = {**pointers, **dict.fromkeys(numbers, "fp64"), **STRIDES, **sizes, "C": C}
-            arguments |= {"WINDOWED": masks, "DOCUMENTS": masks, "SOFTCAP": False}
-            arguments["document_start"] = "*i32" if masks else None
-            start = functools.partial(run, C, masks, dtype)
-            found.append(Case(kernel, arguments, table, C, start, "documents, window" if masks else ""))
+    for C, variant in (*variants, (256, "documents, window")):
+        arguments = {**pointers, **dict.fromkeys(numbers, "fp64"), **STRIDES, **sizes, "C": C}
+        arguments |= {"WINDOWED": bool(variant), "DOCUMENTS": bool(variant), "SOFTCAP": variant == every}
+        arguments["document_start"] = "*i32" if variant else None
+        start, block_c = functools.partial(run, C, bool(variant), dtype), triton.next_power_of_2(C)
+        label = variant if block_c == C else f"{variant}, heads of {C}"
+        found.append(Case(kernel, arguments, table, block_c, start, label))
     return found
 
 
