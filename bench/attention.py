@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -39,10 +40,12 @@ def windowed_attention_at(
     )
 
 
-def attention_of_lengths(rows: int, device: torch.device, dtype: torch.dtype) -> list[Operation]:
-    """Heads of 64 and 128 at a width of 2048, rows of 1k to 16k, whole and in windows of 512 and 1024."""
+def attention_of_lengths(rows: int) -> list[Callable[..., Operation]]:
+    """Makers of operations for a number of rows: heads of 64 and 128 at a width of 2048, lengths of 1k to
+    16k, whole and in windows of 512 and 1024.
+    """
     return [
-        _attention("attention_lengths", f"window {window}", T, window, 2048 // C, C, rows, device, dtype)
+        partial(_attention, "attention_lengths", f"window {window}", T, window, 2048 // C, C)
         for C, T in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384))
         for window in sorted({512, min(1024, T), T})
         if rows >= T
@@ -60,6 +63,7 @@ def _attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Operation:
+    T, window = min(T, rows), min(window, rows)
     auto = partial(attention, window=window)
     providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device)}
     if device.type == "cuda":  # there the choice may fall on another's kernel
