@@ -189,8 +189,8 @@ def write_page(folder: Path) -> Path | None:
         lines += [
             f"## {content['device']}: {path.stem}",
             "",
-            f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content['date']}, "
-            f"commit {content['commit']}, {with_}",
+            f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content.get('date', '')}, "
+            f"commit {content.get('commit', '')}, {with_}",
             "",
             *(f"Warning: {warning}\n" for warning in content.get("warnings", ())),
             table(content["rows"]),
