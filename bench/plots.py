@@ -111,6 +111,7 @@ def _inference(figure: Any, rows: list[dict]) -> None:
     speeds = [batch * steps for batch, steps in limits.items()]
     axes.plot(list(limits), speeds, "k--", label="limit of the memory's measured bandwidth")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(list(limits), list(map(str, limits)))
     axes.set(xlabel="sequences decoded at once", ylabel="tokens/s", yscale="log")
     axes.set_title(rows[0]["case"].rsplit(" batch", 1)[0], fontsize=9)
     axes.grid(alpha=0.3)

@@ -28,16 +28,19 @@ def test_what_does_not_fit_in_the_time_is_listed_as_skipped(tmp_path, capsys):
 
 
 def test_stages_end_in_order_and_what_they_left_out_is_said(tmp_path, monkeypatch, capsys):
-    ends = []
+    ends, names = [], []
 
-    def run_stage(stage, path, soft, end):
+    def run_stage(stage, path, soft, end, resume):
         ends.append(soft)
+        names.append(stage.__name__)
+        assert resume == (names.count(stage.__name__) > 1)
         write(path, [NO_TIME, "WRONG: its output is off", NO_TIME], complete=True)
         return "FAILED with exit code 1 after 5 s"
 
     monkeypatch.setattr(everything, "run_stage", run_stage)
     began = time.monotonic()
     assert everything.bench_all(everything.AllConfig(tmp_path, minutes=10)) == 1
+    assert names == ["kernels", "training", "inference", "kernels"]  # which had no time for all before
     assert ends == sorted(ends) and ends[-1] == pytest.approx(began + 600, abs=5)
     lines = capsys.readouterr().out.splitlines()
     assert "training      c1 by hotlap: WRONG: its output is off" in lines
