@@ -37,7 +37,7 @@ from hotlap.bench.timing import (
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
-UNFINISHED = "begun, and not finished: it hung, or ended the process"  # the note of a row
+UNFINISHED = "begun, and not finished: it hung, or its process was ended"  # the note of a row
 ALL = "all"  # in place of a provider: the reference, and all that take turns
 LONGEST = 150  # seconds that a provider may take to compile and be compared, and all of them to be timed
 
