@@ -213,8 +213,7 @@ def time_providers(
     operation: Operation, names: list[str], direction: str, seconds: float, run: Run
 ) -> dict[str, tuple[Timing, float | None]]:
     """Of the providers that run, interleaved: their timings, and the gigabytes that a call allocates."""
-    size = sum(t.numel() * t.element_size() for t in operation.tensors())
-    sets = buffer_sets(size, run.device)
+    sets = buffer_sets(sum(t.nbytes for t in operation.tensors()), run.device)
     calls: dict[str, Callable[[int], object]] = {}
     memory: dict[str, float | None] = {}
 

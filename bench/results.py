@@ -25,14 +25,14 @@ from hotlap.model.errors import DataError
 log = logging.getLogger("hotlap")
 
 RESULTS = Path("bench/results")  # in the current folder, which is the checkout
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 TITLE = "# Measurements"  # first line of a page
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """With what a measurement is made."""
-    found = {}
+    found = {"torch": torch.__version__}  # which names the build too
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)

@@ -5,6 +5,8 @@ pytest bench --benchmark-only
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 pytest.importorskip("pytest_benchmark")
@@ -12,7 +14,7 @@ pytest.importorskip("pytest_benchmark")
 from hotlap.bench.kernels import costs, prepared
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.timing import synchronize
+from hotlap.bench.timing import buffer_sets, synchronize
 from hotlap.kernels.dispatch import default_device, fast_dtype
 
 DEVICE = default_device()
@@ -31,10 +33,14 @@ def ceilings():
 
 @pytest.mark.parametrize(("operation", "direction"), CASES)
 def test_ours(operation, direction, benchmark, ceilings):
-    call = prepared(operation, operation.providers["hotlap"], direction, 1)
+    sets = buffer_sets(sum(t.nbytes for t in operation.tensors()), DEVICE)
+    call, turns = (
+        prepared(operation, operation.providers["hotlap"], direction, sets),
+        itertools.cycle(range(sets)),
+    )
 
     def once() -> None:
-        call(0)
+        call(next(turns))
         synchronize(DEVICE)
 
     benchmark(once)
