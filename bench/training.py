@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.models import NANOCHAT_MFU, ROWS, model_config
 from hotlap.bench.peaks import log_warnings
 from hotlap.bench.plots import draw_training
 from hotlap.bench.timing import (
@@ -126,7 +126,8 @@ def bench_model(
             note = failure(error)
             results.write_traceback(folder, f"training {case['case']}")
         if not note:
-            yield case | found
+            reached, target = found["mfu_nanochat"], NANOCHAT_MFU.get(name)
+            yield case | found | {"over_nanochats_mfu": reached / target if reached and target else None}
             return
         yield case | {"ms": None, "note": note}
         count = count // 2 if note == OUT_OF_MEMORY and not config.rows else 0

@@ -183,7 +183,7 @@ def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, mon
             raise torch.OutOfMemoryError("too much")
         if len(tried) > 3:
             raise RuntimeError("no kernel image")
-        return {"ms": 1.0, "note": ""}
+        return {"ms": 1.0, "note": "", "mfu_nanochat": 0.205}
 
     monkeypatch.setattr(training, "measure_training", measure_training)
     monkeypatch.setattr(training, "draw_training", lambda *_: False)
@@ -193,9 +193,17 @@ def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, mon
         ("tiny 8x64", "out of memory; give fewer --rows"),
         ("tiny 4x64", ""),
     ]
+    assert rows[2]["over_nanochats_mfu"] is None  # which has no such model
     assert tried[-1] == 4 and rows[-1]["note"] == "does not run: no kernel image"  # and the others go on
     rows = training.bench_training(training.TrainingConfig(("tiny",), rows=64, out=tmp_path))
     assert len(rows) == 1  # as many as were asked for, and no fewer
+
+
+def test_a_model_of_nanochats_is_set_against_what_nanochat_reaches(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "measure_training", lambda *_: {"ms": 1.0, "mfu_nanochat": 0.492})
+    monkeypatch.setattr(training, "draw_training", lambda *_: False)
+    rows = training.bench_training(training.TrainingConfig(("d12", "d24"), out=tmp_path))
+    assert [row["over_nanochats_mfu"] for row in rows] == pytest.approx([1.2, 0.984])
 
 
 def test_training_waits_for_batches_of_documents_that_a_thread_reads_ahead():
