@@ -196,10 +196,11 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
         elif note is not None:
             good.append(name)
     del right
-    for case, direction in directions.items():
+    sets = run.attempt(operation, ALL, "", partial(needed_sets, operation, run.device)) if good else None
+    for case, direction in directions.items() if sets else ():
         run.begin(operation, ALL)
         with side_stream(run.device):
-            timed = time_providers(operation, good, direction, config.seconds, run)
+            timed = time_providers(operation, good, direction, sets, config.seconds, run)
         for name, (timing, memory) in timed.items():
             row = row_of(name, operation, direction, {n: t for n, (t, _) in timed.items()}, run.ceilings)
             run.rows.append(row | {"memory_gb": memory, "graph": None if memory is None else timing.graph})
@@ -210,10 +211,9 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
 
 
 def time_providers(
-    operation: Operation, names: list[str], direction: str, seconds: float, run: Run
+    operation: Operation, names: list[str], direction: str, sets: int, seconds: float, run: Run
 ) -> dict[str, tuple[Timing, float | None]]:
     """Of the providers that run, interleaved: their timings, and the gigabytes that a call allocates."""
-    sets = buffer_sets(sum(t.nbytes for t in operation.tensors()), run.device)
     calls: dict[str, Callable[[int], object]] = {}
     memory: dict[str, float | None] = {}
 
@@ -231,6 +231,11 @@ def time_providers(
         action = partial(measure, calls, run.device, sets=sets, seconds=seconds)
         timings = run.attempt(operation, ALL, direction, action) or {}
     return {name: (timing, memory[name]) for name, timing in timings.items()}
+
+
+def needed_sets(operation: Operation, device: torch.device) -> int:
+    """How many sets of inputs do not fit the cache."""
+    return buffer_sets(sum(t.nbytes for t in operation.tensors()), device)
 
 
 def memory_of(call: Callable[[int], object], device: torch.device) -> float | None:

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from hotlap.bench.kernels import costs, prepared
+from hotlap.bench.kernels import costs, needed_sets, prepared
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.timing import buffer_sets, synchronize
+from hotlap.bench.timing import synchronize
 from hotlap.kernels.dispatch import default_device, fast_dtype
 
 DEVICE = default_device()
@@ -33,11 +33,9 @@ def ceilings():
 
 @pytest.mark.parametrize(("operation", "direction"), CASES)
 def test_ours(operation, direction, benchmark, ceilings):
-    sets = buffer_sets(sum(t.nbytes for t in operation.tensors()), DEVICE)
-    call, turns = (
-        prepared(operation, operation.providers["hotlap"], direction, sets),
-        itertools.cycle(range(sets)),
-    )
+    sets = needed_sets(operation, DEVICE)
+    call = prepared(operation, operation.providers["hotlap"], direction, sets)
+    turns = itertools.cycle(range(sets))
 
     def once() -> None:
         call(next(turns))

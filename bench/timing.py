@@ -258,6 +258,7 @@ def start_afresh(device: torch.device) -> None:
 
 def failure(error: Exception) -> str:
     """The note of a row for what was raised in its place."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # of a CPU
+    of_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError) or of_cpu:
         return OUT_OF_MEMORY
     return f"{FAILED} {' '.join(str(error).split())[:120] or type(error).__name__}"
