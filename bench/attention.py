@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from hotlap.bench.providers import CONTEXT, HEAD_DIM, Function, Operation, installed, normal
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
@@ -39,10 +41,12 @@ def windowed_attention_at(
     )
 
 
-def attention_of_lengths(rows: int, device: torch.device, dtype: torch.dtype) -> list[Operation]:
-    """Heads of 64 and 128 at a width of 2048, rows of 1k to 16k, whole and in windows of 512 and 1024."""
+def attention_of_lengths(rows: int) -> list[Callable[..., Operation]]:
+    """Makers of operations for a number of rows: heads of 64 and 128 at a width of 2048, lengths of 1k to
+    16k, whole and in windows of 512 and 1024.
+    """
     return [
-        _attention("attention_lengths", f"window {window}", T, window, 2048 // C, C, rows, device, dtype)
+        partial(_attention, "attention_lengths", f"window {window}", T, window, 2048 // C, C)
         for C, T in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384))
         for window in sorted({512, min(1024, T), T})
         if rows >= T
@@ -60,6 +64,7 @@ def _attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Operation:
+    T, window = min(T, rows), min(window, rows)
     auto = partial(attention, window=window)
     providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device)}
     if device.type == "cuda":  # there the choice may fall on another's kernel
@@ -138,12 +143,15 @@ def _flex(window: int, T: int, device: torch.device) -> Function:
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query - key < window)
 
-    mask = create_block_mask(visible, None, None, T, T, device=device)
+    @functools.cache  # made by the first call, whose failure is then a row of the results
+    def mask() -> BlockMask:
+        return create_block_mask(visible, None, None, T, T, device=device)
+
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
+        return compiled(q, k, v, block_mask=mask()).transpose(1, 2)
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from hotlap.bench import results
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import log_warnings, measure_ceilings
-from hotlap.bench.timing import NO_TIME, deadline, measure, start_afresh
+from hotlap.bench.plots import draw_inference
+from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.engine import KVCache
 from hotlap.model.flops import parameter_counts
@@ -37,10 +37,10 @@ class InferenceConfig:
 
 @torch.inference_mode()
 def bench_inference(config: InferenceConfig) -> list[dict]:
-    """Measure each batch size, write inference.json and .csv, and return the rows. Out of memory is a row
-    too.
+    """Measure each batch size, write inference.json, .csv and .png, and return the rows. Out of memory is a
+    row too.
     """
-    end, device = deadline(config.minutes), default_device()
+    budget, device = Budget(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
     prompt = config.prompt or shape.context // 2
@@ -48,33 +48,43 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         raise ValueError(
             f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
         )
+    path = results.open_file("inference", config.out, device)
     log_warnings(device)
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # as many are before training; products of zeros take less power, and time
+            parameter.normal_(0, shape.width**-0.5)
     ceilings = measure_ceilings(device)
-    folder = config.out or results.device_folder(device)
-    rows = []
+    rows: list[dict] = []
     for batch in config.batches:
         start_afresh(device)
-        row = {"case": f"{name} prompt {prompt} batch {batch}", "provider": "hotlap"}
-        try:
-            if time.monotonic() > end:
-                row |= {"ms": None, "note": NO_TIME}
-            else:
-                row |= measure_decoding(model, batch, prompt, ceilings.copy, device)
-        except torch.OutOfMemoryError:
-            row |= {"ms": None, "note": "out of memory"}
-        rows.append(row)
-        log.info("%s", results.as_line(row))
-        path = results.save("inference", rows, folder, device, ceilings=vars(ceilings))
+        case = f"{name} prompt {prompt} batch {batch}"
+        notes: dict[str, object] = {"ms": None, "note": NO_TIME}
+        if budget.fits():
+            try:
+                rows += measure_decoding(model, case, batch, prompt, ceilings.copy, device)
+                notes = {}
+            except Exception as error:  # whatever a batch ends with is its row, and the others go on
+                notes["note"] = failure(error).replace("--rows", "--batches")
+                results.write_traceback(path.parent, f"inference {case}")
+        if notes:
+            rows.append({"case": case, "provider": "hotlap", **notes})
+        for row in rows:
+            if row["case"] == case:
+                log.info("%s", results.as_line(row))
+        results.save(path, rows, device, ceilings=vars(ceilings))
+    draw_inference(rows, path.with_suffix(".png"))
     log.info("written to %s", path)
     return rows
 
 
-def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, device) -> dict:
-    """Milliseconds of the prefill of one prompt and of a decoding step of `batch` sequences of that
-    length.
+def measure_decoding(
+    model: GPT, case: str, batch: int, prompt: int, bandwidth: float, device: torch.device
+) -> list[dict]:
+    """Milliseconds of the prefill of one prompt, and of a decoding step of `batch` sequences of that length:
+    a row as the engine takes it, and on a GPU one of a CUDA graph of it, without the host's share.
     """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
@@ -82,7 +92,7 @@ def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, devi
     every = torch.arange(batch, device=device)
 
     def prefill(_: int) -> None:
-        cache.lengths[0] = 0
+        cache.lengths[:1] = 0
         cache.use(every[:1], prompt)
         model.logits(model.hidden(ids, cache=cache)[:, -1:])
 
@@ -93,18 +103,27 @@ def measure_decoding(model: GPT, batch: int, prompt: int, bandwidth: float, devi
 
     cache.k.normal_()
     cache.v.normal_()
-    timings = measure({"prefill": prefill, "decode": decode}, device, capture=False)  # the cache waits
-    step = timings["decode"]
     limit = decoding_bytes(model, batch, prompt) / bandwidth
-    return {
-        "first_token_ms": 1e3 * timings["prefill"].median,
-        "ms": 1e3 * step.median,
-        "ms_low": 1e3 * step.low,
-        "ms_high": 1e3 * step.high,
-        "tokens_per_second": batch / step.median,
-        "limit_ms": 1e3 * limit,
-        "share_of_bandwidth": limit / step.median,
-    }
+    rows = []
+    for capture in (False, True) if device.type == "cuda" else (False,):
+        timings = measure({"prefill": prefill, "decode": decode}, device, capture=capture)
+        step = timings["decode"]
+        if capture and not step.graph:
+            break
+        rows.append(
+            {
+                "case": case,
+                "provider": "hotlap in a graph" if capture else "hotlap",
+                "first_token_ms": 1e3 * timings["prefill"].median,
+                "ms": 1e3 * step.median,
+                "ms_low": 1e3 * step.low,
+                "ms_high": 1e3 * step.high,
+                "tokens_per_second": batch / step.median,
+                "limit_ms": 1e3 * limit,
+                "share_of_bandwidth": limit / step.median,
+            }
+        )
+    return rows
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:

@@ -1,25 +1,35 @@
-"""`hotlap bench kernels`: every operation by every provider that is installed, right first, then timed."""
+"""`hotlap bench kernels`: every operation by every provider that is installed, right first, then timed.
+
+A provider may hang, or take the GPU's context with it. So the results say before each one what is begun, a
+watchdog ends the process where it takes too long, and --resume goes on with the rest.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+import faulthandler
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from hotlap.bench import results
+from hotlap.bench.accuracy import as_tuple, expected, fault
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, log_warnings, measure_ceilings
 from hotlap.bench.plots import draw_kernels
 from hotlap.bench.providers import CONTEXT, Function, Operation
 from hotlap.bench.timing import (
+    FAILED,
     NO_TIME,
+    Budget,
     Timing,
     buffer_sets,
-    deadline,
+    failure,
     measure,
     side_stream,
     start_afresh,
@@ -27,10 +37,9 @@ from hotlap.bench.timing import (
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.train.log import log
 
-ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than torch in the same dtype
-# What a provider may be off by in any case: rounding of the dtype.
-SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-CHECKED_ROWS = 2048  # of the sizes that are compared with float64
+UNFINISHED = "begun, and not finished: it hung, or its process was ended"  # the note of a row
+ALL = "all"  # in place of a provider: the reference, and all that take turns
+LONGEST = 150  # seconds that a provider may take to compile and be compared, and all of them to be timed
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class KernelsConfig:
     """
 
     operations: tuple[str, ...] = ()
-    """Of rms_norm, rms_norm_residual, relu2, linear_relu2, rotary, attention, windowed_attention,
-    decode_attention, cross_entropy, linear_cross_entropy, linear_cross_entropy_uncapped and orthogonalize;
-    none is all. attention_lengths: rows of 1k to 16k, only where it is named."""
+    """Of attention, windowed_attention, linear_relu2, linear_cross_entropy, orthogonalize, rms_norm,
+    rms_norm_residual, rotary, decode_attention, cross_entropy, relu2 and linear_cross_entropy_uncapped; none
+    is all. attention_lengths: rows of 1k to 16k, only where it is named."""
     rows: int = 0
     """Rows of tokens, up to 2048 or a multiple of that; 0 is 16384 on a GPU, 1024 on a CPU."""
     seconds: float = 0.2
@@ -51,14 +60,21 @@ class KernelsConfig:
     """Measure torch.compile too, which takes a while to compile."""
     minutes: float = 0
     """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
+    resume: bool = False
+    """Go on where a run into the same folder ended, without what hung in it."""
     out: Path | None = None
     """Folder for the results; by default bench/results/DEVICE."""
+
+
+class DeviceLost(OSError):
+    """A kernel has left the GPU's context unusable: nothing more can be measured in this process."""
 
 
 def bench_kernels(config: KernelsConfig) -> list[dict]:
     """Measure everything, write kernels.json, .csv and .png, and return the rows.
 
-    A provider that is wrong is a row that says so and is not timed; out of memory is a row too.
+    A provider that is wrong is a row that says so and is not timed; out of memory is a row too. Raises
+    DeviceLost where a provider leaves the GPU unusable.
     """
     if not config.seconds > 0:
         raise ValueError(f"seconds={config.seconds} must be positive")
@@ -66,98 +82,163 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
         raise ValueError(
             f"rows={config.rows} must be at most {CONTEXT} or a multiple of it; 0 is the default"
         )
-    end, device = deadline(config.minutes), default_device()
-    dtype = fast_dtype(device.type)
+    budget, device = Budget(config.minutes), default_device()
+    count = config.rows or (16384 if device.type == "cuda" else 1024)
+    todo = operations(count, device, fast_dtype(device.type), config.operations)
+    path = results.open_file("kernels", config.out, device, keep=config.resume)
+    before = results.load(path, device)["rows"] if path.exists() else []
     log_warnings(device)
     ceilings = measure_ceilings(device)
-    log.info(
-        "measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s",
-        ceilings.copy / 1e12,
-        ceilings.product / 1e12,
-    )
-    count = config.rows or (16384 if device.type == "cuda" else 1024)
-    checked = {
-        (o.name, o.size.split()[0]): o
-        for o in operations(min(count, CHECKED_ROWS), device, dtype, config.operations)
-    }
-    folder = config.out or results.device_folder(device)
-    rows: list[dict] = []
-    for operation in operations(count, device, dtype, config.operations):
-        if time.monotonic() > end:
-            case = f"{operation.name} {operation.size}"
-            rows.append({"case": case, "provider": "hotlap", "ms": None, "note": NO_TIME})
+    log.info("measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s", *ceilings.in_tera())
+    run = Run(path, device, ceilings, [row for row in before if row.get("note") != NO_TIME])
+    for operation in todo:
+        if run.holds(operation):
+            continue
+        if budget.fits():
+            bench_operation(operation, run, config)
         else:
-            small = checked[operation.name, operation.size.split()[0]]
-            rows += bench_operation(operation, small, config, ceilings, device)
-        path = results.save("kernels", rows, folder, device, ceilings=vars(ceilings))
-    draw_kernels(rows, path.with_suffix(".png"))
+            run.add(operation.case(), "hotlap", NO_TIME)
+        run.save()
+    run.save(complete=True)
+    draw_kernels(run.rows, path.with_suffix(".png"))
     log.info("written to %s", path)
-    return rows
+    return run.rows
+
+
+class Run:
+    """The rows of a run, on disk before and after whatever may hang or end the process."""
+
+    def __init__(self, path: Path, device: torch.device, ceilings: Ceilings, rows: list[dict]):
+        """rows: of a run that this one continues."""
+        self.path, self.device, self.ceilings, self.rows = path, device, ceilings, rows
+
+    def save(self, *more: dict, complete: bool = False) -> None:
+        rows = [*self.rows, *more]
+        results.save(self.path, rows, self.device, ceilings=vars(self.ceilings), complete=complete)
+
+    def add(self, case: str, provider: str, note: str) -> None:
+        """A row without a time, for the reason in its note."""
+        self.rows.append({"case": case, "provider": provider, "ms": None, "note": note})
+
+    def holds(self, operation: Operation) -> bool:
+        """Whether an operation is measured, or cannot be."""
+        last, whole = operation.case(operation.directions[-1]), operation.case()
+        return any(row["case"] == last or (row["case"], row["provider"]) == (whole, ALL) for row in self.rows)
+
+    def failed(self, operation: Operation) -> set[str]:
+        """The providers of an operation that were wrong, did not run, or hung."""
+        return {row["provider"] for row in self.rows if row["case"] == operation.case()}
+
+    def begin(self, operation: Operation, provider: str) -> None:
+        """Say on disk what would be to blame if this process did not go on."""
+        self.save({"case": operation.case(), "provider": provider, "ms": None, "note": UNFINISHED})
+
+    def attempt(self, operation: Operation, provider: str, direction: str, action: Callable[[], Any]) -> Any:
+        """What an action of a provider returns, or None and a row more where it raises."""
+        try:
+            with watched(self.device):
+                return action()
+        except Exception as error:  # whatever a provider throws is its row
+            note, lost = failure(error), not is_usable(self.device)
+            results.write_traceback(self.path.parent, f"{operation.case(direction)} by {provider}")
+            log.error("%s by %s: %s", operation.case(direction), provider, note)
+            self.add(operation.case("" if lost else direction), provider, note)
+            if lost:
+                self.save()
+                raise DeviceLost(
+                    f"{provider} has left the GPU unusable in {operation.case()}; --resume does the rest"
+                ) from error
+        return None
+
+
+@contextlib.contextmanager
+def watched(device: torch.device) -> Iterator[None]:
+    """End the process, with its stacks, where a GPU does not come back."""
+    if device.type != "cuda":
+        yield
+        return
+    faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether a GPU still computes: after an illegal access, or a failed capture, it may not."""
+    try:
+        return torch.randn(1, device=device).isfinite().item()
+    except RuntimeError:
+        return False
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # or a compiled backward pass runs only once
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or what is timed would not be compiled
-def bench_operation(
-    operation: Operation, small: Operation, config: KernelsConfig, ceilings: Ceilings, device
-) -> list[dict]:
-    """The rows of one operation: for each direction and provider."""
-    start_afresh(device)
-    providers, rows = {}, []
-    limit = allowed_error(small)
-    for name, function in operation.providers.items():
-        if name == "compile" and not config.compile:
-            continue
-        note = fault(small, small.providers[name], limit)
+def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> None:
+    """Add the rows of one operation: for each direction and provider, but for those that failed before."""
+    start_afresh(run.device)
+    directions = {operation.case(direction): direction for direction in operation.directions}
+    run.rows = [row for row in run.rows if row["case"] not in directions]  # of a run that ended in here
+    names = [name for name in operation.providers if name not in run.failed(operation)]
+    if not config.compile:
+        names = [name for name in names if name != "compile"]
+    run.begin(operation, ALL)
+    right = run.attempt(operation, ALL, "", partial(expected, operation, run.device))
+    if right is None:
+        return
+    good = []
+    for name in names:
+        run.begin(operation, name)
+        note = run.attempt(operation, name, "", partial(fault, right, name))
         if note:
-            rows.append(
-                {"case": f"{operation.name} {operation.size}", "provider": name, "ms": None, "note": note}
-            )
-            log.error("%s %s by %s: %s", operation.name, operation.size, name, note)
-        else:
-            providers[name] = function
-    for direction in operation.directions:
-        case = f"{operation.name} {direction} {operation.size}"
-        with side_stream(device):
-            timings, memory, failed = time_providers(operation, providers, direction, config.seconds, device)
-        rows += [{"case": case, "provider": name, "ms": None, "note": note} for name, note in failed.items()]
-        for name, timing in timings.items():
-            row = row_of(case, name, timing, timings, operation, direction, ceilings)
-            row["memory_gb"] = memory[name]
-            rows.append(row)
+            log.error("%s by %s: %s", operation.case(), name, note)
+            run.add(operation.case(), name, note)
+        elif note is not None:
+            good.append(name)
+    del right
+    sets = run.attempt(operation, ALL, "", partial(needed_sets, operation, run.device)) if good else None
+    for case, direction in directions.items() if sets else ():
+        run.begin(operation, ALL)
+        with side_stream(run.device):
+            timed = time_providers(operation, good, direction, sets, config.seconds, run)
+        for name, (timing, memory) in timed.items():
+            row = row_of(name, operation, direction, {n: t for n, (t, _) in timed.items()}, run.ceilings)
+            run.rows.append(row | {"memory_gb": memory, "graph": None if memory is None else timing.graph})
             log.info(
                 "%-46s %-14s %9.4f ms  %6.1f %% of the ceiling  %s",
                 case, row["provider"], row["ms"], 100 * row["share_of_ceiling"], ratio(row),
             )  # fmt: skip
-    return rows
 
 
 def time_providers(
-    operation: Operation, providers: dict[str, Function], direction: str, seconds: float, device
-) -> tuple[dict[str, Timing], dict[str, float | None], dict[str, str]]:
-    """Timings of the providers that run, interleaved, the gigabytes that a call of each allocates, and what
-    the others failed with.
-    """
-    size = sum(t.numel() * t.element_size() for t in operation.tensors())
-    sets = min(8, buffer_sets(size, device))
+    operation: Operation, names: list[str], direction: str, sets: int, seconds: float, run: Run
+) -> dict[str, tuple[Timing, float | None]]:
+    """Of the providers that run, interleaved: their timings, and the gigabytes that a call allocates."""
     calls: dict[str, Callable[[int], object]] = {}
     memory: dict[str, float | None] = {}
-    failed: dict[str, str] = {}
-    for name, function in providers.items():
-        try:
-            call = prepared(operation, function, direction, sets)
-            call(0)  # compiles
-            memory[name] = memory_of(call, device)
+
+    def first_call(name: str) -> Callable[[int], object]:
+        call = prepared(operation, operation.providers[name], direction, sets)
+        call(0)  # compiles
+        memory[name] = memory_of(call, run.device)
+        return call
+
+    for name in names:
+        if call := run.attempt(operation, name, direction, partial(first_call, name)):
             calls[name] = call
-        except Exception as error:  # whatever a provider throws is its row
-            failed[name] = does_not_run(error)
-            log.error("%s %s by %s: %s", operation.name, operation.size, name, failed[name])
-    try:
-        return (measure(calls, device, sets=sets, seconds=seconds) if calls else {}), memory, failed
-    except torch.OutOfMemoryError:  # each ran alone, but their inputs do not fit together
-        return {}, memory, failed | dict.fromkeys(calls, "out of memory beside the others; lower --rows")
+    timings = {}
+    if calls:  # each ran alone; their inputs may not fit together
+        action = partial(measure, calls, run.device, sets=sets, seconds=seconds)
+        timings = run.attempt(operation, ALL, direction, action) or {}
+    return {name: (timing, memory[name]) for name, timing in timings.items()}
 
 
-def memory_of(call: Callable[[int], object], device) -> float | None:
+def needed_sets(operation: Operation, device: torch.device) -> int:
+    """How many sets of inputs do not fit the cache."""
+    return buffer_sets(sum(t.nbytes for t in operation.tensors()), device)
+
+
+def memory_of(call: Callable[[int], object], device: torch.device) -> float | None:
     """Gigabytes that a call allocates at most, beyond what was there; None on a CPU."""
     if device.type != "cuda":
         return None
@@ -168,74 +249,36 @@ def memory_of(call: Callable[[int], object], device) -> float | None:
 
 
 def prepared(operation: Operation, function: Function, direction: str, sets: int) -> Callable[[int], object]:
-    """A call on buffer set i: the forward pass alone, the backward pass alone, or both."""
+    """A call on buffer set i: the forward pass alone, the backward pass alone, or both.
+
+    What a call returns is held until the set's next turn, so that results rotate over the memory too.
+    """
     inputs = [operation.tensors() for _ in range(sets)]
+    held: list[object] = [None] * sets
     if direction == "forward":
 
-        def forward(i: int) -> Tensor:
+        def forward(i: int) -> None:
             with torch.no_grad():
-                return function(*inputs[i])
+                held[i] = function(*inputs[i])
 
         return forward
     leaves = [[t.requires_grad_() for t in tensors[: operation.differentiable]] for tensors in inputs]
+    if direction == "both":
+
+        def both(i: int) -> None:
+            outputs = as_tuple(function(*inputs[i]))
+            held[i] = torch.autograd.grad(outputs, leaves[i], grads[i])
+
+        first = as_tuple(function(*inputs[0]))
+        grads = [[torch.randn_like(output) for output in first] for _ in range(sets)]
+        return both
     outputs = [as_tuple(function(*tensors)) for tensors in inputs]
-    grads = [[torch.randn_like(output) for output in some] for some in outputs]
-    if direction == "backward":
-        return lambda i: torch.autograd.grad(outputs[i], leaves[i], grads[i], retain_graph=True)
-    return lambda i: torch.autograd.grad(as_tuple(function(*inputs[i])), leaves[i], grads[i])
+    grads = [[torch.randn_like(output) for output in first] for first in outputs]
 
+    def backward(i: int) -> None:
+        held[i] = torch.autograd.grad(outputs[i], leaves[i], grads[i], retain_graph=True)
 
-def as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
-def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The outputs and the gradients, for output gradients that are the same whoever computes them."""
-    inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
-    outputs = as_tuple(function(*inputs))
-    found = [output.detach() for output in outputs]
-    if not operation.differentiable:
-        return found
-    generator = torch.Generator(found[0].device).manual_seed(1)
-    grads = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
-    return [*found, *torch.autograd.grad(outputs, inputs[: operation.differentiable], grads)]
-
-
-def errors(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[float]:
-    """Relative distance of the output and each gradient from the reference in float64."""
-    exact = outcome(
-        operation, operation.reference, tuple(t.double() if t.is_floating_point() else t for t in tensors)
-    )
-    found = outcome(operation, function, tensors)
-    return [
-        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
-        for a, b in zip(found, exact, strict=True)
-    ]
-
-
-def checked_tensors(operation: Operation) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    return operation.tensors()
-
-
-def allowed_error(operation: Operation) -> list[float]:
-    """What a provider may be off, for the output and each gradient."""
-    tensors = checked_tensors(operation)
-    floor = SMALLEST_ERROR[tensors[0].dtype]
-    return [max(floor, ERROR_FACTOR * e) for e in errors(operation, operation.reference, tensors)]
-
-
-def fault(operation: Operation, function: Function, limit: list[float]) -> str:
-    """Why a provider cannot be timed, or nothing."""
-    try:
-        found = errors(operation, function, checked_tensors(operation))
-    except Exception as error:  # whatever a provider throws is its row
-        return does_not_run(error)
-    for i, (error, most) in enumerate(zip(found, limit, strict=True)):
-        if not error <= most:
-            what = "gradient" if i >= len(found) - operation.differentiable else "output"
-            return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
-    return ""
+    return backward
 
 
 def costs(operation: Operation, direction: str) -> tuple[float, float]:
@@ -244,23 +287,17 @@ def costs(operation: Operation, direction: str) -> tuple[float, float]:
     return sum(operation.bytes[part]), sum(operation.flops[part])
 
 
-def does_not_run(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"does not run: {' '.join(str(error).split())[:120] or type(error).__name__}"
-
-
 def row_of(
-    case: str, name: str, timing: Timing, all_of: dict[str, Timing], operation: Operation, direction: str,
-    ceilings: Ceilings,
-) -> dict:  # fmt: skip
+    name: str, operation: Operation, direction: str, timings: dict[str, Timing], ceilings: Ceilings
+) -> dict:
     """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other
     provider.
     """
+    timing = timings[name]
     moved, flops = costs(operation, direction)
-    others = [t.median for other, t in all_of.items() if other != name]
-    row = {
-        "case": case,
+    others = [t.median for other, t in timings.items() if other != name]
+    return {
+        "case": operation.case(direction),
         "provider": name,
         "ms": 1e3 * timing.median,
         "ms_low": 1e3 * timing.low,
@@ -270,13 +307,12 @@ def row_of(
         "share_of_ceiling": (moved / ceilings.copy if moved else flops / ceilings.product) / timing.median,
         "best_other_over_this": min(others) / timing.median if others else None,
     }
-    return row
 
 
 def is_fault(row: dict) -> bool:
-    """Whether a row says that our kernel is wrong or does not run."""
-    note = row.get("note", "")
-    return row["provider"] == "hotlap" and ("WRONG" in note or "does not run" in note)
+    """Whether a row says that our code is wrong or does not run."""
+    ours = row["provider"] == ALL or row["provider"].startswith("hotlap")
+    return ours and row.get("note", "").startswith(("WRONG", FAILED, UNFINISHED))
 
 
 def ratio(row: dict) -> str:

@@ -17,6 +17,9 @@ MODELS = {
     "d24": GPTConfig.from_depth(24),
 }  # fmt: skip
 ROWS = {"tiny": 16, "124m": 64, "d12": 32, "d20": 32, "d24": 16}  # of a step, on a GPU of 80 GB
+# The MFU that nanochat publishes for models of these depths on eight H100s, in bf16: 41 % in dev/LOG.md of
+# 2026-01-12, and for run 1 of dev/LEADERBOARD.md 4.331e19 FLOPs in 10949 s.
+NANOCHAT_MFU = {"d12": 0.41, "d24": 0.50}
 
 
 def model_config(name: str) -> GPTConfig:

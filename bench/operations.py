@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -192,19 +194,19 @@ def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dty
     )  # fmt: skip
 
 
-BUILDERS = {
-    "rms_norm": rms_norm_at,
-    "rms_norm_residual": rms_norm_residual_at,
-    "relu2": relu2_at,
-    "linear_relu2": linear_relu2_at,
-    "rotary": rotary_at,
+BUILDERS = {  # what takes the most of a training step first
     "attention": attention_at,
     "windowed_attention": windowed_attention_at,
+    "linear_relu2": linear_relu2_at,
+    "linear_cross_entropy": linear_cross_entropy_at,
+    "orthogonalize": orthogonalize_at,
+    "rms_norm": rms_norm_at,
+    "rms_norm_residual": rms_norm_residual_at,
+    "rotary": rotary_at,
     "decode_attention": decode_attention_at,
     "cross_entropy": cross_entropy_at,
-    "linear_cross_entropy": linear_cross_entropy_at,
+    "relu2": relu2_at,
     "linear_cross_entropy_uncapped": linear_cross_entropy_uncapped_at,
-    "orthogonalize": orthogonalize_at,
 }
 
 
@@ -213,15 +215,26 @@ LENGTHS = "attention_lengths"  # thirty operations: only where it is named
 
 def operations(
     rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
-) -> list[Operation]:
-    """Every named operation for `rows` rows of tokens, at the size of d12, then all again at that of d24."""
+) -> Iterator[Operation]:
+    """Every named operation for `rows` rows of tokens, at one size and then all again at the other: d24 first
+    on a GPU, d12 on a CPU. Each is made when its turn comes, because masks take memory.
+    """
     known = (*BUILDERS, LENGTHS)
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"unknown operation {unknown[0]!r}; known: {', '.join(known)}")
-    found = [
-        BUILDERS[name](size, width, rows, device, dtype)
-        for size, width in WIDTHS.items()
+    sizes = sorted(WIDTHS.items(), key=lambda item: item[1], reverse=device.type == "cuda")
+    makers = [
+        partial(_with_rows, BUILDERS[name], size, width, device=device, dtype=dtype)
+        for size, width in sizes
         for name in names or BUILDERS
         if name != LENGTHS
     ]
-    return found + (attention_of_lengths(rows, device, dtype) if LENGTHS in names else [])
+    if LENGTHS in names:
+        makers += [partial(maker, device=device, dtype=dtype) for maker in attention_of_lengths(rows)]
+    return (replace(make(rows), rows=rows, with_rows=make) for make in makers)
+
+
+def _with_rows(
+    build: Callable, size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    return build(size, width, rows, device, dtype)

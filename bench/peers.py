@@ -19,7 +19,7 @@ from torch import Tensor
 from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.peaks import log_warnings
-from hotlap.bench.timing import measure, start_afresh
+from hotlap.bench.timing import failure, measure, start_afresh
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
@@ -62,28 +62,31 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             raise FileNotFoundError(f"no checkout of {name} at {path}")
     device = default_device()
     scripts = modded.runnable(config.modded, device) if config.modded else {}
-    log_warnings(device)
-    folder = config.out or results.device_folder(device)
+    if not config.seconds > 0 or config.rows < 0:
+        raise ValueError(f"seconds={config.seconds} must be positive and rows={config.rows} 0 or more")
     names = config.models or (("124m", "d12", "d24") if device.type == "cuda" else ("tiny",))
     shapes = {name: model_config(name) for name in names}
+    path = results.open_file("peers", config.out, device)
+    log_warnings(device)
     rows: list[dict] = []
     for name, shape in shapes.items():
         for peer in [peer for peer in builders if peer in paths]:
             start_afresh(device)
             try:
                 rows += bench_pair(name, shape, peer, builders[peer], paths[peer], config, device)
-            except torch.OutOfMemoryError:
-                case, note = f"step {name} beside {peer}", "out of memory; give fewer --rows"
+            except RuntimeError as error:  # out of memory, or of a compiler: the others go on
+                case, note = f"step {name} beside {peer}", failure(error)
                 rows.append({"case": case, "provider": peer, "ms": None, "note": note})
                 log.error("%s: %s", case, note)
-            results.save("peers", rows, folder, device)
+                results.write_traceback(path.parent, case)
+            results.save(path, rows, device)
     for name, script in scripts.items():
         start_afresh(device)
         shape = model_config("124m")
         step = our_step(shape, device, micro_rows=ROWS["124m"])
         rows += modded.bench_script(name, script, modded.data_folder(config.modded), shape, step, device)
-        results.save("peers", rows, folder, device)
-    log.info("written to %s", folder / "peers.json")
+        results.save(path, rows, device)
+    log.info("written to %s", path)
     return rows
 
 

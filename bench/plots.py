@@ -1,36 +1,118 @@
-"""Results as pictures."""
+"""Results as pictures. Each returns False where there is nothing to draw, or no matplotlib to draw with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hotlap.train.log import log
 
+DIRECTIONS = ("forward", "backward", "both")
+TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
-def draw_kernels(rows: list[dict], path: Path) -> bool:
-    """A bar for each case and provider: its share of the measured ceiling. False where matplotlib is
-    missing.
-    """
+
+def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None]) -> bool:
+    """Draw the rows that have a time: content puts them on a figure."""
+    timed = [row for row in rows if row.get("ms") is not None]
+    if not timed:
+        return False
     try:
         from matplotlib.figure import Figure
     except ImportError:
         log.info("no picture of the results: matplotlib is missing; pip install 'hotlap[plot]'")
         return False
-    timed = [row for row in rows if row.get("ms") is not None]
-    if not timed:
-        return False
-    cases = list(dict.fromkeys(row["case"] for row in timed))
-    places = [i + cases.index(row["case"]) for i, row in enumerate(timed)]  # a gap before each case
-    figure = Figure(figsize=(9, 1.5 + 0.11 * (len(timed) + len(cases))), layout="constrained")
-    axes = figure.subplots()
-    for provider in dict.fromkeys(row["provider"] for row in timed):
-        bars = [(i, row) for i, row in zip(places, timed, strict=True) if row["provider"] == provider]
-        axes.barh([i for i, _ in bars], [row["share_of_ceiling"] for _, row in bars], label=provider)
-    first = {row["case"]: i for i, row in reversed(list(zip(places, timed, strict=True)))}
-    axes.set_yticks([first[case] for case in cases], cases, fontsize=7)
-    axes.set_ylim(places[-1] + 1, -1)
-    axes.set(xlabel="share of the measured ceiling (copy or product)", xlim=(0, None))
-    axes.legend(fontsize=7)
-    axes.grid(axis="x", alpha=0.3)
+    figure = Figure(layout="constrained")
+    content(figure, timed)
     figure.savefig(path, dpi=120)
     return True
+
+
+def draw_kernels(rows: list[dict], path: Path) -> bool:
+    """A line for each operation, a panel for each direction, a dot for each provider: its share of the
+    measured ceiling.
+    """
+    return draw(rows, path, _kernels)
+
+
+def _kernels(figure: Any, rows: list[dict]) -> None:
+    def operation_of(row: dict) -> str:
+        name, _, size = row["case"].split(" ", 2)
+        return f"{name} {size}"
+
+    operations = list(dict.fromkeys(map(operation_of, rows)))
+    providers = sorted({row["provider"] for row in rows}, key=lambda name: (name != "hotlap", name))
+    figure.set_size_inches(11, 1.6 + 0.24 * len(operations))
+    panels = figure.subplots(1, len(DIRECTIONS), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, direction in zip(panels, DIRECTIONS, strict=True):
+        for i, provider in reversed(list(enumerate(providers))):  # ours last, so on top
+            dots = [
+                (row["share_of_ceiling"], operations.index(operation_of(row)))
+                for row in rows
+                if row["provider"] == provider and row["case"].split()[1] == direction
+            ]
+            ours = provider == "hotlap"
+            axes.scatter(
+                [share for share, _ in dots], [place for _, place in dots], label=provider, color=f"C{i}",
+                marker="D" if ours else "o", s=42 if ours else 20, alpha=1 if ours else 0.75,
+            )  # fmt: skip
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=direction, xscale="log", ylim=(len(operations) - 0.5, -0.5))
+        axes.set_xticks(TICKS, [f"{100 * tick:g} %" for tick in TICKS], fontsize=8)
+        axes.set_xticks([], minor=True)
+        shares = [row["share_of_ceiling"] for row in rows]
+        axes.set_xlim(0.7 * min(shares), 1.5 * max(1, *shares))
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(operations)), operations, fontsize=7)
+    figure.supxlabel("share of the measured ceiling (of a copy, or of a large product)", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles[::-1], labels[::-1], loc="outside upper left", ncols=min(8, len(labels)), fontsize=8
+    )
+
+
+def draw_training(rows: list[dict], path: Path, phases: tuple[str, ...]) -> bool:
+    """A bar for each model: the milliseconds of each phase of its step."""
+    return draw(rows, path, partial(_training, phases))
+
+
+def _training(phases: tuple[str, ...], figure: Any, rows: list[dict]) -> None:
+    figure.set_size_inches(9, 1.6 + 0.34 * len(rows))
+    axes, left = figure.subplots(), [0.0] * len(rows)
+    for phase in phases:
+        widths = [row[f"{phase}_ms"] for row in rows]
+        axes.barh(range(len(rows)), widths, left=left, label=phase.replace("_", " "))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, (row, end) in enumerate(zip(rows, left, strict=True)):
+        text = f" {row['tokens_per_second']:,.0f} tokens/s"
+        if row["mfu_nanochat"] is not None:
+            text += f", MFU {row['mfu_nanochat']:.0%}"
+        axes.text(end, place, text, va="center", fontsize=7)
+    names = [row["case"] + row["provider"].removeprefix("hotlap") for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set(xlabel="ms of a step", xlim=(0, 1.35 * max(left)), ylim=(len(rows) - 0.5, -0.5))
+    figure.legend(loc="outside upper left", ncols=len(phases), fontsize=8)
+
+
+def draw_inference(rows: list[dict], path: Path) -> bool:
+    """Tokens/s over the number of sequences, beside what the memory allows."""
+    return draw(rows, path, _inference)
+
+
+def _inference(figure: Any, rows: list[dict]) -> None:
+    figure.set_size_inches(7, 4.5)
+    axes = figure.subplots()
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        own = [row for row in rows if row["provider"] == provider]
+        batches = [int(row["case"].split()[-1]) for row in own]
+        axes.plot(batches, [row["tokens_per_second"] for row in own], "o-", label=provider)
+    limits = {int(row["case"].split()[-1]): 1e3 / row["limit_ms"] for row in rows}
+    speeds = [batch * steps for batch, steps in limits.items()]
+    axes.plot(list(limits), speeds, "k--", label="limit of the memory's measured bandwidth")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(limits), list(map(str, limits)))
+    axes.set(xlabel="sequences decoded at once", ylabel="tokens/s", yscale="log")
+    axes.set_title(rows[0]["case"].rsplit(" batch", 1)[0], fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

@@ -35,6 +35,16 @@ class Operation:
     bytes: tuple[float, float] = (0, 0)  # the least that must be moved
     flops: tuple[float, float] = (0, 0)  # where products bound it
     directions: tuple[str, ...] = ("forward", "backward", "both")
+    rows: int = 0  # of tokens
+    with_rows: Callable[[int], Operation] | None = None  # the same for another number of rows
+
+    def case(self, direction: str = "") -> str:
+        """Its name in the results, as a whole or in one direction."""
+        return " ".join(filter(None, (self.name, direction, self.size)))
+
+    def cases(self) -> set[str]:
+        """Every name that its rows in the results have."""
+        return {self.case(), *map(self.case, self.directions)}
 
 
 @functools.cache

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
+import functools
 import importlib.metadata
+import io
 import json
+import logging
 import platform
 import re
 import subprocess
+import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -16,29 +22,25 @@ import torch
 from hotlap.bench.peaks import device_name, device_state
 from hotlap.model.errors import DataError
 
+log = logging.getLogger("hotlap")
+
 RESULTS = Path("bench/results")  # in the current folder, which is the checkout
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
+TITLE = "# Measurements"  # first line of a page
 
 
-def environment(device: torch.device) -> dict[str, object]:
-    """Where and with what a measurement is made."""
-    versions = {}
-    for package in ("torch", "triton", "flash-attn", "liger-kernel"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    state, warnings = device_state(device)
-    return {
-        "device": device_name(device),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "state": state,
-        "warnings": warnings,
-    }
+@functools.cache
+def versions() -> dict[str, str]:
+    """With what a measurement is made."""
+    found = {"torch": torch.__version__}  # which names the build too
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    runtimes = {"cuda": torch.version.cuda, "rocm": torch.version.hip}
+    return found | {name: version for name, version in runtimes.items() if version}
 
 
+@functools.cache
 def commit() -> str:
     """The commit of this checkout, with + where files differ from it; empty outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
@@ -52,34 +54,96 @@ def device_folder(device: torch.device) -> Path:
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def save(kind: str, rows: list[dict], folder: Path, device: torch.device, **more: object) -> Path:
-    """Write kind.json and kind.csv, and return the path of the first. rows: `case` and `provider` name what
+def open_file(kind: str, out: Path | None, device: torch.device, keep: bool = False) -> Path:
+    """Where to save a kind of results, kind.json in a folder that can be written; asked before time is spent.
+
+    keep: leave there what an earlier run has measured, to be continued; else it is set aside.
+    """
+    folder = out or device_folder(device)
+    check_folder(folder)
+    path = folder / f"{kind}.json"
+    return path if keep else set_aside(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder, and raise an OSError where results cannot be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"no results can be written to {folder} ({error.strerror}); name another --out"
+        raise type(error)(reason) from None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename the results of an earlier run by their date, and return where new ones go."""
+    if path.exists():
+        date = re.sub(r"[^0-9]+", "-", str(load(path).get("date", "")))
+        path.replace(path.with_stem(f"{path.stem}-{date.strip('-')}"))
+    return path
+
+
+def write_traceback(folder: Path, what: str) -> None:
+    """Keep the whole of an error that is being handled, of which a row has room for a line."""
+    with open(folder / "errors.txt", "a", encoding="utf-8") as file:
+        file.write(f"{now()} {what}\n{traceback.format_exc()}\n")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> None:
+    """Write path, its .csv, and the page of the repository's results. rows: `case` and `provider` name what
     was measured, the rest is what was found.
 
     Called again whenever there are more rows, so that a run that is cut off leaves what it has measured.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}.json"
-    content = {"kind": kind, **environment(device), **more, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    state, warnings = device_state(device)
+    content = {
+        "kind": path.stem,
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": now(),
+        "state": state,
+        "warnings": warnings,
+        **more,
+        "rows": rows,
+    }
+    write(path, json.dumps(content, indent=1) + "\n")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    if folder.parent == RESULTS:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path.with_suffix(".csv"), text.getvalue())
+    if path.parent.parent == RESULTS:
         write_page(RESULTS)
-    return path
 
 
-def load(path: Path) -> dict:
+def write(path: Path, text: str) -> None:
+    """Replace a file by a whole one: a kill in the middle leaves what was there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
+
+
+def load(path: Path, device: torch.device | None = None) -> dict:
+    """Results from disk. DataError where they are none, ValueError where they are not of the device."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["device"], content["rows"]
+        content["kind"], content["device"], [(row["case"], row["provider"]) for row in content["rows"]]
     except FileNotFoundError:
         raise FileNotFoundError(f"no results at {path}; `hotlap bench kernels` writes some") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a file of results ({error!r})") from error
+    if device and content["device"] != device_name(device):
+        raise ValueError(
+            f"{path} is of {content['device']}, and this is {device_name(device)}; name another --out"
+        )
     return content
 
 
@@ -105,17 +169,28 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_page(folder: Path) -> Path:
-    """README.md of the results in a folder: each file's device, date and commit, and its rows."""
-    lines = ["# Measurements", "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
+def write_page(folder: Path) -> Path | None:
+    """README.md of the results in a folder: each file's device, date and commit, and its rows. None where
+    there is another README.md, which is left as it is.
+    """
+    page = folder / "README.md"
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(TITLE):
+        log.warning("%s is not a page of results, and is left as it is", page)
+        return None
+    lines = [TITLE, "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
     for path in sorted(folder.rglob("*.json")):
-        content = load(path)
-        versions = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
+        try:
+            content = load(path)
+        except DataError:
+            continue
+        if content["kind"] != path.stem:
+            continue  # an earlier run's
+        with_ = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
         lines += [
             f"## {content['device']}: {path.stem}",
             "",
             f"[{path.relative_to(folder)}]({path.relative_to(folder)}), {content.get('date', '')}, "
-            f"commit {content.get('commit', '')}, {versions}",
+            f"commit {content.get('commit', '')}, {with_}",
             "",
             *(f"Warning: {warning}\n" for warning in content.get("warnings", ())),
             table(content["rows"]),
@@ -123,6 +198,5 @@ def write_page(folder: Path) -> Path:
         ]
         if (picture := path.with_suffix(".png")).exists():
             lines += [f"![{path.stem}]({picture.relative_to(folder)})", ""]
-    page = folder / "README.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    write(page, "\n".join(lines))
     return page

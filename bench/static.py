@@ -306,7 +306,7 @@ def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dic
         raise ValueError("hotlap bench static compiles, and TRITON_INTERPRET=1 forbids it; unset it")
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
-        return list(pool.map(examine, jobs(config, modules), chunksize=4))
+        return list(pool.map(examine, jobs(config, modules), chunksize=1))
 
 
 def main(config: StaticConfig) -> int:

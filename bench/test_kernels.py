@@ -5,11 +5,13 @@ pytest bench --benchmark-only
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from hotlap.bench.kernels import costs, prepared
+from hotlap.bench.kernels import costs, needed_sets, prepared
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.timing import synchronize
@@ -31,10 +33,12 @@ def ceilings():
 
 @pytest.mark.parametrize(("operation", "direction"), CASES)
 def test_ours(operation, direction, benchmark, ceilings):
-    call = prepared(operation, operation.providers["hotlap"], direction, 1)
+    sets = needed_sets(operation, DEVICE)
+    call = prepared(operation, operation.providers["hotlap"], direction, sets)
+    turns = itertools.cycle(range(sets))
 
     def once() -> None:
-        call(0)
+        call(next(turns))
         synchronize(DEVICE)
 
     benchmark(once)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +28,10 @@ Call = Callable[[int], object]  # a call on buffer set i
 BLOCK_SECONDS = 2e-3  # the least that is timed at once, far above the clocks' resolution
 WARM_UP_SECONDS = 0.05
 FEWEST_SAMPLES = 5
-NO_TIME = "skipped: no time left"  # the note of a row that was not measured
+# Notes of rows without a time.
+NO_TIME = "skipped: no time left"
+OUT_OF_MEMORY = "out of memory; give fewer --rows"
+FAILED = "does not run:"
 CACHE_FACTOR = 2.5  # how far the rotating buffers exceed the last-level cache
 
 
@@ -38,6 +43,7 @@ class Timing:
     low: float
     high: float
     samples: int
+    graph: bool = False  # of a CUDA graph's replay, so without the host's share
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
@@ -71,20 +77,26 @@ def measure(
     steps. Raises what a variant raises; one that does not run should not be in here.
     """
     with side_stream(device) if capture else contextlib.nullcontext():
-        blocks = {name: _block(call, device, sets, capture) for name, call in variants.items()}
+        blocks = {name: _block(name, call, device, sets, capture) for name, call in variants.items()}
         samples: dict[str, list[float]] = {name: [] for name in variants}
         began, order = time.perf_counter(), list(variants)
         while (
             time.perf_counter() - began < seconds * len(variants) or len(samples[order[0]]) < FEWEST_SAMPLES
         ):
             for name in order:
-                samples[name].append(blocks[name]())
+                samples[name].append(blocks[name].seconds())
             order.reverse()
-    return {name: Timing.of(values) for name, values in samples.items()}
+    return {name: replace(Timing.of(values), graph=blocks[name].graph) for name, values in samples.items()}
 
 
-def _block(call: Call, device: torch.device, sets: int, capture: bool) -> Callable[[], float]:
-    """A function that runs the call as often as fills a block, and returns the seconds of one."""
+class Block(NamedTuple):
+    """As many calls as are timed at once."""
+
+    seconds: Callable[[], float]  # runs them, and returns the seconds of one
+    graph: bool = False
+
+
+def _block(name: str, call: Call, device: torch.device, sets: int, capture: bool) -> Block:
     synchronize(device)
     began, calls = time.perf_counter(), 0
     while calls < 3 or time.perf_counter() - began < WARM_UP_SECONDS:
@@ -95,8 +107,8 @@ def _block(call: Call, device: torch.device, sets: int, capture: bool) -> Callab
     count = max(1, min(1000, round(BLOCK_SECONDS / one)))
     count = -(-count // sets) * sets if count > 1 else 1  # whole rounds of the buffer sets
     if device.type != "cuda":
-        return lambda: _host_seconds(call, count, sets)
-    return _device_block(call, max(count, sets), sets, capture)
+        return Block(lambda: _host_seconds(call, count, sets))
+    return _device_block(name, call, max(count, sets), sets, capture)
 
 
 def _host_seconds(call: Call, count: int, sets: int) -> float:
@@ -106,34 +118,49 @@ def _host_seconds(call: Call, count: int, sets: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def _device_block(call: Call, count: int, sets: int, capture: bool) -> Callable[[], float]:
+def _device_block(name: str, call: Call, count: int, sets: int, capture: bool) -> Block:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def run() -> None:
+    def calls() -> None:
         for i in range(count):
             call(i % sets)
 
-    if capture and (why := _waits_for_gpu(call)):
-        log.info("timed with the host's share, without a CUDA graph: %s", why)
-    elif capture:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                run()
-            run = graph.replay
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # torch forgets to, where a capture fails
-            log.warning("a CUDA graph cannot be captured: %s", str(error).splitlines()[0])
+    graph = _captured(name, call, calls) if capture else None
+    run = graph.replay if graph else calls
 
-    def block() -> float:
+    def seconds(times: int) -> float:
         start.record()
-        run()
+        for _ in range(times):
+            run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        return start.elapsed_time(end) / 1e3 / times / count
 
-    block()
-    return block
+    seconds(1)  # the first replay uploads the graph
+    # The host's clock, by which `count` was found, saw launches too: a graph of as many calls is over sooner,
+    # and its own launch would count.
+    times = max(1, min(100, round(BLOCK_SECONDS / max(1e-9, count * seconds(1)))))
+    return Block(lambda: seconds(times), graph is not None)
+
+
+def _captured(name: str, call: Call, calls: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of the calls on the current stream, on which they are warm; None, with the reason logged,
+    where there can be none.
+    """
+    if why := _waits_for_gpu(call):
+        log.info("%s is timed with the host's share, without a CUDA graph: %s", name, why)
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            calls()
+    except RuntimeError as error:
+        log.warning("%s is timed without a CUDA graph, which failed: %s", name, str(error).splitlines()[0])
+        torch.cuda.set_stream(stream)  # torch forgets to, where a capture fails
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            pass  # a capture that ends well lets torch's random numbers go on
+        return None
+    return graph
 
 
 def _waits_for_gpu(call: Call) -> str:
@@ -144,6 +171,8 @@ def _waits_for_gpu(call: Call) -> str:
     torch.cuda.set_sync_debug_mode("error")
     try:
         call(0)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:
@@ -176,11 +205,45 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def deadline(minutes: float) -> float:
-    """When so many minutes are over, on the clock of time.monotonic; 0 minutes never are."""
-    if not 0 <= minutes < math.inf:
-        raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
-    return time.monotonic() + 60 * minutes if minutes else math.inf
+class Stopwatch:
+    """The seconds between marks in the work of a device, which nothing waits for until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+        synchronize(device)
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        synchronize(self.device)
+        pairs = itertools.pairwise(self.marks)
+        if self.device.type == "cuda":
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+class Budget:
+    """Time for one case after the other: a case is begun where there is time for one like the last."""
+
+    def __init__(self, minutes: float):
+        """0 minutes are no limit."""
+        if not 0 <= minutes < math.inf:
+            raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
+        self.end = time.monotonic() + 60 * minutes if minutes else math.inf
+        self.began: float | None = None
+
+    def fits(self) -> bool:
+        """Whether to begin a case now; the one before is over."""
+        now = time.monotonic()
+        last = 0 if self.began is None else now - self.began
+        self.began = now
+        return now + last < self.end
 
 
 def start_afresh(device: torch.device) -> None:
@@ -191,3 +254,11 @@ def start_afresh(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def failure(error: Exception) -> str:
+    """The note of a row for what was raised in its place."""
+    of_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError) or of_cpu:
+        return OUT_OF_MEMORY
+    return f"{FAILED} {' '.join(str(error).split())[:120] or type(error).__name__}"

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +19,18 @@ import numpy as np
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.models import NANOCHAT_MFU, ROWS, model_config
 from hotlap.bench.peaks import log_warnings
-from hotlap.bench.timing import NO_TIME, Timing, deadline, start_afresh, synchronize
+from hotlap.bench.plots import draw_training
+from hotlap.bench.timing import (
+    NO_TIME,
+    OUT_OF_MEMORY,
+    Budget,
+    Stopwatch,
+    Timing,
+    failure,
+    start_afresh,
+)
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
@@ -34,7 +41,8 @@ from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
-KERNELS = ("rms_norm", "rotary", "relu2")  # that a training step uses
+KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "orthogonalize", "rms_norm", "rotary")
+INSIDE = ("relu2",)  # what takes the place of one of them that is switched off
 UNTIMED = 2  # steps before those that are measured
 MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean
 BOS = 0
@@ -49,13 +57,14 @@ class TrainingConfig:
     models: tuple[str, ...] = ()
     """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and all but tiny on a GPU."""
     rows: int = 0
-    """Rows of the model's context in a step; 0 is a usual number."""
+    """Rows of the model's context in a step; 0 is a usual number, or half of it until the memory suffices."""
     steps: int = 10
     """Steps that are measured, after two that are not."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile each block. auto: on a GPU."""
     without: bool = False
-    """Where Triton kernels are in use, measure again with each of them switched off: what it is worth."""
+    """Where Triton kernels are in use, measure again with each of them switched off, and with all: what they
+    are worth."""
     minutes: float = 0
     """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
     out: Path | None = None
@@ -63,55 +72,85 @@ class TrainingConfig:
 
 
 def bench_training(config: TrainingConfig) -> list[dict]:
-    """Measure each model, write training.json and .csv, and return the rows. Out of memory is a row too."""
+    """Measure each model, write training.json, .csv and .png, and return the rows. Out of memory, or whatever
+    else a model ends with, is a row too.
+    """
     if config.steps < 1 or config.rows < 0:
         raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
-    end, device = deadline(config.minutes), default_device()
+    budget, device = Budget(config.minutes), default_device()
     on_gpu = device.type == "cuda"
-    names = config.models or (("124m", "d12", "d20", "d24") if on_gpu else ("tiny",))
+    names = config.models or (("d12", "124m", "d24", "d20") if on_gpu else ("tiny",))
     shapes = {name: model_config(name) for name in names}
+    path = results.open_file("training", config.out, device)
     log_warnings(device)
-    folder = config.out or results.device_folder(device)
-    rows = []
-    for name, shape in shapes.items():
-        count = config.rows or ROWS[name]
-        compiled = on_gpu if config.compile == "auto" else config.compile == "on"
-        for off in ("", *(KERNELS if config.without and kernel_choice(device.type) == "triton" else ())):
-            start_afresh(device)
-            provider = f"hotlap without {off}" if off else "hotlap"
-            row = {"case": f"{name} {count}x{shape.context}", "provider": provider}
-            try:
-                if time.monotonic() > end:
-                    row |= {"ms": None, "note": NO_TIME}
-                else:
-                    with switched_off(off):
-                        row |= measure_training(shape, count, config.steps, compiled, device)
-            except torch.OutOfMemoryError:
-                row |= {"ms": None, "note": "out of memory; give fewer --rows"}
-            rows.append(row)
-            log.info("%s", results.as_line(row))
-            path = results.save("training", rows, folder, device)
+    without = config.without and kernel_choice(device.type) == "triton"
+    variants = [("", ()), *((name, (name,)) for name in KERNELS if without)]
+    variants += [("any kernel", (*KERNELS, *INSIDE))] if without else []
+    rows: list[dict] = []
+    for label, off in variants:  # all models as they are first
+        provider = f"hotlap without {label}" if label else "hotlap"
+        for name, shape in shapes.items():
+            for row in bench_model(name, shape, off, config, budget, device, path.parent):
+                rows.append({"case": row.pop("case"), "provider": provider, **row})
+                log.info("%s", results.as_line(rows[-1]))
+                results.save(path, rows, device)
+    draw_training(rows, path.with_suffix(".png"), PHASES)
     log.info("written to %s", path)
     return rows
 
 
+def bench_model(
+    name: str,
+    shape: GPTConfig,
+    off: tuple[str, ...],
+    config: TrainingConfig,
+    budget: Budget,
+    device: torch.device,
+    folder: Path,
+) -> Iterator[dict]:
+    """A row of the model with some kernels switched off; and before it, where the number of rows is ours to
+    choose, one for each number that the memory does not suffice for.
+    """
+    count = config.rows or ROWS[name]
+    compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+    while count:
+        start_afresh(device)
+        case, note = {"case": f"{name} {count}x{shape.context}"}, ""
+        if not budget.fits():
+            yield case | {"ms": None, "note": NO_TIME}
+            return
+        try:
+            with switched_off(off):
+                found = measure_training(shape, count, config.steps, compiled, device)
+        except Exception as error:  # whatever a model ends with is its row, and the others go on
+            note = failure(error)
+            results.write_traceback(folder, f"training {case['case']}")
+        if not note:
+            reached, target = found["mfu_nanochat"], NANOCHAT_MFU.get(name)
+            yield case | found | {"over_nanochats_mfu": reached / target if reached and target else None}
+            return
+        yield case | {"ms": None, "note": note}
+        count = count // 2 if note == OUT_OF_MEMORY and not config.rows else 0
+
+
 @contextlib.contextmanager
-def switched_off(name: str):
-    """Let one file of kernels use torch; no name switches nothing off."""
-    if not name:
-        yield
-        return
-    module = importlib.import_module(f"hotlap.kernels.{name}")
-    before = module.use_triton
-    module.use_triton = lambda x: False
+def switched_off(names: tuple[str, ...]) -> Iterator[None]:
+    """Let some files of kernels use torch."""
+    modules = [importlib.import_module(f"hotlap.kernels.{name}") for name in names]
+    before = [module.use_triton for module in modules]
+    for module in modules:
+        module.use_triton = lambda x: False
     try:
         yield
     finally:
-        module.use_triton = before
+        for module, use_triton in zip(modules, before, strict=True):
+            module.use_triton = use_triton
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
-def measure_training(shape: GPTConfig, count: int, steps: int, compiled: bool, device) -> dict:
+def measure_training(
+    shape: GPTConfig, count: int, steps: int, compiled: bool, device: torch.device
+) -> dict[str, float | bool | None]:
     """One model: median milliseconds of a step and its parts, throughput, utilisation and peak memory."""
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
@@ -143,7 +182,7 @@ def measure_training(shape: GPTConfig, count: int, steps: int, compiled: bool, d
         "mfu_causal": mfu(causal_flops(model), speed, peak),
         "tflops": nanochat_flops(model) * speed / 1e12,
         "memory_gb": memory,
-        "first_step_s": first,
+        "first_step_s": first,  # compilation, mostly
         "compiled": compiled,
     }
 
@@ -168,24 +207,21 @@ def random_batches(shape: GPTConfig, count: int, steps: int) -> Iterator[Iterato
 
 
 def step_seconds(
-    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], device
-) -> tuple[float, ...]:
-    """Seconds of one step: the wait for its batch on the device, forward pass, backward pass, optimiser."""
-    synchronize(device)
-    marks = [time.perf_counter()]
-
-    def mark() -> None:
-        synchronize(device)
-        marks.append(time.perf_counter())
-
+    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], device: torch.device
+) -> list[float]:
+    """Seconds of one step: the wait for its batch on the device, forward pass, backward pass, optimiser with
+    the norm of the gradients.
+    """
+    watch = Stopwatch(device)
     (batch,) = next(batches)
     batch = batch.to(device)
-    mark()
+    watch.mark()
     loss = next_token_loss(model, batch) / batch.inputs.numel()
-    mark()
+    watch.mark()
     loss.backward()
-    mark()
+    watch.mark()
+    torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()
-    mark()
-    return tuple(b - a for a, b in itertools.pairwise(marks))
+    watch.mark()
+    return watch.seconds()

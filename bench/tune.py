@@ -109,6 +109,8 @@ def main(config: TuneConfig) -> int:
     """Measure, print a line a case, and write the file."""
     if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
+    if config.rounds < 1:
+        raise ValueError(f"rounds={config.rounds} must be at least 1")
     if not torch.cuda.is_available():
         raise ValueError("hotlap bench tune measures on a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":

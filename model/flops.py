@@ -50,8 +50,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
-    """The entry of a card in a table of peaks: an L40 is no L4, and the laptops' cards are others."""
-    if "Laptop" in name:
+    """The entry of a card in a table of peaks, or None: an L40 is no L4, and a laptop's card, a 4090 D, a
+    3090 Ti or a share of a card (MIG) is not the card itself.
+    """
+    if re.search(r"\b(Laptop|D|Ti|MIG)\b", name):
         return None
     return next((peak for words, peak in peaks if re.search(rf"\b{words}\b", name)), None)
 

@@ -1,8 +1,14 @@
-"""What all tests share: small real things, made once."""
+"""What all tests share: small real things, made once.
+
+Tests of kernels also run where only torch, Triton and pytest are installed: the rest is imported in use.
+"""
+
+from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,11 +16,12 @@ import torch
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from small_runs import write_conversations, write_text
 from tools import tiny_config, train_tiny_tokenizer
 
 from hotlap.model.gpt import GPT
-from hotlap.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hotlap.model.tokenizer import Tokenizer
 
 __all__ = ["tiny_config"]  # a plain function, from tests/tools.py
 
@@ -55,6 +62,8 @@ def random_model():
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with text.txt and talks.jsonl."""
+    from small_runs import write_conversations, write_text
+
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text.txt")
     write_conversations(tmp_path / "talks.jsonl")

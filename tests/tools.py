@@ -1,10 +1,16 @@
 """Helpers that tests import: `from tools import tiny_config`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from hotlap.model.config import GPTConfig
-from hotlap.model.tokenizer import Tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from hotlap.model.tokenizer import Tokenizer
 
 LINES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -22,6 +28,8 @@ def tiny_config(**fields) -> GPTConfig:
 
 def train_tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of 300 ids."""
+    from hotlap.model.tokenizer import train_bpe
+
     return train_bpe(LINES * 20, 300)
 
 

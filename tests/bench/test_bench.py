@@ -1,26 +1,25 @@
 """Benchmarks say what is so: right before fast, against the right device, with what did not run."""
 
-import json
+import importlib
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from tools import tiny_config
 
-from hotlap.bench import compare, everything, kernels, peaks, results, timing, training
+from hotlap.bench import inference, peaks, timing, training
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
-from hotlap.bench.timing import Timing, measure
+from hotlap.bench.timing import Budget, Timing, measure
 from hotlap.cli import main
 
 CPU = torch.device("cpu")
-QUICK = {"rows": 64, "seconds": 0.001, "compile": False}
 
 
-def test_variants_take_turns_and_rotate_over_the_buffer_sets(monkeypatch):
-    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0)
+def test_variants_take_turns_and_rotate_over_the_buffer_sets():
     calls: list[tuple[str, int]] = []
     variants = {name: (lambda i, name=name: calls.append((name, i))) for name in "ab"}
     found = measure(variants, CPU, sets=3, seconds=0.001)
@@ -47,11 +46,21 @@ def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
         ("NVIDIA H100 80GB HBM3", 3.35e12, 989e12),
         ("NVIDIA H100 PCIe", 2.0e12, 756e12),
         ("NVIDIA GH200 480GB", 4.0e12, 989e12),
+        ("NVIDIA GH200 144G HBM3e", 4.9e12, 989e12),
+        ("NVIDIA H200", 4.8e12, 989e12),
+        ("NVIDIA H200 NVL", 4.8e12, 835e12),
+        ("NVIDIA B200", 8.0e12, 2250e12),
         ("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12),
+        ("NVIDIA A100-SXM4-40GB", 1.56e12, 312e12),
+        ("NVIDIA A100-PCIE-40GB", 1.56e12, 312e12),
+        ("NVIDIA A100 80GB PCIe", 1.94e12, 312e12),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None, None),
         ("NVIDIA L4", 0.3e12, 121e12),
         ("NVIDIA L40", None, None),
         ("NVIDIA GeForce RTX 4090", 1.008e12, 165.2e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
         ("AMD Instinct MI300X", 5.3e12, 1307e12),
     ],
 )
@@ -68,8 +77,8 @@ def a_busy_gpu(slowed: int = 0):
     """A pynvml whose GPU is capped, used by two others, and slowed or not."""
     return types.SimpleNamespace(
         NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0,
-        nvmlClocksEventReasonSwThermalSlowdown=32, nvmlClocksThrottleReasonHwSlowdown=8,
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetClockInfo=lambda *_: 1200, nvmlDeviceGetMaxClockInfo=lambda *_: 1980,
         nvmlDeviceGetPowerUsage=lambda _: 400_000, nvmlDeviceGetEnforcedPowerLimit=lambda _: 500_000,
         nvmlDeviceGetPowerManagementDefaultLimit=lambda _: 700_000, nvmlDeviceGetTemperature=lambda *_: 91,
@@ -104,85 +113,36 @@ def test_a_driver_that_says_nothing_is_a_warning(monkeypatch):
     assert state == {} and "library not found" in warning
 
 
-def test_a_wrong_kernel_is_named_and_never_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hotlap.bench.operations.relu2", lambda x: x.relu().square() * 1.1)
-    flags = ["--operations", "relu2", "--rows", "64", "--seconds", "0.001", "--no-compile"]
-    assert main(["bench", "kernels", *flags, "--out", str(tmp_path)]) == 1
-    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    ours = [row for row in rows if row["provider"] == "hotlap"]
-    assert ours and all(row["ms"] is None and "WRONG" in row["note"] for row in ours)
-    assert any(row["provider"] == "eager" and row["ms"] > 0 for row in rows)
-    assert "WRONG" in capsys.readouterr().err
+def test_what_a_driver_does_not_tell_is_left_open(monkeypatch):
+    def fails(*_):
+        raise NVMLError("not supported")
+
+    nvml = a_busy_gpu(8)
+    nvml.nvmlDeviceGetPowerManagementDefaultLimit = nvml.nvmlDeviceGetClockInfo = fails
+    del nvml.nvmlDeviceGetMaxClockInfo  # an older version
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1-2"))
+    state, warnings = peaks.device_state(torch.device("cuda"))
+    assert state["sm_clock_mhz"] is state["sm_clock_max_mhz"] is state["power_cap_default_w"] is None
+    assert state["temperature_c"] == 91 and len(warnings) == 2
 
 
-def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    def greedy(x):
-        raise torch.OutOfMemoryError("too much")
-
-    monkeypatch.setattr("hotlap.bench.operations.relu2", greedy)
-    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
-    assert {row["note"] for row in rows if row["provider"] == "hotlap"} == {"out of memory"}
-    assert any(row["provider"] == "eager" and row["ms"] for row in rows)
+def test_a_cpu_that_others_use_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(peaks, "busy_share", lambda: 0.5)
+    peaks.log_warnings(CPU)
+    assert "other processes use 50% of the processors" in caplog.text
 
 
-def test_a_compiled_provider_is_timed_in_every_direction(tmp_path):
-    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **(QUICK | {"compile": True})))
-    compiled = [row["case"].split()[1] for row in rows if row["provider"] == "compile" and row["ms"] > 0]
-    assert compiled == ["forward", "backward", "both"] * 2
-
-
-def test_what_fails_while_it_is_timed_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    def fails_large(x):
-        if len(x) > 32:
-            raise RuntimeError("no kernel image")
-        return x.relu().square()
-
-    monkeypatch.setattr(kernels, "CHECKED_ROWS", 32)
-    monkeypatch.setattr("hotlap.bench.operations.relu2", fails_large)
-    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
-    assert {row["note"] for row in rows if row["provider"] == "hotlap"} == {"does not run: no kernel image"}
-    assert any(row["provider"] == "eager" and row["ms"] for row in rows)
-    monkeypatch.setattr("hotlap.bench.operations.relu2_ref", fails_large)
-    rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
-    assert len(rows) == 12 and all(
-        row["ms"] is None for row in rows
-    )  # no provider is left, and nothing breaks
-
-
-def test_results_hold_the_device_versions_and_the_share_of_the_ceiling(tmp_path):
-    rows = bench_kernels(KernelsConfig(("rms_norm",), out=tmp_path, **QUICK))
-    content = results.load(tmp_path / "kernels.json")
-    assert content["device"] == peaks.device_name(CPU) and content["versions"]["torch"] == torch.__version__
-    assert content["rows"] == rows and content["ceilings"]["copy"] > 0
-    assert {row["case"].split()[1] for row in rows} == {"forward", "backward", "both"}
-    for row in rows:
-        assert row["share_of_ceiling"] > 0 and row["ms_low"] <= row["ms"] <= row["ms_high"]
-    assert (tmp_path / "kernels.csv").read_text().count("\n") == len(rows) + 1
-    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
-    assert "| rms_norm forward d12 64x768 | hotlap |" in results.write_page(tmp_path).read_text()
-
-
-def write_result(path, device: str, ms: float, spread: float) -> None:
-    row = {"case": "c", "provider": "p", "ms": ms, "ms_low": ms - spread, "ms_high": ms + spread}
-    path.write_text(json.dumps({"device": device, "rows": [row]}))
-
-
-def test_comparing_flags_what_is_slower_beyond_the_noise_and_refuses_other_devices(tmp_path, capsys):
-    before, after = tmp_path / "a.json", tmp_path / "b.json"
-    config = compare.CompareConfig(before, after)
-    write_result(before, "card", 1.0, 0.1)
-    write_result(after, "card", 1.15, 0.1)
-    assert "SLOWER" not in compare.compare(config)[0]
-    write_result(after, "card", 1.3, 0.1)
-    assert "1.30x time  SLOWER" in compare.compare(config)[0]
-    write_result(after, "card", 0.7, 0.1)
-    assert "faster" in compare.compare(config)[0]
-    row = {"case": "c d12", "provider": "p", "ms": None, "note": "WRONG: its output is off"}
-    after.write_text(json.dumps({"device": "card", "rows": [row]}))
-    assert compare.compare(config)[0].endswith("WRONG: its output is off")
-    write_result(after, "other card", 1.0, 0.1)
-    assert main(["bench", "compare", str(before), str(after)]) == 2
-    assert "compare files of one device" in capsys.readouterr().err
+def test_a_case_is_begun_where_there_is_time_for_one_like_the_last(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now)
+    budget = Budget(1)
+    assert budget.fits()
+    now += 25
+    assert budget.fits()
+    now += 20
+    assert not budget.fits()  # the last took 20 s, and 15 are left
+    assert all(Budget(0).fits() for _ in range(3))
 
 
 def test_a_training_step_is_the_sum_of_its_parts_and_has_no_mfu_on_an_unknown_device(tmp_path):
@@ -190,8 +150,60 @@ def test_a_training_step_is_the_sum_of_its_parts_and_has_no_mfu_on_an_unknown_de
     (row,) = training.bench_training(config)
     parts = sum(row[f"{phase}_ms"] for phase in training.PHASES)
     assert 0.5 * row["ms"] < parts < 1.5 * row["ms"]
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert row["data_wait_ms"] > 0 and row["mfu_nanochat"] is None
-    assert row["tokens_per_second"] == pytest.approx(256 / row["ms"] * 1e3)
+    assert row["tokens_per_second"] == pytest.approx(64 / row["ms"] * 1e3)
+
+
+def test_the_kernels_that_are_switched_off_are_those_that_a_step_asks_for(monkeypatch):
+    asked = set()
+    folder = Path(training.__file__).parents[1] / "kernels"
+    for name in (path.stem for path in folder.glob("*.py") if path.stem != "dispatch"):
+        module = importlib.import_module(f"hotlap.kernels.{name}")
+        if hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda x, name=name: bool(asked.add(name)))
+    shape = tiny_config(context=32)
+    monkeypatch.setattr(training, "fast_dtype", lambda kind: torch.bfloat16)
+    training.measure_training(shape, 2, 1, False, CPU)
+    assert asked == {*training.KERNELS, *training.INSIDE}
+    asked.clear()
+    with training.switched_off((*training.KERNELS, *training.INSIDE)):
+        training.measure_training(shape, 2, 1, False, CPU)
+    assert not asked
+    training.measure_training(shape, 2, 1, False, CPU)
+    assert asked
+
+
+def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, monkeypatch):
+    tried = []
+
+    def measure_training(shape, count, *_):
+        tried.append(count)
+        if count > 4:
+            raise torch.OutOfMemoryError("too much")
+        if len(tried) > 3:
+            raise RuntimeError("no kernel image")
+        return {"ms": 1.0, "note": "", "mfu_nanochat": 0.205}
+
+    monkeypatch.setattr(training, "measure_training", measure_training)
+    monkeypatch.setattr(training, "draw_training", lambda *_: False)
+    rows = training.bench_training(training.TrainingConfig(("tiny", "124m"), out=tmp_path))
+    assert [(row["case"], row["note"]) for row in rows[:3]] == [
+        ("tiny 16x64", "out of memory; give fewer --rows"),
+        ("tiny 8x64", "out of memory; give fewer --rows"),
+        ("tiny 4x64", ""),
+    ]
+    assert rows[2]["over_nanochats_mfu"] is None  # which has no such model
+    assert tried[-1] == 4 and rows[-1]["note"] == "does not run: no kernel image"  # and the others go on
+    rows = training.bench_training(training.TrainingConfig(("tiny",), rows=64, out=tmp_path))
+    assert len(rows) == 1  # as many as were asked for, and no fewer
+
+
+def test_a_model_of_nanochats_is_set_against_what_nanochat_reaches(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "measure_training", lambda *_: {"ms": 1.0, "mfu_nanochat": 0.492})
+    monkeypatch.setattr(training, "draw_training", lambda *_: False)
+    rows = training.bench_training(training.TrainingConfig(("d12", "d24"), out=tmp_path))
+    assert [row["over_nanochats_mfu"] for row in rows] == pytest.approx([1.2, 0.984])
 
 
 def test_training_waits_for_batches_of_documents_that_a_thread_reads_ahead():
@@ -212,6 +224,19 @@ def test_decoding_is_measured_against_the_bytes_that_it_must_read(tmp_path):
     one, four = rows
     assert one["limit_ms"] < four["limit_ms"] < 4 * one["limit_ms"]  # the weights are read once
     assert all(row["share_of_bandwidth"] == pytest.approx(row["limit_ms"] / row["ms"]) for row in rows)
+    assert (tmp_path / "inference.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_batch_that_does_not_fit_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    class Greedy(inference.KVCache):
+        def __init__(self, config, slots, *more):
+            if slots == 2:
+                raise torch.OutOfMemoryError("too much")
+            super().__init__(config, slots, *more)
+
+    monkeypatch.setattr(inference, "KVCache", Greedy)
+    rows = bench_inference(InferenceConfig("tiny", batches=(1, 2, 4), prompt=8, out=tmp_path))
+    assert [row.get("note") for row in rows] == [None, "out of memory; give fewer --batches", None]
 
 
 def test_what_there_was_no_time_for_is_a_row(tmp_path):
@@ -220,25 +245,20 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
     rows += training.bench_training(training.TrainingConfig(("tiny",), **soon))
     rows += bench_inference(InferenceConfig("tiny", batches=(1,), **soon))
     assert {row["note"] for row in rows} == {"skipped: no time left"} and len(rows) == 4
-    assert everything.left_out(tmp_path / "training.json") == ["tiny 16x256"]
-
-
-def test_what_does_not_fit_in_the_time_is_listed_as_skipped(tmp_path, capsys):
-    assert everything.bench_all(everything.AllConfig(tmp_path, minutes=0.01)) == 0
-    said = capsys.readouterr().out
-    assert all(f"{name:14} skipped" in said for name in ("kernels", "training", "inference"))
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
-        (["kernels", "--operations", "softmax"], 2, "unknown operation 'softmax'; known: rms_norm"),
+        (["kernels", "--operations", "softmax"], 2, "unknown operation 'softmax'; known: attention"),
         (["kernels", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
         (["kernels", "--rows", "3000"], 2, "rows=3000 must be at most 2048 or a multiple of it"),
         (["kernels", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (no limit) or more"),
         (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
         (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
         (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
+        (["peers", "--nanogpt", ".", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
+        (["tune", "--rounds", "0"], 2, "rounds=0 must be at least 1"),
         (["peers"], 2, "name a checkout by --nanogpt PATH"),
         (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
         (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),

@@ -33,7 +33,7 @@ def test_a_call_that_waits_for_the_gpu_is_timed_without_a_graph_and_spoils_nothi
 
 @pytest.mark.parametrize("name", ["rms_norm", "relu2", "rotary", "cross_entropy"])
 def test_every_direction_is_captured(name, caplog):
-    operation = operations(256, GPU, torch.bfloat16, (name,))[0]
+    operation = next(operations(256, GPU, torch.bfloat16, (name,)))
     with side_stream(GPU):
         calls = {d: prepared(operation, operation.providers["hotlap"], d, 2) for d in operation.directions}
         measure(calls, GPU, sets=2, seconds=0.01)

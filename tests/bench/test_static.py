@@ -35,26 +35,28 @@ def test_every_kernel_passes_on_every_target_at_its_default_tile():
         assert f" {target} " in result.stdout
 
 
-def test_bad_kernels_are_rejected_each_for_its_reason(tmp_path):
+def test_bad_kernels_are_rejected_each_for_its_reason_also_from_the_cache(tmp_path):
     code = LIBRARY + (
         "config = static.StaticConfig(arch=('sm_89',), kernel=('bad',))\n"
-        "rows = static.run(config, {'bad': 'bad_kernels'})\n"
-        "print(json.dumps({row['kernel']: row['faults'] for row in rows if ' bf16' in ' ' + row['case']}))\n"
+        "jobs = [job for job in static.jobs(config, {'bad': 'bad_kernels'}) if job.dtype == 'bf16']\n"
+        "rows = [static.examine(job) for job in jobs]\n"
+        "static.compile_case = None\n"
+        "assert [static.examine(job) for job in jobs] == rows\n"
+        "print(json.dumps({row['kernel']: row['faults'] for row in rows}))\n"
     )
-    for _ in range(2):  # the second time from the cache
-        result = python(code, tmp_path)
-        assert result.returncode == 0, result.stderr
-        faults = json.loads(result.stdout)
-        reasons = {
-            "spills": "spills",
-            "oversize": "bytes of shared memory; a block has 101376",
-            "narrow": "narrowly",
-            "float64": "computes in float64",
-            "crowded": "keeps 5 programs",
-        }
-        assert faults.keys() == reasons.keys()
-        for kernel, reason in reasons.items():
-            assert reason in faults[kernel][0], (kernel, faults[kernel])
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    faults = json.loads(result.stdout)
+    reasons = {
+        "spills": "spills",
+        "oversize": "bytes of shared memory; a block has 101376",
+        "narrow": "narrowly",
+        "float64": "computes in float64",
+        "crowded": "keeps 5 programs",
+    }
+    assert faults.keys() == reasons.keys()
+    for kernel, reason in reasons.items():
+        assert reason in faults[kernel][0], (kernel, faults[kernel])
 
 
 def test_elementwise_offsets_are_64_bits_wide():
@@ -73,10 +75,14 @@ def test_elementwise_offsets_are_64_bits_wide():
 
 
 def test_unknown_targets_and_missing_gpus_are_one_line_errors():
-    main = "import sys; from hotlap.cli import main; sys.exit(main({}))"
-    result = python(main.format(["bench", "static", "--arch", "sm_70"]))
-    assert result.returncode == 2 and "sm_70 is unknown; known: sm_80" in result.stderr
-    result = python(
-        "import torch; torch.cuda.is_available = lambda: False; " + main.format(["bench", "tune"])
+    code = (
+        "import torch; from hotlap.cli import main\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "for flags in (['static', '--arch', 'sm_70'], ['static', '--kernel', 'softmax'], ['tune']):\n"
+        "    print(main(['bench', *flags]))"
     )
-    assert result.returncode == 2 and "this machine has none" in result.stderr
+    result = python(code)
+    assert result.stdout.split() == ["2", "2", "2"]
+    arch, kernel, gpu = result.stderr.splitlines()
+    assert "sm_70 is unknown; known: sm_80" in arch and "softmax is unknown; known: rms_norm" in kernel
+    assert "this machine has none" in gpu

@@ -1,0 +1,96 @@
+"""Whether a provider computes its operation: output and gradients against the reference in float64.
+
+It may be twice as far from float64 as the reference in the same dtype. What is compared has the size that is
+timed, or fewer rows where float64 does not fit the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotlap.bench.providers import CONTEXT, Function, Operation
+from hotlap.train.log import log
+
+ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than the reference in the same dtype
+# What a provider may be off by in any case: rounding of the dtype.
+SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+CPU_ROWS = 2048  # at most, because float64 is slow there
+FEWEST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is right, at some inputs, and how far from it each result may be."""
+
+    operation: Operation  # with as many rows as are compared
+    tensors: tuple[Tensor, ...]
+    exact: list[Tensor]  # outputs, then gradients, in float64
+    limits: list[float]  # relative, in the Frobenius norm
+
+
+def expected(operation: Operation, device: torch.device) -> Expected:
+    """Of an operation at its size, or at the largest whose float64 fits the memory."""
+    rows = operation.rows if device.type == "cuda" else min(operation.rows, CPU_ROWS)
+    while True:
+        small = operation if rows == operation.rows else operation.with_rows(rows)
+        try:
+            return _expected(small)
+        except torch.OutOfMemoryError:
+            if rows <= FEWEST_ROWS:
+                raise
+        rows = fewer_rows(rows)
+        torch.cuda.empty_cache()
+        log.info("%s is compared at %d rows: float64 needs too much memory", operation.case(), rows)
+
+
+def fewer_rows(rows: int) -> int:
+    """About half, in whole contexts where there are more than one."""
+    return max(CONTEXT, rows // 2 // CONTEXT * CONTEXT) if rows > CONTEXT else rows // 2
+
+
+def _expected(operation: Operation) -> Expected:
+    torch.manual_seed(0)
+    tensors = operation.tensors()
+    wide = tuple(t.double() if t.is_floating_point() else t for t in tensors)
+    exact = outcome(operation, operation.reference, wide)
+    floor = SMALLEST_ERROR[tensors[0].dtype]
+    off = distances(outcome(operation, operation.reference, tensors), exact)
+    return Expected(operation, tensors, exact, [max(floor, ERROR_FACTOR * error) for error in off])
+
+
+def fault(right: Expected, provider: str) -> str:
+    """How a provider is wrong, or nothing. Raises what the provider raises."""
+    operation = right.operation
+    off = distances(outcome(operation, operation.providers[provider], right.tensors), right.exact)
+    for i, (error, most) in enumerate(zip(off, right.limits, strict=True)):
+        if not error <= most:
+            what = "gradient" if i >= len(off) - operation.differentiable else "output"
+            return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
+    return ""
+
+
+def distances(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """The norm of each difference, as a share of the exact one's."""
+    return [
+        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
+
+
+def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs and the gradients, for output gradients that are the same whoever computes them."""
+    inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
+    outputs = as_tuple(function(*inputs))
+    found = [output.detach() for output in outputs]
+    if not operation.differentiable:
+        return found
+    generator = torch.Generator(found[0].device).manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
+    return [*found, *torch.autograd.grad(outputs, inputs[: operation.differentiable], grads)]
+
+
+def as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
