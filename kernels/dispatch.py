@@ -6,6 +6,7 @@ Triton is optional: without it everything runs in torch. Kernel files take `trit
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -101,6 +102,8 @@ class kernel_op:
         self.op = register(f"hotlap::{name}", implementation, mutates_args=mutates)
         self.op.register_fake(fake)
         self.eager = implementation
+        names = list(inspect.signature(implementation).parameters)
+        self.mutated = [names.index(name) for name in mutates]
         if backward is None:
             return
         self.op.register_autograd(backward, setup_context=save)
@@ -118,7 +121,12 @@ class kernel_op:
     def __call__(self, *inputs):
         traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
         plain = not traced and type(inputs[0]) in (Tensor, Parameter)
-        return self.eager(*inputs) if plain else self.op(*inputs)
+        if not plain:
+            return self.op(*inputs)
+        output = self.eager(*inputs)
+        if self.mutated:  # whoever saved one of them for a backward pass, is told
+            torch.autograd.graph.increment_version([inputs[i] for i in self.mutated])
+        return output
 
 
 class Device(NamedTuple):
