@@ -1,4 +1,5 @@
-"""`hotlap bench training`: what a training step takes on this device, and where its time goes.
+"""`hotlap bench training`: what a training step takes on this device, and where its time goes. Under torchrun
+it is the step of all ranks, so that several runs show how it scales.
 
 Steps are those of the training loop: batches come from a shard of tokens, packed by documents and prefetched.
 The tokens are random and the documents as long as FineWeb's.
@@ -36,9 +37,11 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.train.data import Batch, PackedRows, prefetch, shard_documents, step_batches, write_shard
+from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.parallel import local, materialize, parallelize
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "orthogonalize", "rms_norm", "rotary")
@@ -77,25 +80,30 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     """
     if config.steps < 1 or config.rows < 0:
         raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
-    budget, device = Budget(config.minutes), default_device()
-    on_gpu = device.type == "cuda"
+    budget = Budget(config.minutes)
+    on_gpu = default_device().type == "cuda"
     names = config.models or (("d12", "124m", "d24", "d20") if on_gpu else ("tiny",))
     shapes = {name: model_config(name) for name in names}
-    path = results.open_file("training", config.out, device)
-    log_warnings(device)
-    without = config.without and kernel_choice(device.type) == "triton"
-    variants = [("", ()), *((name, (name,)) for name in KERNELS if without)]
-    variants += [("any kernel", (*KERNELS, *INSIDE))] if without else []
+    variants: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    if config.without and kernel_choice("cuda" if on_gpu else "cpu") == "triton":
+        variants += [(name, (name,)) for name in KERNELS]
+        variants += [("any kernel", (*KERNELS, *INSIDE))]
     rows: list[dict] = []
-    for label, off in variants:  # all models as they are first
-        provider = f"hotlap without {label}" if label else "hotlap"
-        for name, shape in shapes.items():
-            for row in bench_model(name, shape, off, config, budget, device, path.parent):
-                rows.append({"case": row.pop("case"), "provider": provider, **row})
-                log.info("%s", results.as_line(rows[-1]))
-                results.save(path, rows, device)
-    draw_training(rows, path.with_suffix(".png"), PHASES)
-    log.info("written to %s", path)
+    with joined() as world:
+        path = results.open_file("training", config.out, world.device) if world.leads else None
+        if path:
+            log_warnings(world.device)
+        for label, off in variants:  # all models as they are first
+            provider = f"hotlap without {label}" if label else "hotlap"
+            for name, shape in shapes.items():
+                for row in bench_model(name, shape, off, config, budget, world, path):
+                    rows.append({"case": row.pop("case"), "provider": provider, **row})
+                    log.info("%s", results.as_line(rows[-1]))
+                    if path:
+                        results.save(path, rows, world.device)
+    if path:
+        draw_training(rows, path.with_suffix(".png"), PHASES)
+        log.info("written to %s", path)
     return rows
 
 
@@ -105,26 +113,32 @@ def bench_model(
     off: tuple[str, ...],
     config: TrainingConfig,
     budget: Budget,
-    device: torch.device,
-    folder: Path,
+    world: World,
+    path: Path | None,
 ) -> Iterator[dict]:
     """A row of the model with some kernels switched off; and before it, where the number of rows is ours to
     choose, one for each number that the memory does not suffice for.
+
+    path: of the results, on the rank that writes them.
     """
     count = config.rows or ROWS[name]
-    compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+    compiled = world.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     while count:
-        start_afresh(device)
+        start_afresh(world.device)
         case, note = {"case": f"{name} {count}x{shape.context}"}, ""
-        if not budget.fits():
+        if world.size > 1:
+            case["case"] += f" on {world.size} ranks"
+        if world.total(budget.fits())[0] < world.size:
             yield case | {"ms": None, "note": NO_TIME}
             return
         try:
             with switched_off(off):
-                found = measure_training(shape, count, config.steps, compiled, device)
+                found = measure_training(shape, count, config.steps, compiled, world)
         except Exception as error:  # whatever a model ends with is its row, and the others go on
+            if world.size > 1:
+                raise  # the other ranks wait for this one
             note = failure(error)
-            results.write_traceback(folder, f"training {case['case']}")
+            results.write_traceback(path.parent, f"training {case['case']}")
         if not note:
             reached, target = found["mfu_nanochat"], NANOCHAT_MFU.get(name)
             yield case | found | {"over_nanochats_mfu": reached / target if reached and target else None}
@@ -149,38 +163,40 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
 def measure_training(
-    shape: GPTConfig, count: int, steps: int, compiled: bool, device: torch.device
+    shape: GPTConfig, count: int, steps: int, compiled: bool, world: World
 ) -> dict[str, float | bool | None]:
-    """One model: median milliseconds of a step and its parts, throughput, utilisation and peak memory."""
+    """One model, with `count` rows on each rank: median milliseconds of a step and its parts, throughput,
+    utilisation, and this rank's peak memory.
+    """
+    device = world.device
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
-    model.to_empty(device=device).init_weights()
+    parallelize(model, world, "none", compiled)
+    materialize(model, device, seed=0)
     optimizer = MuonAdamW(model, OptimConfig())
-    if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with random_batches(shape, count, steps + UNTIMED) as batches:
-        seconds = [step_seconds(model, optimizer, batches, device) for _ in range(UNTIMED + steps)]
+    with random_batches(shape, count, steps + UNTIMED, world) as batches:
+        seconds = [step_seconds(model, optimizer, batches, world) for _ in range(UNTIMED + steps)]
     first, samples = sum(seconds[0]), seconds[UNTIMED:]
     whole = Timing.of([sum(sample) for sample in samples])
     parts = {
         f"{phase}_ms": 1e3 * Timing.of(list(seconds)).median
         for phase, seconds in zip(PHASES, zip(*samples, strict=True), strict=True)
     }
-    speed = count * shape.context / whole.median
+    speed = world.size * count * shape.context / whole.median
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    peak = peak_flops(device)
+    peak, each = peak_flops(device), speed / world.size
     return {
         "ms": 1e3 * whole.median,
         "ms_low": 1e3 * whole.low,
         "ms_high": 1e3 * whole.high,
         **parts,
+        "ranks": world.size,
         "tokens_per_second": speed,
-        "mfu_nanochat": mfu(nanochat_flops(model), speed, peak),
-        "mfu_causal": mfu(causal_flops(model), speed, peak),
-        "tflops": nanochat_flops(model) * speed / 1e12,
+        "mfu_nanochat": mfu(nanochat_flops(model), each, peak),
+        "mfu_causal": mfu(causal_flops(model), each, peak),
+        "tflops": nanochat_flops(model) * each / 1e12,
         "memory_gb": memory,
         "first_step_s": first,  # compilation, mostly
         "compiled": compiled,
@@ -188,12 +204,13 @@ def measure_training(
 
 
 @contextlib.contextmanager
-def random_batches(shape: GPTConfig, count: int, steps: int) -> Iterator[Iterator[list[Batch]]]:
-    """Batches of `count` rows for so many steps, from a shard in a temporary folder by the way that training
-    takes.
+def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> Iterator[Iterator[list[Batch]]]:
+    """This rank's batches of `count` rows for so many steps, from a shard in a temporary folder by the way
+    that training takes.
     """
     random = np.random.default_rng(0)
-    length = (steps + 4) * count * shape.context  # the loader reads ahead
+    together = count * world.size
+    length = (steps + 4) * together * shape.context  # the loader reads ahead
     tokens = random.integers(1, shape.vocab_size, length)
     documents = random.lognormal(np.log(MEDIAN_DOCUMENT), SPREAD, length // MEDIAN_DOCUMENT)
     starts = np.cumsum(2 + documents.astype(int))
@@ -202,25 +219,26 @@ def random_batches(shape: GPTConfig, count: int, steps: int) -> Iterator[Iterato
         path = Path(folder, "train_000000.bin")
         write_shard(path, tokens, shape.vocab_size)
         rows = PackedRows([partial(shard_documents, path, shape.vocab_size, BOS)], shape.context, seed=0)
-        with contextlib.closing(prefetch(step_batches(rows, batch_rows=count, micro_rows=count))) as batches:
+        steps_ = step_batches(rows, batch_rows=together, micro_rows=count, rank=world.rank, world=world.size)
+        with contextlib.closing(prefetch(steps_)) as batches:
             yield batches
 
 
 def step_seconds(
-    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], device: torch.device
+    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], world: World
 ) -> list[float]:
     """Seconds of one step: the wait for its batch on the device, forward pass, backward pass, optimiser with
     the norm of the gradients.
     """
-    watch = Stopwatch(device)
+    watch = Stopwatch(world.device)
     (batch,) = next(batches)
-    batch = batch.to(device)
+    batch = batch.to(world.device)
     watch.mark()
-    loss = next_token_loss(model, batch) / batch.inputs.numel()
+    loss = next_token_loss(model, batch) / (batch.inputs.numel() * world.size)
     watch.mark()
     loss.backward()
     watch.mark()
-    torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    torch.nn.utils.get_total_norm([local(p.grad) for p in model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()
     watch.mark()

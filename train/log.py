@@ -8,8 +8,6 @@ import math
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 log = logging.getLogger("hotlap")
 
 
@@ -46,6 +44,8 @@ class Progress:
     """A bar on a terminal, else a line in twenty, and metrics.jsonl: of the one rank that speaks."""
 
     def __init__(self, run: Path, steps: int, start: int, speaks: bool):
+        from tqdm import tqdm  # measuring and serving do without
+
         self.name, self.steps = run.name, steps
         self.metrics = Metrics(run / "metrics.jsonl", start) if speaks else None
         self.bar = tqdm(

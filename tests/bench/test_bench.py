@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_functions import train_together
+from ranks import run_ranks
 from tools import tiny_config
 
-from hotlap.bench import inference, peaks, timing, training
+from hotlap.bench import inference, peaks, results, timing, training
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
 from hotlap.bench.timing import Budget, Timing, measure
 from hotlap.cli import main
+from hotlap.train.dist import joined
 
 CPU = torch.device("cpu")
 
@@ -164,14 +167,22 @@ def test_the_kernels_that_are_switched_off_are_those_that_a_step_asks_for(monkey
             monkeypatch.setattr(module, "use_triton", lambda x, name=name: bool(asked.add(name)))
     shape = tiny_config(context=32)
     monkeypatch.setattr(training, "fast_dtype", lambda kind: torch.bfloat16)
-    training.measure_training(shape, 2, 1, False, CPU)
-    assert asked == {*training.KERNELS, *training.INSIDE}
-    asked.clear()
-    with training.switched_off((*training.KERNELS, *training.INSIDE)):
-        training.measure_training(shape, 2, 1, False, CPU)
-    assert not asked
-    training.measure_training(shape, 2, 1, False, CPU)
-    assert asked
+    with joined() as world:
+        training.measure_training(shape, 2, 1, False, world)
+        assert asked == {*training.KERNELS, *training.INSIDE}
+        asked.clear()
+        with training.switched_off((*training.KERNELS, *training.INSIDE)):
+            training.measure_training(shape, 2, 1, False, world)
+        assert not asked
+        training.measure_training(shape, 2, 1, False, world)
+        assert asked
+
+
+def test_ranks_measure_one_step_together(tmp_path):
+    first, second = run_ranks(2, train_together, str(tmp_path))
+    assert first[0]["case"] == second[0]["case"] == "tiny 4x64 on 2 ranks"
+    assert first[0]["tokens_per_second"] == pytest.approx(2 * 4 * 64 / first[0]["ms"] * 1e3)
+    assert results.load(tmp_path / "training.json")["rows"] == first  # which rank 0 alone has written
 
 
 def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, monkeypatch):
@@ -208,7 +219,7 @@ def test_a_model_of_nanochats_is_set_against_what_nanochat_reaches(tmp_path, mon
 
 def test_training_waits_for_batches_of_documents_that_a_thread_reads_ahead():
     shape = tiny_config(context=32)
-    with training.random_batches(shape, 4, 3) as batches:
+    with joined() as world, training.random_batches(shape, 4, 3, world) as batches:
         found = [next(batches) for _ in range(3)]
         assert "prefetch" in {thread.name for thread in threading.enumerate()}
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
