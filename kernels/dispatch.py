@@ -85,8 +85,10 @@ class kernel_op:
     `torch.autograd.Function`; an operation without them is not differentiable.
 
     Under the interpreter it is a custom_op, because tracing does not get through an interpreted kernel; on a
-    GPU it is a triton_op, whose kernels Inductor sees. Plain eager calls skip the dispatcher, which costs
-    three times as much as the rest of the call (18 against 6 us, measured on a Zen 5 EPYC).
+    GPU it is a triton_op, whose kernels Inductor sees. An opaque one is a custom_op there too, which runs as
+    it is written: it plans its memory itself, or calls what Inductor cannot compile. Plain eager calls skip
+    the dispatcher, which costs three times as much as the rest of the call (18 against 6 us, measured on a
+    Zen 5 EPYC).
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class kernel_op:
         save: Callable | None = None,
         backward: Callable | None = None,
         mutates: tuple[str, ...] = (),
+        opaque: bool = False,
     ):
-        register = triton_op if triton and not INTERPRETED else custom_op
+        register = triton_op if triton and not (INTERPRETED or opaque) else custom_op
         self.op = register(f"hotlap::{name}", implementation, mutates_args=mutates)
         self.op.register_fake(fake)
         self.eager = implementation
