@@ -30,7 +30,7 @@ from hotlap.bench.providers import (
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
-from hotlap.kernels.orthogonalize import COEFFICIENTS, orthogonalize, orthogonalize_ref
+from hotlap.kernels.orthogonalize import POLAR_EXPRESS, orthogonalize, orthogonalize_ref
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
 from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
@@ -185,7 +185,7 @@ def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dty
     if device.type == "cpu":
         layers = 1  # all of d24's would take a CPU ten seconds a call
     symmetric = 2 * width * width * 4 * width  # X X^T and (...) X of a matrix of width x 4 width
-    flops = layers * len(COEFFICIENTS) * (2 * symmetric + 2 * width**3)
+    flops = layers * len(POLAR_EXPRESS) * (2 * symmetric + 2 * width**3)
     return Operation(
         "orthogonalize", f"{size} {layers}x{width}x{4 * width}",
         lambda: (normal(device, dtype)(layers, width, 4 * width),),

@@ -41,6 +41,7 @@ MODULES = (
     "linear_relu2",
     "fp8",
     "orthogonalize",
+    "muon",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -44,7 +44,7 @@ from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.parallel import local, materialize, parallelize
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
-KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "orthogonalize", "rms_norm", "rotary")
+KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")
 INSIDE = ("relu2",)  # what takes the place of one of them that is switched off
 UNTIMED = 2  # steps before those that are measured
 MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean

@@ -1,12 +1,14 @@
 """Cross-entropy -log softmax(s)[target] of softcapped logits s = cap tanh(x / cap), with z-loss.
 
 Over given logits: one pass reads them once and keeps a running maximum and sum (online softmax, Milakov and
-Gimelshein, 2018); the gradient is a second pass. With z-loss z logsumexp(s)^2,
+Gimelshein, 2018); the gradient is a second pass. Where the losses' gradients are known beforehand, as they
+are for a sum, one program does both for a row, which then comes out of the cache the second time. With z-loss
+z logsumexp(s)^2,
 
     dx = dloss (softmax(s) (1 + 2 z logsumexp(s)) - [target]) (1 - (s / cap)^2)
 
-Bound by memory: N V e bytes forward and 2 N V e backward for elements of e bytes; about 4 N V FLOPs forward
-and 5 N V backward, and N V exponentials in each.
+Bound by memory: N V e bytes forward and 2 N V e backward for elements of e bytes, 2 N V e for both at once;
+about 4 N V FLOPs forward and 5 N V backward, and N V exponentials in each.
 """
 # N tokens, V vocab
 
@@ -19,7 +21,7 @@ from torch.library import wrap_triton
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
 from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
-IGNORE = -1  # the target of a token that carries no loss
+IGNORE = -1  # by default, the target of a token that carries no loss
 
 
 def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
@@ -29,21 +31,26 @@ def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
 
 
 def cross_entropy_ref(
-    logits: Tensor, targets: Tensor, softcap: float = 0.0, reduction: str = "mean", z_loss: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
     """The specification, in float32 or wider."""
-    carries = targets != IGNORE
+    carries = targets != ignore_index
     logits = softcap_logits(logits.masked_fill(~carries.unsqueeze(-1), 0.0), softcap)
     lse = logits.logsumexp(-1)
-    target = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return reduce(torch.where(carries, lse - target + z_loss * lse.square(), 0.0), targets, reduction)
+    target = logits.gather(-1, targets.where(carries, 0).unsqueeze(-1)).squeeze(-1)
+    return reduce(torch.where(carries, lse - target + z_loss * lse.square(), 0.0), carries, reduction)
 
 
-def reduce(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def reduce(losses: Tensor, carries: Tensor, reduction: str) -> Tensor:
     """The losses of the tokens themselves, their sum, or their mean over the tokens that carry a loss."""
     if reduction == "none":
         return losses
-    return losses.sum() / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else losses.sum()
+    return losses.sum() / carries.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
 @jit
@@ -58,15 +65,15 @@ def _exp(x):
 
 
 @jit
-def _cross_entropy_forward_kernel(
-    logits, targets, losses, lse, stride, V, softcap, z_loss,
-    CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def _capped(x, softcap, CAPPED: tl.constexpr):
+    return softcap * _tanh(x / softcap) if CAPPED else x
+
+
+@jit
+def _normalizer(x, V, softcap, CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr):
+    """The highest logit of the row at x, and the logarithm of the sum of exp(logit - highest)."""
     # Each of LANES columns keeps its own maximum and sum, and takes DEEP words at a time: threads meet only
     # at the end of the row.
-    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
-    softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
-    x = logits + row * stride
     word = tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full((LANES,), -1e30, tl.float32)  # finite, so that no difference is of infinities
     total = tl.zeros((LANES,), tl.float32)
@@ -74,27 +81,50 @@ def _cross_entropy_forward_kernel(
         real = start + word < V
         s = tl.load(x + start + word, real, other=float("-inf")).to(tl.float32)  # (DEEP, LANES)
         if CAPPED:
-            s = tl.where(real, softcap * _tanh(s / softcap), float("-inf"))
+            s = tl.where(real, _capped(s, softcap, CAPPED), float("-inf"))
         higher = tl.maximum(top, tl.max(s, 0))
         total = total * _exp(top - higher) + tl.sum(_exp(s - higher[None, :]), 0)
         top = higher
     highest = tl.max(top, 0)
-    log_total = tl.log2(tl.sum(total * _exp(top - highest), 0)) * 0.6931471805599453  # ln(2)
+    return highest, tl.log2(tl.sum(total * _exp(top - highest), 0)) * 0.6931471805599453  # ln(2)
+
+
+@jit
+def _target_logit(x, target, V, softcap, CAPPED: tl.constexpr):
+    """NaN for a word that there is not: no silent loss."""
+    known = (target >= 0) & (target < V)
+    return _capped(tl.load(x + target, known, other=float("nan")).to(tl.float32), softcap, CAPPED)
+
+
+@jit
+def _slope(x, norm, scale, is_target, softcap, z_loss, CAPPED: tl.constexpr):
+    """The gradient of logits x in a row with this logsumexp; nothing where scale is, whatever the logits."""
+    s = _capped(x, softcap, CAPPED)
+    d = _exp(s - norm) * (1.0 + 2.0 * z_loss * norm) - tl.where(is_target, 1.0, 0.0)
+    if CAPPED:
+        t = s / softcap
+        d *= 1.0 - t * t
+    return tl.where(scale == 0.0, 0.0, d * scale)
+
+
+@jit
+def _cross_entropy_forward_kernel(
+    logits, targets, losses, lse, stride, V, ignore, softcap, z_loss,
+    CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
+    x, target = logits + row * stride, tl.load(targets + row)
+    highest, log_total = _normalizer(x, V, softcap, CAPPED, DEEP, LANES)
     norm = highest + log_total
     tl.store(lse + row, norm)
-    target = tl.load(targets + row)
-    known = (target >= 0) & (target < V)
-    # no silent loss for a word that there is not
-    s = tl.load(x + target, known, other=float("nan")).to(tl.float32)
-    if CAPPED:
-        s = softcap * _tanh(s / softcap)
-    loss = (highest - s) + log_total + z_loss * norm * norm
-    tl.store(losses + row, tl.where(target >= 0, loss, 0.0))
+    loss = (highest - _target_logit(x, target, V, softcap, CAPPED)) + log_total + z_loss * norm * norm
+    tl.store(losses + row, tl.where(target != ignore, loss, 0.0))
 
 
 @jit
 def _cross_entropy_backward_kernel(
-    dloss, logits, targets, lse, dlogits, stride_dloss, stride, stride_out, V, softcap, z_loss,
+    dloss, logits, targets, lse, dlogits, stride_dloss, stride, stride_out, V, ignore, softcap, z_loss,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One block of one row. dlogits may be logits: each is written where it was read.
@@ -103,17 +133,32 @@ def _cross_entropy_backward_kernel(
     word = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
     target = tl.load(targets + row)
-    scale = tl.where(target >= 0, tl.load(dloss + row * stride_dloss).to(tl.float32), 0.0)
-    norm = tl.load(lse + row)
-    s = tl.load(logits + row * stride + word, word < V, other=0.0).to(tl.float32)
-    if CAPPED:
-        t = _tanh(s / softcap)
-        s = softcap * t
-    d = _exp(s - norm) * (1.0 + 2.0 * z_loss * norm) - tl.where(word == target, 1.0, 0.0)
-    if CAPPED:
-        d *= 1.0 - t * t
-    d = tl.where(scale == 0.0, 0.0, d * scale)  # a token without loss has no gradient, whatever its logits
+    scale = tl.where(target != ignore, tl.load(dloss + row * stride_dloss).to(tl.float32), 0.0)
+    x = tl.load(logits + row * stride + word, word < V, other=0.0).to(tl.float32)
+    d = _slope(x, tl.load(lse + row), scale, word == target, softcap, z_loss, CAPPED)
     tl.store(dlogits + row * stride_out + word, d.to(dlogits.dtype.element_ty), word < V)
+
+
+@jit
+def _cross_entropy_both_kernel(
+    dloss, logits, targets, losses, stride_dloss, stride, V, ignore, softcap, z_loss,
+    CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row, whose logits become their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    softcap, z_loss = tl.cast(softcap, tl.float32), tl.cast(z_loss, tl.float32)
+    x, target = logits + row * stride, tl.load(targets + row)
+    scale = tl.where(target != ignore, tl.load(dloss + row * stride_dloss).to(tl.float32), 0.0)
+    s = _target_logit(x, target, V, softcap, CAPPED)  # before any thread overwrites it
+    highest, log_total = _normalizer(x, V, softcap, CAPPED, DEEP, LANES)  # in which all threads meet
+    norm = highest + log_total
+    tl.store(losses + row, tl.where(target != ignore, (highest - s) + log_total + z_loss * norm * norm, 0.0))
+    lane = tl.arange(0, LANES)
+    for start in range(0, V, LANES):
+        word = start + lane
+        v = tl.load(x + word, word < V, other=0.0).to(tl.float32)
+        d = _slope(v, norm, scale, word == target, softcap, z_loss, CAPPED)
+        tl.store(x + word, d.to(logits.dtype.element_ty), word < V)
 
 
 def _cross_entropy_forward_tiles(_: int, device: Device) -> list[Tile]:
@@ -126,8 +171,16 @@ def _cross_entropy_backward_tiles(_: int, __: Device) -> list[Tile]:
     return [Tile({"BLOCK": block}, warps) for block, warps in ((2048, 4), (4096, 8), (4096, 4), (1024, 2))]
 
 
+def _cross_entropy_both_tiles(_: int, device: Device) -> list[Tile]:
+    """So many threads a row that the rows at work fit the cache: of 32768 words two or three a processor, 17
+    to 26 MB on an H100.
+    """
+    sizes = ((1, 4096, 16), (2, 4096, 16), (1, 8192, 32), (1, 2048, 8))
+    return [Tile({"DEEP": deep, "LANES": lanes}, warps * 32 // device.warp) for deep, lanes, warps in sizes]
+
+
 def cross_entropy_forward(
-    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, in_place: bool
+    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,) and the logarithms of the softmax's denominators (N,), both float32."""
     N, V = logits.shape
@@ -137,21 +190,39 @@ def cross_entropy_forward(
         tile = pick_tile(_cross_entropy_forward_tiles, 0, device_facts(logits.device))
         with torch.cuda.device_of(logits):
             wrap_triton(_cross_entropy_forward_kernel)[(N,)](
-                logits, targets, losses, lse, logits.stride(0), V, softcap, z_loss,
+                logits, targets, losses, lse, logits.stride(0), V, ignore, softcap, z_loss,
                 CAPPED=softcap > 0, **tile.arguments,
             )  # fmt: skip
     return losses, lse
 
 
+def cross_entropy_both(
+    dloss: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int
+) -> Tensor:
+    """Losses (N,) in float32. The logits (N, V), by rows, are overwritten by their gradient."""
+    N, V = logits.shape
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    if N:
+        targets = targets.contiguous()
+        tile = pick_tile(_cross_entropy_both_tiles, 0, device_facts(logits.device))
+        with torch.cuda.device_of(logits):
+            wrap_triton(_cross_entropy_both_kernel)[(N,)](
+                dloss, logits, targets, losses, dloss.stride(0), logits.stride(0), V, ignore, softcap, z_loss,
+                CAPPED=softcap > 0, **tile.arguments,
+            )  # fmt: skip
+    return losses
+
+
 def _backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, ignore: int
 ) -> Tensor:
-    return write_gradient(dloss, logits, targets, lse, softcap, z_loss, _empty(logits))
+    return _write_gradient(dloss, logits, targets, lse, softcap, z_loss, ignore, _empty(logits))
 
 
-def write_gradient(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, out: Tensor
-) -> Tensor:
+def _write_gradient(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, ignore: int,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
     """The gradient of the logits, written to out, which may be the logits."""
     N, V = logits.shape
     if N:
@@ -161,7 +232,7 @@ def write_gradient(
         with torch.cuda.device_of(logits):
             wrap_triton(_cross_entropy_backward_kernel)[grid](
                 dloss, logits, targets, lse, out, dloss.stride(0), logits.stride(0), out.stride(0),
-                V, softcap, z_loss, CAPPED=softcap > 0, **tile.arguments,
+                V, ignore, softcap, z_loss, CAPPED=softcap > 0, **tile.arguments,
             )  # fmt: skip
     return out
 
@@ -171,7 +242,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    logits, targets, ctx.softcap, ctx.z_loss, ctx.in_place = inputs
+    logits, targets, *ctx.options, ctx.in_place = inputs
     ctx.save_for_backward(logits, targets, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -180,11 +251,11 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, dloss, _):
     logits, targets, lse = ctx.saved_tensors
     if ctx.in_place and logits.stride(1) == 1:
-        dlogits = write_gradient(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss, logits.detach())
+        dlogits = _write_gradient(dloss, logits, targets, lse, *ctx.options, logits.detach())
         torch.autograd.graph.increment_version(logits)  # whoever else needs the logits backward, is told
     else:
-        dlogits = _cross_entropy_backward(dloss, logits, targets, lse, ctx.softcap, ctx.z_loss)
-    return dlogits, None, None, None, None
+        dlogits = _cross_entropy_backward(dloss, logits, targets, lse, *ctx.options)
+    return dlogits, None, None, None, None, None
 
 
 _cross_entropy_backward = kernel_op(
@@ -208,8 +279,9 @@ def cross_entropy(
     reduction: str = "mean",
     z_loss: float = 0.0,
     inplace_backward: bool = False,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
-    """Loss of predicting targets (N,) int64, -1 for tokens without loss, by logits (N, V).
+    """Loss of predicting targets (N,) int64, ignore_index for tokens without loss, by logits (N, V).
 
     softcap: the logits are first bounded by softcap * tanh(logits / softcap); 0 is none. z_loss: weight of
     logsumexp^2 (PaLM, Chowdhery et al., 2022). reduction: "sum", "mean" over the tokens with loss (0 where
@@ -222,9 +294,10 @@ def cross_entropy(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is unknown; it can be none, mean or sum")
     if not use_triton(logits):
-        return cross_entropy_ref(logits, targets, softcap, reduction, z_loss)
+        return cross_entropy_ref(logits, targets, softcap, reduction, z_loss, ignore_index)
     in_place = inplace_backward and not torch.compiler.is_compiling()
-    return reduce(_cross_entropy(logits, targets, softcap, z_loss, in_place)[0], targets, reduction)
+    losses, _ = _cross_entropy(logits, targets, softcap, z_loss, ignore_index, in_place)
+    return reduce(losses, targets != ignore_index, reduction)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -235,27 +308,36 @@ def cases(dtype: torch.dtype) -> list[Case]:
         return torch.randn(N, V, device=device, dtype=dtype), torch.randint(V, (N,), device=device)
 
     def of(softcap: float) -> list[Case]:
-        scalars = {"V": "i32", "softcap": "fp64", "z_loss": "fp64", "CAPPED": softcap > 0}
+        scalars = {"V": "i32", "ignore": "i32", "softcap": "fp64", "z_loss": "fp64", "CAPPED": softcap > 0}
         forward = {"logits": t, "targets": "*i64", "losses": "*fp32", "lse": "*fp32", "stride": "i32"}
         backward = {"dloss": "*fp32", "logits": t, "targets": "*i64", "lse": "*fp32", "dlogits": t}
         backward |= dict.fromkeys(("stride_dloss", "stride", "stride_out"), "i32")
+        both = {"dloss": "*fp32", "logits": t, "targets": "*i64", "losses": "*fp32"}
+        both |= dict.fromkeys(("stride_dloss", "stride"), "i32")
 
         def run_forward(device):
             logits, targets = data(device)
-            return lambda: cross_entropy_forward(logits, targets, softcap, 0.0, False)
+            return lambda: cross_entropy_forward(logits, targets, softcap, 0.0, IGNORE, False)
 
         def run_backward(device):
             logits, targets = data(device)
-            losses, lse = cross_entropy_forward(logits, targets, softcap, 0.0, False)
-            return lambda: _backward(losses, logits, targets, lse, softcap, 0.0)
+            losses, lse = cross_entropy_forward(logits, targets, softcap, 0.0, IGNORE, False)
+            return lambda: _backward(losses, logits, targets, lse, softcap, 0.0, IGNORE)
+
+        def run_both(device):
+            logits, targets = data(device)
+            ones = torch.ones(N, device=device)
+            return lambda: cross_entropy_both(ones, logits, targets, softcap, 0.0, IGNORE)
 
         variant = "softcap" if softcap else ""
-        forward_table, backward_table = _cross_entropy_forward_tiles, _cross_entropy_backward_tiles
-        return [
-            Case("_cross_entropy_forward_kernel", forward | scalars, forward_table, 0, run_forward, variant),
-            Case(
-                "_cross_entropy_backward_kernel", backward | scalars, backward_table, 0, run_backward, variant
-            ),
-        ]
+        found = []
+        for arguments, table, run in (
+            (forward, _cross_entropy_forward_tiles, run_forward),
+            (backward, _cross_entropy_backward_tiles, run_backward),
+            (both, _cross_entropy_both_tiles, run_both),
+        ):
+            kernel = f"{table.__name__.removesuffix('_tiles')}_kernel"
+            found.append(Case(kernel, arguments | scalars, table, 0, run, variant))
+        return found
 
     return [*of(0.0), *of(15.0)]

@@ -6,6 +6,7 @@ Triton is optional: without it everything runs in torch. Kernel files take `trit
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -84,8 +85,10 @@ class kernel_op:
     `torch.autograd.Function`; an operation without them is not differentiable.
 
     Under the interpreter it is a custom_op, because tracing does not get through an interpreted kernel; on a
-    GPU it is a triton_op, whose kernels Inductor sees. Plain eager calls skip the dispatcher, which costs
-    three times as much as the rest of the call (18 against 6 us, measured on a Zen 5 EPYC).
+    GPU it is a triton_op, whose kernels Inductor sees. An opaque one is a custom_op there too, which runs as
+    it is written: it plans its memory itself, or calls what Inductor cannot compile. Plain eager calls skip
+    the dispatcher, which costs three times as much as the rest of the call (18 against 6 us, measured on a
+    Zen 5 EPYC).
     """
 
     def __init__(
@@ -96,11 +99,14 @@ class kernel_op:
         save: Callable | None = None,
         backward: Callable | None = None,
         mutates: tuple[str, ...] = (),
+        opaque: bool = False,
     ):
-        register = triton_op if triton and not INTERPRETED else custom_op
+        register = triton_op if triton and not (INTERPRETED or opaque) else custom_op
         self.op = register(f"hotlap::{name}", implementation, mutates_args=mutates)
         self.op.register_fake(fake)
         self.eager = implementation
+        names = list(inspect.signature(implementation).parameters)
+        self.mutated = [names.index(name) for name in mutates]
         if backward is None:
             return
         self.op.register_autograd(backward, setup_context=save)
@@ -118,7 +124,12 @@ class kernel_op:
     def __call__(self, *inputs):
         traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
         plain = not traced and type(inputs[0]) in (Tensor, Parameter)
-        return self.eager(*inputs) if plain else self.op(*inputs)
+        if not plain:
+            return self.op(*inputs)
+        output = self.eager(*inputs)
+        if self.mutated:  # whoever saved one of them for a backward pass, is told
+            torch.autograd.graph.increment_version([inputs[i] for i in self.mutated])
+        return output
 
 
 class Device(NamedTuple):

@@ -1,16 +1,21 @@
-"""A linear layer whose three products run in fp8: e4m3 forward, e5m2 for the gradient of the output.
+"""Linear layers whose products run in fp8: e4m3 forward, e5m2 for gradients.
 
 Each tensor has one scale, 448 / max |x| (57344 for e5m2), computed anew each time (tensorwise dynamic
 scaling; Micikevicius et al., "FP8 formats for deep learning", 2022). A product wants its first operand by
-rows and its second by columns, so that over forward and backward every tensor is needed both ways: one kernel
-reads it once and writes it and its transpose in fp8, after one pass for the maximum.
+rows and its second by columns, so that over forward and backward every tensor is needed both ways. Two
+kernels do that: one leaves the largest values that its programs have seen, and one, from the end, of which
+most is still in the cache, reads the tensor again and writes it and its transpose in fp8. In an MLP they also
+take ReLU^2 and its gradient on the way, which then are never written in 16 bits.
 
-Backward keeps the transposes of x and W, one byte an element. Two passes over each tensor, 2 M N e + 2 M N
-bytes, against 2 M N K FLOPs at twice bf16's rate: worth it for large layers alone.
+Backward keeps the transposes of x and W, one byte an element. Two passes over each tensor of e bytes an
+element, 2 M N e + 2 M N bytes, against 2 M N K FLOPs at twice bf16's rate: worth it for large layers alone.
 """
 # M tokens, K inputs, N outputs
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +23,13 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.relu2 import relu2_ref
 from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Layers with fewer weights are slower in fp8: nanochat found its d12 (768 x 3072) slower and its d26 faster.
 SMALLEST = 1536 * 1536
+NOTHING = 1e-30  # where the largest value is less, all are zero; also keeps the scale finite
 
 
 def check_fp8(device: torch.device) -> None:
@@ -40,31 +47,76 @@ def fp8_pays(outputs: int, inputs: int) -> bool:
     return outputs * inputs >= SMALLEST and outputs % 16 == 0 and inputs % 16 == 0
 
 
-def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What x is multiplied by before it is cast, 0-d float32 on its device; 1 for zeros."""
-    largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
-    return torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0)
+def quantize_ref(
+    x: Tensor, dtype: torch.dtype, relu2: bool = False, pre: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `quantize`."""
+    x = x.float()
+    if relu2:
+        x = relu2_ref(x)
+    elif pre is not None:
+        x = x * (2 * pre.float().relu())
+    largest, limit = torch.linalg.vector_norm(x, float("inf")), torch.finfo(dtype).max
+    some = largest > NOTHING
+    y = x * torch.where(some, limit / largest, 1.0)
+    y = y.clamp(-limit, limit).to(dtype).contiguous()  # casts beyond the limit are not defined
+    return y, y.T.contiguous(), torch.where(some, largest / limit, 1.0)
 
 
-def quantize_ref(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The specification: x (M, N) times scale, bounded and rounded to dtype, and its transpose (N, M)."""
-    limit = torch.finfo(dtype).max
-    y = (x.float() * scale).clamp(-limit, limit).to(dtype)  # casts beyond the limit are not defined
-    return y, y.T.contiguous()
+@jit
+def _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What is quantised of a tile, (BLOCK_M, BLOCK_N) in float32, and where it lies. NaN stays NaN."""
+    across = tl.cdiv(N, BLOCK_N)
+    m = (tile // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    n = (tile % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
+    mask = (m < M) & (n < N)
+    v = tl.load(x + m * stride + n, mask, other=0.0).to(tl.float32)
+    if RELU2:
+        v = tl.where(v < 0, 0.0, v)
+        v *= v
+    elif pre is not None:
+        p = tl.load(pre + m * pre_stride + n, mask, other=0.0).to(tl.float32)
+        v *= 2.0 * tl.where(p < 0, 0.0, p)
+    return v, m, n, mask
+
+
+@jit
+def _largest_kernel(
+    x, pre, largest, stride, pre_stride, M, N,
+    RELU2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The largest size of a value that each program has seen. NaN counts for nothing: it stays in x."""
+    most = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        v, _, _, _ = _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M, BLOCK_N)
+        most = tl.maximum(most, tl.abs(v))
+    tl.store(largest + tl.program_id(0), tl.max(tl.max(most, 1), 0))
 
 
 @jit
 def _quantize_kernel(
-    x, scale, y, transposed, stride, M, N, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    across = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-    n = (tl.program_id(0) % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
-    mask, limit = (m < M) & (n < N), tl.cast(limit, tl.float32)
-    value = tl.load(x + m * stride + n, mask, other=0.0).to(tl.float32) * tl.load(scale)
-    value = tl.minimum(tl.maximum(value, -limit), limit).to(y.dtype.element_ty)  # (BLOCK_M, BLOCK_N)
-    tl.store(y + m * N + n, value, mask)
-    tl.store(transposed + tl.trans(n * M + m), tl.trans(value), tl.trans(mask))
+    x, pre, largest, y, transposed, inverse, stride, pre_stride, M, N, parts, limit, nothing,
+    RELU2: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    limit, nothing = tl.cast(limit, tl.float32), tl.cast(nothing, tl.float32)
+    part = tl.arange(0, PARTS)
+    most = tl.max(tl.load(largest + part, part < parts, other=0.0), 0)
+    some = most > nothing
+    scale = tl.where(some, tl.div_rn(limit, most), 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(inverse, tl.where(some, tl.div_rn(most, limit), 1.0))
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    v, m, n, mask = _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M, BLOCK_N)
+    v *= scale
+    v = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))  # unlike a minimum, keeps NaN
+    v = v.to(y.dtype.element_ty)
+    tl.store(y + m * N + n, v, mask)
+    tl.store(transposed + tl.trans(n * M + m), tl.trans(v), tl.trans(mask))
+
+
+def _largest_tiles(_: int, __: Device) -> list[Tile]:
+    sizes = ((32, 128, 8, 4), (64, 128, 8, 2), (32, 256, 8, 2), (32, 128, 4, 6))
+    return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, per_processor=count) for m, n, warps, count in sizes]
 
 
 def _quantize_tiles(_: int, __: Device) -> list[Tile]:
@@ -72,40 +124,77 @@ def _quantize_tiles(_: int, __: Device) -> list[Tile]:
     return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps) for m, n, warps in sizes]
 
 
-def _quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _tiles_of(M: int, N: int, tile: Tile) -> int:
+    return triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
+
+
+def _largest(x: Tensor, relu2: bool, pre: Tensor | None) -> Tensor:
+    """The largest sizes of values, of which some one is the largest of all: (parts,) in float32."""
+    (M, N), facts = x.shape, device_facts(x.device)
+    tile = pick_tile(_largest_tiles, 0, facts)
+    parts = min(_tiles_of(M, N, tile), tile.per_processor * facts.processors)
+    largest = torch.empty(parts, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        wrap_triton(_largest_kernel)[(parts,)](
+            x, pre, largest, x.stride(0), _stride(pre), M, N, RELU2=relu2, **tile.arguments
+        )
+    return largest
+
+
+def _stride(pre: Tensor | None) -> int:
+    return 0 if pre is None else pre.stride(0)
+
+
+def _quantize(
+    x: Tensor, dtype: torch.dtype, relu2: bool, pre: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     M, N = x.shape
-    y, transposed = _fake_quantize(x, scale, dtype)
-    if M * N:
-        x = as_rows(x)
-        tile = pick_tile(_quantize_tiles, 0, device_facts(x.device))
-        grid = (triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"]),)
-        with torch.cuda.device_of(x):
-            wrap_triton(_quantize_kernel)[grid](
-                x, scale, y, transposed, x.stride(0), M, N, torch.finfo(dtype).max, **tile.arguments
-            )
-    return y, transposed
+    y, transposed, inverse = _fake_quantize(x, dtype)
+    if M * N == 0:
+        return y, transposed, inverse.fill_(1.0)
+    x, pre = as_rows(x), None if pre is None else as_rows(pre)
+    largest = _largest(x, relu2, pre)
+    tile, parts = pick_tile(_quantize_tiles, 0, device_facts(x.device)), len(largest)
+    with torch.cuda.device_of(x):
+        wrap_triton(_quantize_kernel)[(_tiles_of(M, N, tile),)](
+            x, pre, largest, y, transposed, inverse, x.stride(0), _stride(pre), M, N, parts,
+            torch.finfo(dtype).max, NOTHING,
+            RELU2=relu2, PARTS=triton.next_power_of_2(parts), **tile.arguments,
+        )  # fmt: skip
+    return y, transposed, inverse
 
 
-def _fake_quantize(x, scale, dtype):
-    return tuple(torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+def _fake_quantize(x: Tensor, dtype: torch.dtype, *_) -> tuple[Tensor, Tensor, Tensor]:
+    y, transposed = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+    return y, transposed, torch.empty((), dtype=torch.float32, device=x.device)
 
 
 _quantize_op = kernel_op("quantize_fp8", _quantize, _fake_quantize)
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, N) in fp8, its transpose (N, M), and the scale that both were multiplied by, 0-d float32."""
-    scale = scale_of(x, dtype)
-    y, transposed = (_quantize_op if use_triton(x) else quantize_ref)(x, scale, dtype)
-    return y, transposed, scale
+def quantize(
+    x: Tensor, dtype: torch.dtype, relu2: bool = False, pre: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, N) in fp8 over its whole range, its transpose (N, M), and what to multiply them by, 0-d float32.
+
+    relu2: of relu(x)^2 instead. pre (M, N): of its gradient instead, 2 relu(pre) x. NaN stays NaN, and
+    infinity becomes it.
+    """
+    return (_quantize_op if use_triton(x) else quantize_ref)(x, dtype, relu2, pre)
 
 
-def scaled_product(a: Tensor, b: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """a b^T / scale of fp8 a (M, K) and b (N, K), both by rows. fast: sums in fewer bits than float32."""
-    one = torch.ones((), dtype=torch.float32, device=a.device)
+Quantized = tuple[Tensor, Tensor]  # fp8, and what to multiply it by
+
+
+def scaled_product(a: Quantized, b: Quantized, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a b^T of a (M, K) and b (N, K), both by rows. fast: sums in fewer bits than float32."""
+    (a, a_inverse), (b, b_inverse) = a, b
     return torch._scaled_mm(
-        a, b.T, scale_a=1 / scale, scale_b=one, out_dtype=dtype, use_fast_accum=fast and a.is_cuda
+        a, b.T, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast and a.is_cuda
     )
+
+
+# of a tensor z: zq and its transpose zt in fp8, and the scale zi that undoes their own
 
 
 class LinearFP8(torch.autograd.Function):
@@ -113,19 +202,43 @@ class LinearFP8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        xq, xt, x_scale = quantize(x, E4M3)
-        wq, wt, w_scale = quantize(weight, E4M3)
-        ctx.save_for_backward(xt, wt, x_scale, w_scale)
+        xq, xt, xi = quantize(x, E4M3)
+        wq, wt, wi = quantize(weight, E4M3)
+        ctx.save_for_backward(xt, xi, wt, wi)
         ctx.weight_dtype = weight.dtype
-        return scaled_product(xq, wq, x_scale * w_scale, x.dtype, fast=True)
+        return scaled_product((xq, xi), (wq, wi), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        xt, wt, x_scale, w_scale = ctx.saved_tensors
-        dq, dt, d_scale = quantize(dy, E5M2)
-        dx = scaled_product(dq, wt, d_scale * w_scale, dy.dtype, fast=False)
-        dw = scaled_product(dt, xt, d_scale * x_scale, dy.dtype, fast=False)
-        return dx, dw.to(ctx.weight_dtype)
+        xt, xi, wt, wi = ctx.saved_tensors
+        dq, dt, di = quantize(dy, E5M2)
+        dx = scaled_product((dq, di), (wt, wi), dy.dtype)
+        return dx, scaled_product((dt, di), (xt, xi), ctx.weight_dtype)
+
+
+class LinearReLU2FP8(torch.autograd.Function):
+    """relu(x W_in^T)^2 W_out^T, likewise. Of the activations it keeps p = x W_in^T, and relu(p)^2 in fp8."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        xq, xt, xi = quantize(x, E4M3)
+        vq, vt, vi = quantize(w_in, E4M3)
+        p = scaled_product((xq, xi), (vq, vi), x.dtype, fast=True)
+        aq, at, ai = quantize(p, E4M3, relu2=True)
+        wq, wt, wi = quantize(w_out, E4M3)
+        ctx.save_for_backward(xt, xi, vt, vi, p, at, ai, wt, wi)
+        ctx.weight_dtype = w_in.dtype
+        return scaled_product((aq, ai), (wq, wi), x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        xt, xi, vt, vi, p, at, ai, wt, wi = ctx.saved_tensors
+        yq, yt, yi = quantize(dy, E5M2)
+        dw_out = scaled_product((yt, yi), (at, ai), ctx.weight_dtype)
+        da = scaled_product((yq, yi), (wt, wi), dy.dtype)
+        pq, pt, pi = quantize(da, E5M2, pre=p)
+        dx = scaled_product((pq, pi), (vt, vi), dy.dtype)
+        return dx, scaled_product((pt, pi), (xt, xi), ctx.weight_dtype), dw_out
 
 
 def linear_fp8_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,18 +258,41 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     return LinearFP8.apply(x.reshape(M, K), weight).view(*x.shape[:-1], N)
 
 
+def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`linear_relu2` with products in fp8. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
+
+    All sizes, and the number of rows of x, have to be multiples of 16.
+    """
+    M, (N, D) = x.shape[:-1].numel(), w_in.shape
+    if x.shape[-1] != D or w_out.shape != (D, N) or M % 16 or N % 16 or D % 16:
+        shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
+        raise ValueError(f"{shapes}; fp8 needs (..., D), (N, D) and (D, N), all of them multiples of 16")
+    return LinearReLU2FP8.apply(x.reshape(M, D), w_in, w_out).view(*x.shape[:-1], D)
+
+
 def cases(dtype: torch.dtype) -> list[Case]:
-    """For the static gate and the tuner: 16k tokens of width 1536."""
-    t = f"*{type_name(dtype)}"
-    common = {"x": t, "scale": "*fp32", "stride": "i32", "M": "i32", "N": "i32", "limit": "fp64"}
-
-    def run(device: torch.device):
-        x = torch.randn(16384, 1536, device=device, dtype=dtype)
-        scale = scale_of(x, E4M3)
-        return lambda: _quantize(x, scale, E4M3)
-
+    """For the static gate and the tuner: 16k tokens of width 1536, and of an MLP's hidden layer."""
+    t, without = f"*{type_name(dtype)}", ("sm_80", "gfx942")  # which have no fp8
+    sizes = dict.fromkeys(("stride", "M", "N"), "i32")
     found = []
-    for name, fp8 in (("e4m3", "*fp8e4nv"), ("e5m2", "*fp8e5")):
-        arguments, without = common | {"y": fp8, "transposed": fp8}, ("sm_80", "gfx942")
-        found.append(Case("_quantize_kernel", arguments, _quantize_tiles, 0, run, name, without))
+    for name, fp8, width in (("e4m3", E4M3, 1536), ("e5m2", E5M2, 1536), ("relu2", E4M3, 6144),
+                             ("gradient", E5M2, 6144)):  # fmt: skip
+        relu2, gradient = name == "relu2", name == "gradient"
+
+        def run(launch: Callable, device: torch.device, relu2=relu2, gradient=gradient, width=width):
+            x = torch.randn(16384, width, device=device, dtype=dtype)
+            pre = x.clone() if gradient else None
+            return lambda: launch(x, relu2, pre)
+
+        common = {"x": t, "pre": t if gradient else None, "largest": "*fp32", "RELU2": relu2, **sizes}
+        common["pre_stride"] = "i32" if gradient else 0
+        outputs = dict.fromkeys(("y", "transposed"), "*fp8e4nv" if fp8 is E4M3 else "*fp8e5")
+        outputs |= {"inverse": "*fp32", "parts": "i32", "PARTS": 1024, "limit": "fp64", "nothing": "fp64"}
+        whole = functools.partial(run, lambda x, *given, fp8=fp8: _quantize(x, fp8, *given))
+        found += [
+            Case(
+                "_largest_kernel", common, _largest_tiles, 0, functools.partial(run, _largest), name, without
+            ),
+            Case("_quantize_kernel", common | outputs, _quantize_tiles, 0, whole, name, without),
+        ]
     return found

@@ -1,13 +1,17 @@
 """The nearest semi-orthogonal matrix, which is Muon's update: U V^T of the singular value decomposition.
 
-Polar Express (Amsel et al., 2025): five odd polynomials a X + b (X X^T) X + c (X X^T)^2 X, whose coefficients
-are the best possible for singular values in [1e-3, 1] at each step, with their safety factor of 1.01.
+Five odd polynomials a X + b (X X^T) X + c (X X^T)^2 X drive all singular values to 1. Those of Polar Express
+(Amsel et al., 2025) are at each step the best possible for values in [1e-3, 1]; Newton-Schulz is Muon's first
+choice, one polynomial five times (Jordan et al., 2024). Both want values of at most 1, so that X is divided
+by its Frobenius norm and a safety factor of 1.01.
 
 With G = X X^T, or X^T X where X is tall, a step is X <- Z X with Z = a I + b G + c G^2. Long matrices take
 the Gram form: the next G is Z G Z, so several steps run on small matrices alone before X is multiplied by the
 product of their Z. In half precision G soon has eigenvalues that no Gram matrix has, below zero, and the
 polynomials amplify them. Hence a restart after two steps (G from X anew), float16 with three more bits than
-bfloat16 (after the normalisation, in float32, nothing leaves its range), and symmetry to the last bit.
+bfloat16, and symmetry to the last bit. The kernels bring X, by a norm in float32, to that of an orthogonal
+matrix, n^0.5, and divide the first polynomial's coefficients by the rest: at a norm of 1, what lies beside
+the diagonal of G would be below float16's normal range.
 
 Bound by products. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
 torch; 15 alpha + 5 where the symmetric products compute one half; 6 alpha + 17 in the Gram form.
@@ -24,28 +28,38 @@ from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, tr
 from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
 
 Polynomial = tuple[float, float, float]
-COEFFICIENTS: tuple[Polynomial, ...] = (
+POLAR_EXPRESS: tuple[Polynomial, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+NEWTON_SCHULZ: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
+SAFETY = 1.01
+EPS = 1e-6
 RESTART = 2  # steps of the Gram form before G is computed anew: in float16, one is too few and three too many
-GRAM_ASPECT = (
-    2  # K / n from which the Gram form is used: by FLOPs it is 1.2 times as fast there, and not at 1
-)
+# K / n from which the Gram form is used: by FLOPs it is 1.2 times as fast there, and not at 1. Not measured.
+GRAM_ASPECT = 2
 
 
-def orthogonalize_ref(x: Tensor) -> Tensor:
+def orthogonalize_ref(
+    x: Tensor, polynomials: tuple[Polynomial, ...] = POLAR_EXPRESS, norm: float | None = None
+) -> Tensor:
     """The specification. x: (..., M, N), in the dtype that it is computed in and returned."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the short side is the small one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
-    for a, b, c in COEFFICIENTS:
+    x = (x / (SAFETY * (_frobenius(x) + EPS if norm is None else norm))).to(x.dtype)
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def _frobenius(x: Tensor) -> Tensor:
+    """(..., 1, 1), in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
 
 
 def gram_matrix_ref(x: Tensor) -> Tensor:
@@ -164,10 +178,10 @@ def gram_matrix(x: Tensor) -> Tensor:
     return gram.view(*x.shape[:-2], *gram.shape[1:])
 
 
-def _polar_express(x: Tensor) -> Tensor:
-    """x: (G, M, N), with singular values of at most 1."""
+def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float) -> Tensor:
+    """x: (G, M, N), whose Frobenius norms are at most norm."""
     tall = x.shape[1] > x.shape[2]
-    for (a, b, c), *more in _stages(*x.shape[1:]):
+    for (a, b, c), *more in _stages(*x.shape[1:], _divided(polynomials, SAFETY * norm)):
         gram = _symmetric_product(x, x, tall)  # (G, n, n), as all but x
         factor = factors = _symmetric_product(gram, gram, False, c, gram, b, a)
         for a, b, c in more:
@@ -179,25 +193,39 @@ def _polar_express(x: Tensor) -> Tensor:
     return x
 
 
-def _stages(M: int, N: int) -> list[tuple[Polynomial, ...]]:
+def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial, ...]:
+    """The same polynomials, the first one of x / by."""
+    (a, b, c), *others = polynomials
+    return (a / by, b / by**3, c / by**5), *others
+
+
+def _stages(M: int, N: int, polynomials: tuple[Polynomial, ...]) -> list[tuple[Polynomial, ...]]:
     """The polynomials between one computation of G from X and the next."""
     if max(M, N) >= GRAM_ASPECT * min(M, N):
-        return [COEFFICIENTS[:RESTART], COEFFICIENTS[RESTART:]]
-    return [(polynomial,) for polynomial in COEFFICIENTS]
+        return [part for part in (polynomials[:RESTART], polynomials[RESTART:]) if part]
+    return [(polynomial,) for polynomial in polynomials]
 
 
-def orthogonalize(x: Tensor) -> Tensor:
+def orthogonalize(
+    x: Tensor, polynomials: tuple[Polynomial, ...] = POLAR_EXPRESS, norm: float | None = None
+) -> Tensor:
     """Polar factor of each matrix of x (..., M, N), singular values within about 0.7 to 1.2 of 1. Same
     dtype.
 
-    The kernels compute in float16 whatever x is, and take no gradient.
+    The kernels compute in float16 whatever x is, and take no gradient. norm: what no Frobenius norm in x
+    passes, where that is known, and at most 255 (M^0.5 for `muon_momentum`'s); x is then not read for it.
     """
     if not _runs_kernels(x):
-        return orthogonalize_ref(x)  # on a CPU in the plain form: the Gram form needs more bits than bfloat16
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    scaled = torch.empty(x.shape, dtype=torch.float16, device=x.device)
-    torch.mul(x, 1 / (norm * 1.01 + 1e-6), out=scaled)  # one pass, rounded once
-    return _polar_express(_as_batch(scaled)).view(x.shape).to(x.dtype)
+        # on a CPU in the plain form: the Gram form needs more bits than bfloat16
+        return orthogonalize_ref(x, polynomials, norm)
+    if norm is None:
+        norm = max(1, min(x.shape[-2:])) ** 0.5
+        scaled = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+        torch.mul(x, norm / (_frobenius(x) + EPS), out=scaled)  # one pass, rounded once
+        x, dtype = scaled, x.dtype
+    else:
+        x, dtype = x.to(torch.float16), x.dtype
+    return _steps(_as_batch(x), polynomials, norm).view(x.shape).to(dtype)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
-from hotlap.kernels.fp8 import fp8_pays, linear_fp8
+from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
-from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 from hotlap.model.config import MLP_RATIO, GPTConfig
@@ -98,9 +97,8 @@ class MLP(nn.Module):
         self.proj = Linear(MLP_RATIO * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc.fp8:
-            return self.proj(relu2(self.fc(x)))
-        return linear_relu2(x, self.fc.weight, self.proj.weight)
+        fp8 = self.fc.fp8 and torch.is_grad_enabled()
+        return (linear_relu2_fp8 if fp8 else linear_relu2)(x, self.fc.weight, self.proj.weight)
 
 
 class Block(nn.Module):

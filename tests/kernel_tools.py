@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hotlap.kernels import muon
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -114,3 +116,24 @@ def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
     apart = 2**31
     rows = torch.empty_strided((2, width), (apart, 1), dtype=dtype, device=DEVICE)
     return rows.copy_(random(2, width, grad=False))
+
+
+def muon_move(
+    weight: Tensor, update: Tensor, second: Tensor, lr: Tensor, decay: Tensor, beta2: float
+) -> None:
+    """What follows the orthogonalisation in a step of Muon on whole matrices."""
+    factors = muon.muon_factors(muon.muon_squares(update), second, min(weight.shape[-2:]), beta2)
+    muon.muon_apply(weight, update, factors, lr, decay)
+
+
+def muon_move_ref(
+    weight: Tensor, update: Tensor, second: Tensor, lr: Tensor, decay: Tensor, beta2: float
+) -> None:
+    """The same, stated at once."""
+    S = min(weight.shape[-2:])
+    update = update * (S**0.5 / (update.norm(dim=(-2, -1), keepdim=True) + muon.EPS))
+    along = -1 if second.shape[-1] == 1 else -2
+    second.lerp_(update.square().mean(along, keepdim=True), 1 - beta2)
+    scaled = update * (second + muon.EPS).rsqrt()
+    scaled = scaled * (S**0.5 / (scaled.norm(dim=(-2, -1), keepdim=True) + muon.EPS))
+    weight.sub_(lr * (scaled + decay * weight * (scaled * weight >= 0)))

@@ -70,10 +70,10 @@ def muon_steps(world: World, steps: int = 3) -> dict:
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
     orthogonalized = 0
 
-    def counted(x):
+    def counted(x, norm):
         nonlocal orthogonalized
         orthogonalized += len(x)
-        return orthogonalize(x)
+        return orthogonalize(x, norm=norm)
 
     orthogonalize, optim.orthogonalize = optim.orthogonalize, counted
     generator = torch.Generator().manual_seed(2)

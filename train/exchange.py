@@ -83,9 +83,9 @@ class Exchange:
 
     def send_back(self, update: Tensor, squares: Tensor) -> None:
         """Start returning the rows of the owned matrices (k, M, N) to where they belong, each with its
-        squares (k, L) in float32.
+        squares, L numbers in float32.
         """
-        tail = squares.contiguous().view(update.dtype)
+        tail = squares.flatten(1).contiguous().view(update.dtype)
         parts = [
             torch.cat([rows.flatten(1), tail], 1) for rows in update.split(self.rows, 1)
         ]  # each (k, m N + the squares)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from hotlap.kernels.muon import muon_apply, muon_factor, muon_momentum, muon_squares
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
 from hotlap.train.exchange import Exchange, assign_owners
@@ -139,9 +139,8 @@ class MuonAdamW(torch.optim.Optimizer):
         first = local(group["params"][0])
         count, (M, N) = len(group["params"]), group["params"][0].shape
         group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): rows of this rank
-        group["second_moment"] = first.new_zeros(
-            count, max(M, N)
-        )  # (G, M), or (G, N) for wide ones: all ranks'
+        # of whole matrices, the same on all ranks
+        group["second_moment"] = first.new_zeros((count, M, 1) if M >= N else (count, 1, N))
         for i, parameter in enumerate(group["params"]):
             state = self.state[parameter]
             state["momentum"] = sharded_like(parameter, group["momentum_buffer"][i])
@@ -182,10 +181,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _orthogonalize(self, group: dict, update: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The orthogonalised update and its squares; nothing yet where they are on their way back."""
+        norm = group["params"][0].shape[0] ** 0.5  # of rows of norm 1
         if "exchange" not in group:
-            update = orthogonalize(update)
+            update = orthogonalize(update, norm=norm)
             return update, muon_squares(update)
-        update = orthogonalize(group["exchange"].receive())  # (k, M, N)
+        update = orthogonalize(group["exchange"].receive(), norm=norm)  # (k, M, N)
         group["exchange"].send_back(update, muon_squares(update))
         return None, None
 
@@ -194,18 +194,18 @@ class MuonAdamW(torch.optim.Optimizer):
             update, squares = group["exchange"].receive_back()
         weights = [local(p) for p in group["params"]]
         M, N = group["params"][0].shape
-        factor = muon_factor(squares, group["second_moment"], (M, N), MUON_BETA2)
-        if M >= N:  # a factor for each row: those of this rank's rows
-            first = group["exchange"].first_row if "exchange" in group else 0
-            factor = factor[:, first : first + len(weights[0]), None]
-        else:
-            factor = factor[:, None]
+        factors = muon_factors(
+            squares.view_as(group["second_moment"]), group["second_moment"], min(M, N), MUON_BETA2
+        )
+        if M >= N and "exchange" in group:  # one a row: those of this rank's rows
+            first = group["exchange"].first_row
+            factors = factors[:, first : first + len(weights[0])]
         stacked = torch.stack(weights)
         lr, decay = (
             torch.tensor(value, device=stacked.device)
             for value in (group["lr"] * max(1, M / N) ** 0.5, group["weight_decay"])
         )
-        muon_apply(stacked, update, factor, lr, decay)
+        muon_apply(stacked, update, factors, lr, decay)
         torch._foreach_copy_(weights, list(stacked.unbind()))
 
     def _adamw(self, group: dict) -> None:

@@ -48,10 +48,10 @@ def test_a_run_with_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
     assert random_state() == end
     straight_losses, losses = (
         [float.hex(m["loss"]) for m in read_metrics(run / "metrics.jsonl")]
-        for run in (straight.out, stopped.run)
+        for run in (straight.out, stopped.out)
     )
     assert losses == straight_losses and len(losses) == 12
-    assert state_in(straight.out) == state_in(stopped.run)
+    assert state_in(straight.out) == state_in(stopped.out)
 
 
 def test_each_rank_goes_on_with_its_own_draws_and_at_another_size_with_none(tmp_path):

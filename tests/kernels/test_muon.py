@@ -2,13 +2,28 @@
 
 import pytest
 import torch
+from kernel_tools import DEVICE, muon_move
 
-from hotlap.kernels.muon import muon_apply, muon_momentum
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum
 from hotlap.kernels.orthogonalize import orthogonalize
 
 
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request, choose_kernels) -> torch.dtype:
+    """Both paths, and the dtype of their updates: torch's without rounding."""
+    if request.param == "torch":
+        choose_kernels("torch")
+        return torch.float32
+    request.getfixturevalue("triton_kernels")
+    return torch.float16
+
+
 def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def scalar(value):
+    return torch.tensor(value, device=DEVICE)
 
 
 def matrix_of(singular_values, M, N):
@@ -55,50 +70,68 @@ def test_one_huge_value_does_not_blow_up(dtype):
     assert 0.6 < values.max() < 1.3
 
 
-def test_momentum_is_nesterov_with_rows_of_one_norm():
-    grad, momentum, beta = random(3, 6, 10), random(3, 6, 10, seed=1), torch.tensor(0.9)
+def test_momentum_is_nesterov_with_rows_of_norm_one(kernels):
+    grad, momentum, beta = random(3, 6, 10), random(3, 6, 10, seed=1), scalar(0.9)
     grad[0, 2], momentum[0, 2] = 0, 0
     old = momentum.clone()
-    update = muon_momentum(grad.clone(), momentum, beta)
+    update = muon_momentum(grad.clone(), momentum, beta, kernels).float()
     torch.testing.assert_close(momentum, 0.9 * old + 0.1 * grad)
-    nesterov = 0.1 * grad + 0.9 * momentum
     assert not update[0, 2].any()  # a row without gradient stays without, and is not a division by zero
-    norms = update.norm(dim=-1)
-    torch.testing.assert_close(norms[1:], nesterov[1:].norm(dim=-1).mean(-1, keepdim=True).expand(2, 6))
-    cosine = torch.cosine_similarity(update[1:], nesterov[1:], dim=-1)
-    torch.testing.assert_close(cosine, torch.ones(2, 6))
+    expected = torch.nn.functional.normalize(0.1 * grad + 0.9 * momentum, dim=-1)
+    torch.testing.assert_close(update, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("M, N", [(12, 20), (20, 12)])
-def test_every_step_has_the_norm_of_an_orthogonal_matrix(M, N):
+def test_every_step_has_the_norm_of_an_orthogonal_matrix(M, N, kernels):
     along = (2, M, 1) if M >= N else (2, 1, N)
-    weight, second = random(2, M, N), torch.zeros(along)
-    lr, none = torch.tensor(0.02), torch.tensor(0.0)
+    weight, second = random(2, M, N), torch.zeros(along, device=DEVICE)
     for step in range(3):  # the second moment scales rows against each other, never the whole
         old = weight.clone()
-        muon_apply(weight, 1e3**step * random(2, M, N, seed=step), second, lr, none, 0.9)
-        norm = (weight - old).norm(dim=(-2, -1))
+        update = 1e3**step * random(2, M, N, seed=step)
+        muon_move(weight, update, second, scalar(0.02), scalar(0.0), 0.9)
+        norm = (weight - old).norm(dim=(-2, -1)).cpu()
         torch.testing.assert_close(norm, torch.full((2,), 0.02 * min(M, N) ** 0.5), rtol=1e-4, atol=0)
 
 
-def test_rows_that_were_large_before_are_scaled_down():
-    second = torch.ones(1, 4, 1)
+def test_rows_that_were_large_before_are_scaled_down(kernels):
+    second = torch.ones(1, 4, 1, device=DEVICE)
     second[0, 0] = 100
-    weight = torch.zeros(1, 4, 4)
-    muon_apply(weight, torch.ones(1, 4, 4), second, torch.tensor(0.1), torch.tensor(0.0), 0.99)
+    weight = torch.zeros(1, 4, 4, device=DEVICE)
+    muon_move(weight, torch.ones(1, 4, 4, device=DEVICE), second, scalar(0.1), scalar(0.0), 0.99)
     size = weight[0].abs().mean(-1)
     assert size[0] < 0.2 * size[1]
     torch.testing.assert_close(size[1:], size[1:2].expand(3))
 
 
-def test_decay_shrinks_only_weights_that_the_step_shrinks_too():
+def test_decay_shrinks_only_weights_that_the_step_shrinks_too(kernels):
     start, update = random(1, 16, 16), random(1, 16, 16, seed=1)
-    lr, decay = torch.tensor(0.1), torch.tensor(0.5)
     moved = []
-    for amount in (torch.tensor(0.0), decay):
-        weight = start.clone()
-        muon_apply(weight, update.clone(), torch.zeros(1, 16, 1), lr, amount, 0.9)
+    for amount in (0.0, 0.5):
+        weight, second = start.clone(), torch.zeros(1, 16, 1, device=DEVICE)
+        muon_move(weight, update.clone(), second, scalar(0.1), scalar(amount), 0.9)
         moved.append(weight)
     agrees = update * start > 0
-    torch.testing.assert_close(moved[1] - moved[0], -lr * decay * start * agrees)
+    torch.testing.assert_close(moved[1] - moved[0], -0.1 * 0.5 * start * agrees)
     assert agrees.any() and not agrees.all()
+
+
+def test_an_update_of_zeros_moves_nothing_and_one_that_is_not_a_number_is_not_hidden(kernels):
+    weight, second = random(2, 6, 4), torch.zeros(2, 6, 1, device=DEVICE)
+    update, old = torch.zeros(2, 6, 4, device=DEVICE), weight.clone()
+    update[1, 0, 0] = float("nan")
+    muon_move(weight, update, second, scalar(0.1), scalar(0.0), 0.9)
+    assert torch.equal(weight[0], old[0]) and weight[1].isnan().all()
+    grad, momentum = random(1, 3, 5), random(1, 3, 5)
+    grad[0, 1, 2] = float("nan")
+    assert muon_momentum(grad, momentum, scalar(0.9), kernels)[0, 1].isnan().all()
+
+
+def test_wrong_shapes_are_named():
+    x = torch.zeros(2, 6, 4)
+    with pytest.raises(ValueError, match=r"grad is \(2, 6, 4\) and momentum \(2, 4, 6\)"):
+        muon_momentum(x, x.mT, scalar(0.9), torch.float16)
+    for factors in (torch.zeros(2, 1, 6), torch.zeros(6, 1)):
+        with pytest.raises(ValueError, match=r"\(G, M, 1\) or \(G, 1, N\)"):
+            muon_apply(x, x, factors, scalar(0.1), scalar(0.0))
+    with pytest.raises(ValueError, match=r"squares are \(2, 6, 1\) and second_moment \(2, 1, 4\)"):
+        muon_factors(torch.zeros(2, 6, 1), torch.zeros(2, 1, 4), 4, 0.9)

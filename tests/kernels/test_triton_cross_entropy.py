@@ -63,8 +63,37 @@ def test_logits_of_any_size_do_not_overflow():
         assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
 
 
-def test_a_target_beyond_the_vocabulary_gives_nan():
-    assert cross_entropy(random(1, 8), torch.tensor([8]).to(DEVICE)).isnan()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 97, 9000])
+@pytest.mark.parametrize("softcap, z_loss", [(0.0, 0.0), (5.0, 1e-2)])
+def test_loss_and_gradient_at_once_are_those_of_two_passes(vocab, softcap, z_loss, dtype):
+    logits, targets = case(5, vocab, dtype)
+    dloss = random(5, seed=1, grad=False)
+    dloss[3] = 0
+    memory = torch.zeros(5, vocab + 3, dtype=dtype, device=DEVICE)
+    rows = memory[:, :vocab].copy_(logits.detach())
+    losses = module.cross_entropy_both(dloss, rows, targets, softcap, z_loss, IGNORE)
+    expected = outputs_and_gradients(
+        lambda x: cross_entropy(x, targets, softcap, "none", z_loss), (logits,), [dloss]
+    )
+    torch.testing.assert_close(
+        (losses, rows), tuple(expected), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6
+    )
+    assert not memory[:, vocab:].any()
+
+
+@pytest.mark.parametrize("target", [8, -2])
+def test_a_target_that_is_no_word_gives_nan(target):
+    assert cross_entropy(random(1, 8), torch.tensor([target]).to(DEVICE)).isnan()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_target_of_tokens_without_loss_can_be_chosen(reduction):
+    logits, targets = case(7, 50)
+    targets = targets.where(targets != IGNORE, -100)
+    want = F.cross_entropy(logits, targets, reduction=reduction)
+    for function in (cross_entropy, cross_entropy_ref):
+        torch.testing.assert_close(function(logits, targets, reduction=reduction, ignore_index=-100), want)
 
 
 def test_gradients_are_written_in_place_only_where_that_is_allowed():
@@ -134,9 +163,9 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_the_operations_keep_the_rules_of_torch():
     logits, targets = case(4, 40)
-    opcheck(module._cross_entropy.op, (logits, targets, 15.0, 1e-4, False))
+    opcheck(module._cross_entropy.op, (logits, targets, 15.0, 1e-4, IGNORE, False))
     ones = torch.ones(4, device=DEVICE)
-    opcheck(module._cross_entropy_backward.op, (ones, logits.detach(), targets, ones, 15.0, 0.0))
+    opcheck(module._cross_entropy_backward.op, (ones, logits.detach(), targets, ones, 15.0, 0.0, IGNORE))
 
 
 def test_compiles_whole_to_the_same_results():

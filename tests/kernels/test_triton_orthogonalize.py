@@ -1,4 +1,6 @@
-"""The symmetric product, and Polar Express on it, also in the Gram form, on spectra that are hard for it."""
+"""The symmetric product, and the polynomials on it, also in the Gram form, on spectra that are hard for
+it.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from kernel_tools import DEVICE, DTYPES, error, random
 from torch.library import opcheck
 
 from hotlap.kernels import orthogonalize as module
-from hotlap.kernels.orthogonalize import COEFFICIENTS, gram_matrix, orthogonalize
+from hotlap.kernels.orthogonalize import NEWTON_SCHULZ, POLAR_EXPRESS, SAFETY, gram_matrix, orthogonalize
 from hotlap.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -17,15 +19,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(module, "_symmetric_tiles", lambda *_: [Tile({"TILE": 32, "DEPTH": 32})])
 
 
-def matrix_of(values, M, N, dtype=torch.bfloat16):
-    """A random matrix (M, N) of these singular values, and Polar Express of it without rounding."""
+def matrix_of(values, M, N, dtype=torch.bfloat16, polynomials=POLAR_EXPRESS):
+    """A random matrix (M, N) of these singular values, and the polynomials of it without rounding."""
     generator = torch.Generator().manual_seed(M + N)
     n = min(M, N)
     u, v = (torch.linalg.qr(torch.randn(size, n, generator=generator).double())[0] for size in (M, N))
     x = (u * values.double() @ v.T).to(dtype)
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
-    s = s / (s.norm() * 1.01 + 1e-6)
-    for a, b, c in COEFFICIENTS:
+    s = s / (SAFETY * (s.norm() + 1e-6))
+    for a, b, c in polynomials:
         s = a * s + b * s**3 + c * s**5
     return x.to(DEVICE), (u * s @ v).to(DEVICE)
 
@@ -38,9 +40,33 @@ SHAPES = [(64, 64), (33, 70), (129, 64), (32, 128), (20, 160), (150, 17), (1, 40
 def test_is_polar_express_at_every_aspect(M, N, dtype):
     x, exact = matrix_of(torch.linspace(0.05, 1, min(M, N)), M, N, dtype)
     y = orthogonalize(x)
-    assert y.dtype == dtype and error(y, exact) < 0.02
+    assert y.dtype == dtype and error(y, exact) < 0.01
     values = torch.linalg.svdvals(y.float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("M, N", [(48, 48), (32, 128), (150, 17)])
+def test_is_newton_schulz_where_its_polynomials_are_given(M, N):
+    x, exact = matrix_of(torch.linspace(0.05, 1, min(M, N)), M, N, polynomials=NEWTON_SCHULZ)
+    assert error(orthogonalize(x, NEWTON_SCHULZ), exact) < 0.01
+
+
+@pytest.mark.parametrize("M, N", [(48, 48), (32, 128), (150, 17)])
+def test_more_steps_lead_to_the_polar_factor(M, N):
+    """To U V^T of the decomposition in float64, here by two of Newton-Schulz's that do not move 1."""
+    x, _ = matrix_of(torch.linspace(0.05, 1, min(M, N)), M, N)
+    u, _, v = torch.linalg.svd(x.double(), full_matrices=False)
+    assert error(orthogonalize(x, (*POLAR_EXPRESS, *[(1.875, -1.25, 0.375)] * 2)), u @ v) < 0.01
+
+
+@pytest.mark.parametrize("M, N", [(48, 48), (32, 128), (150, 17)])
+def test_a_norm_that_is_known_is_not_computed(M, N, monkeypatch):
+    x, exact = matrix_of(torch.linspace(0.05, 1, min(M, N)), M, N)
+    x = (x * (M**0.5 / x.float().norm())).half()
+    monkeypatch.setattr(module, "_frobenius", None)
+    assert error(orthogonalize(x, norm=M**0.5), exact) < 0.01
+    few = orthogonalize(x, norm=1.5 * M**0.5)  # a bound does
+    assert torch.linalg.svdvals(few.float()).min() > 0.6
 
 
 HARD = {
@@ -70,17 +96,18 @@ def test_hard_spectra_neither_blow_up_nor_turn(M, N, name):
 def test_without_the_restart_the_gram_form_blows_up(monkeypatch):
     """What the restart is for: if this holds no longer, it can go."""
     x, _ = matrix_of(torch.logspace(0, -9, 32), 32, 256)
-    monkeypatch.setattr(module, "_stages", lambda *_: [COEFFICIENTS])
+    monkeypatch.setattr(module, "_stages", lambda *given: [given[-1]])
     worst = torch.linalg.svdvals(orthogonalize(x).double().nan_to_num(1e9)).max()
     monkeypatch.undo()
     assert worst > 1.3
 
 
 def test_the_gram_form_is_for_long_matrices():
-    assert [len(stage) for stage in module._stages(64, 64)] == [1] * 5
-    assert [len(stage) for stage in module._stages(64, 127)] == [1] * 5
-    assert [len(stage) for stage in module._stages(128, 64)] == [2, 3]
-    assert sum(module._stages(64, 256), ()) == COEFFICIENTS
+    assert [len(stage) for stage in module._stages(64, 64, POLAR_EXPRESS)] == [1] * 5
+    assert [len(stage) for stage in module._stages(64, 127, POLAR_EXPRESS)] == [1] * 5
+    assert [len(stage) for stage in module._stages(128, 64, POLAR_EXPRESS)] == [2, 3]
+    assert sum(module._stages(64, 256, POLAR_EXPRESS), ()) == POLAR_EXPRESS
+    assert len(module._stages(64, 256, POLAR_EXPRESS[:2])) == 1
 
 
 def test_zeros_stay_zeros_and_batches_are_of_single_matrices():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tools import tiny_config
 
-from hotlap.kernels.muon import muon_apply, muon_factor, muon_momentum, muon_squares
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
 from hotlap.train.optim import MUON_BETA2, MuonAdamW, OptimConfig
@@ -65,14 +65,13 @@ def test_a_group_of_matrices_is_updated_as_each_alone():
         for name, parameter in zip(group["names"], group["params"], strict=True):
             M, N = parameter.shape
             weight, momentum = parameter.detach().clone()[None], torch.zeros(1, M, N)
-            second = torch.zeros(1, max(M, N))
+            second = torch.zeros((1, M, 1) if M >= N else (1, 1, N))
             lr = torch.tensor(group["lr"] * max(1, M / N) ** 0.5)
             for _ in range(3):
                 update = muon_momentum(parameter.grad[None], momentum, torch.tensor(0.95), torch.float32)
-                update = orthogonalize(update)
-                factor = muon_factor(muon_squares(update), second, (M, N), MUON_BETA2)
-                factor = factor[..., None] if M >= N else factor[:, None]
-                muon_apply(weight, update, factor, lr, torch.tensor(0.5))
+                update = orthogonalize(update, norm=M**0.5)
+                factors = muon_factors(muon_squares(update), second, min(M, N), MUON_BETA2)
+                muon_apply(weight, update, factors, lr, torch.tensor(0.5))
             expected[name] = weight[0]
     for _ in range(3):
         optimizer.step()
