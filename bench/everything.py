@@ -127,12 +127,11 @@ def native_tests(tests: Path, report: Path, end: float) -> str:
 def wait(process: subprocess.Popen, seconds: float) -> int | None:
     """The exit code of a process that is asked to end after so many seconds; None where it was killed."""
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(seconds)
         process.send_signal(signal.SIGINT)  # pytest then says what it has found
-    try:
-        return process.wait(GRACE / 2)
-    except subprocess.TimeoutExpired:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(GRACE / 2)
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -165,8 +164,11 @@ def run_stage(
 
 
 def is_late(path: Path) -> bool:
-    """Whether there was no time for some of a stage's cases."""
-    return path.exists() and any(row.get("note") == NO_TIME for row in results.load(path)["rows"])
+    """Whether there was no time for some of the kernels."""
+    if not path.exists():
+        return False
+    content = results.load(path)
+    return not content.get("complete") or any(row.get("note") == NO_TIME for row in content["rows"])
 
 
 def run_apart(stage: Callable[[float, Path, bool], int], arguments: tuple, seconds: float) -> int | None:

@@ -71,6 +71,17 @@ def test_a_stage_that_ends_early_does_the_rest_and_no_more(tmp_path, monkeypatch
     assert len(runs) <= 5  # nothing more came of it
 
 
+def test_kernels_that_were_cut_off_or_had_no_time_are_gone_on_with(tmp_path):
+    path = tmp_path / "kernels.json"
+    assert not everything.is_late(path)  # nothing can be continued
+    write(path, ["WRONG"], complete=True)
+    assert not everything.is_late(path)
+    write(path, ["WRONG", NO_TIME], complete=True)
+    assert everything.is_late(path)
+    write(path, ["WRONG"])
+    assert everything.is_late(path)
+
+
 def test_a_stage_that_hangs_is_ended():
     began = time.monotonic()
     assert everything.run_apart(time.sleep, (600,), 1) is None
