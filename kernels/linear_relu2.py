@@ -58,13 +58,13 @@ def _linear_relu2_kernel(
         q = tl.load(right, inside[:, None] & (n < N), other=0.0)
         total = tl.dot(p, q, total, input_precision="ieee")
         left += BLOCK_K
-        right += BLOCK_K * w_k
+        right += tl.cast(w_k, tl.int64) * BLOCK_K
     mask = (m < M) & (n < N)
     place = m * N + n
     if BACKWARD:
         total *= 2.0 * tl.sqrt(tl.load(a + place, mask, other=0.0).to(tl.float32))
     else:
-        total = tl.maximum(total, 0.0)
+        total = tl.where(total < 0, 0.0, total)  # unlike a maximum, keeps NaN
         total *= total
     tl.store(out + place, total.to(out.dtype.element_ty), mask)
 

@@ -15,8 +15,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def mend_interpreter() -> None:
-    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits, and
-    rounds to fp8 wrongly.
+    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits, rounds
+    to fp8 wrongly, and keeps NaN in a maximum, where GPUs take the other number.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -61,6 +61,8 @@ def mend_interpreter() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def error(value: Tensor, exact: Tensor, scale: float = 1e-30) -> float:

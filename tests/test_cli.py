@@ -118,7 +118,7 @@ def test_shards_are_not_written_over_what_is_there(work, capsys):
     [
         (["--model.heads", "3"], ("width=32", "heads=3")),
         (["--model.width", "48", "--model.heads", "1"], ("heads of 48", "32, 64")),
-        (["--batch-rows", "12", "--micro-rows", "5"], ("12 rows", "1, 2, 3, 4, 6, 12")),
+        (["--batch-rows", "12", "--micro-batch", "5"], ("12 rows", "1, 2, 3, 4, 6, 12")),
         (["--optim.matrix-lr", "0"], ("matrix_lr=0.0", "positive")),
         (["--optim.head-lr", "-1"], ("head_lr=-1.0", "positive")),
         (["--optim.embedding-lr", "nan"], ("embedding_lr=nan", "positive")),

@@ -90,10 +90,12 @@ def fit(
         StopRequest() as stop,
         profiled(run if profile else None, world) as profile_step,
     ):
-        last = progress.last
-        if start and (not last or last["step"] < start - 1):  # killed between its checkpoint and its line
-            last = state["last"]
-            progress.show(last, evaluate() if evaluate and start == config.steps else {})
+        last = (progress.last or state["last"]) if start else {}
+        behind = start and world.leads and progress.last.get("step", -1) < start - 1
+        if world.total(behind)[0]:  # killed between its checkpoint and its line
+            evaluated = evaluate() if evaluate and start == config.steps else {}
+            progress.show(state["last"], evaluated)
+            last = state["last"] | evaluated
         for step in range(start, config.steps):
             began = time.perf_counter()
             share = set_schedule(optimizer, schedule, step, config.steps)

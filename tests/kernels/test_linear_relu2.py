@@ -88,6 +88,13 @@ def test_rows_may_lie_beyond_two_to_the_31():
         assert torch.equal(a, b)
 
 
+def test_what_is_not_a_number_is_not_hidden():
+    (x, w_in, w_out), _ = case(4, 16, 32)
+    x.data[1, 3] = float("nan")
+    y = linear_relu2(x, w_in, w_out)
+    assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
+
+
 def test_two_runs_agree_bit_for_bit():
     inputs, gradients = case(50, 40, 90, torch.bfloat16)
     first, second = (outputs_and_gradients(linear_relu2, inputs, gradients) for _ in range(2))

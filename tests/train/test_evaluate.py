@@ -17,6 +17,7 @@ from hotlap.model.weights import save_model
 from hotlap.train import evaluate
 from hotlap.train.conversations import conversation_rows
 from hotlap.train.data import Documents, PackedRows
+from hotlap.train.dist import joined
 from hotlap.train.evaluate import EvalConfig, evaluate_model, share_right, validation
 from hotlap.train.optim import MuonAdamW, OptimConfig
 
@@ -33,7 +34,8 @@ def documents(tokenizer) -> Documents:
 def test_bits_per_byte_are_those_counted_by_hand(tiny_tokenizer, random_model, batch_rows):
     model = random_model(tiny_config())
     rows = PackedRows([lambda: documents(tiny_tokenizer)], 64, 0, shuffle=False)
-    scores = validation(model, rows, tiny_tokenizer, batch_rows)
+    with joined() as world:
+        scores = validation(model, rows, tiny_tokenizer, batch_rows, 0, world)
     nats, text_nats, count = 0.0, 0.0, 0
     for i, text in enumerate(TEXTS):
         ids = [tiny_tokenizer.bos, *tiny_tokenizer.encode(text)]
@@ -77,8 +79,8 @@ def test_a_model_with_nan_fails_and_is_not_scored(tiny_tokenizer):
     with pytest.raises(FloatingPointError, match="not finite"):
         share_right(Engine(model, tiny_tokenizer), [("dog?", "fox")])
     rows = PackedRows([lambda: documents(tiny_tokenizer)], 64, 0, shuffle=False)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        validation(model, rows, tiny_tokenizer, 2)
+    with joined() as world, pytest.raises(FloatingPointError, match="not finite"):
+        validation(model, rows, tiny_tokenizer, 2, 0, world)
 
 
 def test_scores_and_wrong_answers_are_written_once(tmp_path, engine, monkeypatch):
