@@ -36,6 +36,8 @@ def work(function: Callable, rank: int, size: int, port: int, env: dict, argumen
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         | env
     )
+    if "STDERR" in env:  # the server's is that of whichever test came first
+        os.dup2(os.open(env["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     try:
         results.put((rank, True, function(*arguments)))
     except BaseException:
