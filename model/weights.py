@@ -45,6 +45,16 @@ def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> N
 
 def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a model directory, or of the newest checkpoint of a run."""
+    folder, config, tokenizer = open_model(path)
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype)
+    model.to_empty(device=device).init_weights()  # for the tables that are not stored
+    load_weights(model, folder)
+    return model.eval(), tokenizer
+
+
+def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
+    """Where the model lies that a path means, checked against its hashes, its shape and its tokenizer."""
     folder = model_folder(path)
     if (folder / MANIFEST).is_file():  # a model directory from elsewhere has no hashes to check
         verify(folder, weights_only=True)
@@ -55,11 +65,7 @@ def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtyp
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
             "they are not of one run"
         )
-    with torch.device("meta"):
-        model = GPT(config, compute_dtype)
-    model.to_empty(device=device).init_weights()  # for the tables that are not stored
-    load_weights(model, folder)
-    return model.eval(), tokenizer
+    return folder, config, tokenizer
 
 
 def load_config(folder: Path) -> GPTConfig:

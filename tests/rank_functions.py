@@ -2,7 +2,7 @@
 
 import torch
 from tools import tiny_config
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hotlap.model.gpt import GPT
 from hotlap.train import optim
@@ -10,7 +10,7 @@ from hotlap.train.dist import World, joined
 from hotlap.train.exchange import Exchange
 from hotlap.train.faults import fault
 from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import materialize, parallelize, whole
+from hotlap.train.parallel import materialize, parallelize
 
 
 def agree(world: World) -> tuple:
@@ -53,6 +53,11 @@ def train_steps(
         "losses": losses,
         "weights": {name: whole(p).detach().float().numpy() for name, p in model.named_parameters()},
     }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with what all ranks hold of it; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def small_gpt(compute: str) -> GPT:

@@ -82,15 +82,6 @@ def materialize(model: GPT, device: torch.device, seed: int) -> None:
         model.init_weights(seed)
 
 
-@torch.no_grad()
-def copy_weights(model: GPT, source: GPT) -> None:
-    """The weights of a whole model into one that may be sharded; every rank has the source."""
-    weights = source.state_dict()
-    with KeepRows():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(weights[name])
-
-
 class KeepRows(TorchFunctionMode):
     """In it, a sharded tensor that is filled in place is filled whole, and keeps the rows of this rank.
 
@@ -161,8 +152,3 @@ def replicas(model: GPT) -> int:
     """How many ranks hold the same rows of each parameter."""
     mesh = getattr(model.head.weight, "device_mesh", None)
     return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with what all ranks hold of it; every rank has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -15,7 +15,7 @@ import torch
 
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER, load_model, model_folder
+from hotlap.model.weights import TOKENIZER, load_weights, open_model
 from hotlap.train.conversations import (
     built_in,
     conversation_rows,
@@ -30,7 +30,7 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.memory import check_memory, largest_that_fits, micro_batch_rows
 from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import Recompute, compiles, copy_weights, materialize, parallelize
+from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
 from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
 from hotlap.train.schedule import ScheduleConfig
@@ -85,12 +85,12 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
     with joined() as world, ExitStack() as stack:
         micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
         dtype = compute_dtype(config.dtype, world.device)
-        base, tokenizer = load_model(model_folder(config.base), torch.device("cpu"), dtype)
+        base, shape, tokenizer = open_model(config.base)
         train, held_out = split_conversations(conversations(config))
         seen = {json.dumps(c, sort_keys=True) for c in train}
         if same := len(seen & {json.dumps(c, sort_keys=True) for c in held_out}):
             log.info("%d conversations are in training and in validation", same)
-        T = base.config.context
+        T = shape.context
         rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
         held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
         rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
@@ -100,12 +100,12 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
                 open_run(config.out, config, config.resume != "no")
             check_tokenizer(config.out / TOKENIZER, tokenizer)
         with torch.device("meta"):
-            model = GPT(base.config, dtype)
+            model = GPT(shape, dtype)
         use_fp8(model, config.dtype)
         parallelize(model, world, config.recompute, compiles(config.compile, world.device, config.loop.steps))
         check_memory(model, world, micro_rows)
         materialize(model, world.device, config.seed)
-        copy_weights(model, base)
+        load_weights(model, base)
         optimizer = MuonAdamW(model, config.optim)
         start, state = resume_from(config.out, config.resume, model, optimizer, world)
         data_id = hashlib.sha256(json.dumps(train).encode()).hexdigest()

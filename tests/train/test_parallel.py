@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from rank_functions import small_gpt, train_steps
+from rank_functions import small_gpt, train_steps, whole
 from ranks import in_world, run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from hotlap.model.gpt import GPT
 from hotlap.train.dist import joined
-from hotlap.train.parallel import materialize, parallelize, whole
+from hotlap.train.parallel import materialize, parallelize
 
 NODES_OF_TWO = {"LOCAL_WORLD_SIZE": "2"}
 
