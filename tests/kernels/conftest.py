@@ -1,6 +1,7 @@
 import kernel_tools
 import pytest
 import torch
+import torch._dynamo.trace_rules
 
 from hotlap.kernels import dispatch
 
@@ -36,4 +37,6 @@ def triton_kernels(choose_kernels, monkeypatch):
 
     with torch.device("cpu"):  # at its first use torch notes, for good, which functions it has to watch
         empty(0)
+    # and compilers, which functions are torch's, until a process group is destroyed
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     monkeypatch.setattr(torch, "empty", poisoned)
