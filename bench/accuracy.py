@@ -56,7 +56,7 @@ def _expected(operation: Operation) -> Expected:
     tensors = operation.tensors()
     wide = tuple(t.double() if t.is_floating_point() else t for t in tensors)
     exact = outcome(operation, operation.reference, wide)
-    floor = SMALLEST_ERROR[tensors[0].dtype]
+    floor = max(SMALLEST_ERROR[tensors[0].dtype], operation.rounding)
     off = distances(outcome(operation, operation.reference, tensors), exact)
     return Expected(operation, tensors, exact, [max(floor, ERROR_FACTOR * error) for error in off])
 

@@ -49,9 +49,10 @@ class KernelsConfig:
     """
 
     operations: tuple[str, ...] = ()
-    """Of attention, windowed_attention, linear_relu2, linear_cross_entropy, orthogonalize, rms_norm,
-    rms_norm_residual, rotary, decode_attention, cross_entropy, relu2 and linear_cross_entropy_uncapped; none
-    is all. attention_lengths: rows of 1k to 16k, only where it is named."""
+    """Of attention, windowed_attention, linear_relu2, linear_cross_entropy, orthogonalize, muon, linear_fp8,
+    rms_norm, rms_norm_residual, rotary, decode_attention, cross_entropy, relu2 and
+    linear_cross_entropy_uncapped; none is all that the device can do. attention_lengths: rows of 1k to 16k,
+    only where it is named."""
     rows: int = 0
     """Rows of tokens, up to 2048 or a multiple of that; 0 is 16384 on a GPU, 1024 on a CPU."""
     seconds: float = 0.2

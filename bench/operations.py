@@ -28,8 +28,19 @@ from hotlap.bench.providers import (
     with_torch,
 )
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
+from hotlap.kernels.fp8 import check_fp8, linear_fp8, linear_fp8_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
+from hotlap.kernels.muon import (
+    muon_apply,
+    muon_apply_ref,
+    muon_factors,
+    muon_factors_ref,
+    muon_momentum,
+    muon_momentum_ref,
+    muon_squares,
+    muon_squares_ref,
+)
 from hotlap.kernels.orthogonalize import POLAR_EXPRESS, orthogonalize, orthogonalize_ref
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
@@ -180,18 +191,75 @@ def _linear_cross_entropy(
     )  # fmt: skip
 
 
-def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    layers = 12 if width == WIDTHS["d12"] else 24
-    if device.type == "cpu":
-        layers = 1  # all of d24's would take a CPU ten seconds a call
+def _layers(width: int, device: torch.device) -> int:
+    """As the model of this width has, but one on a CPU, which all of d24's would take ten seconds a call."""
+    return 1 if device.type == "cpu" else 12 if width == WIDTHS["d12"] else 24
+
+
+def _orthogonalize_flops(layers: int, width: int) -> int:
     symmetric = 2 * width * width * 4 * width  # X X^T and (...) X of a matrix of width x 4 width
-    flops = layers * len(POLAR_EXPRESS) * (2 * symmetric + 2 * width**3)
+    return layers * len(POLAR_EXPRESS) * (2 * symmetric + 2 * width**3)
+
+
+def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    layers = _layers(width, device)
     return Operation(
         "orthogonalize", f"{size} {layers}x{width}x{4 * width}",
         lambda: (normal(device, dtype)(layers, width, 4 * width),),
-        0, orthogonalize_ref, with_torch(orthogonalize, orthogonalize_ref), flops=(flops, 0),
+        0, orthogonalize_ref, with_torch(orthogonalize, orthogonalize_ref),
+        flops=(_orthogonalize_flops(layers, width), 0),
         directions=("forward",),
     )  # fmt: skip
+
+
+def muon_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    """A whole step for the matrices of one shape."""
+    layers, shape = _layers(width, device), (width, 4 * width)
+    beta, lr, decay = (torch.tensor(value, device=device) for value in (0.95, 1.0, 0.1))
+
+    def ours(grad: Tensor, momentum: Tensor, weight: Tensor, second: Tensor) -> Tensor:
+        update = orthogonalize(muon_momentum(grad, momentum, beta, dtype), norm=width**0.5)
+        factors = muon_factors(muon_squares(update), second, width, 0.9)
+        muon_apply(weight, update, factors, lr, decay)
+        return weight
+
+    def reference(grad: Tensor, momentum: Tensor, weight: Tensor, second: Tensor) -> Tensor:
+        update = muon_momentum_ref(grad, momentum, beta)
+        update = orthogonalize_ref(update if update.dtype == torch.float64 else update.to(dtype))
+        factors = muon_factors_ref(muon_squares_ref(update), second, width, 0.9)
+        muon_apply_ref(weight, update, factors, lr, decay)
+        return weight
+
+    def tensors() -> tuple[Tensor, ...]:
+        grad, momentum, weight = (torch.randn(layers, *shape, device=device) for _ in range(3))
+        return grad, momentum, 0.01 * weight, torch.zeros(layers, 1, shape[1], device=device)
+
+    return Operation(
+        "muon", f"{size} {layers}x{width}x{4 * width}", tensors,
+        0, reference, with_torch(ours, reference), flops=(_orthogonalize_flops(layers, width), 0),
+        directions=("forward",),
+    )  # fmt: skip
+
+
+def linear_fp8_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    """Beside the same layer in the dtype, from which it differs by e4m3's 3 bits and e5m2's 2."""
+    product = 2 * rows * width * 4 * width
+    return Operation(
+        "linear_fp8", f"{size} {rows}x{width}x{4 * width}",
+        lambda: (
+            normal(device, dtype)(rows, width),
+            torch.randn(4 * width, width, device=device) * width**-0.5,
+        ),
+        2, linear_fp8_ref, with_torch(linear_fp8, linear_fp8_ref), flops=(product, 2 * product), rounding=0.1,
+    )  # fmt: skip
+
+
+def _has_fp8(device: torch.device) -> bool:
+    try:
+        check_fp8(device)
+    except ValueError:
+        return False
+    return True
 
 
 BUILDERS = {  # what takes the most of a training step first
@@ -200,6 +268,8 @@ BUILDERS = {  # what takes the most of a training step first
     "linear_relu2": linear_relu2_at,
     "linear_cross_entropy": linear_cross_entropy_at,
     "orthogonalize": orthogonalize_at,
+    "muon": muon_at,
+    "linear_fp8": linear_fp8_at,
     "rms_norm": rms_norm_at,
     "rms_norm_residual": rms_norm_residual_at,
     "rotary": rotary_at,
@@ -222,11 +292,12 @@ def operations(
     known = (*BUILDERS, LENGTHS)
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"unknown operation {unknown[0]!r}; known: {', '.join(known)}")
+    names = names or tuple(name for name in BUILDERS if name != "linear_fp8" or _has_fp8(device))
     sizes = sorted(WIDTHS.items(), key=lambda item: item[1], reverse=device.type == "cuda")
     makers = [
         partial(_with_rows, BUILDERS[name], size, width, device=device, dtype=dtype)
         for size, width in sizes
-        for name in names or BUILDERS
+        for name in names
         if name != LENGTHS
     ]
     if LENGTHS in names:

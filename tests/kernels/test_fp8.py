@@ -174,7 +174,8 @@ def test_sizes_that_do_not_fit_and_devices_without_fp8_are_refused():
             linear_relu2_fp8(*wrong)
     with pytest.raises(ValueError, match="not cpu; use bfloat16"):
         check_fp8(torch.device("cpu"))
-    assert fp8_pays(6144, 1536) and not fp8_pays(3072, 768 - 16) and not fp8_pays(6144, 1544)
+    assert fp8_pays(6144, 1536) and fp8_pays(1536, 1536) and not fp8_pays(6144, 1544)
+    assert not fp8_pays(3072, 768) and not fp8_pays(1 << 20, 512)
 
 
 def test_an_older_gpu_is_named(monkeypatch):
