@@ -66,12 +66,18 @@ def quantize_ref(
 
 
 @jit
-def _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What is quantised of a tile, (BLOCK_M, BLOCK_N) in float32, and where it lies. NaN stays NaN."""
+def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows (BLOCK_M, 1) and columns (1, BLOCK_N) of a tile, and which elements there are."""
     across = tl.cdiv(N, BLOCK_N)
     m = (tile // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     n = (tile % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
-    mask = (m < M) & (n < N)
+    return m, n, (m < M) & (n < N)
+
+
+@jit
+def _values(x, pre, stride, pre_stride, m, n, mask, RELU2: tl.constexpr):
+    """What is quantised, in float32. NaN stays NaN."""
+    # apart from _place: of what a function returns, torch takes all to point to where its arguments do
     v = tl.load(x + m * stride + n, mask, other=0.0).to(tl.float32)
     if RELU2:
         v = tl.where(v < 0, 0.0, v)
@@ -79,7 +85,7 @@ def _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M: tl.constexpr
     elif pre is not None:
         p = tl.load(pre + m * pre_stride + n, mask, other=0.0).to(tl.float32)
         v *= 2.0 * tl.where(p < 0, 0.0, p)
-    return v, m, n, mask
+    return v
 
 
 @jit
@@ -90,8 +96,8 @@ def _largest_kernel(
     """The largest size of a value that each program has seen. NaN counts for nothing: it stays in x."""
     most = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        v, _, _, _ = _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M, BLOCK_N)
-        most = tl.maximum(most, tl.abs(v))
+        m, n, mask = _place(tile, M, N, BLOCK_M, BLOCK_N)
+        most = tl.maximum(most, tl.abs(_values(x, pre, stride, pre_stride, m, n, mask, RELU2)))
     tl.store(largest + tl.program_id(0), tl.max(tl.max(most, 1), 0))
 
 
@@ -107,9 +113,8 @@ def _quantize_kernel(
     scale = tl.where(some, tl.div_rn(limit, most), 1.0)
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.where(some, tl.div_rn(most, limit), 1.0))
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    v, m, n, mask = _values(x, pre, stride, pre_stride, tile, M, N, RELU2, BLOCK_M, BLOCK_N)
-    v *= scale
+    m, n, mask = _place(tl.num_programs(0) - 1 - tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    v = _values(x, pre, stride, pre_stride, m, n, mask, RELU2) * scale
     v = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))  # unlike a minimum, keeps NaN
     v = v.to(y.dtype.element_ty)
     tl.store(y + m * N + n, v, mask)
