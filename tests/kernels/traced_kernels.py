@@ -1,0 +1,87 @@
+"""What a compiler makes of the operations on a GPU, where there is none: run by test_traced.py, in a process
+without the interpreter. Prints, for each kernel, the arguments that it is seen to change.
+"""
+
+import json
+
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hotlap.kernels import (
+    cross_entropy,
+    dispatch,
+    fp8,
+    linear_cross_entropy,
+    linear_relu2,
+    muon,
+    orthogonalize,
+)
+
+F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
+H100 = dispatch.Device("H100", shared_memory=227 << 10, processors=132)
+
+
+class Driver:
+    """Of the GPU that kernels are looked at for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def muon_step(grad, momentum, weight, second, scalar):
+    update = muon.muon_momentum(grad, momentum, scalar, BF16)
+    update = orthogonalize.orthogonalize(update, norm=4.0)
+    factors = muon.muon_factors(muon.muon_squares(update), second, 16, 0.9)
+    muon.muon_apply(weight, update, factors, scalar, scalar)
+    return weight.sum()
+
+
+STEPS = (  # a function that ends in a scalar; its tensors, of which floats want gradients unless it is Muon's
+    (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
+    (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
+    (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
+    (lambda x, targets: cross_entropy.cross_entropy(x, targets, 15.0), (BF16, 32, 640), (I64, 32)),
+    (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
+)
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    dispatch._decide = lambda _: "triton"
+    for module in (cross_entropy, fp8, linear_relu2, muon, orthogonalize):
+        module.device_facts = lambda _: H100
+    changed, operations = {}, set()
+
+    def look(graph, _):
+        for node in graph.graph.find_nodes(
+            op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
+        ):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            changed[kernel.fn.__name__] = sorted(node.kwargs["tensors_to_clone"])
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        operations.update(name for name in targets if name.startswith("hotlap"))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    for function, *tensors in STEPS:
+        torch._dynamo.reset()
+        with FakeTensorMode():
+            given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
+            learns = function is not muon_step
+            given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
+            loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
+            if learns:
+                loss.backward()
+    print(json.dumps({"changed": changed, "operations": sorted(operations)}))
+
+
+if __name__ == "__main__":
+    main()
