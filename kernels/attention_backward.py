@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from hotlap.kernels.attention_forward import (
     LARGE,
@@ -34,7 +33,7 @@ from hotlap.kernels.attention_forward import (
     store_rows,
     tile_for,
 )
-from hotlap.kernels.dispatch import Device, jit, tl, triton
+from hotlap.kernels.dispatch import Device, jit, tl, triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, type_name
 
 

@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton
+from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton, wrap_triton
 from hotlap.kernels.tiles import Case, Table, Tile, pick_tile, type_name
 
 LOG2E = math.log2(math.e)

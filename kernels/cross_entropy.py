@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
 IGNORE = -1  # by default, the target of a token that carries no loss

@@ -36,6 +36,11 @@ def jit(function: Callable) -> Any:
     return triton.jit(function) if triton else function
 
 
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which before torch 2.13 refuses kernels that are interpreted."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
 @functools.cache
 def _decide(device_type: str) -> str:
     choice = os.environ.get("HOTLAP_KERNELS", "")

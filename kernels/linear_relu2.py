@@ -17,9 +17,18 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
-from hotlap.kernels.dispatch import INTERPRETED, Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.dispatch import (
+    INTERPRETED,
+    Device,
+    device_facts,
+    jit,
+    kernel_op,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
 

@@ -22,9 +22,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
 
 EPS = 1e-10
