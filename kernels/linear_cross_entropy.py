@@ -114,6 +114,7 @@ def _gradients(
         total = total + losses.sum()
         torch.mm(grad, weight, out=dx[here])
         dw = _grown(dw, grad, part)
+        del grad  # or there would be two chunks at a time
     dw = torch.zeros(head.shape, dtype=head.dtype, device=x.device) if dw is None else dw.to(head.dtype)
     return total, dx, dw
 

@@ -198,7 +198,7 @@ def test_64k_tokens_of_d24_take_less_than_3_gb(monkeypatch):
     def naive(x, head, targets):
         return torch.autograd.grad(linear_cross_entropy_ref(x, head, targets, 15.0), (x, head))
 
-    assert 1 < whole(ours) < 3 and whole(naive) > 17
+    assert 1 < whole(ours) < 1.6 and whole(naive) > 17  # a second chunk of logits would make it 2.0
 
 
 def test_shares_of_dw_are_added_in_float32_whatever_the_head(monkeypatch):
