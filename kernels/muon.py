@@ -184,25 +184,30 @@ def _muon_apply_kernel(
     tl.store(weight + m * weight_m + n * weight_n, w.to(weight.dtype.element_ty), inside)
 
 
-def _muon_momentum_tiles(N: int, _: Device) -> list[Tile]:
+def _muon_momentum_tiles(N: int, device: Device) -> list[Tile]:
     block = triton.next_power_of_2(min(max(N, 16), LONGEST_ROW))
-    warps = min(16, max(1, block // 512))  # 16 numbers a thread
-    return [Tile({"BLOCK": block}, count) for count in (warps, max(1, warps // 2), min(16, 2 * warps))]
+    warps = min(16, max(1, block // 512))  # 16 numbers a thread, or 8 or 32
+    return [_tile(device, count, BLOCK=block) for count in (warps, max(1, warps // 2), min(16, 2 * warps))]
 
 
-def _muon_squares_tiles(rows: int, _: Device) -> list[Tile]:
+def _muon_squares_tiles(rows: int, device: Device) -> list[Tile]:
     """Blocks that are long where the sum goes: few programs have to read fast."""
     sizes = [(4, 512, 4), (8, 256, 4), (1, 1024, 4)] if rows else [(64, 64, 4), (128, 64, 8), (32, 128, 4)]
-    return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps) for m, n, warps in sizes]
+    return [_tile(device, warps, BLOCK_M=m, BLOCK_N=n) for m, n, warps in sizes]
 
 
-def _muon_factors_tiles(_: int, __: Device) -> list[Tile]:
-    return [Tile({"BLOCK": block}, warps) for block, warps in ((4096, 8), (8192, 8), (2048, 8))]
+def _muon_factors_tiles(_: int, device: Device) -> list[Tile]:
+    return [_tile(device, warps, BLOCK=block) for block, warps in ((4096, 8), (8192, 8), (2048, 8))]
 
 
-def _muon_apply_tiles(_: int, __: Device) -> list[Tile]:
+def _muon_apply_tiles(_: int, device: Device) -> list[Tile]:
     sizes = ((8, 256, 4), (4, 256, 4), (4, 512, 4), (8, 512, 8))
-    return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps) for m, n, warps in sizes]
+    return [_tile(device, warps, BLOCK_M=m, BLOCK_N=n) for m, n, warps in sizes]
+
+
+def _tile(device: Device, warps: int, **blocks: int) -> Tile:
+    """warps: of 32 threads."""
+    return Tile(blocks, max(1, warps * 32 // device.warp))
 
 
 def _momentum(grad: Tensor, momentum: Tensor, beta: Tensor) -> Tensor:
