@@ -5,14 +5,19 @@ Where there is one, the other tests of this folder run natively too.
 
 import pytest
 import torch
-from kernel_tools import DEVICE, random
+from kernel_tools import DEVICE, error, outputs_and_gradients, random
 from tools import tiny_config
 from torch._inductor.utils import run_and_get_code
 
 from hotlap.bench import tune
+from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
 from hotlap.kernels import relu2 as module
 from hotlap.kernels.dispatch import device_facts
-from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
+from hotlap.kernels.fp8 import linear_relu2_fp8
+from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from hotlap.kernels.linear_relu2 import linear_relu2_ref
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
+from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm
 from hotlap.kernels.tiles import fitting_tiles, tuned_tiles
@@ -64,6 +69,64 @@ def test_the_loss_never_holds_all_logits():
     torch.cuda.reset_peak_memory_stats()
     linear_cross_entropy(x, head, targets, softcap=15.0).backward()
     assert torch.cuda.max_memory_allocated() - before < 4 * N * V / 2
+
+
+def test_64k_tokens_of_d24_take_less_than_3_gb():
+    x, head = random(65536, 1536, dtype=torch.bfloat16), random(32768, 1536)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(x, head, torch.arange(65536, device=DEVICE) % 32768, softcap=15.0).backward()
+    assert torch.cuda.max_memory_allocated() - before < 3e9
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_shares_of_dw_are_added_in_float32(head_dtype, monkeypatch):
+    """On a GPU, by the product itself."""
+    monkeypatch.setattr(linear_cross_entropy_module, "chunk_rows", lambda *_: 128)
+    x, head = random(4096, 64, dtype=torch.bfloat16), random(512, 64).detach().to(head_dtype).requires_grad_()
+    targets = torch.arange(4096, device=DEVICE) % 512
+    exact = [t.detach().double().requires_grad_() for t in (x, head.to(torch.bfloat16))]
+    (dw,) = torch.autograd.grad(linear_cross_entropy(x, head, targets), head)
+    (expected,) = torch.autograd.grad(linear_cross_entropy_ref(*exact, targets), exact[1])
+    assert dw.dtype == head_dtype and error(dw, expected) < 5e-3
+
+
+def test_a_layer_in_fp8_runs_forward_and_backward():
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs fp8")
+    x, w_in, w_out = random(256, 512, dtype=torch.bfloat16), random(1024, 512), random(512, 1024)
+    inputs = [x, *((w / w.shape[1] ** 0.5).detach().requires_grad_() for w in (w_in, w_out))]
+    compiled = torch.compile(linear_relu2_fp8, fullgraph=True)
+    dy = [random(256, 512, grad=False)]
+    ours, again, exact = (
+        outputs_and_gradients(f, inputs, dy) for f in (linear_relu2_fp8, compiled, linear_relu2_ref)
+    )
+    for a, b, c in zip(ours, again, exact, strict=True):
+        assert error(a, c.double()) < 0.15 and error(b, a.double()) < 0.03
+
+
+def test_a_captured_muon_step_reads_its_rates_at_each_replay():
+    grad, momentum, weight = (random(2, 64, 160, grad=False, seed=i) for i in range(3))
+    second, beta, lr = (
+        torch.zeros(2, 1, 160, device=DEVICE),
+        *torch.tensor([0.9, 0.1], device=DEVICE).unbind(),
+    )
+
+    def step():
+        update = orthogonalize(muon_momentum(grad, momentum, beta, torch.bfloat16), norm=8.0)
+        muon_apply(weight, update, muon_factors(muon_squares(update), second, 64, 0.9), lr, lr)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    lr.zero_()
+    before = weight.clone()
+    graph.replay()
+    assert torch.equal(weight, before)
+    lr.fill_(0.1)
+    graph.replay()
+    assert not torch.equal(weight, before)
 
 
 def test_facts_of_the_device_are_sane():
