@@ -22,9 +22,10 @@ from hotlap.train.exchange import Exchange, assign_owners
 from hotlap.train.parallel import local
 
 ADAM_EPS = 1e-10
-# While the blocks are still zero, scaling the residual changes nothing, and these have no gradient but
-# rounding errors of 1e-8, which a smaller eps would turn into full steps in random directions.
-SCALAR_EPS = 1e-6
+# While the blocks are still zero, scaling the residual changes nothing, and the scalars have no gradient but
+# rounding errors below 1e-8, which a smaller eps turns into full steps in random directions. A larger one
+# slows what they learn.
+SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
 
 
