@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 HEAD_DIM = 128  # of every model that is built from a depth: the size that attention kernels like best
+ROPE_BASE = 100_000.0  # of the rotary frequencies
+QK_GAIN = 1.2  # queries and keys are multiplied by it after their norm, which sharpens attention
 MLP_RATIO = 4  # width of the MLP as a multiple of the residual stream's
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # what attention is built and tested for
 
@@ -29,10 +31,6 @@ class GPTConfig:
     """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is
     always L.
     """
-    rope_base: float = 100_000.0
-    """Base of the rotary frequencies."""
-    qk_gain: float = 1.2
-    """Queries and keys are multiplied by this after their norm, which sharpens attention."""
     value_embeddings: bool = True
     """Every other layer adds a gated per-token embedding to its values."""
     residual_scalars: bool = True
@@ -86,12 +84,8 @@ class GPTConfig:
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
-        if not 1 < self.rope_base < float("inf"):
-            raise ValueError(f"rope_base={self.rope_base} must be a number above 1")
         if not 0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap} must be 0 (off) or more")
-        if not 0 < self.qk_gain < float("inf"):
-            raise ValueError(f"qk_gain={self.qk_gain} must be a positive number")
         return self
 
     @classmethod

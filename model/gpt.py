@@ -22,7 +22,7 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
-from hotlap.model.config import MLP_RATIO, GPTConfig
+from hotlap.model.config import MLP_RATIO, QK_GAIN, ROPE_BASE, GPTConfig
 
 GATE_CHANNELS = 12  # of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         if self.value_gate is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, c.kv_heads, c.head_dim)
-        q, k = qk_norm_rotary(q, k, cos, sin, c.qk_gain)
+        q, k = qk_norm_rotary(q, k, cos, sin, QK_GAIN)
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:
@@ -145,6 +145,11 @@ class GPT(nn.Module):
             layer.fp8 = True
         return len(layers)
 
+    def set_windows(self, share: float) -> None:
+        """Let each layer see a share of its window, in steps of 128 keys; of 1, all of it."""
+        for block, window in zip(self.blocks, self.config.windows, strict=True):
+            block.attention.window = min(window, -(-int(share * window) // 128) * 128)
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:
         """Fill every parameter and table from `seed`, wherever the model lies, and return self."""
@@ -170,7 +175,7 @@ class GPT(nn.Module):
             self.smear_scale.zero_()
         if c.backout:
             self.backout_scale.fill_(0.2)
-        cos, sin = rotary_tables(c.context, c.head_dim, c.rope_base, self.cos.device)
+        cos, sin = rotary_tables(c.context, c.head_dim, ROPE_BASE, self.cos.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import os
 import queue
 import threading
@@ -114,6 +115,21 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     return found
 
 
+def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]:
+    """The first shards that hold `limit` targets, and how many of each count: None is all; limit 0 is all."""
+    if not limit:
+        return [(path, None) for path in paths]
+    found = []
+    for path in paths:
+        if limit > 0:
+            targets = int(np.fromfile(path, "<i4", 3)[2]) - 1
+            found.append((path, limit if limit < targets else None))
+            limit -= targets
+    if limit > 0:
+        raise DataError(f"{paths[0].parent} has {limit:,} tokens fewer to validate on than are asked for")
+    return found
+
+
 def fingerprint(paths: Iterable[Path]) -> str:
     """sha256 over names, sizes and headers of shards: enough to see that a run goes on with other data."""
     digest = hashlib.sha256()
@@ -135,9 +151,12 @@ class Documents:
     said: np.ndarray | None = None
 
 
-def shard_documents(path: Path, vocab_size: int, bos: int) -> Documents:
-    """The documents of a shard: each opens with `bos`; what lies before the first one counts as one too."""
-    tokens = read_shard(path, vocab_size)
+def shard_documents(path: Path, vocab_size: int, bos: int, limit: int | None = None) -> Documents:
+    """The documents of a shard: each opens with `bos`; what lies before the first one counts as one too.
+
+    limit: leave what comes after so many targets.
+    """
+    tokens = read_shard(path, vocab_size)[: limit + 1 if limit else None]
     starts = np.flatnonzero(tokens == bos)
     if not len(starts) or starts[0]:
         starts = np.insert(starts, 0, 0)
@@ -289,17 +308,17 @@ def step_batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    share: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start` on, this rank's micro-batches. All ranks together see rows
-    step * batch_rows to (step + 1) * batch_rows - 1, whatever the number of ranks."""
-    check_rows(batch_rows, micro_rows, world)
-    step = start
-    while True:
-        first = step * batch_rows + rank * micro_rows
-        yield [
-            rows.batch(row, micro_rows) for row in range(first, (step + 1) * batch_rows, micro_rows * world)
-        ]
-        step += 1
+    """For each step from `start` on, this rank's micro-batches. All ranks together see the `share(step)` of
+    batch_rows that come after those of the steps before, whatever the number of ranks."""
+    first = sum(round(batch_rows * share(step)) for step in range(start))
+    for step in itertools.count(start):
+        count = round(batch_rows * share(step))
+        check_rows(count, micro_rows, world)
+        mine = range(first + rank * micro_rows, first + count, micro_rows * world)
+        yield [rows.batch(row, micro_rows) for row in mine]
+        first += count
 
 
 def validation_batches(

@@ -43,10 +43,11 @@ class Metrics:
 class Progress:
     """A bar on a terminal, else a line in twenty, and metrics.jsonl: of the one rank that speaks."""
 
-    def __init__(self, run: Path, steps: int, start: int, speaks: bool):
+    def __init__(self, run: Path, steps: int | None, start: int, speaks: bool):
+        """steps: of the whole run, where that is known before."""
         from tqdm import tqdm  # measuring and serving do without
 
-        self.name, self.steps = run.name, steps
+        self.name, self.of, self.twentieth = run.name, f"/{steps}" if steps else "", 0
         self.metrics = Metrics(run / "metrics.jsonl", start) if speaks else None
         self.bar = tqdm(
             total=steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True,
@@ -66,17 +67,18 @@ class Progress:
         """The last line that the file had when this opened it."""
         return (self.metrics.last if self.metrics else None) or {}
 
-    def show(self, values: dict, evaluated: dict) -> None:
-        """What a step came to, and what was measured after it."""
+    def show(self, values: dict, evaluated: dict, over: float) -> None:
+        """What a step came to, what was measured after it, and the share of the run that is over."""
         if not self.metrics:
             return
-        line = f"{self.name}: step {values['step'] + 1}/{self.steps}  loss {values['loss']:.4f}"
+        line = f"{self.name}: step {values['step'] + 1}{self.of}  loss {values['loss']:.4f}"
+        new, self.twentieth = int(20 * over) > self.twentieth, int(20 * over)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s"
         if evaluated:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if k.startswith("validation"))
             self.bar.clear()
             log.info("%s  %s", line, shown)
-        elif self.bar.disable and (values["step"] + 1) % max(1, self.steps // 20) == 0:
+        elif self.bar.disable and new:
             log.info("%s  %s", line, speed)
         self.metrics.write(values | evaluated)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)

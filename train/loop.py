@@ -27,6 +27,7 @@ from hotlap.train.optim import MuonAdamW
 from hotlap.train.profile import profiled
 from hotlap.train.schedule import ScheduleConfig, set_schedule
 from hotlap.train.step import take_step
+from hotlap.train.warmup import rehearsed
 from hotlap.train.watch import Watch
 
 
@@ -35,6 +36,10 @@ class LoopConfig:
     """Length of a run, and how often it stops to look."""
 
     steps: int
+    minutes: float = 0.0
+    """Minutes of training after which the run ends, if it has not by its steps; its schedules follow the
+    clock then. Start-up, compilation, validations and saving are not counted. 0 is no limit.
+    """
     evaluate_every: int = 250
     """Steps between validations; the last step always validates."""
     save_every: int = 250
@@ -50,8 +55,9 @@ class LoopConfig:
         for name in ("steps", "evaluate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.clip >= 0:
-            raise ValueError(f"clip={self.clip} must be 0 (off) or more")
+        for name in ("clip", "minutes"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
         return self
 
 
@@ -70,41 +76,49 @@ def fit(
     state: dict | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     profile: bool = False,
+    warm_up: bool = False,
 ) -> dict[str, float]:
     """Train from step `start` to the end, and return the last metrics.
 
     batches: for each step, this rank's micro-batches. loss_fn: the sum of the loss over a micro-batch's
     targets; gradients are those of the sum over the step, on all ranks, divided by all its targets. state:
     kept in checkpoints, and grows by the seconds and tokens of training. A SIGINT, SIGTERM or SIGUSR1 to any
-    rank saves and raises Interrupted on all.
+    rank saves and raises Interrupted on all. warm_up: compile first, on steps that are undone; with
+    `minutes`, always.
     """
     state = {"seconds": 0.0, "tokens": 0, "skipped": 0, "recent": {"loss": [], "norm": []}} | (state or {})
+    finished, clock = state.get("finished", start == config.steps), Clock(config)
     if world.leads:
         check_space(run, model, optimizer)
     judge = Judge(config.bad_steps, state["recent"])
     flops, peak = nanochat_flops(model), peak_flops(world.device)
     with (
         Saver(run, world) as saver,
-        Progress(run, config.steps, start, world.leads) as progress,
+        Progress(run, clock.steps, start, world.leads) as progress,
         Watch(world) as watch,
         StopRequest() as stop,
         profiled(run if profile else None, world) as profile_step,
     ):
+        if (warm_up or config.minutes) and not finished:
+            batches = rehearsed(model, optimizer, schedule, batches, loss_fn, world)
         last = (progress.last or state["last"]) if start else {}
         behind = start and world.leads and progress.last.get("step", -1) < start - 1
         if world.total(behind)[0]:  # killed between its checkpoint and its line
-            evaluated = evaluate() if evaluate and start == config.steps else {}
-            progress.show(state["last"], evaluated)
+            evaluated = evaluate() if evaluate and finished else {}
+            progress.show(state["last"], evaluated, 1.0 * finished)
             last = state["last"] | evaluated
-        for step in range(start, config.steps):
+        for step in range(start, start if finished else config.steps):
             began = time.perf_counter()
-            share = set_schedule(optimizer, schedule, step, config.steps)
             micro = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
             fault("step", world.rank, step)
             watch.arrive(step)
-            sums = world.total(sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked)
-            weight, tokens, stopping = sums
+            weight, tokens, stopping, seconds = world.total(
+                sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked,
+                state["seconds"] if world.leads else 0.0,
+            )  # fmt: skip
+            share = set_schedule(model, optimizer, schedule, step, clock.over(step, seconds))
+            done = clock.last(step, seconds)
             with out_of_memory_explained(world, len(micro[0].inputs)):
                 outcome = take_step(model, micro, loss_fn, weight, config.clip, world, step)
                 good = judge.approves(world, step, outcome, model, micro)
@@ -133,7 +147,7 @@ def fit(
             state["last"], state["recent"] = last, judge.recent
             watch.report(step, seconds)
             profile_step()
-            done = step + 1 == config.steps
+            state["finished"] = done
             if done or (step + 1) % config.save_every == 0 or stopping:
                 check_copies(world, model, optimizer, step)
                 saver.save(step + 1, model, optimizer, tokenizer, state)
@@ -143,15 +157,32 @@ def fit(
                     saver.finish()  # before anything else can go wrong
                 evaluated = evaluate()
                 watch.leave()
-            progress.show(last, evaluated)
+            progress.show(last, evaluated, clock.over(step + 1, state["seconds"]))
             last = last | evaluated
             if stopping and not done:
                 saver.finish()
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {config.steps}, saved in {run}; the same command with "
-                    "--resume auto goes on (make demo needs no flag)"
+                    f"stopped after step {step + 1} of {clock.steps or 'a timed run'}, saved in {run}; the "
+                    "same command with --resume auto goes on (make demo needs no flag)"
                 )
     return last
+
+
+class Clock:
+    """How much of a run is over: by its steps, or by the seconds of training that rank 0 has counted."""
+
+    def __init__(self, config: LoopConfig):
+        self.most, self.limit = config.steps, 60 * config.minutes
+        self.steps = None if self.limit else self.most  # where they are known before
+
+    def over(self, step: int, seconds: float) -> float:
+        """Share of the run that is over before `step`, after so many seconds of training."""
+        share = step / self.most
+        return min(1.0, max(share, seconds / self.limit)) if self.limit else share
+
+    def last(self, step: int, seconds: float) -> bool:
+        """Whether none comes after `step`, or none that ends within the limit, going by their mean."""
+        return step + 1 == self.most or bool(self.limit and step and seconds * (1 + 2 / step) > self.limit)
 
 
 class StopRequest:

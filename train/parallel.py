@@ -31,11 +31,14 @@ from hotlap.train.dist import World
 from hotlap.train.log import log
 
 Recompute = Literal["none", "block", "selective"]
+MOST_GRAPHS = 64  # of the function of a block
 COMPILE_PAYS = 2000  # steps from which compiling for a CPU surely earns its time back
 
 
 def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -> None:
     """Prepare a model on the meta device, in place, for training on all ranks; it has no memory yet."""
+    if compile:  # layers x stages x (training, validation): beyond the limit, blocks would run as they are
+        torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         if recompute != "none":
             block.forward = recomputed(block.forward, recompute == "selective")

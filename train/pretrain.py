@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import (
     PackedRows,
     fingerprint,
+    first_shards,
     prefetch,
     shard_documents,
     shard_paths,
@@ -38,7 +40,7 @@ from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
 from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
-from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
 from hotlap.train.sources import split_documents
 
 CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at a time
@@ -66,8 +68,8 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(1000))
-    validation_rows: int = 0
-    """Rows that a validation reads; 0 is all."""
+    validation_tokens: int = 0
+    """Tokens that a validation reads, from the start of the split; 0 is all."""
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large products."""
@@ -77,22 +79,26 @@ class PretrainConfig:
     """Go on with a run: auto (from its newest checkpoint that is whole), or the path of a checkpoint."""
 
     def validate(self) -> PretrainConfig:
-        if self.batch_rows < 1 or self.validation_rows < 0:
-            raise ValueError("batch_rows must be at least 1, validation_rows 0 or more")
+        if self.batch_rows < 1 or self.validation_tokens < 0:
+            raise ValueError("batch_rows must be at least 1, validation_tokens 0 or more")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
         self.model.validate()
         self.optim.validate()
         self.loop.validate()
-        self.schedule.validate(self.loop.steps)
+        self.schedule.validate(self.loop.minutes)
         return self
 
 
-def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
-    """Run the pretraining that config describes, on all ranks, and return its last metrics."""
+def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = False) -> dict[str, float]:
+    """Run the pretraining that config describes, on all ranks, and return its last metrics.
+
+    warm_up: compile before the clock starts, on steps that are undone.
+    """
     config = config.validate()
     with joined() as world, ExitStack() as stack:
-        micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
+        common_rows = math.gcd(*stage_rows(config.schedule, config.batch_rows))
+        micro_rows = micro_batch_rows(config.micro_batch, common_rows, world)
         dtype = compute_dtype(config.dtype, world.device)
         with world.leader_first(f"open {config.out}"):
             if world.leads:
@@ -101,8 +107,10 @@ def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
             tokenizer, folder = prepare(config)
         vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that products like
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
-        train, held_out = (packed_rows(folder, split, tokenizer, shape.context, config.seed)
-                           for split in ("train", "validation"))  # fmt: skip
+        train, held_out = (
+            packed_rows(folder, split, tokenizer, shape.context, config.seed, limit)
+            for split, limit in (("train", 0), ("validation", config.validation_tokens))
+        )
         if len(train.shards) == 1 and train.epoch_rows() == 1:
             raise DataError(
                 f"{folder} has no more to train on than one row of model.context={shape.context} tokens; "
@@ -121,15 +129,18 @@ def pretrain(config: PretrainConfig, profile: bool = False) -> dict[str, float]:
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.out} was started on other data than {folder} holds now")
         if config.micro_batch == "auto":
-            micro_rows = largest_that_fits(model, config.batch_rows, world)
+            micro_rows = largest_that_fits(model, common_rows, world)
         describe(model, config, train, world, micro_rows)
-        evaluate = partial(validation, model, held_out, tokenizer, micro_rows, config.validation_rows, world)
+        evaluate = partial(validation, model, held_out, tokenizer, micro_rows, 0, world)
+        batches = step_batches(
+            train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
+            world=world.size, share=rows_share(config.schedule, config.loop.steps),
+        )  # fmt: skip
         last = fit(
-            config.loop, config.schedule, model, optimizer, tokenizer,
-            prefetch(step_batches(train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
-                                  rank=world.rank, world=world.size)),
+            config.loop, config.schedule, model, optimizer, tokenizer, prefetch(batches),
             next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "pretrain", "data": data_id}, evaluate=evaluate, profile=profile,
+            warm_up=warm_up,
         )  # fmt: skip
         if world.leads:
             write_report(config.out)
@@ -188,11 +199,13 @@ def named_tokenizer(name: str) -> Tokenizer:
     return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
 
 
-def packed_rows(folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: int) -> PackedRows:
-    """The rows of a split; training rows are shuffled."""
+def packed_rows(
+    folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: int, limit: int = 0
+) -> PackedRows:
+    """The rows of a split, or of its first `limit` tokens; training rows are shuffled."""
     shards = [
-        partial(shard_documents, path, tokenizer.vocab_size, tokenizer.bos)
-        for path in shard_paths(folder, split)
+        partial(shard_documents, path, tokenizer.vocab_size, tokenizer.bos, count)
+        for path, count in first_shards(shard_paths(folder, split), limit)
     ]
     return PackedRows(shards, T, seed, shuffle=split == "train")
 
@@ -200,15 +213,17 @@ def packed_rows(folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: in
 def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:
     """Log what is about to run: parameters, FLOPs, tokens, and the memory of each rank."""
     counts, T = parameter_counts(model), model.config.context
-    tokens = config.loop.steps * config.batch_rows * T
-    epochs = config.loop.steps * config.batch_rows / rows.epoch_rows() if len(rows.shards) == 1 else None
+    in_all = rows_in_all(config.schedule, config.batch_rows, config.loop.steps)
+    epochs = in_all / rows.epoch_rows() if len(rows.shards) == 1 else None
+    length = f"{in_all * T / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
+    if config.loop.minutes:
+        length = f"{config.loop.minutes:g} minutes"
     log.info(
-        "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %.2fM tokens%s, "
-        "%s on %s%s",
+        "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %s, %s on %s%s",
         config.out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
-        nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, tokens / 1e6,
-        f" ({epochs:.1f} epochs)" if epochs else "", str(model.compute_dtype).removeprefix("torch."),
-        f"{world.size} x " if world.size > 1 else "", world.device.type,
+        nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, length,
+        str(model.compute_dtype).removeprefix("torch."), f"{world.size} x " if world.size > 1 else "",
+        world.device.type,
     )  # fmt: skip
     parts = rank_bytes(model, world, micro_rows)
     log.info(

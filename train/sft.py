@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
 from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
-from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
 from hotlap.train.sources import split_documents
 
 
@@ -75,7 +76,7 @@ class SFTConfig:
             raise ValueError(f"seed={self.seed} must be 0 or more")
         self.optim.validate()
         self.loop.validate()
-        self.schedule.validate(self.loop.steps)
+        self.schedule.validate(self.loop.minutes)
         return self
 
 
@@ -83,7 +84,8 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
     """Run the fine-tuning that config describes, on all ranks, and return its last metrics."""
     config = config.validate()
     with joined() as world, ExitStack() as stack:
-        micro_rows = micro_batch_rows(config.micro_batch, config.batch_rows, world)
+        common_rows = math.gcd(*stage_rows(config.schedule, config.batch_rows))
+        micro_rows = micro_batch_rows(config.micro_batch, common_rows, world)
         dtype = compute_dtype(config.dtype, world.device)
         base, shape, tokenizer = open_model(config.base)
         train, held_out = split_conversations(conversations(config))
@@ -112,8 +114,8 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.out} was started on other conversations than {config.data} holds now")
         if config.micro_batch == "auto":
-            micro_rows = largest_that_fits(model, config.batch_rows, world)
-        epochs = config.loop.steps * config.batch_rows / rows.epoch_rows()
+            micro_rows = largest_that_fits(model, common_rows, world)
+        epochs = rows_in_all(config.schedule, config.batch_rows, config.loop.steps) / rows.epoch_rows()
         log.info(
             "%s: %d conversations in %d rows, %.1f epochs", config.out, len(train), rows.epoch_rows(), epochs
         )
@@ -121,7 +123,8 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
-                                  rank=world.rank, world=world.size)),
+                                  rank=world.rank, world=world.size,
+                                  share=rows_share(config.schedule, config.loop.steps))),
             next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "sft", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def test_memory_grows_with_the_rows_only_in_activations():
     [
         ("vocab_size", 0), ("context", 0), ("layers", 0), ("width", 0), ("heads", 0), ("kv_heads", -1),
         ("width", 65), ("heads", 3), ("kv_heads", 3), ("heads", 64), ("window_pattern", ""),
-        ("window_pattern", "SX"), ("rope_base", 1.0), ("rope_base", float("nan")), ("softcap", -1.0),
+        ("window_pattern", "SX"), ("softcap", -1.0),
         ("softcap", float("nan")),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from tools import relative_error, tiny_config
 
 from hotlap.kernels import fp8
+from hotlap.model.config import QK_GAIN, ROPE_BASE
 from hotlap.model.engine import KVCache
 from hotlap.model.gpt import GPT, Block
 
@@ -32,11 +33,11 @@ def naive_logits(model, ids):
     """nanochat's formulas for one row of tokens, in float64, head by head and query by query."""
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     T, C = len(ids), c.head_dim
-    angle = torch.arange(T).double()[:, None] * c.rope_base ** (-torch.arange(0, C, 2).double() / C)
+    angle = torch.arange(T).double()[:, None] * ROPE_BASE ** (-torch.arange(0, C, 2).double() / C)
     turn = torch.polar(torch.ones_like(angle), -angle)
 
     def rotated(x):
-        turned = torch.complex(*(c.qk_gain * norm(x)).chunk(2, -1)) * turn
+        turned = torch.complex(*(QK_GAIN * norm(x)).chunk(2, -1)) * turn
         return torch.cat((turned.real, turned.imag), -1)
 
     x = norm(w["embedding.weight"][ids])
@@ -153,7 +154,7 @@ def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
 
 CHANGES = {
     "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "vocab_size": 640,
-    "window_pattern": "L", "rope_base": 500.0, "qk_gain": 1.0, "value_embeddings": False,
+    "window_pattern": "L", "value_embeddings": False,
     "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
 }  # fmt: skip
 

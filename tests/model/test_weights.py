@@ -25,7 +25,7 @@ def folder(tmp_path, random_model, tiny_tokenizer):
 
 
 def test_a_saved_model_is_the_same_bit_for_bit(tmp_path, random_model, tiny_tokenizer):
-    model = random_model(tiny_config(rope_base=700.0))
+    model = random_model(tiny_config(softcap=7.0))
     save_model(tmp_path, model, tiny_tokenizer)
     loaded, tokenizer = load_model(tmp_path, CPU, torch.float32)
     assert loaded.config == model.config and not loaded.training
