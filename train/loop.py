@@ -159,7 +159,9 @@ def fit(
                 watch.leave()
             progress.show(last, evaluated, clock.over(step + 1, state["seconds"]))
             last = last | evaluated
-            if stopping and not done:
+            if done:
+                break
+            if stopping:
                 saver.finish()
                 raise Interrupted(
                     f"stopped after step {step + 1} of {clock.steps or 'a timed run'}, saved in {run}; the "

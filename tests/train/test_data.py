@@ -16,6 +16,7 @@ from hotlap.train.data import (
     Documents,
     PackedRows,
     fingerprint,
+    first_shards,
     pack,
     prefetch,
     read_shard,
@@ -195,6 +196,38 @@ def test_resuming_at_a_step_goes_on_with_its_batches(step):
     resumed = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4, start=step)
     for _ in range(4):
         assert all(same(a, b) for a, b in zip(next(straight), next(resumed), strict=True))
+
+
+def growing(step: int) -> float:
+    return (0.25, 0.5, 1.0)[min(step // 2, 2)]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5])
+def test_steps_that_grow_go_on_where_the_ones_before_ended(start):
+    whole = random_shards(SHARDS, 16)
+    ranks = [
+        step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=1, start=start, rank=rank, world=2,
+                     share=growing) for rank in range(2)
+    ]  # fmt: skip
+    first = [0, 2, 4, 8, 12, 20, 28]
+    for step in range(start, 6):
+        micro = [next(rank) for rank in ranks]
+        inputs = torch.cat([m[i].inputs for i in range(len(micro[0])) for m in micro])
+        assert torch.equal(inputs, whole.batch(first[step], first[step + 1] - first[step]).inputs)
+
+
+def test_the_first_tokens_of_a_split_may_end_within_a_shard(tmp_path):
+    paths = []
+    for i, count in enumerate((10, 10, 10)):
+        paths.append(tmp_path / f"validation_{i:06d}.bin")
+        write_shard(paths[-1], np.arange(10 * i, 10 * i + count), 100)
+    assert first_shards(paths, 0) == [(path, None) for path in paths]
+    assert first_shards(paths, 9) == [(paths[0], None)]
+    assert first_shards(paths, 14) == [(paths[0], None), (paths[1], 5)]
+    with pytest.raises(DataError, match="3 tokens fewer"):
+        first_shards(paths, 30)
+    cut = shard_documents(paths[1], 100, bos=13, limit=5)
+    assert cut.tokens.tolist() == [10, 11, 12, 13, 14, 15] and cut.starts.tolist() == [0, 3]
 
 
 def test_what_nobody_said_carries_no_loss():

@@ -15,14 +15,16 @@ from tools import tiny_config
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.errors import Interrupted
 from hotlap.model.gpt import GPT
+from hotlap.train import loop
 from hotlap.train.data import Batch, step_batches
 from hotlap.train.dist import joined
 from hotlap.train.health import ENOUGH, MOST_SKIPPED, Judge
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.schedule import ScheduleConfig, lr_share
 from hotlap.train.step import Outcome, take_step
+from hotlap.train.warmup import REHEARSALS
 
 SCHEDULE = ScheduleConfig(warmup_steps=2)
 CONFIG = tiny_config(layers=1, context=16)
@@ -208,9 +210,73 @@ def test_what_stops_a_run_names_rank_and_batch(random_model):
         judged("stop", [(3.0, 1.0), (math.nan, 1.0)], random_model)
 
 
+def at(clock: list[float], monkeypatch) -> None:
+    """Let training read the time from the list's only entry."""
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+
+def test_a_run_that_ends_by_the_clock_follows_it(tmp_path, tiny_tokenizer, monkeypatch):
+    clock, evaluated = [0.0], []
+
+    def loss_fn(model, batch):
+        clock[0] += 5.0  # two micro-batches a step
+        return next_token_loss(model, batch)
+
+    at(clock, monkeypatch)
+    _, last = run_fit(
+        tmp_path,
+        tiny_tokenizer,
+        loss_fn,
+        steps=1000,
+        loop={"minutes": 1.0},
+        evaluate=lambda: evaluated.append(1) or {},
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0] and last["step"] == 5
+    expected = [lr_share(SCHEDULE, step, step / 6) for step in range(6)]
+    assert [line["lr_share"] for line in lines] == pytest.approx(expected)
+    assert len(evaluated) == 2 and (tmp_path / "run" / "checkpoints" / "step-000006").exists()
+
+
+def test_a_run_that_has_ended_by_the_clock_has_ended(tmp_path, tiny_tokenizer):
+    batches = iter(())  # it asks for none
+    (tmp_path / "run").mkdir()
+    _, last = run_fit(
+        tmp_path, tiny_tokenizer, batches=batches, steps=1000, loop={"minutes": 1.0}, start=6,
+        state={"finished": True, "last": {"step": 5, "loss": 1.0, "tokens_per_second": 1.0}},
+    )  # fmt: skip
+    assert last["step"] == 5
+
+
+def test_warming_up_leaves_no_trace(tmp_path, tiny_tokenizer):
+    results = []
+    for warm_up in (False, True):
+        folder = tmp_path / str(warm_up)
+        folder.mkdir()
+        counted = []
+
+        def loss_fn(model, batch, counted=counted):
+            counted.append(model.blocks[0].attention.window)
+            return next_token_loss(model, batch)
+
+        model, last = run_fit(folder, tiny_tokenizer, loss_fn, warm_up=warm_up)
+        results.append((model, last["loss"], counted))
+    (model, loss, counted), (same_model, same_loss, more) = results
+    assert loss == same_loss and len(more) == len(counted) + 2 * REHEARSALS
+    for (name, one), (_, other) in zip(model.named_parameters(), same_model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 0}, {"evaluate_every": 0}, {"save_every": -1}, {"clip": -1.0}, {"clip": float("nan")}],
+    [
+        {"minutes": -1.0},
+        {"steps": 0},
+        {"evaluate_every": 0},
+        {"save_every": -1},
+        {"clip": -1.0},
+        {"clip": float("nan")},
+    ],
 )
 def test_a_loop_that_cannot_run_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
