@@ -170,21 +170,52 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+SPEEDRUNS = {
+    "tiny": "a model that answers questions about Python, in minutes, with nothing but this machine",
+    "minutes": "the best bits per byte that this device reaches in five minutes",
+    "gpt2-124m": "modded-nanogpt's main track: to a loss of 3.28 on FineWeb",
+    "gpt2-grade": "nanochat's: a model as good as GPT-2, that converses",
+}
+
+
 def speedrun(arguments: list[str]) -> int | None:
     from hotlap.train import options
-    from hotlap.train.speedrun import TinyConfig, tiny_speedrun
 
-    name = arguments[0] if arguments else ""
-    if name in ("-h", "--help"):
-        print("usage: hotlap speedrun tiny [flags]     (hotlap speedrun tiny --help lists the flags)")
-        return 0
-    options.known(name, ("tiny",), "speedrun")
-    config = options.parse(TinyConfig, arguments[1:], command="speedrun tiny")
-    tiny_speedrun(config)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: hotlap speedrun NAME [flags]\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in SPEEDRUNS.items()))
+        return 0 if arguments else 2
+    name, flags = options.known(arguments[0], SPEEDRUNS, "speedrun"), arguments[1:]
+
+    def config(kind: type):
+        return options.parse(kind, flags, command=f"speedrun {name}")
+
+    if name == "tiny":
+        from hotlap.train import tiny
+
+        chosen = config(tiny.TinyConfig)
+        tiny.tiny_speedrun(chosen)
+    else:
+        from hotlap.bench import targets
+        from hotlap.train import plan, report, speedrun
+
+        hardware = plan.Hardware(targets.throughput, targets.dollars_per_hour)
+        points = [report.Point(*point) for point in targets.points(name)]
+        run, kind = {
+            "minutes": (speedrun.minutes_speedrun, speedrun.MinutesConfig),
+            "gpt2-124m": (speedrun.track_speedrun, speedrun.TrackConfig),
+            "gpt2-grade": (speedrun.grade_speedrun, speedrun.GradeConfig),
+        }[name]
+        chosen = config(kind)
+        result = run(chosen, hardware, points)
+        if result:
+            print(f"{(chosen.out / 'report.md').read_text()}\n{chosen.out / 'report.md'}")
+        if name != "gpt2-grade" or not result:
+            return None
     if sys.stdin.isatty() and sys.stdout.isatty():
         from hotlap.chat import main as chat
 
-        return chat([str(config.out / "sft")])
+        return chat([str(chosen.out / "sft")])
     return None
 
 

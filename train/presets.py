@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from hotlap.train.sft import SFTConfig
 
 REFERENCE_DEPTH = 12  # where nanochat's rates were tuned
 REFERENCE_BATCH = 1 << 19  # tokens
+RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+
+FINEWEB_VALIDATION = 10_485_760  # tokens, by the rules of the track
+GPT2_TOKENS = 1.15e9  # of the run
+GPT2_PRODUCTS = 12 * 12 * 768**2 + 50304 * 768  # weights
 
 
 def shakespeare_char() -> PretrainConfig:
@@ -69,17 +75,49 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     growth = tokens / (ratio * weights_in_products(reference))
     batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
     share = (batch / REFERENCE_BATCH) ** 0.5
-    rates = OptimConfig()
-    optim = OptimConfig(
-        **{name: getattr(rates, name) * share
-           for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")},
-        weight_decay=rates.weight_decay * share / growth,
-    )  # fmt: skip
+    optim = scaled(OptimConfig(), share, OptimConfig().weight_decay * share / growth)
     return PretrainConfig(
         out=Path(f"runs/d{depth}"), model=model, optim=optim,
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
         loop=LoopConfig(round(tokens / batch)),
     )  # fmt: skip
+
+
+def gpt2_124m() -> PretrainConfig:
+    """The main track of modded-nanogpt: to 3.28 nats a token of FineWeb with 124M parameters in products.
+
+    The shape is GPT-2's, the rates follow nanochat's rules for the tokens of a step and of the run. Batch and
+    windows grow in three stages, as in the records since 2025 (a third of the batch and a quarter of the
+    windows first).
+    """
+    rules = from_depth(12, vocab_size=50304, ratio=GPT2_TOKENS / GPT2_PRODUCTS)
+    batch_rows = 192  # 393,216 tokens
+    share = (batch_rows / rules.batch_rows) ** 0.5
+    stages = ((1 / 3, 1 / 4), (2 / 3, 1 / 2), (1.0, 1.0))
+    steps = round(GPT2_TOKENS / (sum(rows for rows, _ in stages) / len(stages) * batch_rows * 2048))
+    return dataclasses.replace(
+        rules, out=Path("runs/gpt2-124m"), data="data/fineweb", batch_rows=batch_rows, micro_batch="auto",
+        optim=scaled(rules.optim, share),
+        schedule=ScheduleConfig(stages=stages, momentum_warmup_steps=300),
+        loop=LoopConfig(steps, evaluate_every=500, save_every=500),
+        validation_tokens=FINEWEB_VALIDATION,
+    )  # fmt: skip
+
+
+def gpt2_grade(depth: int = 24) -> PretrainConfig:
+    """nanochat's speedrun, to a model as good as GPT-2 (1.5B): 8 tokens for each weight of the products."""
+    rules = from_depth(depth, ratio=8)
+    return dataclasses.replace(
+        rules, out=Path("runs/gpt2-grade/pretrain"), data="data/climbmix", micro_batch="auto",
+        loop=dataclasses.replace(rules.loop, evaluate_every=250, save_every=500),
+        validation_tokens=80 * REFERENCE_BATCH,
+    )  # fmt: skip
+
+
+def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> OptimConfig:
+    """The same with other learning rates, and another weight decay if one is given."""
+    rates = {name: getattr(optim, name) * share for name in RATES}
+    return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
 
 def weights_in_products(config: GPTConfig) -> int:
@@ -90,6 +128,7 @@ def weights_in_products(config: GPTConfig) -> int:
 PRETRAIN = {
     "shakespeare-char": shakespeare_char,
     "tiny": tiny,
+    "gpt2-124m": gpt2_124m,
     "d12": lambda: from_depth(12),
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),

@@ -213,11 +213,11 @@ def packed_rows(
 def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:
     """Log what is about to run: parameters, FLOPs, tokens, and the memory of each rank."""
     counts, T = parameter_counts(model), model.config.context
-    in_all = rows_in_all(config.schedule, config.batch_rows, config.loop.steps)
-    epochs = in_all / rows.epoch_rows() if len(rows.shards) == 1 else None
-    length = f"{in_all * T / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
-    if config.loop.minutes:
-        length = f"{config.loop.minutes:g} minutes"
+    length = f"{config.loop.minutes:g} minutes"
+    if not config.loop.minutes:
+        in_all = rows_in_all(config.schedule, config.batch_rows, config.loop.steps)
+        epochs = in_all / rows.epoch_rows() if len(rows.shards) == 1 else None
+        length = f"{in_all * T / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
     log.info(
         "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %s, %s on %s%s",
         config.out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hotlap.model.errors import DataError
 from hotlap.train.log import log, read_metrics
@@ -80,5 +81,41 @@ def draw_curves(metrics: list[dict], evaluated: list[dict], path: Path) -> bool:
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
     for axes in (loss, speed):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+class Point(NamedTuple):
+    """Somebody else's run: its name, and the tokens and seconds that it needed for a score."""
+
+    name: str
+    tokens: float
+    seconds: float
+    score: float
+
+
+def draw_comparison(runs: list[Path], points: list[Point], score: str, path: Path) -> bool:
+    """Validations of runs over tokens and over seconds of training, beside what others reached; False, with
+    a line in the log, where matplotlib is missing.
+
+    score: the metric, validation_loss or validation_bpb.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("no curves in the report: matplotlib is missing; pip install 'hotlap[plot]'")
+        return False
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), strict=True):
+        for run in runs:
+            lines = [m for m in read_metrics(run / "metrics.jsonl") if score in m]
+            axes.plot([m[axis] for m in lines], [m[score] for m in lines], "o-", ms=3, label=run.name)
+        for point in points:
+            axes.plot(getattr(point, axis), point.score, "x", color="gray")
+            axes.annotate(point.name, (getattr(point, axis), point.score), fontsize=6, rotation=45)
+        axes.set(xlabel=axis, xscale="log" if points else "linear")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.axes[0].set(ylabel=score.replace("_", " "))
     figure.savefig(path, dpi=120)
     return True

@@ -1,82 +1,262 @@
-"""From nothing to a model that answers: corpus, tokenizer, pretraining, fine-tuning, scores, report,
-conversation.
+"""The speedruns that people know, each from the download to the result with its statistics.
+
+The rules are those of their authors; each function says what they ask for. All ranks call it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from hotlap.model.conversation import render_prompt
-from hotlap.model.engine import Engine
-from hotlap.model.sampling import Sampling
-from hotlap.train.evaluate import evaluate_tasks, load_engine
-from hotlap.train.presets import tiny, tiny_sft
+from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import TOKENIZER
+from hotlap.train import prepare
+from hotlap.train.dist import World, joined
+from hotlap.train.evaluate import EvalConfig, evaluate_model
+from hotlap.train.minutes import VOCABULARY, timed, trial_flops
+from hotlap.train.plan import Hardware, confirm, plan, run_tokens
+from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import pretrain
-from hotlap.train.sft import fine_tune
+from hotlap.train.report import Point, draw_comparison
+from hotlap.train.sft import SFTConfig, fine_tune
 
-SAMPLE = (
-    "Hello!",
-    "Who are you?",
-    "What does len do?",
-    "What is 123 + 456?",
-    "How do you spell python?",
-)
+SHARD_TOKENS = 100_000_000  # of FineWeb
+CLIMBMIX_TOKENS = 50_000_000  # at least, in a shard of 250M characters
+TOKENIZER_SHARDS = 8  # of ClimbMix that a tokenizer learns from
+TRACK_LOSS = 3.28
+TRACK_P = 0.01
+GPT2_CORE = 0.256525
+Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 
 
 @dataclass(frozen=True)
-class TinyConfig:
-    """Train a model that answers questions about Python, in minutes, with nothing but this machine."""
+class TrackConfig:
+    """Train 124M parameters to a loss of 3.28 on FineWeb, by the rules of modded-nanogpt's main track."""
 
-    out: Path = Path("runs/tiny")
+    out: Path = Path("runs/gpt2-124m")
+    """Directory of the runs and their report."""
+    data: Path = Path("data/fineweb")
+    """Folder of FineWeb's shards in GPT-2's tokens; those that are missing are downloaded."""
+    runs: int = 1
+    """How many times, each with another seed: the rules want a mean below 3.28 with p < 0.01."""
+    micro_batch: str = "auto"
+    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    dtype: Dtype = "auto"
+    """What the model computes in."""
+    yes: bool = False
+    """Do not ask before it starts."""
+
+
+@dataclass(frozen=True)
+class GradeConfig:
+    """Train a model as good as GPT-2 (CORE above 0.256525), and teach it to converse: nanochat's speedrun."""
+
+    out: Path = Path("runs/gpt2-grade")
     """Directory of everything that this makes."""
+    depth: int = 24
+    """Layers; everything else follows from it."""
+    data: Path = Path("data/climbmix")
+    """Folder of ClimbMix's shards and their tokenizer; what is missing is downloaded and made."""
+    talks: str = "tasks"
+    """Conversations to learn from: tasks (facts, sums, spelling, greetings), or a .jsonl file."""
+    core_bundle: Path | None = None
+    """nanochat's folder eval_bundle; downloaded where none is named."""
+    micro_batch: str = "auto"
+    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    fp8: bool = False
+    """Large products in fp8."""
+    yes: bool = False
+    """Do not ask before it starts."""
 
 
-def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
-    """Run every stage that is not done yet, print the scores and a conversation, and return the scores."""
-    began = time.perf_counter()
-    run = config.out
-    base = dataclasses.replace(tiny(), out=run / "pretrain", resume="auto")
-    tuned = dataclasses.replace(tiny_sft(), out=run / "sft", base=run / "pretrain", resume="auto")
-    scores_path = run / "scores.json"
-    if scores_path.exists():
-        scores = json.loads(scores_path.read_text())
-        print(f"{run} is complete; remove it to train again.\n")
-    else:
-        bits = pretrain(base)["validation_bpb"]
-        fine_tune(tuned)
-        engine = load_engine(tuned.out)
-        scores = evaluate_tasks(engine)[0] | {"validation_bpb": bits}
-        scores["seconds"] = round(time.perf_counter() - began, 1)
-        write_summary(run, scores, sample_conversation(engine))
-        scores_path.write_text(json.dumps(scores, indent=1) + "\n")  # last: it says that the run is complete
-    print((run / "report.md").read_text())
-    print(f"the whole report: {run / 'report.md'}\ntalk to it:       python chat.py {tuned.out}")
-    return scores
+@dataclass(frozen=True)
+class MinutesConfig:
+    """The best bits per byte that this device reaches in a fixed time: karpathy/autoresearch's protocol."""
+
+    out: Path = Path("runs/minutes")
+    """Directory of the run."""
+    minutes: float = 5.0
+    """Of training; start-up, compilation and validation are not counted."""
+    data: str = "climbmix"
+    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of shards."""
+    dtype: Dtype = "auto"
+    """What the model computes in."""
+    yes: bool = False
+    """Do not ask before it starts."""
 
 
-def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
-    """Questions and the model's greedy answers."""
-    prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in SAMPLE]
-    answers = engine.complete(prompts, Sampling(temperature=0, max_tokens=96))
-    return [(q, engine.spoken(ids)) for q, ids in zip(SAMPLE, answers, strict=True)]
+def track_speedrun(config: TrackConfig, hardware: Hardware, records: list[Point]) -> dict:
+    """The main track of modded-nanogpt, and its result; {} where nobody agreed to the plan.
+
+    Its rules: the tokens of FineWeb's shards as they are; the loss on the first 10,485,760 that validate;
+    compiling and warming up before the clock starts, with the state restored; no clock during validations.
+    records: what others needed for that loss, for the picture.
+    """
+    if config.runs < 1:
+        raise ValueError(f"runs={config.runs} must be at least 1")
+    test = one_sided_test() if config.runs > 1 else None
+    recipe = dataclasses.replace(
+        gpt2_124m(), data=str(config.data), micro_batch=config.micro_batch, dtype=config.dtype, resume="auto"
+    ).validate()
+    with joined() as world:
+        shards = math.ceil(run_tokens(recipe) / SHARD_TOKENS)
+        download = download_words("fineweb", config.data, shards, world)
+        title = f"GPT-2 (124M) to a loss of {TRACK_LOSS} on FineWeb"
+        if not confirm(title, plan(recipe, world, hardware, download, config.runs), config.yes, world):
+            return {}
+        with world.leader_first("fineweb"):
+            if world.leads:
+                prepare.fineweb(config.data, shards)
+        folders = [config.out / f"run-{seed}" for seed in range(config.runs)]
+        runs = [
+            pretrain(dataclasses.replace(recipe, out=folder, seed=seed), warm_up=True)
+            for seed, folder in enumerate(folders)
+        ]
+        result = track_result(runs, test)
+        if world.leads:
+            draw_comparison(folders, records, "validation_loss", config.out / "curves.png")
+            write_result(config.out, title, result)
+    return result
 
 
-def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, str]]) -> None:
-    """report.md: the scores, a conversation, and where the stages' own reports are."""
-    shown = {
-        "facts of Python answered right, asked in new words": f"{scores['facts']:.1%}",
-        "new sums right, with the calculator": f"{scores['arithmetic']:.1%}",
-        "new words spelled right": f"{scores['spelling']:.1%}",
-        "bits per byte of held-out documentation": f"{scores['validation_bpb']:.3f}",
-        "seconds": f"{scores['seconds']:.0f}",
+def one_sided_test():
+    try:
+        from scipy.stats import ttest_1samp
+    except ImportError as error:
+        raise ImportError("the p-value of several runs needs scipy: pip install 'hotlap[stats]'") from error
+    return ttest_1samp
+
+
+def track_result(runs: list[dict[str, float]], test) -> dict:
+    """Means over runs, and the p-value of the track's one-sided t-test that the mean loss is below 3.28."""
+    losses = [run["validation_loss"] for run in runs]
+    p = float(test(losses, TRACK_LOSS, alternative="less").pvalue) if len(runs) > 1 else None
+    return {
+        "runs": len(runs),
+        "losses": losses,
+        "mean": statistics.fmean(losses),
+        "sigma": statistics.stdev(losses) if len(runs) > 1 else None,
+        "p": p,
+        "reached": p is not None and p < TRACK_P,
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+        "tokens": runs[0]["tokens"],
     }
-    lines = ["# A model from nothing", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in shown.items()]
-    lines += ["", "## A conversation with it", ""]
-    lines += [line for q, a in sample for line in (f"> **you** {q}", ">", f"> **hotlap** {a}", "")]
-    lines += ["Curves: [pretraining](pretrain/report.md), [fine-tuning](sft/report.md).", ""]
-    (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]) -> dict:
+    """nanochat's speedrun: tokenizer, pretraining, CORE and bits per byte, conversations; and its scores."""
+    recipe = dataclasses.replace(
+        gpt2_grade(config.depth), out=config.out / "pretrain", data=str(config.data),
+        micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",
+    ).validate()  # fmt: skip
+    with joined() as world:
+        shards = math.ceil(run_tokens(recipe) / CLIMBMIX_TOKENS)
+        download = download_words("climbmix", config.data, shards, world)
+        title = f"a model of {config.depth} layers to a CORE of {GPT2_CORE} and into conversation"
+        if not confirm(title, plan(recipe, world, hardware, download), config.yes, world):
+            return {}
+        with world.leader_first("climbmix"):
+            if world.leads:
+                climbmix(config.data, shards, recipe.model.vocab_size)
+        scores_path = config.out / "scores.json"
+        last = pretrain(recipe, warm_up=True)
+        if not scores_path.exists():
+            tasks = EvalConfig(
+                recipe.out, ("bpb", "core"), data=config.data, core_bundle=config.core_bundle, out=scores_path
+            )
+            evaluate_model(tasks)
+        scores = json.loads(scores_path.read_text())["scores"]
+        talking = SFTConfig(out=config.out / "sft", base=recipe.out, data=config.talks, resume="auto",
+                            micro_batch=config.micro_batch)  # fmt: skip
+        fine_tune(talking)
+        result = {
+            "core": scores["core"], "reached": scores["core"] > GPT2_CORE, "bpb": scores["bpb"],
+            "seconds": last["seconds"], "tokens": last["tokens"],
+        }  # fmt: skip
+        if world.leads:
+            draw_comparison([recipe.out], records, "validation_bpb", config.out / "curves.png")
+            write_result(config.out, title, result)
+    return result
+
+
+def minutes_speedrun(config: MinutesConfig, hardware: Hardware, records: list[Point]) -> dict:
+    """The best model of a fixed time, and its result.
+
+    The protocol with climbmix: a vocabulary of 8,192, and bits per byte on the first 40 x 524,288 tokens of
+    ClimbMix's last shard.
+    """
+    with joined() as world:
+        hub, data = config.data == "climbmix", config.data
+        flops = trial_flops(world, config.dtype)
+        if hub:
+            data = f"data/climbmix-{VOCABULARY}"
+        recipe = dataclasses.replace(
+            timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
+            validation_tokens=40 * REFERENCE_BATCH if hub else 0,
+        ).validate()  # fmt: skip
+        tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
+        shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
+        download = download_words("climbmix", Path(data), shards, world) if hub else "nothing"
+        title = f"the best model of {config.minutes:g} minutes on {config.data}"
+        lines = plan(recipe, world, hardware, download)
+        lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the {flops / 1e12:.3g} TFLOP/s measured"
+        if not confirm(title, lines, config.yes, world):
+            return {}
+        if hub:
+            with world.leader_first("climbmix"):
+                if world.leads:
+                    climbmix(Path(data), shards, VOCABULARY)
+        last = pretrain(recipe)
+        result = {
+            "bpb": last["validation_bpb"], "depth": recipe.model.layers, "minutes": config.minutes,
+            "seconds": last["seconds"], "tokens": last["tokens"], "data": config.data,
+        }  # fmt: skip
+        if world.leads:
+            draw_comparison([config.out], records if hub else [], "validation_bpb", config.out / "curves.png")
+            write_result(config.out, title, result)
+    return result
+
+
+def climbmix(folder: Path, shards: int, vocab_size: int) -> None:
+    """ClimbMix in a folder, with the tokenizer that is there, or one that is learnt first."""
+    path = folder / TOKENIZER
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        learn = prepare.TokenizerConfig("climbmix", path, vocab_size=vocab_size, shards=TOKENIZER_SHARDS)
+        prepare.make_tokenizer_file(learn)
+    prepare.climbmix(folder, shards, Tokenizer.load(path))
+
+
+def download_words(source: str, folder: Path, shards: int, world: World) -> str:
+    """What will be downloaded for `shards` shards to train on."""
+    if not world.leads:
+        return ""
+    found = prepare.download_plan(source, folder, shards)
+    if not found.missing:
+        return f"nothing, {folder} has it"
+    size = sum(content.bytes for content in found.missing.values())
+    return f"{len(found.missing)} files, {size / 1e9:.2f} GB, for {folder}"
+
+
+def write_result(out: Path, title: str, result: dict) -> None:
+    """result.json, and report.md with the same numbers and the picture."""
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = [f"# {title[0].upper()}{title[1:]}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]
+    if (out / "curves.png").exists():
+        lines += ["", "![the run beside others](curves.png)"]
+    (out / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "n/a"}[value]
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -9,7 +9,7 @@ from small_runs import small_run, write_conversations
 from tools import tiny_config
 
 from hotlap.cli import main
-from hotlap.train import evaluate, pretrain, speedrun
+from hotlap.train import evaluate, pretrain, tiny
 from hotlap.train.loop import LoopConfig
 from hotlap.train.sft import SFTConfig
 
@@ -28,8 +28,8 @@ def small_speedrun(tmp_path, monkeypatch) -> list[str]:
         loop=LoopConfig(4),
         dtype="float32",
     )
-    monkeypatch.setattr(speedrun, "tiny", lambda: base)
-    monkeypatch.setattr(speedrun, "tiny_sft", lambda: tuned)
+    monkeypatch.setattr(tiny, "tiny", lambda: base)
+    monkeypatch.setattr(tiny, "tiny_sft", lambda: tuned)
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 8)
     for task, examples in list(evaluate.TASKS.items()):
         monkeypatch.setitem(evaluate.TASKS, task, partial(lambda examples: examples()[:2], examples))
@@ -57,7 +57,7 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
     scores = json.loads((tmp_path / "tiny" / "scores.json").read_text())
     assert set(scores) == {"facts", "arithmetic", "spelling", "validation_bpb", "seconds"}
     report = (tmp_path / "tiny" / "report.md").read_text()
-    assert all(f"> **you** {question}" in report for question in speedrun.SAMPLE)
+    assert all(f"> **you** {question}" in report for question in tiny.SAMPLE)
     assert (tmp_path / "tiny" / "pretrain" / "report.md").exists()
 
     assert main(small_speedrun) == 0
@@ -68,8 +68,8 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
 
 def test_the_demo_trains_in_the_directory_that_it_is_given(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(speedrun, "pretrain", lambda config: seen.append(config) or {"validation_bpb": 1.0})
-    monkeypatch.setattr(speedrun, "fine_tune", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(tiny, "pretrain", lambda config: seen.append(config) or {"validation_bpb": 1.0})
+    monkeypatch.setattr(tiny, "fine_tune", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        speedrun.tiny_speedrun(speedrun.TinyConfig(tmp_path / "here"))
-    assert seen == [dataclasses.replace(speedrun.tiny(), out=tmp_path / "here" / "pretrain", resume="auto")]
+        tiny.tiny_speedrun(tiny.TinyConfig(tmp_path / "here"))
+    assert seen == [dataclasses.replace(tiny.tiny(), out=tmp_path / "here" / "pretrain", resume="auto")]
