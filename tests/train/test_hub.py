@@ -7,19 +7,18 @@ import json
 import shutil
 import struct
 import sys
-import time
+import threading
 from collections import deque
 
 import numpy as np
 import pytest
-from hub_server import HubServer, running_hub
+from hub_server import HubServer
 
 pytest.importorskip("huggingface_hub")
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow  # noqa: E402
 
 from hotlap.model.errors import DataError  # noqa: E402
-from hotlap.train import download as downloads  # noqa: E402
 from hotlap.train import hub  # noqa: E402
 from hotlap.train.datasets import CLIMBMIX, FINEWEB  # noqa: E402
 from hotlap.train.download import Content  # noqa: E402
@@ -39,18 +38,11 @@ def content(raw: bytes) -> Content:
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path) -> HubServer:
-    """The hub, with three shards. Waiting takes no time."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-    monkeypatch.setattr(downloads, "WAITS", (0, 0))
-    monkeypatch.setattr(downloads, "SPARE", 0)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with running_hub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        for seed, name in enumerate(NAMES):
-            server.add(SHARDS, name, shard(20_000 + seed, seed))
-        yield server
+def server(hub_server) -> HubServer:
+    """The hub, with three shards."""
+    for seed, name in enumerate(NAMES):
+        hub_server.add(SHARDS, name, shard(20_000 + seed, seed))
+    return hub_server
 
 
 def original(server: HubServer, name: str) -> bytes:
@@ -214,6 +206,8 @@ def test_a_disk_that_fills_up_is_named_and_what_is_whole_is_kept(server, tmp_pat
 
     def full(url, temp_file, **settings):
         if TRAIN in url:
+            while not (tmp_path / VALIDATION).exists():
+                threading.Event().wait(0.01)
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(url, temp_file, **settings)
 
