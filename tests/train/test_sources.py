@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import sys
 import tarfile
 import threading
 
@@ -13,7 +14,7 @@ from small_runs import write_text
 
 from hotlap.model.errors import DataError
 from hotlap.train import sources
-from hotlap.train.sources import documents, split_documents
+from hotlap.train.sources import documents, documents_of, split_documents
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,58 @@ def test_a_line_separator_inside_a_jsonl_string_does_not_end_the_line(tmp_path):
     path = tmp_path / "u2028.jsonl"
     path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", "utf-8")
     assert list(documents(str(path))) == ["a\u2028b\x85c"]
+
+
+def write_parquet(path, columns: dict, **settings):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, **settings)
+    return path
+
+
+def test_a_row_of_a_parquet_file_is_a_document(tmp_path):
+    texts = [f"text {i}" for i in range(3000)]
+    write_parquet(tmp_path / "a.parquet", {"id": range(3001), "text": [*texts, None]}, row_group_size=700)
+    (tmp_path / "b.txt").write_text("another")
+    assert list(documents(str(tmp_path))) == [*texts, "another"]
+
+
+def test_a_parquet_file_without_text_or_damaged_is_named(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [1, 2]})
+    with pytest.raises(DataError, match=r"a\.parquet has int64 in the column `text`"):
+        list(documents(str(path)))
+    write_parquet(path, {"body": ["x"]})
+    with pytest.raises(DataError, match=r"a\.parquet has no column `text`"):
+        list(documents(str(path)))
+    raw = write_parquet(path, {"text": [f"text {i}" for i in range(1000)]}, compression="zstd").read_bytes()
+    for damaged in (b"", raw[:-4], raw[: len(raw) // 2], raw[:50] + bytes(2000) + raw[2050:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.parquet is not a parquet file, or damaged"):
+            list(documents(str(path)))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'hotlap\[data\]'"):
+        list(documents(str(path)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40, 400])
+def test_one_split_at_a_time_is_what_both_at_once_are(tmp_path, count):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {i % 300}"}) + "\n" for i in range(count)))
+    parts = split_documents(str(path))
+    assert tuple(list(documents_of(split, str(path))) for split in ("train", "validation")) == parts
+    assert all(parts)
+
+
+def test_documents_stream_once_both_splits_have_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        sources, "documents", lambda *_: (taken.append(i) or f"text {i}" for i in range(10**9))
+    )
+    train = documents_of("train", "endless")
+    for _ in range(2000):
+        next(train)
+    assert len(taken) < 3000
 
 
 def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
