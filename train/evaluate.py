@@ -25,7 +25,7 @@ from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER, load_config, load_model, model_folder, stage
+from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
 from hotlap.train.core import Task, counted, evaluate_core, read_bundle
 from hotlap.train.data import Documents, PackedRows, shard_documents, shard_paths, validation_batches
 from hotlap.train.dist import World, joined
@@ -181,8 +181,8 @@ def load_engine(path: Path, device: torch.device | None = None) -> Engine:
     return Engine(*load_model(path, device, fast_dtype(device.type)))
 
 
-def check(config: EvalConfig) -> tuple[Path, str | None]:
-    """The model's directory and its stage, where all that is asked for can be asked of it and written."""
+def check(config: EvalConfig) -> None:
+    """Errors that show without the model."""
     if unknown := [task for task in config.tasks if task not in KNOWN]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
     if config.out and config.out.exists():
@@ -193,15 +193,15 @@ def check(config: EvalConfig) -> tuple[Path, str | None]:
         raise ValueError("bpb needs text; name it, or a folder of shards, by --data")
     if config.validation_rows < 0:
         raise ValueError(f"validation_rows={config.validation_rows} must be 0 (all) or more")
-    folder = model_folder(config.model)
-    trained_for = stage(folder)
+
+
+def check_stage(config: EvalConfig, trained_for: str | None) -> None:
     questions = [task for task in config.tasks if task in TASKS]
     if questions and trained_for == "pretrain":
         raise ValueError(
             f"{config.model} is a base model, which was never taught to converse, and {', '.join(questions)} "
             "would ask it questions; try --tasks samples, bpb or core, or teach it with `hotlap sft`"
         )
-    return folder, trained_for
 
 
 def evaluate_model(config: EvalConfig) -> dict:
@@ -212,11 +212,13 @@ def evaluate_model(config: EvalConfig) -> dict:
     bpb and core, and the first does the rest.
     """
     began = time.perf_counter()
-    folder, trained_for = check(config)
+    check(config)
+    folder, shape, tokenizer = open_model(config.model)
+    trained_for = stage(folder)
     converses = trained_for != "pretrain"
+    check_stage(config, trained_for)
     with joined() as world:
-        tokenizer, context = Tokenizer.load(folder / TOKENIZER), load_config(folder).context
-        rows = held_out_rows(config.data, tokenizer, context) if "bpb" in config.tasks else None
+        rows = held_out_rows(config.data, tokenizer, shape.context) if "bpb" in config.tasks else None
         core_tasks = open_bundle(config, world) if "core" in config.tasks else []
         prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
         engine = load_engine(folder, world.device)
@@ -258,7 +260,9 @@ def open_bundle(config: EvalConfig, world: World) -> list[Task]:
 def circumstances(engine: Engine) -> dict:
     """When and with what a model is measured."""
     device = engine.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"{device.type}, {name}",
@@ -286,7 +290,7 @@ def as_table(result: dict) -> str:
         else:
             lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
     for text, said in result["samples"]:
-        lines += ["", f"> {text}", said]
+        lines += ["", f"> {text}", said.strip()]
     return "\n".join(lines)
 
 
