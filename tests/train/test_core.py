@@ -206,11 +206,11 @@ def test_ranks_share_the_examples_and_agree_on_the_scores(tmp_path):
 
 
 def test_prompts_open_with_solved_examples(tmp_path):
-    examples = [{"query": f"{i}?", "choices": ["no", "yes"], "gold": i % 2} for i in range(3)]
-    write_bundle(tmp_path, {"choice": ("multiple_choice", 2, "\nAnswer: ", 50, examples)})
+    examples = [{"query": f"{i}?", "choices": ["no", "yes"], "gold": i % 2} for i in range(8)]
+    write_bundle(tmp_path, {"choice": ("multiple_choice", 3, "\nAnswer: ", 50, examples)})
     (task,) = read_bundle(tmp_path)
     for i, example in enumerate(task.examples):
-        others = random.Random(1234 + i).sample([e for e in task.examples if e is not example], 2)
+        others = random.Random(1234 + i).sample([e for e in task.examples if e is not example], 3)
         shown = "".join(f"{e['query']}\nAnswer: {['no', 'yes'][e['gold']]}\n\n" for e in others)
         expected = [f"{shown}{example['query']}\nAnswer: {choice}" for choice in ("no", "yes")]
         assert prompts(task, i) == expected
