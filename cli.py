@@ -14,7 +14,7 @@ COMMANDS = {
     "data": "turn text into token shards",
     "pretrain": "train a base model on text",
     "sft": "teach a base model to converse",
-    "eval": "score a model on held-out questions",
+    "eval": "score a model: bits per byte, CORE, samples, held-out questions",
     "report": "write a run's report again",
     "bench": "measure this device: kernels, training, inference, peers",
     "export": "write a model for others to use: hotlap export weights",
@@ -83,8 +83,8 @@ def run(command: str, arguments: list[str]) -> int | None:
     elif command == "eval":
         from hotlap.train import evaluate
 
-        scores = evaluate.evaluate_model(options.parse(evaluate.EvalConfig, arguments, command=command))
-        print("\n".join(f"{task:12} {score:6.1%}" for task, score in scores.items()))
+        config = options.parse(evaluate.EvalConfig, arguments, command=command)
+        print(evaluate.as_table(evaluate.evaluate_model(config)))
     elif command == "export":
         return export(arguments)
     elif command == "report":

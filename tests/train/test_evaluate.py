@@ -2,24 +2,30 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from core_bundles import letters, mixed_tasks, write_bundle
 from small_runs import conversation
 from tools import tiny_config
 
 from hotlap.model.conversation import render
 from hotlap.model.engine import Engine
+from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import save_model
+from hotlap.model.tokenizer import train_characters
+from hotlap.model.weights import STATE, save_model
 from hotlap.train import evaluate
 from hotlap.train.conversations import conversation_rows
-from hotlap.train.data import Documents, PackedRows
+from hotlap.train.data import Documents, PackedRows, write_shards
 from hotlap.train.dist import joined
-from hotlap.train.evaluate import EvalConfig, evaluate_model, share_right, validation
+from hotlap.train.evaluate import EvalConfig, as_table, evaluate_model, share_right, validation
 from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.sources import split_documents
 
 TEXTS = ["Je préfère les gâteaux", "The dog does not mind.", "5"]
 
@@ -86,16 +92,119 @@ def test_a_model_with_nan_fails_and_is_not_scored(tiny_tokenizer):
 def test_scores_and_wrong_answers_are_written_once(tmp_path, engine, monkeypatch):
     save_model(tmp_path, engine.model, engine.tokenizer)
     monkeypatch.setitem(evaluate.TASKS, "facts", lambda: [("dog?", "fox"), ("dog?", "cat")])
-    config = EvalConfig(tmp_path, ("facts",), tmp_path / "scores.json")
-    assert evaluate_model(config) == {"facts": 0.5}
+    config = EvalConfig(tmp_path, ("facts",), out=tmp_path / "scores.json")
+    found = evaluate_model(config)
+    assert found["scores"]["facts"] == {
+        "accuracy": 0.5,
+        "n": 2,
+        "interval": pytest.approx([0.0945, 0.9055], abs=1e-4),
+    }
+    assert found["wrong"] == {"facts": [("dog?", "cat", "fox")]}
     saved = json.loads((tmp_path / "scores.json").read_text())
-    assert saved["scores"] == {"facts": 0.5} and len(saved["wrong"]["facts"]) == 1
+    assert saved == json.loads(json.dumps(found))
+    assert {"model", "folder", "stage", "date", "device", "dtype", "versions"} <= set(saved)
     with pytest.raises(FileExistsError, match=r"scores\.json exists"):
         evaluate_model(config)
 
 
+@pytest.fixture
+def base(tmp_path, random_model) -> Path:
+    """The directory of a base model of letters."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_model(folder, random_model(tiny_config(vocab_size=64)), letters())
+    (folder / STATE).write_text('{"stage": "pretrain"}')
+    return folder
+
+
+def test_everything_that_a_base_model_can_be_asked(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(evaluate, "OPENINGS", ("a bad", "abc"))
+    (tmp_path / "text.txt").write_text("a bad deed\n" * 40)
+    config = EvalConfig(
+        base, ("samples", "core", "bpb"), tmp_path / "text.txt", 3,
+        write_bundle(tmp_path, mixed_tasks(count=5)), 4, tmp_path / "all.json",
+    )  # fmt: skip
+    found = evaluate_model(config)
+    assert set(found["scores"]) == {"bpb", "core"} and found["stage"] == "pretrain"
+    assert found["scores"]["bpb"]["rows"] == 1 and found["scores"]["bpb"]["bpb"] > 0
+    assert all(task["n"] == 4 for task in found["scores"]["core"]["tasks"].values())
+    assert [text for text, _ in found["samples"]] == ["a bad", "abc"]
+    shown = as_table(found)
+    for text in ("bpb", "core", "5 tasks", "going_on", "> a bad", f"{found['scores']['core']['core']:.4f}"):
+        assert text in shown
+
+
+def test_bits_per_byte_are_those_of_the_validation_split_as_text_or_shards(tmp_path, base):
+    text, folder = tmp_path / "text.txt", tmp_path / "shards"
+    text.write_text("a bad deed, a cab\n".replace(",", "") * 40)
+    folder.mkdir()
+    for split, documents_ in zip(("train", "validation"), split_documents(str(text)), strict=True):
+        write_shards(folder, split, documents_, letters())
+    of_text, of_shards = (
+        evaluate_model(EvalConfig(base, ("bpb",), source))["scores"]["bpb"] for source in (text, folder)
+    )
+    assert of_text == of_shards and of_text["rows"] > 1
+    train_characters("xyz").save(folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        evaluate_model(EvalConfig(base, ("bpb",), folder))
+
+
+def test_a_chat_model_s_samples_are_answers(tmp_path, engine, monkeypatch):
+    save_model(tmp_path, engine.model, engine.tokenizer)
+    monkeypatch.setattr(evaluate, "QUESTIONS", ("dog?", "2 + 3?"))
+    found = evaluate_model(EvalConfig(tmp_path, ("samples",)))
+    assert found["samples"] == [("dog?", "fox"), ("2 + 3?", "It is 5.")] and found["scores"] == {}
+
+
+def test_a_base_model_is_not_asked_questions(base):
+    with pytest.raises(
+        ValueError, match="base model, which was never taught to converse, and facts, spelling"
+    ):
+        evaluate_model(EvalConfig(base, ("core", "facts", "spelling")))
+
+
+def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkeypatch):
+    def loaded(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluate, "load_model", loaded)
+    with pytest.raises(ValueError, match="bpb needs text; name it, or a folder of shards, by --data"):
+        evaluate_model(EvalConfig(base, ("bpb",)))
+    with pytest.raises(FileNotFoundError, match="no input files match"):
+        evaluate_model(EvalConfig(base, ("bpb",), tmp_path / "none.txt"))
+    with pytest.raises(FileNotFoundError, match=r"no core\.yaml in .*--core-bundle"):
+        evaluate_model(EvalConfig(base, ("core",), core_bundle=tmp_path / "none"))
+    monkeypatch.setattr(evaluate, "OPENINGS", ("0",))
+    with pytest.raises(DataError, match="character '0' is not among"):
+        evaluate_model(EvalConfig(base, ("samples",)))
+
+
+def test_without_a_folder_core_is_downloaded(tmp_path, base, monkeypatch):
+    bundle = write_bundle(tmp_path, mixed_tasks(count=4))
+    monkeypatch.setitem(sys.modules, "hotlap.train.hub", SimpleNamespace(core_bundle=lambda folder: bundle))
+    assert len(evaluate_model(EvalConfig(base, ("core",)))["scores"]["core"]["tasks"]) == 5
+
+
+@pytest.mark.parametrize("task", ["bpb", "core", "samples"])
+def test_nothing_is_scored_where_weights_are_nan(tmp_path, base, task, random_model, monkeypatch):
+    monkeypatch.setattr(evaluate, "OPENINGS", ("a bad",))
+    model = random_model(tiny_config(vocab_size=64))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc.weight[0, 0] = float("nan")
+    save_model(base, model, letters())
+    (tmp_path / "text.txt").write_text("a bad deed\n" * 40)
+    write_bundle(tmp_path, mixed_tasks(count=4))
+    config = EvalConfig(base, (task,), tmp_path / "text.txt", core_bundle=tmp_path, out=tmp_path / "out.json")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluate_model(config)
+    assert not config.out.exists()
+
+
 def test_an_unknown_task_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown task 'sums'; known: facts, arithmetic, spelling"):
+    with pytest.raises(
+        ValueError, match="unknown task 'sums'; known: bpb, core, samples, facts, arithmetic, spelling"
+    ):
         evaluate_model(EvalConfig(tasks=("facts", "sums")))
 
 
