@@ -276,3 +276,9 @@ def dollars_per_hour(name: str, gpus: int = 1) -> tuple[float, str] | None:
     """The price of so many cards of that name for an hour, and who says so; None where nobody here does."""
     price = PRICES.get(card(name) or "")
     return price and (price[0] * gpus, price[1])
+
+
+def points(recipe: str) -> list[tuple[str, float, float, float]]:
+    """Name, tokens, seconds and score of the records that a recipe's curve is drawn beside."""
+    found = (t for t in TARGETS if t.recipe == recipe and t.metric in ("loss", "bpb"))
+    return [(t.name, t.tokens, t.seconds, t.score) for t in found]
