@@ -126,8 +126,10 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
     from tqdm import tqdm
 
     total, done, record = sum(c.bytes for c in missing.values()), 0, read_record(dataset, folder)
-    check_space(folder, total)
     staging, stop, pool = folder / STAGING, threading.Event(), ThreadPoolExecutor(AT_ONCE)
+    for part in staging.rglob("*.incomplete"):  # of a process that was killed; huggingface_hub begins anew
+        part.unlink()
+    check_space(folder, total)
     log.info("%s: %d files, %.2f GB, to %s", dataset.repo, len(missing), total / 1e9, folder)
     waiting = {pool.submit(fetch_file, dataset, name, c, staging, stop): name for name, c in missing.items()}
     try:
@@ -141,6 +143,8 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
                     record[name] = Content(missing[name].bytes, sha256)
                     write_record(dataset, folder, record)
                     done += missing[name].bytes
+                    if bar.disable:
+                        log.info("%s: %s is whole, %.0f %%", folder, name, 100 * done / total)
                 bar.n = max(bar.n, min(total, done + folder_bytes(staging)))
                 bar.refresh()
     finally:
