@@ -176,7 +176,7 @@ def fetch_file(dataset: Dataset, name: str, content: Content, staging: Path, sto
 
 def watched(name: str, limit: int, stop: threading.Event) -> type:
     """The progress bar that huggingface_hub is to use: silent, and the end of a download that was told to
-    stop or that is longer than it may be.
+    stop or does not end.
     """
     from tqdm import tqdm
 
@@ -189,8 +189,8 @@ def watched(name: str, limit: int, stop: threading.Event) -> type:
             self.received += n
             if stop.is_set():
                 raise InterruptedError(f"{name}: told to stop")
-            if self.received > limit:
-                raise DataError(f"{name}: more than its {limit:,} bytes arrive")
+            if self.received > 4 * limit:  # the hub's own protocol, Xet, may send more than the file has
+                raise DataError(f"{name}: far more than its {limit:,} bytes arrive")
 
     return Watched
 
