@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 from collections import deque
@@ -217,6 +218,29 @@ def test_a_disk_that_fills_up_is_named_and_what_is_whole_is_kept(server, tmp_pat
     monkeypatch.setattr(file_download, "http_get", real)
     hub.download(SHARDS, tmp_path, [VALIDATION, TRAIN])
     assert server.fetched() == {VALIDATION: 1, TRAIN: 1}
+
+
+def test_a_killed_download_goes_on_with_what_is_missing(server, tmp_path):
+    """The process that downloads is killed while the server keeps it waiting for the second file."""
+    server.fail(TRAIN, "stall")
+    code = f"""
+import dataclasses
+from pathlib import Path
+from hotlap.train import datasets, hub
+shards = dataclasses.replace(datasets.FINEWEB, pinned={{}})
+hub.download(shards, Path({str(tmp_path)!r}), {[VALIDATION, TRAIN]})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    parts = []
+    while not (parts and (tmp_path / VALIDATION).exists()) and process.poll() is None:
+        threading.Event().wait(0.05)
+        parts = list(tmp_path.rglob("*.incomplete"))
+    process.kill()
+    process.wait()
+    assert parts and not (tmp_path / TRAIN).exists()
+    hub.download(SHARDS, tmp_path, NAMES)
+    assert left(tmp_path) == sorted([*NAMES, "hub.json"])
+    assert server.fetched() == {VALIDATION: 1, TRAIN: 2, NAMES[2]: 1}
 
 
 def test_a_missing_file_a_closed_door_and_no_network_are_told_apart(server, tmp_path, monkeypatch):
