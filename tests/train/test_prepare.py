@@ -1,39 +1,30 @@
 """Public datasets as token shards, by the commands, from a hub on this machine."""
 
-import dataclasses
 import hashlib
 import json
 
-import numpy as np
 import pytest
 from commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, USAGE, assert_error
 
-pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow")
 pytest.importorskip("huggingface_hub")
-from pyarrow import parquet  # noqa: E402
+from hub_data import TEXTS, add_climbmix, add_fineweb
 
-from hotlap.cli import main  # noqa: E402
-from hotlap.model import tokenizer as tokenizers  # noqa: E402
-from hotlap.model.tokenizer import Tokenizer  # noqa: E402
-from hotlap.train import datasets, prepare  # noqa: E402
-from hotlap.train.data import read_shard, shard_paths, write_shard  # noqa: E402
+from hotlap.cli import main
+from hotlap.model import tokenizer as tokenizers
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.train import datasets, prepare
+from hotlap.train.data import read_shard, shard_paths, write_shard
 
 CLIMBMIX = datasets.CLIMBMIX
-TEXTS = {  # some documents of each shard
-    name: [f"Document {i} of shard {n}: {i} and {i} is {2 * i}.\n" for i in range(300)]
-    for n, name in enumerate(CLIMBMIX.names(3))
-}
 
 
 @pytest.fixture
 def climbmix(hub_server, tmp_path, monkeypatch):
-    """The hub with the validation shard and three training shards, and an empty cache."""
+    """The hub with ClimbMix, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for name, texts in TEXTS.items():
-        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "made", row_group_size=128)
-        hub_server.add(CLIMBMIX, name, (tmp_path / "made").read_bytes())
-    (tmp_path / "made").unlink()
+    add_climbmix(hub_server, tmp_path)
     return hub_server
 
 
@@ -137,16 +128,9 @@ def test_a_tokenizer_learns_from_so_many_characters_at_most(climbmix):
 
 @pytest.fixture
 def fineweb(hub_server, tmp_path, monkeypatch):
-    """FineWeb's validation shard and two training shards on the hub, and a small GPT-2's tokenizer."""
+    """The hub with FineWeb."""
     monkeypatch.chdir(tmp_path)
-    small = tokenizers.train_bpe(["of small things"] * 9, 290)
-    monkeypatch.setattr(tokenizers, "gpt2", lambda: small)
-    monkeypatch.setattr(prepare, "GPT2_BOS", small.bos)
-    monkeypatch.setattr(prepare, "FINEWEB", dataclasses.replace(datasets.FINEWEB, pinned={}))
-    for i, name in enumerate(datasets.FINEWEB.names(2)):
-        write_shard(tmp_path / name, np.arange(i, 20 + i), 50257)
-        hub_server.add(datasets.FINEWEB, name, (tmp_path / name).read_bytes())
-        (tmp_path / name).unlink()
+    add_fineweb(hub_server, tmp_path, monkeypatch)
     return hub_server
 
 
