@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hotlap.model.tokenizer import Tokenizer, train_characters
-from hotlap.train.core import evaluate_core, read_bundle
+from hotlap.train.core import evaluate_core
+from hotlap.train.core_tasks import read_bundle
 from hotlap.train.dist import World
 
 COLUMNS = "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"

@@ -1,21 +1,16 @@
 """CORE, the metric of DCLM (arXiv:2406.11794): 22 tasks that a base model solves by reading on.
 
-The tasks are a folder, nanochat's eval_bundle: core.yaml lists them, eval_meta_data.csv has what chance gets
-in each, eval_data their examples. Prompts, solved examples and decisions are those of nanochat's
-core_eval.py, so that numbers compare with its leaderboard.
+Prompts, solved examples and decisions are those of nanochat's core_eval.py, so that numbers compare with its
+leaderboard. The tasks themselves are in core_tasks.py.
 """
 # B rows of a batch, T tokens of a row, D width, V vocab, N tokens that are scored
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,38 +20,16 @@ from tqdm import tqdm
 from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.train.core_tasks import Task
 from hotlap.train.data import prefetch
 from hotlap.train.dist import World
 from hotlap.train.log import log
 
-TASKS, CHANCE, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
-ORDER_SEED, SHOTS_SEED = 1337, 1234  # nanochat's, on which the examples that are read and shown depend
+SHOTS_SEED = 1234  # nanochat's, on which the solved examples depend
 WINDOW = 256  # examples that are sorted by length at a time
 BATCH_TOKENS = 16_384  # of a batch, padding included
 SCORED_AT_ONCE = 2048  # tokens whose logits are in memory at a time
 Z = 1.959964  # standard deviations to each side of 95 %
-
-# What an example of each kind has. multiple_choice: one query and several choices to go on with, of which the
-# right one has to have the lowest mean loss. schema: the same for several contexts of one continuation.
-# language_modeling: each token of the continuation has to be the likeliest.
-KINDS: dict[str, dict[str, type]] = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
-}
-OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
-YAML_VALUE = r""" "(?:[^"\\]|\\.)*" | '[^']*' | \[[^\]#]*\] | [^\s"'\[\]{}#&*|>][^#]*? """
-YAML_LINE = re.compile(rf"(-)? \s* (?: (\w+): \s* ({YAML_VALUE}) )? \s* (?:\#.*)?", re.VERBOSE)
-
-
-@dataclass(frozen=True)
-class Task:
-    label: str
-    kind: str
-    shots: int  # solved examples that a prompt opens with
-    delimiter: str  # between context and continuation
-    chance: float  # share right of one who guesses
-    examples: list[dict]
 
 
 @dataclass(frozen=True)
@@ -65,102 +38,6 @@ class Row:
 
     ids: list[int]
     start: int
-
-
-def read_bundle(folder: Path, max_per_task: int = 0) -> list[Task]:
-    """The tasks of a bundle, each with its examples shuffled, or with the first max_per_task of them.
-
-    FileNotFoundError or DataError where something is missing or not what it should be.
-    """
-    if max_per_task < 0:
-        raise ValueError(f"max_per_task={max_per_task} must be 0 (all) or more")
-    for name in (TASKS, CHANCE, DATA):
-        if not (folder / name).exists():
-            raise FileNotFoundError(
-                f"no {name} in {folder}; --core-bundle takes the unpacked folder eval_bundle of nanochat"
-            )
-    chances = read_chances(folder / CHANCE)
-    return [read_task(folder, fields, chances, max_per_task) for fields in read_list(folder / TASKS)]
-
-
-def read_task(folder: Path, fields: dict, chances: dict[str, float], max_per_task: int) -> Task:
-    try:
-        label, kind, uri = (fields[name] for name in ("label", "icl_task_type", "dataset_uri"))
-        shots = fields["num_fewshot"][0]
-    except (LookupError, TypeError) as error:
-        raise DataError(f"{folder / TASKS}: a task lacks {error}: {fields}") from error
-    if kind not in KINDS:
-        raise DataError(f"{folder / TASKS}: {label} is of type {kind!r}; known: {', '.join(KINDS)}")
-    if not 0 <= chances.get(label, -1) < 1:
-        raise DataError(f"{folder / CHANCE} has no random baseline of {label} from 0 to below 100")
-    examples = read_examples(folder / DATA / uri, kind)
-    random.Random(ORDER_SEED).shuffle(examples)
-    examples = examples[: max_per_task or None]
-    if len(examples) <= shots:
-        raise ValueError(
-            f"{label} shows {shots} other examples before each, and {len(examples)} are too few for that; "
-            f"raise --max-per-task to {shots + 1} or more, or complete {folder / DATA / uri}"
-        )
-    return Task(label, kind, shots, fields.get("continuation_delimiter", " "), chances[label], examples)
-
-
-def read_examples(path: Path, kind: str) -> list[dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}, which {TASKS} names; unpack the bundle again")
-    examples, fields = [], KINDS[kind]
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                example = json.loads(line)
-                good = all(type(example[name]) is needed for name, needed in fields.items())
-                if kind in OPTIONS:
-                    options = example[OPTIONS[kind]]
-                    good = good and {*map(type, options)} == {str} and 0 <= example["gold"] < len(options)
-            except (ValueError, LookupError, TypeError):
-                good = False
-            if not good:
-                listed = ", ".join(f"{name} ({needed.__name__})" for name, needed in fields.items())
-                raise DataError(f"{path}:{number}: an example of {kind} has {listed}")
-            examples.append(example)
-    return examples
-
-
-def read_chances(path: Path) -> dict[str, float]:
-    """What one who guesses gets right in each task, as a share."""
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            return {r["Eval Task"]: float(r["Random baseline"]) / 100 for r in csv.DictReader(file)}
-        except (LookupError, TypeError, ValueError) as error:
-            raise DataError(f"{path} needs the columns Eval Task and Random baseline: {error!r}") from error
-
-
-def read_list(path: Path) -> list[dict]:
-    """The tables of the list `icl_tasks`: all the YAML that a bundle has, and all that this reads."""
-    tables: list[dict] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not tables and line.rstrip() == "icl_tasks:":
-            continue
-        found = YAML_LINE.fullmatch(line.strip())
-        opens, key, value = found.groups() if found else (None, None, None)
-        if not found or (key and not opens and not tables):
-            raise DataError(f"{path}:{number}: expected `key: value` of a task in a list, not {line!r}")
-        if opens:
-            tables.append({})
-        if key:
-            tables[-1][key] = read_value(value)
-    if not tables:
-        raise DataError(f"{path} lists no tasks under icl_tasks")
-    return tables
-
-
-def read_value(text: str) -> object:
-    """A string with or without quotes, a number, true or false, or a list of numbers."""
-    if text.startswith("'"):
-        return text[1:-1]
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def candidates(task: Task, example: dict) -> list[str]:

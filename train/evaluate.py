@@ -26,7 +26,8 @@ from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
-from hotlap.train.core import Task, counted, evaluate_core, read_bundle
+from hotlap.train.core import counted, evaluate_core
+from hotlap.train.core_tasks import Task, read_bundle
 from hotlap.train.data import Documents, PackedRows, shard_documents, shard_paths, validation_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log

@@ -13,7 +13,8 @@ from tools import tiny_config
 from hotlap.model.errors import DataError
 from hotlap.model.tokenizer import train_characters
 from hotlap.train import core
-from hotlap.train.core import batches, counted, evaluate_core, prompts, read_bundle, read_list
+from hotlap.train.core import batches, counted, evaluate_core, prompts
+from hotlap.train.core_tasks import read_bundle, read_list
 from hotlap.train.dist import joined
 
 CHOICE = {"query": "a", "choices": ["b", "c"], "gold": 0}
