@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.attention_backward import attention_backward
+from hotlap.kernels.attention_blockwise import attention_blockwise, masked_softmax, without_blind
 from hotlap.kernels.attention_forward import attention_forward
-from hotlap.kernels.attention_torch import (
-    attention_blockwise,
-    attention_flash_attn,
-    attention_sdpa,
-    flash_attn_function,
-    masked_softmax,
-    without_blind,
-)
+from hotlap.kernels.attention_torch import attention_flash_attn, attention_sdpa, flash_attn_function
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
 from hotlap.kernels.tiles import tuned_backends
 

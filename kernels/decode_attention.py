@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.attention import attention
+from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, load_rows, similarity, tile_for
-from hotlap.kernels.attention_torch import masked_softmax
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
 
