@@ -115,6 +115,18 @@ def test_what_is_computed_in_blocks_grows_with_the_tokens_and_not_with_their_squ
     assert counts[1] < 2.1 * counts[0] and counts[0] < 2 * 2048 * 400
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("T, S", [(90, 90), (30, 90), (90, 40)])
+def test_gradients_of_blocks_are_those_of_the_specification(T, S, softcap):
+    inputs = [torch.randn(2, n, heads, 16).double().requires_grad_() for n, heads in ((T, 4), (S, 2), (S, 2))]
+    document_start = torch.full((2, T), 7) if T <= S else None
+    upstream, arguments = torch.randn(2, T, 4, 16), (70, document_start, softcap, 0.7)
+    y, grads = gradients(lambda *x: attention(*x, backend="blockwise"), inputs, upstream, *arguments)
+    wanted, wanted_grads = gradients(attention_ref, inputs, upstream, *arguments)
+    for a, b in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_blocks_compile_whole_with_their_documents_and_without_looking_into_them():
     inputs, operations = fused_qkv(2, 130, 4, 2, 16, torch.float32), []
 
