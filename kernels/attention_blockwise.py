@@ -52,12 +52,14 @@ def _blocks(
     (1 or B K, G M, N), 0 where a query sees a key and very little where not.
     """
     T, H, S, K = *q.shape[1:3], *k.shape[1:3]
+    if document_start is not None:
+        document_start = document_start.to(torch.int32)
     for start in range(0, T, block_rows(T)):
         end = min(start + block_rows(T), T)
         first = max(0, S - T + start - window + 1) if window else 0
         if document_start is not None and q.device.type == "cpu":  # where reading a number is cheap
             first = max(first, int(document_start[:, start:end].min()))
-        key = torch.arange(first, max(first, S - T + end), device=q.device)
+        key = torch.arange(first, max(first, S - T + end), dtype=torch.int32, device=q.device)
         distance = torch.arange(S - T + start, S - T + end, device=q.device)[:, None] - key
         hidden = (distance < 0) | (distance >= window) if window else distance < 0
         hidden = hidden.view(1, 1, 1, *distance.shape)
