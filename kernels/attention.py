@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.attention_backward import attention_backward
+from hotlap.kernels.attention_blockwise import attention_blockwise, masked_softmax, without_blind
 from hotlap.kernels.attention_forward import attention_forward
 from hotlap.kernels.attention_torch import (
-    attention_blockwise,
+    SDPA,
     attention_flash_attn,
     attention_sdpa,
     flash_attn_function,
-    masked_softmax,
-    without_blind,
+    sdpa_takes,
 )
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
 from hotlap.kernels.tiles import tuned_backends
@@ -141,50 +141,102 @@ def round_up(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
+def can_run(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    C: int,
+    S: int,
+    grouped: bool,
+    plain: bool,
+    documents: bool,
+) -> bool:
+    """Whether a backend is for such a case on a GPU, on which it has what it needs. plain: only causal."""
+    if backend in SDPA:
+        return plain and sdpa_takes(backend, device, dtype, C, S, grouped)
+    if backend == "flash-attn":
+        return not documents and dtype != torch.float32 and flash_attn_function(device) is not None
+    if backend == "triton":
+        return dtype != torch.float32  # which has no tensor cores
+    return plain or backend != "sdpa"
+
+
 @functools.cache
 def _choose(
     device: torch.device,
     dtype: torch.dtype,
-    kernels: bool,
     C: int,
     S: int,
-    window: int,
+    grouped: bool,
     plain: bool,
     documents: bool,
+    kernels: bool,
+    window: int,
+    softcap: bool,
+    deterministic: bool,
 ) -> str:
-    """The backend that "auto" is. kernels: Triton runs here. plain: nothing but causal.
+    """The backend that "auto" is. grouped: heads share keys. plain: only causal. kernels: Triton runs here.
+    deterministic: what torch is set to, which rules cuDNN's out.
 
     On a GPU it is what `hotlap bench tune` has measured, or else torch's fused kernels where causal is all:
     cuDNN's from Hopper on, whose forward pass is known to run at 540 TFLOP/s on an H100 where Triton's
-    without warp specialisation runs at 400. Ours is for windows, documents and softcaps. On a CPU
+    without warp specialisation runs at 400. Ours is for windows, documents and softcaps in 16 bits. On a CPU
     torch's is the faster one in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
     """
+    why = "only causal" if plain else "more than causal"
     if device.type != "cuda":
         fused = plain and (dtype == torch.float32 or S >= 512)
-        return "triton" if kernels else "sdpa" if fused else "blockwise"
-    if dtype == torch.float32:
-        choice, why = "sdpa" if plain else "blockwise", "float32 has no tensor cores"
-    elif plain:
-        hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-        choice, why = "cudnn" if hopper and C <= 128 else "flash", "plain causal"
+        choice = "triton" if kernels else "sdpa" if fused else "blockwise"
     else:
-        choice, why = "triton" if kernels else "blockwise", "windows, documents or softcap"
-    measured = (
-        tuned_backends(device_facts(device).name).get(case_key(C, S, window))
-        if kernels and not documents
-        else None
-    )
-    usable = ("triton", "flash-attn") if flash_attn_function() else ("triton",)
-    if dtype != torch.float32 and measured and (measured in usable or (plain and measured != "flash-attn")):
-        choice, why = measured, "measured"
-    log.info("attention: %s (%s) for heads of %d, to %d keys, window %d", choice, why, C, S, window)
+        measured = None
+        if kernels and not (documents or softcap):
+            measured = tuned_backends(device_facts(device).name).get(case_key(C, S, window))
+        hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+        ranking = (measured, hopper and "cudnn", "flash", kernels and "triton", "sdpa", "blockwise")
+        case = (device, dtype, C, S, grouped, plain, documents)
+        choice = next(name for name in ranking if name and can_run(name, *case))
+        why = "measured" if choice == measured else why
+    _report(choice, why)
     return choice
+
+
+@functools.cache
+def _report(choice: str, why: str) -> None:
+    log.info("attention: %s (%s)", choice, why)
 
 
 @torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace the question
 def choose_backend(*question) -> str:
     """The backend that "auto" is: of `_choose`, once for each question."""
     return _choose(*question)
+
+
+@torch.compiler.assume_constant_result
+def backend_runs(*question) -> bool:
+    """As `can_run`."""
+    return can_run(*question)
+
+
+def check_arguments(q, k, v, window, document_start, softcap, scale, backend) -> None:
+    """A ValueError for what `attention` does not take."""
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != C or H % K:
+        shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}; needed are (B, T, H, C) and twice (B, S, K, C) with H a multiple of K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; all have to be of one dtype")
+    if document_start is not None and document_start.shape != (B, T):
+        raise ValueError(f"document_start is {tuple(document_start.shape)}; the queries need {(B, T)}")
+    if (window is not None and window < 1) or (softcap or 0) < 0 or (scale is not None and scale <= 0):
+        raise ValueError(f"window={window}, softcap={softcap} and scale={scale} have to be positive, or None")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is unknown; known: auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and not use_triton(q):
+        raise ValueError(
+            "backend 'triton' needs float32, bfloat16 or float16, a GPU, and Triton kernels switched on; "
+            "try backend='auto'"
+        )
 
 
 def attention(
@@ -205,24 +257,21 @@ def attention(
     cu_seqlens). softcap: scores s become softcap tanh(s / softcap). scale: of the scores; None is C^-1/2.
     backend: "auto" or one of BACKENDS. Returns (B, T, H, C) in q's dtype.
     """
-    B, T, H, C = q.shape
+    check_arguments(q, k, v, window, document_start, softcap, scale, backend)
+    T, H, C = q.shape[1:]
     S, K = k.shape[1:3]
-    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != C or H % K:
-        shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
-        raise ValueError(f"{shapes}; needed are (B, T, H, C) and twice (B, S, K, C) with H a multiple of K")
-    if document_start is not None and document_start.shape != (B, T):
-        raise ValueError(f"document_start is {tuple(document_start.shape)}; the queries need {(B, T)}")
-    if (window is not None and window < 1) or (softcap or 0) < 0 or (scale is not None and scale <= 0):
-        raise ValueError(f"window={window}, softcap={softcap} and scale={scale} have to be positive, or None")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend {backend!r} is unknown; known: auto, {', '.join(BACKENDS)}")
     window = window if window is not None and window < S else 0
     softcap, scale = softcap or 0.0, C**-0.5 if scale is None else scale
     documents = document_start is not None
     plain = not documents and not window and not softcap and T == S
+    case = (q.device, q.dtype, C, round_up(S), H != K, plain, documents)
     if backend == "auto":
-        backend = choose_backend(
-            q.device, q.dtype, use_triton(q), C, round_up(S), round_up(window), plain, documents
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        backend = choose_backend(*case, use_triton(q), round_up(window), softcap > 0, deterministic)
+    elif backend in SDPA and plain and not backend_runs(backend, *case):
+        raise ValueError(
+            f"torch has no {backend!r} attention for {str(q.dtype).removeprefix('torch.')} heads of {C} on "
+            f"{q.device.type!r} here; try backend='sdpa', or 'auto'"
         )
     if backend == "triton":
         if documents:
@@ -233,5 +282,6 @@ def attention(
     if backend == "flash-attn" and not documents:
         return attention_flash_attn(q, k, v, window, softcap, scale)
     if not plain:
-        raise ValueError(f"backend {backend!r} has no windows, documents, softcap or fewer queries than keys")
+        lacks = "" if backend == "flash-attn" else "windows, softcaps, fewer queries than keys, or "
+        raise ValueError(f"backend {backend!r} has no {lacks}documents; try backend='auto'")
     return attention_sdpa(q, k, v, scale, backend)

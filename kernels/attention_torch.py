@@ -1,73 +1,38 @@
-"""Causal attention by what is there already: plain products for CPUs, torch's fused kernels, flash-attn."""
+"""Causal attention by what is there already: torch's fused kernels and flash-attn."""
 # B batch, T queries, S keys, H heads, K kv heads, C head dim
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-def masked_softmax(scores: Tensor, mask: Tensor, softcap: float) -> Tensor:
-    """Softmax over the last dimension where mask is true; even over it where it is true nowhere."""
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-
-
-def without_blind(y: Tensor, S: int, document_start: Tensor | None) -> Tensor:
-    """y (B, T, H, C), with zeros for queries that stand before the first key, or before their document."""
-    T = y.shape[1]
-    if document_start is None and T <= S:
-        return y
-    sees = torch.arange(S - T, S, device=y.device)[None] >= (0 if document_start is None else document_start)
-    return y.masked_fill(~(sees[:, :, None, None]), 0)
-
-
-def attention_blockwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    document_start: Tensor | None,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> Tensor:
-    """Plain products over blocks of queries, each with only the keys that it may see.
-
-    For CPUs: half of the square is never computed, nor what a window or documents hide, and products run in
-    bfloat16. Forward and backward at 128 tokens it takes 0.4 of scaled_dot_product_attention's time in
-    bfloat16; at 4096 with a window of 256 a quarter, with documents of 256 a sixth (two cores of a Zen 5).
-    """
-    T, H, S = q.shape[1], q.shape[2], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, C)
-    if k.shape[1] != H:
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    position, wide = torch.arange(S - T, S, device=q.device), torch.promote_types(q.dtype, torch.float32)
-    size = max(64, T // 16)  # few enough blocks for a compiler to unroll
-    blocks = []
-    for start in range(0, max(T, 1), size):
-        end = min(start + size, T)
-        first = max(0, S - T + start - window + 1) if window else 0
-        # keys before all documents of the block are left out, where reading a number is cheap
-        if document_start is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
-            first = max(first, int(document_start[:, start:end].min()))
-        key = torch.arange(first, max(first, S - T + end), device=q.device)
-        distance = position[start:end, None] - key
-        mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        if document_start is not None:
-            mask = mask & (key >= document_start[:, None, start:end, None])
-        seen = slice(first, first + len(key))
-        scores = (q[:, :, start:end] @ k[:, :, seen].mT).to(wide) * scale
-        blocks.append(masked_softmax(scores, mask, softcap).to(q.dtype) @ v[:, :, seen])
-    return without_blind(torch.cat(blocks, dim=2).transpose(1, 2), S, document_start)
-
+log = logging.getLogger("hotlap")
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def sdpa_takes(backend: str, device: torch.device, dtype: torch.dtype, C: int, S: int, grouped: bool) -> bool:
+    """Whether torch's "flash" or "cudnn" kernel takes plain causal attention of S tokens on a GPU, forward
+    and backward, and torch's setting of determinism allows it. grouped: heads share keys.
+    """
+    if device.type != "cuda":
+        return False
+    q, k = (
+        torch.empty(1, heads, S, C, dtype=dtype, device=device, requires_grad=True)
+        for heads in (1 + grouped, 1)
+    )
+    question = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, grouped)
+    if backend == "cudnn":
+        return torch.backends.cuda.can_use_cudnn_attention(question)
+    return torch.backends.cuda.can_use_flash_attention(question)
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
@@ -75,7 +40,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) 
 
     def call() -> Tensor:
         return F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            *((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v)),
             is_causal=True,
             scale=scale,
             enable_gqa=k.shape[2] != q.shape[2],
@@ -88,31 +53,41 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) 
 
 
 @functools.cache
-def flash_attn_function():
-    """flash-attn's function: of version 4 on Hopper and Blackwell where installed, else of 2; or None."""
-    if importlib.util.find_spec("flash_attn") is None:
+def flash_attn_function(device: torch.device) -> Callable | None:
+    """flash-attn's function: of version 4 on Hopper and Blackwell where installed, else of 2; or None.
+
+    Version 4 is no operation of torch's: a compiler breaks its graph there.
+    """
+    if device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability() >= (9, 0) and importlib.util.find_spec("flash_attn.cute"):
-        from flash_attn.cute import flash_attn_func
-    else:
-        from flash_attn import flash_attn_func
-    return flash_attn_func
+    new = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    for module in ("flash_attn.cute", "flash_attn") if new else ("flash_attn",):
+        try:
+            function = importlib.import_module(module).flash_attn_func
+        except (ImportError, AttributeError) as error:
+            if not (isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")):
+                log.warning("attention: %s cannot be used: %s", module, error)
+            continue
+        return torch.compiler.disable(function) if module == "flash_attn.cute" else function
+    return None
 
 
 def attention_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float
 ) -> Tensor:
     """flash-attn, for rows of one document. Its window (left, right) counts the keys beside the own one."""
-    function = flash_attn_function()
-    if function is None:
-        raise ImportError("attention's backend flash-attn needs the package: pip install flash-attn")
-    y = function(
-        q,
-        k,
-        v,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap,
-    )
+    function = flash_attn_function(q.device)
+    if function is None or q.dtype == torch.float32:
+        raise ValueError(
+            "backend 'flash-attn' needs its package (pip install flash-attn), a GPU and float16 or bfloat16; "
+            f"given is {str(q.dtype).removeprefix('torch.')} on {q.device.type!r}; try backend='auto'"
+        )
+    options: dict[str, Any] = {}  # only what is asked for: for no window the versions have different defaults
+    if window:
+        options["window_size"] = (window - 1, 0)
+    if softcap:
+        options["softcap"] = softcap
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
+    y = function(q, k, v, softmax_scale=scale, causal=True, **options)
     return y[0] if isinstance(y, tuple) else y

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.attention import attention
+from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, load_rows, similarity, tile_for
-from hotlap.kernels.attention_torch import masked_softmax
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
 
@@ -261,6 +261,11 @@ def decode_attention(
     if k.shape != (B, T, K, C) or v.shape != k.shape or k_cache.shape[2:] != (K, C) or H % K:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("cache", k_cache)))
         raise ValueError(f"{shapes}; needed are (B, T, H, C), (B, T, K, C) and (slots, S, K, C)")
+    if k_cache.shape != v_cache.shape or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+        raise ValueError("the caches of keys and values need one shape, and unit stride along the heads")
+    if len({x.dtype for x in (q, k, v, k_cache, v_cache)}) > 1:
+        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v, k_cache, v_cache))
+        raise ValueError(f"q, k, v and the caches are {dtypes}; all have to be of one dtype")
     if slots.shape != (B,) or lengths.shape != (B,) or k_cache.shape[1] < T:
         raise ValueError(
             f"slots {tuple(slots.shape)}, lengths {tuple(lengths.shape)} and {T} new tokens do not fit "

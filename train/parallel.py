@@ -113,7 +113,7 @@ def recomputed(forward, selective: bool):
     return functools.partial(checkpoint, forward, use_reentrant=False, **options)
 
 
-KEPT = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "linear_relu2")  # names of operations
+KEPT = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "attention_blockwise", "linear_relu2")  # operations
 
 
 def keep_products(ctx, operation, *args, **kwargs) -> CheckpointPolicy:

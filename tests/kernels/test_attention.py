@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tools import assert_as_good
+from torch.library import opcheck
 
+from hotlap.kernels import attention_blockwise as module
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
 
 INPUTS = ("q", "k", "v")
@@ -99,3 +101,53 @@ def test_a_window_of_w_sees_w_keys(window):
     q, k, v = fused_qkv(1, 150, 1, 1, 32, torch.float32)
     (grad,) = torch.autograd.grad(attention(q, k, v, window)[0, 120].sum(), v)
     assert grad[0, :, 0, 0].nonzero().flatten().tolist() == list(range(121 - window, 121))
+
+
+@pytest.mark.parametrize("hidden_by", ["window", "documents"])
+def test_what_is_computed_in_blocks_grows_with_the_tokens_and_not_with_their_square(hidden_by):
+    counts = []
+    for T in (2048, 4096):
+        x = torch.zeros(1, T, 2, 8)
+        window = 256 if hidden_by == "window" else 0
+        document_start = None if window else (torch.arange(T) // 256 * 256)[None]
+        blocks = module._blocks(x, x[:, :, :1], document_start, window)
+        counts.append(sum(bias.numel() for _, _, bias in blocks))
+    assert counts[1] < 2.1 * counts[0] and counts[0] < 2 * 2048 * 400
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("T, S", [(90, 90), (30, 90), (90, 40)])
+def test_gradients_of_blocks_are_those_of_the_specification(T, S, softcap):
+    inputs = [torch.randn(2, n, heads, 16).double().requires_grad_() for n, heads in ((T, 4), (S, 2), (S, 2))]
+    document_start = torch.full((2, T), 7) if T <= S else None
+    upstream, arguments = torch.randn(2, T, 4, 16), (70, document_start, softcap, 0.7)
+    y, grads = gradients(lambda *x: attention(*x, backend="blockwise"), inputs, upstream, *arguments)
+    wanted, wanted_grads = gradients(attention_ref, inputs, upstream, *arguments)
+    for a, b in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_blocks_compile_whole_with_their_documents_and_without_looking_into_them():
+    inputs, operations = fused_qkv(2, 130, 4, 2, 16, torch.float32), []
+
+    def backend(graph, _):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    document_start = torch.tensor([starts([1, 100, 29]), starts([70, 60])])
+    compiled = torch.compile(attention, backend=backend, fullgraph=True)
+    upstream = torch.randn(2, 130, 4, 16)
+    y, grads = gradients(compiled, inputs, upstream, 50, document_start)
+    wanted, wanted_grads = gradients(attention, inputs, upstream, 50, document_start)
+    assert any("attention_blockwise" in name for name in operations) and len(operations) < 20
+    for a, b in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operations_on_blocks_keep_the_rules_of_torch():
+    inputs = fused_qkv(2, 70, 2, 1, 16, torch.float32)
+    document_start = torch.tensor([starts([30, 40]), starts([70])])
+    arguments = (document_start, 9, 2.0, 0.25)
+    opcheck(module.attention_blockwise.op, (*inputs, *arguments))
+    detached = (x.detach() for x in inputs)
+    opcheck(module._attention_blockwise_backward.op, (torch.randn(2, 70, 2, 16), *detached, *arguments))

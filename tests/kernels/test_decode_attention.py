@@ -142,6 +142,38 @@ def test_slots_may_lie_beyond_two_to_the_31(only_triton):
     )
 
 
+def test_keys_before_the_window_are_never_loaded(only_triton):
+    """NaN there would reach y through its product with zeros, whichever split holds them."""
+    q, k, v = tokens(1, 200, 2, 1, 16)
+    k, v = k.clone(), v.clone()
+    exact = attention_ref(q, k, v, 20)[:, 199:]
+    k[:, :160], v[:, :160] = (
+        float("nan"),
+        float("nan"),
+    )  # queries at 199 see keys from 180 on, in blocks of 32
+    cache, first = empty_cache(1, 200, 1, 16), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    cache[0, :, :199], cache[1, :, :199] = k[:, :199], v[:, :199]
+    y = decode_attention(q[:, 199:], k[:, 199:], v[:, 199:], *cache, first, first + 199, 20)
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_splits_share_only_the_keys_that_are_seen(only_triton, monkeypatch):
+    """Of the two blocks that a window reaches, three splits take one, one and none."""
+    q, k, v = tokens(1, 300, 1, 1, 16)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    made, empty = [], torch.empty
+
+    def kept(*size, **options):
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", kept)
+    module._decode(q[:, 299:], k, v, first, first + 299, 33, 0.0, 0.25)
+    lse = next(x for x in made if x.shape == (3, 1, 1, 1))  # (splits, B, K, R)
+    assert lse.isfinite().flatten().tolist() == [True, True, False]
+
+
 def test_no_sequences_give_nothing():
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     q, k, v = tokens(0, 1, 2, 1, 16)
@@ -179,6 +211,9 @@ def test_wrong_arguments_are_named():
         ((q, k[:1], v, k_cache, v_cache, every, every), "q \\(2, 3, 2, 16\\), k \\(1,"),
         ((q, k, v, k_cache[..., :8], v_cache, every, every), "cache"),
         ((q, k, v, k_cache[:, :2], v_cache[:, :2], every, every), "a cache of 2"),
+        ((q, k, v, k_cache, v_cache[:, :4], every, every), "need one shape"),
+        ((q, k, v, k_cache, torch.stack((v_cache, v_cache), -1)[..., 0], every, every), "unit stride"),
+        ((q.half(), k, v, k_cache, v_cache, every, every), "q, k, v and the caches are float16, float32"),
         ((q, k, v, k_cache, v_cache, every[:1], every), "do not fit 2 sequences"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -12,6 +12,9 @@ from torch._inductor.utils import run_and_get_code
 from hotlap.bench import tune
 from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
 from hotlap.kernels import relu2 as module
+from hotlap.kernels.attention import attention, attention_ref
+from hotlap.kernels.attention_torch import sdpa_takes
+from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.dispatch import device_facts
 from hotlap.kernels.fp8 import linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -59,6 +62,39 @@ def test_a_captured_operation_reads_its_inputs_at_each_replay():
     x.copy_(random(5000, seed=1, grad=False))
     graph.replay()
     torch.testing.assert_close(y, relu2_ref(x))
+
+
+def test_one_graph_decodes_at_every_length():
+    q, k, v = (random(2, 1, heads, 64, dtype=torch.bfloat16, grad=False) for heads in (4, 2, 2))
+    caches = random(2, 2, 100, 2, 64, dtype=torch.bfloat16, grad=False)
+    slots, lengths = torch.arange(2, device=DEVICE), torch.tensor([3, 50], device=DEVICE)
+    decode_attention(q, k, v, *caches, slots, lengths, 40)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode_attention(q, k, v, *caches, slots, lengths, 40)
+    for held in ([3, 50], [99, 0], [64, 65]):
+        lengths.copy_(torch.tensor(held))
+        graph.replay()
+        assert torch.equal(y, decode_attention(q, k, v, *caches, slots, lengths, 40))
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_auto_and_ours_agree_whole_and_compiled(window):
+    inputs = [random(2, 256, 4, 128, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
+    ours = attention(*inputs, window, backend="triton")
+    for function in (attention, torch.compile(attention, fullgraph=True)):
+        torch.testing.assert_close(function(*inputs, window), ours, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_torch_takes_what_it_is_said_to_take(backend):
+    inputs = [random(1, 128, heads, 64, dtype=torch.bfloat16, seed=i) for i, heads in enumerate((4, 2, 2))]
+    if not sdpa_takes(backend, DEVICE, torch.bfloat16, 64, 128, True):
+        pytest.skip(f"torch has no {backend} attention here")
+    exact = attention_ref(*inputs).detach().double()
+    y = attention(*inputs, backend=backend)
+    y.sum().backward()
+    assert error(y.detach(), exact) < 1e-2
 
 
 def test_the_loss_never_holds_all_logits():

@@ -4,8 +4,10 @@ from kernel_tools import DEVICE, DTYPES, check, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import attention as module
-from hotlap.kernels import attention_backward, attention_forward, tiles
+from hotlap.kernels import attention_backward, attention_forward
 from hotlap.kernels.attention import attention, document_starts, visible_keys
+from hotlap.kernels.attention_forward import query_block
+from hotlap.kernels.dispatch import jit, tl
 from hotlap.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -172,21 +174,82 @@ def test_rows_may_lie_beyond_two_to_the_31():
         assert torch.equal(a, b)
 
 
+def test_tokens_may_lie_far_apart():
+    """Offsets of tokens within a row of 2^31 elements and more are 64 bits wide."""
+    inputs, gradients = case(1, 300, 1, 1, 16, torch.float16)
+    apart = (1 << 23) - 16
+
+    def far(x):
+        wide = torch.empty_strided(x.shape, (300 * apart, apart, 16, 1), device=DEVICE, dtype=x.dtype)
+        return wide.copy_(x.detach()).requires_grad_()
+
+    near = [x.detach().requires_grad_() for x in inputs]
+    ours = outputs_and_gradients(triton, [*map(far, near), 16], [far(gradients[0].half()).detach()])
+    for a, b in zip(ours, outputs_and_gradients(triton, [*near, 16], gradients), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2, 1, 16), (2, 0, 2, 1, 16)])
 def test_nothing_gives_nothing(shape):
     compare(*case(*shape))
 
 
-def test_blocks_that_no_query_sees_are_never_loaded():
-    """NaN there would reach the output through its products with zeros."""
+@pytest.mark.parametrize(
+    "hidden, window, documents, clean",
+    [
+        (slice(0, 64), 17, False, slice(96, None)),  # before the window
+        (slice(0, 64), None, True, slice(64, None)),  # another document
+        (slice(64, None), None, False, slice(0, 64)),  # the future
+    ],
+)
+def test_keys_that_no_query_of_a_block_sees_are_never_loaded(hidden, window, documents, clean):
+    """NaN there would reach y and dq through its products with zeros."""
     (q, k, v), (dy,) = case(1, 128, 1, 1, 16)
     with torch.no_grad():
-        k[:, :64], v[:, :64] = float("nan"), float("nan")
-    for window, document_start in ((17, None), (None, starts([64, 64]))):
-        y, *gradients = outputs_and_gradients(triton, (q, k, v, window, document_start), [dy])
-        seen = slice(96 if window else 64, None)
-        assert y[:, seen].isfinite().all() and gradients[0][:, seen].isfinite().all()
-        assert not y[:, :64].isfinite().any()
+        k[:, hidden], v[:, hidden] = float("nan"), float("nan")
+    document_start = starts([64, 64]) if documents else None
+    y, dq, _, _ = outputs_and_gradients(triton, (q, k, v, window, document_start), [dy])
+    assert y[:, clean].isfinite().all() and dq[:, clean].isfinite().all()
+    assert not y[:, hidden].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "hidden, window, documents, clean",
+    [
+        (slice(96, None), 17, False, slice(0, 64)),  # beyond the window
+        (slice(64, None), None, True, slice(0, 64)),  # another document
+        (slice(0, 64), None, False, slice(64, None)),  # the past
+    ],
+)
+def test_queries_that_see_no_key_of_a_block_are_never_loaded(hidden, window, documents, clean):
+    """NaN there would reach dk and dv through its products with zeros."""
+    (q, k, v), (dy,) = case(1, 128, 1, 1, 16)
+    with torch.no_grad():
+        q[:, hidden] = float("nan")
+    document_start = starts([64, 64]) if documents else None
+    _, _, dk, dv = outputs_and_gradients(triton, (q, k, v, window, document_start), [dy])
+    assert dk[:, clean].isfinite().all() and dv[:, clean].isfinite().all()
+    assert not dk[:, hidden].isfinite().any()
+
+
+@jit
+def _order_kernel(heads, first_rows, section, B, T, H, BLOCK_M: tl.constexpr):
+    program = tl.program_id(0)
+    b, h, start, _, _, _, _, _, _ = query_block(
+        program, section, heads, B, T, H, 0, 0, False, False, BLOCK_M, BLOCK_M
+    )
+    tl.store(heads + program, b * H + h)
+    tl.store(first_rows + program, start)
+
+
+def test_queries_that_see_the_most_keys_start_first_in_each_section_of_heads():
+    heads, rows = (torch.full((24,), -1, device=DEVICE, dtype=torch.int32) for _ in range(2))
+    _order_kernel[(24,)](heads, rows, 4, 2, 50, 3, BLOCK_M=16)
+    order = list(zip(heads.tolist(), rows.tolist(), strict=True))
+    assert sorted(order) == [(head, row) for head in range(6) for row in (0, 16, 32, 48)]
+    for section, those in ((order[:16], {0, 1, 2, 3}), (order[16:], {4, 5})):
+        assert {head for head, _ in section} == those
+        assert [row for _, row in section] == sorted((row for _, row in section), reverse=True)
 
 
 def test_two_runs_agree_bit_for_bit():
@@ -223,42 +286,12 @@ def test_compiles_whole_to_the_same_results():
         torch.testing.assert_close(a, b)
 
 
-def test_measured_backends_are_chosen_where_they_apply(monkeypatch, tmp_path):
-    """A device is pretended: what is measured wins over the rule, unless it cannot do what is asked."""
-    device = torch.device("cuda", 0)
-    gpu = tiles.Device("A GPU", 232448, 132)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "device_facts", lambda _: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    choose = module._choose.__wrapped__
-
-    def chosen(S, window, documents=False, dtype=torch.bfloat16, kernels=True, C=128):
-        return choose(device, dtype, kernels, C, S, window, not (window or documents), documents)
-
-    tiles._tuned.cache_clear()
-    assert chosen(2048, 0) == "cudnn" and chosen(2048, 0, C=256) == "flash"
-    assert chosen(2048, 512) == "triton" and chosen(2048, 512, kernels=False) == "blockwise"
-    assert chosen(2048, 0, dtype=torch.float32) == "sdpa"
-    measured = {"128 2048 0": "triton", "128 2048 512": "cudnn", "128 4096 512": "flash-attn"}
-    tiles.write_tuned(gpu.name, {}, measured)
-    assert chosen(2048, 0) == "triton" and chosen(2048, 0, documents=True) == "triton"
-    assert chosen(2048, 512) == "triton"  # cuDNN's has no windows here
-    assert chosen(4096, 512) == "triton"  # flash-attn is not installed
-    tiles._tuned.cache_clear()
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "flash-attn"])
-def test_a_backend_says_what_it_lacks(backend):
-    (q, k, v), _ = case(1, 8, 1, 1, 16)
-    with pytest.raises(ValueError, match="documents"):
-        attention(q, k, v, None, starts([4, 4]), backend=backend)
-
-
 def test_wrong_arguments_are_named():
     (q, k, v), _ = case(1, 8, 3, 1, 16)
     for wrong, match in (
         (lambda: attention(q, k[:, :, :0], v), "q is"),
         (lambda: attention(q, k, v[:, :4]), "multiple of K"),
+        (lambda: attention(q.half(), k, v), "of one dtype"),
         (lambda: attention(q, k, v, 0), "window=0"),
         (lambda: attention(q, k, v, document_start=starts([4])), "document_start is"),
         (lambda: attention(q, k, v, backend="magic"), "known: auto, triton"),
