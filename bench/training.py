@@ -36,12 +36,13 @@ from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
-from hotlap.train.data import Batch, PackedRows, prefetch, shard_documents, step_batches, write_shard
+from hotlap.train.data import Batch, PackedRows, prefetch, step_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
 from hotlap.train.parallel import local, materialize, parallelize
+from hotlap.train.shards import shard_documents, write_shard
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small here, and threads wait for each other
+torch.set_num_threads(1)
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -73,7 +75,7 @@ def work(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def hub_server(monkeypatch):
-    """A hub on this machine, empty, that downloads are from. Waiting between attempts takes no time."""
+    """A hub on this machine, empty, that downloads are from. Waiting between attempts takes little time."""
     from hub_server import running_hub
 
     from hotlap.train import download
@@ -82,7 +84,8 @@ def hub_server(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.setattr(download, "WAITS", (0, 0))
     monkeypatch.setattr(download, "SPARE", 0)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     with running_hub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server

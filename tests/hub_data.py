@@ -8,7 +8,7 @@ from hub_server import HubServer
 
 from hotlap.model import tokenizer as tokenizers
 from hotlap.train import datasets, prepare
-from hotlap.train.data import write_shard
+from hotlap.train.shards import write_shard
 
 TEXTS = {  # of ClimbMix, some documents of each shard
     name: [f"Document {i} of shard {n}: {i} and {i} is {2 * i}.\n" for i in range(300)]

@@ -9,9 +9,10 @@ import numpy as np
 from tools import tiny_config
 
 from hotlap.model.tokenizer import SPECIAL_TOKENS
-from hotlap.train.data import Batch, Documents, PackedRows
+from hotlap.train.data import Batch, PackedRows
 from hotlap.train.loop import LoopConfig
 from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.shards import Documents
 
 MODEL = {"context": 32, "layers": 1, "width": 32, "heads": 1, "kv_heads": 1}
 MODEL_FLAGS = [

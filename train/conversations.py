@@ -11,8 +11,9 @@ import numpy as np
 from hotlap.model.conversation import check_messages, render
 from hotlap.model.errors import DataError
 from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
-from hotlap.train.data import Documents, PackedRows
+from hotlap.train.data import PackedRows
 from hotlap.train.log import log
+from hotlap.train.shards import Documents
 from hotlap.train.tasks import arithmetic, facts, identity, spelling
 
 # Questions of the built-in mixture, and repeats of its greetings.

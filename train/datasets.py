@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from hotlap.model.errors import DataError
-from hotlap.train.data import read_shard
 from hotlap.train.download import Content
+from hotlap.train.shards import read_shard
 
 LARGEST_ROW_GROUP = 1 << 30  # bytes; ClimbMix's hold 1024 documents, a few MB
 

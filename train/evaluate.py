@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,10 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
 from hotlap.train.core import counted, evaluate_core
 from hotlap.train.core_tasks import Task, read_bundle
-from hotlap.train.data import Documents, PackedRows, shard_documents, shard_paths, validation_batches
+from hotlap.train.data import PackedRows, packed_rows, validation_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
+from hotlap.train.shards import documents_in
 from hotlap.train.sources import cache_folder, split_documents
 from hotlap.train.tasks import arithmetic, facts, spelling
 
@@ -56,8 +56,8 @@ class EvalConfig:
     """Which of bpb, core and samples, and of a model that converses facts, arithmetic and spelling."""
     data: Path | None = None
     """For bpb: text, as for pretraining, or a folder of shards. What validates there is read."""
-    validation_rows: int = 0
-    """For bpb: rows of the model's context that are read; 0 is all."""
+    validation_tokens: int = 0
+    """For bpb: tokens that are read, from the start; 0 is all."""
     core_bundle: Path | None = None
     """For core: nanochat's folder eval_bundle. It is downloaded where none is named."""
     max_per_task: int = 0
@@ -68,17 +68,17 @@ class EvalConfig:
 
 @torch.no_grad()
 def validation(
-    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, limit: int, world: World
+    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, world: World
 ) -> dict[str, float]:
     """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens apart.
 
-    Over all rows, or the first `limit`, each rank taking its part; every rank has to ask.
+    Over all rows, each rank taking its part; every rank has to ask.
     """
     device = world.device
     sizes = torch.zeros(model.config.vocab_size, device=device)
     sizes[: tokenizer.vocab_size] = torch.tensor(tokenizer.byte_counts(), dtype=torch.float32)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of text, bytes of text
-    for batch in validation_batches(rows, batch_rows, limit or None, world.rank, world.size):
+    for batch in validation_batches(rows, batch_rows, world.rank, world.size):
         batch = batch.to(device)
         losses = model(
             batch.inputs, batch.targets, reduction="none", document_start=batch.document_start
@@ -93,29 +93,28 @@ def validation(
     return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 
-def held_out_rows(source: Path, tokenizer: Tokenizer, context: int) -> PackedRows:
-    """What pretraining on a source would validate with: shards of a folder, or a part of the documents."""
+def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
+    """What pretraining on a source would validate with, or its first `limit` tokens: shards of a folder, or a
+    part of the documents.
+    """
     if source.is_dir() and any(source.glob("*.bin")):
         beside = source / TOKENIZER
         if beside.is_file() and Tokenizer.load(beside).sha256 != tokenizer.sha256:
             raise ValueError(f"the shards in {source} were made with another tokenizer than the model's")
-        paths = shard_paths(source, "validation")
-        shards = [partial(shard_documents, path, tokenizer.vocab_size, tokenizer.bos) for path in paths]
-        return PackedRows(shards, context, 0, shuffle=False)
-    ids = [[tokenizer.bos, *text] for text in tokenizer.encode_batch(split_documents(str(source))[1])]
-    starts = np.cumsum([0, *map(len, ids[:-1])])
-    documents = Documents(np.concatenate(ids), starts)
+        return packed_rows(source, "validation", tokenizer, context, limit=limit)
+    texts = split_documents(str(source))[1]
+    tokens = np.concatenate([[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)])
+    documents = documents_in(tokens, tokenizer.bos, limit)
     return PackedRows([lambda: documents], context, 0, shuffle=False)
 
 
-def bits_per_byte(model: GPT, rows: PackedRows, tokenizer: Tokenizer, limit: int, world: World) -> dict:
+def bits_per_byte(model: GPT, rows: PackedRows, tokenizer: Tokenizer, world: World) -> dict:
     """validation(), and the number of rows that it read."""
     batch_rows = max(1, BATCH_TOKENS // model.config.context)
-    scores = validation(model, rows, tokenizer, batch_rows, limit, world)
-    n = min(rows.epoch_rows(), limit or rows.epoch_rows())
+    scores = validation(model, rows, tokenizer, batch_rows, world)
     return {
         "bpb": scores["validation_bpb"], "loss": scores["validation_loss"],
-        "rows": n, "context": model.config.context,
+        "rows": rows.epoch_rows(), "context": model.config.context,
     }  # fmt: skip
 
 
@@ -192,8 +191,8 @@ def check(config: EvalConfig) -> None:
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
     if "bpb" in config.tasks and config.data is None:
         raise ValueError("bpb needs text; name it, or a folder of shards, by --data")
-    if config.validation_rows < 0:
-        raise ValueError(f"validation_rows={config.validation_rows} must be 0 (all) or more")
+    if config.validation_tokens < 0:
+        raise ValueError(f"validation_tokens={config.validation_tokens} must be 0 (all) or more")
 
 
 def check_stage(config: EvalConfig, trained_for: str | None) -> None:
@@ -219,7 +218,11 @@ def evaluate_model(config: EvalConfig) -> dict:
     converses = trained_for != "pretrain"
     check_stage(config, trained_for)
     with joined() as world:
-        rows = held_out_rows(config.data, tokenizer, shape.context) if "bpb" in config.tasks else None
+        rows = (
+            held_out_rows(config.data, tokenizer, shape.context, config.validation_tokens)
+            if "bpb" in config.tasks
+            else None
+        )
         core_tasks = open_bundle(config, world) if "core" in config.tasks else []
         prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
         engine = load_engine(folder, world.device)
@@ -227,7 +230,7 @@ def evaluate_model(config: EvalConfig) -> dict:
         wrong: dict[str, list] = {}
         samples: list[tuple[str, str]] = []
         if rows:
-            scores["bpb"] = bits_per_byte(engine.model, rows, tokenizer, config.validation_rows, world)
+            scores["bpb"] = bits_per_byte(engine.model, rows, tokenizer, world)
         if core_tasks:
             scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
         if world.leads:

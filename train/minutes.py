@@ -43,7 +43,7 @@ def trial_flops(world: World, dtype: str) -> float:
     materialize(model, world.device, 0)
     optimizer = MuonAdamW(model, OptimConfig())
     rows = 32 if world.device.type == "cuda" else 4
-    ids = torch.randint(VOCABULARY, (rows, TRIAL.context), device=world.device)
+    ids = torch.randint(TRIAL.vocab_size, (rows, TRIAL.context), device=world.device)
     batch, steps, seconds = Batch(ids, ids, torch.zeros_like(ids)), 0, 0.0
     while seconds < TRIAL_SECONDS:
         began = time.perf_counter()

@@ -14,11 +14,11 @@ from hotlap.model.errors import DataError
 from hotlap.model.tokenizer import SMALLEST_BPE, Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train import hub
-from hotlap.train.data import encoded, read_shard, write_shard, write_shards
 from hotlap.train.datasets import CLIMBMIX, FINEWEB
 from hotlap.train.download import check_space
 from hotlap.train.log import log
 from hotlap.train.pretrain import make_tokenizer, named_tokenizer
+from hotlap.train.shards import encoded, read_shard, write_shard, write_shards
 from hotlap.train.sources import cache_folder, documents_of, parquet_documents, split_documents
 
 SAMPLE = 100_000  # characters on which a tokenizer's compression is measured

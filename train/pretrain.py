@@ -20,16 +20,7 @@ from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
-from hotlap.train.data import (
-    PackedRows,
-    fingerprint,
-    first_shards,
-    prefetch,
-    shard_documents,
-    shard_paths,
-    step_batches,
-    write_shards,
-)  # fmt: skip
+from hotlap.train.data import PackedRows, packed_rows, prefetch, step_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
@@ -41,6 +32,11 @@ from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
 from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
 from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
+from hotlap.train.shards import (  # fmt: skip
+    fingerprint,
+    shard_paths,
+    write_shards,
+)
 from hotlap.train.sources import split_documents
 
 CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at a time
@@ -131,7 +127,7 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
         if config.micro_batch == "auto":
             micro_rows = largest_that_fits(model, common_rows, world)
         describe(model, config, train, world, micro_rows)
-        evaluate = partial(validation, model, held_out, tokenizer, micro_rows, 0, world)
+        evaluate = partial(validation, model, held_out, tokenizer, micro_rows, world)
         batches = step_batches(
             train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
             world=world.size, share=rows_share(config.schedule, config.loop.steps),
@@ -197,17 +193,6 @@ def make_tokenizer(kind: str, vocab_size: int, train: list[str], everything: lis
 
 def named_tokenizer(name: str) -> Tokenizer:
     return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
-
-
-def packed_rows(
-    folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: int, limit: int = 0
-) -> PackedRows:
-    """The rows of a split, or of its first `limit` tokens; training rows are shuffled."""
-    shards = [
-        partial(shard_documents, path, tokenizer.vocab_size, tokenizer.bos, count)
-        for path, count in first_shards(shard_paths(folder, split), limit)
-    ]
-    return PackedRows(shards, T, seed, shuffle=split == "train")
 
 
 def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:

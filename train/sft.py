@@ -119,7 +119,7 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         log.info(
             "%s: %d conversations in %d rows, %.1f epochs", config.out, len(train), rows.epoch_rows(), epochs
         )
-        evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, 0, world)
+        evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, world)
         last = fit(
             config.loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,

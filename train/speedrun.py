@@ -168,16 +168,18 @@ def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]
         last = pretrain(recipe, warm_up=True)
         if not scores_path.exists():
             tasks = EvalConfig(
-                recipe.out, ("bpb", "core"), data=config.data, core_bundle=config.core_bundle, out=scores_path
-            )
+                recipe.out, ("bpb", "core"), data=config.data, validation_tokens=recipe.validation_tokens,
+                core_bundle=config.core_bundle, out=scores_path,
+            )  # fmt: skip
             evaluate_model(tasks)
         scores = json.loads(scores_path.read_text())["scores"]
         talking = SFTConfig(out=config.out / "sft", base=recipe.out, data=config.talks, resume="auto",
                             micro_batch=config.micro_batch)  # fmt: skip
         fine_tune(talking)
+        core = scores["core"]["core"]
         result = {
-            "core": scores["core"], "reached": scores["core"] > GPT2_CORE, "bpb": scores["bpb"],
-            "seconds": last["seconds"], "tokens": last["tokens"],
+            "core": core, "interval": scores["core"]["interval"], "reached": core > GPT2_CORE,
+            "bpb": scores["bpb"]["bpb"], "seconds": last["seconds"], "tokens": last["tokens"],
         }  # fmt: skip
         if world.leads:
             draw_comparison([recipe.out], records, "validation_bpb", config.out / "curves.png")
@@ -228,7 +230,9 @@ def climbmix(folder: Path, shards: int, vocab_size: int) -> None:
     path = folder / TOKENIZER
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        learn = prepare.TokenizerConfig("climbmix", path, vocab_size=vocab_size, shards=TOKENIZER_SHARDS)
+        learn = prepare.TokenizerConfig(
+            source="climbmix", out=path, vocab_size=vocab_size, shards=TOKENIZER_SHARDS
+        )
         prepare.make_tokenizer_file(learn)
     prepare.climbmix(folder, shards, Tokenizer.load(path))
 

@@ -13,18 +13,10 @@ from pathlib import Path
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
-from hotlap.train.evaluate import evaluate_tasks, load_engine
+from hotlap.train.evaluate import QUESTIONS, evaluate_tasks, load_engine
 from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
-
-SAMPLE = (
-    "Hello!",
-    "Who are you?",
-    "What does len do?",
-    "What is 123 + 456?",
-    "How do you spell python?",
-)
 
 
 @dataclass(frozen=True)
@@ -60,9 +52,9 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
 
 def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
     """Questions and the model's greedy answers."""
-    prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in SAMPLE]
+    prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in QUESTIONS]
     answers = engine.complete(prompts, Sampling(temperature=0, max_tokens=96))
-    return [(q, engine.spoken(ids)) for q, ids in zip(SAMPLE, answers, strict=True)]
+    return [(q, engine.spoken(ids)) for q, ids in zip(QUESTIONS, answers, strict=True)]
 
 
 def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, str]]) -> None:

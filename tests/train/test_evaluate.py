@@ -21,10 +21,11 @@ from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import STATE, save_model
 from hotlap.train import evaluate
 from hotlap.train.conversations import conversation_rows
-from hotlap.train.data import Documents, PackedRows, write_shards
+from hotlap.train.data import PackedRows
 from hotlap.train.dist import joined
 from hotlap.train.evaluate import EvalConfig, as_table, evaluate_model, share_right, validation
 from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.shards import Documents, write_shards
 from hotlap.train.sources import split_documents
 
 TEXTS = ["Je préfère les gâteaux", "The dog does not mind.", "5"]
@@ -41,7 +42,7 @@ def test_bits_per_byte_are_those_counted_by_hand(tiny_tokenizer, random_model, b
     model = random_model(tiny_config())
     rows = PackedRows([lambda: documents(tiny_tokenizer)], 64, 0, shuffle=False)
     with joined() as world:
-        scores = validation(model, rows, tiny_tokenizer, batch_rows, 0, world)
+        scores = validation(model, rows, tiny_tokenizer, batch_rows, world)
     nats, text_nats, count = 0.0, 0.0, 0
     for i, text in enumerate(TEXTS):
         ids = [tiny_tokenizer.bos, *tiny_tokenizer.encode(text)]
@@ -86,7 +87,7 @@ def test_a_model_with_nan_fails_and_is_not_scored(tiny_tokenizer):
         share_right(Engine(model, tiny_tokenizer), [("dog?", "fox")])
     rows = PackedRows([lambda: documents(tiny_tokenizer)], 64, 0, shuffle=False)
     with joined() as world, pytest.raises(FloatingPointError, match="not finite"):
-        validation(model, rows, tiny_tokenizer, 2, 0, world)
+        validation(model, rows, tiny_tokenizer, 2, world)
 
 
 def test_scores_and_wrong_answers_are_written_once(tmp_path, engine, monkeypatch):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from hotlap.chat import ChatConfig
-from hotlap.train import evaluate, prepare, presets, pretrain, report, sft, speedrun
+from hotlap.train import evaluate, prepare, presets, pretrain, report, sft, speedrun, tiny
 from hotlap.train.options import differences, parse, to_json
 
 CONFIGS = (
     pretrain.PretrainConfig, sft.SFTConfig, prepare.DataConfig, prepare.TokenizerConfig, evaluate.EvalConfig,
-    report.ReportConfig, speedrun.TinyConfig, ChatConfig,
+    report.ReportConfig, speedrun.TrackConfig, speedrun.GradeConfig,
+    speedrun.MinutesConfig, tiny.TinyConfig, ChatConfig,
 )  # fmt: skip
 
 
@@ -32,10 +33,10 @@ def toml(tmp_path, text: str) -> str:
 def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     path = toml(tmp_path, 'seed = 3\nbatch-rows = 8\ndata = "x.txt"\n[optim]\nmatrix_lr = 0.5\nhead_lr = 1\n')
     config = parse_pretrain("--preset", "tiny", "--config", path, "--optim.head-lr", "0.25", "--seed", "4")
-    tiny = presets.tiny()
+    preset = presets.tiny()
     assert config == dataclasses.replace(
-        tiny, seed=4, batch_rows=8, data="x.txt",
-        optim=dataclasses.replace(tiny.optim, matrix_lr=0.5, head_lr=0.25),
+        preset, seed=4, batch_rows=8, data="x.txt",
+        optim=dataclasses.replace(preset.optim, matrix_lr=0.5, head_lr=0.25),
     )  # fmt: skip
 
 

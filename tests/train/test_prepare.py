@@ -14,7 +14,7 @@ from hotlap.cli import main
 from hotlap.model import tokenizer as tokenizers
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train import datasets, prepare
-from hotlap.train.data import read_shard, shard_paths, write_shard
+from hotlap.train.shards import read_shard, shard_paths, write_shard
 
 CLIMBMIX = datasets.CLIMBMIX
 

@@ -57,7 +57,7 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
     scores = json.loads((tmp_path / "tiny" / "scores.json").read_text())
     assert set(scores) == {"facts", "arithmetic", "spelling", "validation_bpb", "seconds"}
     report = (tmp_path / "tiny" / "report.md").read_text()
-    assert all(f"> **you** {question}" in report for question in tiny.SAMPLE)
+    assert all(f"> **you** {question}" in report for question in evaluate.QUESTIONS)
     assert (tmp_path / "tiny" / "pretrain" / "report.md").exists()
 
     assert main(small_speedrun) == 0
