@@ -16,6 +16,7 @@ COMMANDS = {
     "sft": "teach a base model to converse",
     "eval": "score a model on held-out questions",
     "report": "write a run's report again",
+    "sweep": "train variants of a recipe, and say what helps",
     "bench": "measure this device: kernels, training, inference, peers",
     "export": "write a model for others to use: hotlap export weights",
     "chat": "talk to a model",
@@ -87,6 +88,15 @@ def run(command: str, arguments: list[str]) -> int | None:
         print("\n".join(f"{task:12} {score:6.1%}" for task, score in scores.items()))
     elif command == "export":
         return export(arguments)
+    elif command == "sweep":
+        from hotlap.bench.peaks import device_name
+        from hotlap.kernels.dispatch import default_device
+        from hotlap.train import sweep
+
+        rows = sweep.sweep(
+            options.parse(sweep.SweepConfig, arguments, command=command), device_name(default_device())
+        )
+        print(sweep.markdown(rows))
     elif command == "report":
         from hotlap.train import report
 
