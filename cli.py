@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "score a model on held-out questions",
     "report": "write a run's report again",
     "sweep": "train variants of a recipe, and say what helps",
+    "scaling": "train a series of depths, and say which one a budget is for",
     "bench": "measure this device: kernels, training, inference, peers",
     "export": "write a model for others to use: hotlap export weights",
     "chat": "talk to a model",
@@ -88,6 +89,8 @@ def run(command: str, arguments: list[str]) -> int | None:
         print("\n".join(f"{task:12} {score:6.1%}" for task, score in scores.items()))
     elif command == "export":
         return export(arguments)
+    elif command == "scaling":
+        return scaling(arguments)
     elif command == "sweep":
         from hotlap.bench.peaks import device_name
         from hotlap.kernels.dispatch import default_device
@@ -164,6 +167,25 @@ def bench(arguments: list[str]) -> int | None:
 
         return tune.main(config(tune.TuneConfig))
     return None
+
+
+def scaling(arguments: list[str]) -> None:
+    from hotlap.bench import targets
+    from hotlap.bench.peaks import device_name
+    from hotlap.kernels.dispatch import default_device
+    from hotlap.train import options, scaling
+
+    config = options.parse(scaling.ScalingConfig, arguments, command="scaling")
+    peers = [
+        scaling.Point(
+            f"{t.project} {t.name}", float(t.flops_per_token * t.tokens), t.weights, t.tokens, t.bpb
+        )
+        for t in targets.TARGETS
+        if t.bpb is not None
+    ]
+    device = device_name(default_device())
+    price = targets.dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
+    print(scaling.scaling(config, peers, price, device))
 
 
 def export(arguments: list[str]) -> int:
