@@ -113,6 +113,7 @@ BENCHMARKS = {
     "all": "everything, the most important first, in the time given",
     "kernels": "each operation against every provider and the device's ceiling",
     "training": "tokens/s, MFU and where the time of a step goes",
+    "speedrun": "a speedrun's steps on this machine beside the records",
     "inference": "time to the first token and to each next one",
     "peers": "a training step of nanoGPT and nanochat beside ours",
     "compare": "what got slower between two result files",
@@ -146,6 +147,11 @@ def bench(arguments: list[str]) -> int | None:
         from hotlap.bench import training
 
         training.bench_training(config(training.TrainingConfig))
+    elif name == "speedrun":
+        from hotlap.bench import speedrun as speedrun_steps
+
+        rows = speedrun_steps.bench_speedrun(config(speedrun_steps.SpeedrunConfig))
+        print("\n".join(speedrun_steps.summary(rows)))
     elif name == "inference":
         from hotlap.bench import inference
 
