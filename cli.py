@@ -16,6 +16,8 @@ COMMANDS = {
     "sft": "teach a base model to converse",
     "eval": "score a model: bits per byte, CORE, samples, held-out questions",
     "report": "write a run's report again",
+    "sweep": "train variants of a recipe, and say what helps",
+    "scaling": "train a series of depths, and say which one a budget is for",
     "bench": "measure this device: kernels, training, inference, peers",
     "export": "write a model for others to use: hotlap export weights",
     "chat": "talk to a model",
@@ -87,6 +89,17 @@ def run(command: str, arguments: list[str]) -> int | None:
         print(evaluate.as_table(evaluate.evaluate_model(config)))
     elif command == "export":
         return export(arguments)
+    elif command == "scaling":
+        return scaling(arguments)
+    elif command == "sweep":
+        from hotlap.bench.peaks import device_name
+        from hotlap.kernels.dispatch import default_device
+        from hotlap.train import sweep
+
+        rows = sweep.sweep(
+            options.parse(sweep.SweepConfig, arguments, command=command), device_name(default_device())
+        )
+        print(sweep.markdown(rows))
     elif command == "report":
         from hotlap.train import report
 
@@ -100,6 +113,7 @@ BENCHMARKS = {
     "all": "everything, the most important first, in the time given",
     "kernels": "each operation against every provider and the device's ceiling",
     "training": "tokens/s, MFU and where the time of a step goes",
+    "speedrun": "a speedrun's steps on this machine beside the records",
     "inference": "time to the first token and to each next one",
     "peers": "a training step of nanoGPT and nanochat beside ours",
     "compare": "what got slower between two result files",
@@ -133,6 +147,11 @@ def bench(arguments: list[str]) -> int | None:
         from hotlap.bench import training
 
         training.bench_training(config(training.TrainingConfig))
+    elif name == "speedrun":
+        from hotlap.bench import speedrun as speedrun_steps
+
+        rows = speedrun_steps.bench_speedrun(config(speedrun_steps.SpeedrunConfig))
+        print("\n".join(speedrun_steps.summary(rows)))
     elif name == "inference":
         from hotlap.bench import inference
 
@@ -154,6 +173,25 @@ def bench(arguments: list[str]) -> int | None:
 
         return tune.main(config(tune.TuneConfig))
     return None
+
+
+def scaling(arguments: list[str]) -> None:
+    from hotlap.bench import targets
+    from hotlap.bench.peaks import device_name
+    from hotlap.kernels.dispatch import default_device
+    from hotlap.train import options, scaling
+
+    config = options.parse(scaling.ScalingConfig, arguments, command="scaling")
+    peers = [
+        scaling.Point(
+            f"{t.project} {t.name}", float(t.flops_per_token * t.tokens), t.weights, t.tokens, t.bpb
+        )
+        for t in targets.TARGETS
+        if t.bpb is not None
+    ]
+    device = device_name(default_device())
+    price = targets.dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
+    print(scaling.scaling(config, peers, price, device))
 
 
 def export(arguments: list[str]) -> int:

@@ -60,6 +60,8 @@ class Target:
     stated_mfu: float | None = None
     fp8: bool = False
     """Products in fp8, so that the share of the bf16 peak has no bound of 1."""
+    bpb: float | None = None
+    """Validation bits per byte, of the record's own text and tokenizer."""
 
     @property
     def flops_per_token(self) -> int:
@@ -117,7 +119,7 @@ def modded(
 
 def nanochat(
     run: int, what: str, date: str, depth: int, gates: int, attention: int, batch: int, steps: int,
-    seconds: float, core: float, fp8: bool = True, mfu: float | None = None,
+    seconds: float, core: float, bpb: float, fp8: bool = True, mfu: float | None = None,
 ) -> Target:  # fmt: skip
     """A run of nanochat's leaderboard, on eight H100s. Runs 4 to 6 have no steps of their own there: they
     follow from the ratio by scripts/base_train.py of the run's commit.
@@ -125,7 +127,7 @@ def nanochat(
     weights = D24_WEIGHTS + gates if depth == 24 else D26_WEIGHTS
     return Target(
         f"run {run} d{depth} {what}", "nanochat", GPT2_GRADE, date, f"{LEADERBOARD}, run {run}", "H100", 8,
-        weights, attention, FULL, batch, steps, batch * steps, seconds, core, "CORE", 10, mfu, fp8,
+        weights, attention, FULL, batch, steps, batch * steps, seconds, core, "CORE", 10, mfu, fp8, bpb,
     )  # fmt: skip
 
 
@@ -210,19 +212,22 @@ TARGETS = (
         f"{TRACK_3}/20260509_contra_muon_split_cooldown/0996e4d1-5fd1-4d9d-8d23-cccdb481f92c.txt",
         "A100", 4, GPT2_WEIGHTS, GPT2_ATTENTION, CAUSAL, BATCH, 3175, BATCH * 3175, 2064.935, 3.28075, "loss",
     ),
-    nanochat(1, "bf16", "2026-01-29", 24, 4608, D24_HALF, BATCH, 16_704, 10949.46713, 0.25851, False, 0.50),
-    nanochat(2, "fp8", "2026-02-02", 26, 0, D26_HALF, BATCH, 14_889, 10493.0, 0.2578),
-    nanochat(3, "fp8, 1M batch", "2026-02-05", 26, 0, D26_HALF, 2 * BATCH, 7226, 9922.0, 0.26024),
-    nanochat(4, "ClimbMix", "2026-03-04", 24, 4608, D24_HALF, 2 * BATCH, 6612, 2.02 * 3600, 0.25714),
-    nanochat(5, "ratio 8.7", "2026-03-09", 24, 1728, D24_THIRD, 2 * BATCH, 6055, 1.80 * 3600, 0.2690),
     nanochat(
-        6, "ratio 8", "2026-03-14", 24, 1752, D24_QUARTER, 2 * BATCH, 5568, 1.65 * 3600, 0.262634, mfu=0.59
+        1, "bf16", "2026-01-29", 24, 4608, D24_HALF, BATCH, 16_704, 10949.46713, 0.25851, 0.74833, False, 0.50
+    ),
+    nanochat(2, "fp8", "2026-02-02", 26, 0, D26_HALF, BATCH, 14_889, 10493.0, 0.2578, 0.745036),
+    nanochat(3, "fp8, 1M batch", "2026-02-05", 26, 0, D26_HALF, 2 * BATCH, 7226, 9922.0, 0.26024, 0.74645),
+    nanochat(4, "ClimbMix", "2026-03-04", 24, 4608, D24_HALF, 2 * BATCH, 6612, 2.02 * 3600, 0.25714, 0.71854),
+    nanochat(5, "ratio 8.7", "2026-03-09", 24, 1728, D24_THIRD, 2 * BATCH, 6055, 1.80 * 3600, 0.269, 0.71808),
+    nanochat(
+        6, "ratio 8", "2026-03-14", 24, 1752, D24_QUARTER, 2 * BATCH, 5568, 1.65 * 3600, 0.262634, 0.71800,
+        mfu=0.59,
     ),
     Target(
         "baseline", "autoresearch", MINUTES, "2026-03-06",
         "karpathy/autoresearch program.md, the summary that a run prints, and train.py: depth 8, 512 wide",
         "H100", 1, 12 * 8 * 512**2 + 8192 * 512 + 4 * 4 * 32, 12 * 512 * (2 * 2048 + 6 * 1024), FULL,
-        BATCH, 953, 953 * BATCH, 300.1, 0.9979, "bpb", 10, 0.398,
+        BATCH, 953, 953 * BATCH, 300.1, 0.9979, "bpb", 10, 0.398, bpb=0.9979,
     ),
 )  # fmt: skip
 

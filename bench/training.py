@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ INSIDE = ("relu2",)  # what takes the place of one of them that is switched off
 UNTIMED = 2  # steps before those that are measured
 MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean
 BOS = 0
+
+Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,12 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
 def measure_training(
-    shape: GPTConfig, count: int, steps: int, compiled: bool, world: World
+    shape: GPTConfig, count: int, steps: int, compiled: bool, world: World, batches_of: Batches | None = None
 ) -> dict[str, float | bool | None]:
     """One model, with `count` rows on each rank: median milliseconds of a step and its parts, throughput,
     utilisation, and this rank's peak memory.
+
+    batches_of: opens the batches, called as random_batches, which it is by default.
     """
     device = world.device
     with torch.device("meta"):
@@ -177,7 +182,7 @@ def measure_training(
     optimizer = MuonAdamW(model, OptimConfig())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with random_batches(shape, count, steps + UNTIMED, world) as batches:
+    with (batches_of or random_batches)(shape, count, steps + UNTIMED, world) as batches:
         seconds = [step_seconds(model, optimizer, batches, world) for _ in range(UNTIMED + steps)]
     first, samples = sum(seconds[0]), seconds[UNTIMED:]
     whole = Timing.of([sum(sample) for sample in samples])
