@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -146,18 +145,6 @@ class NoDocumentMasks(GPT):
         return super().forward(ids, targets, **more)
 
 
-class HeadOfTable(gpt.Linear):
-    """A product with the table of an embedding, which has no weights of its own."""
-
-    def __init__(self, table: nn.Embedding):
-        nn.Module.__init__(self)
-        self._table = [table]  # in a list, or it would be a part of this module
-
-    @property
-    def weight(self) -> Tensor:
-        return self._table[0].weight
-
-
 class TiedHead(GPT):
     """One table is embedding and head. It starts like a head, which the norm of the embedding does not mind,
     and learns at the head's rate.
@@ -165,7 +152,7 @@ class TiedHead(GPT):
 
     def __init__(self, *given):
         super().__init__(*given)
-        self.head = HeadOfTable(self.embedding)
+        self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:
