@@ -3,7 +3,8 @@ its place, at equal time.
 
 `python -m hotlap.bench.ingredients --seconds 20 --seeds 3 --out DIR`, on a machine with nothing else to do.
 What has a field in the configuration is changed there. What has none is patched here while a variant trains.
-Nothing is tuned again for a variant but AdamW's learning rate, which Muon's says nothing about.
+Nothing is tuned again for a variant but the learning rates of AdamW for the matrices, which Muon's says
+nothing of, and of a tied head: the best of their rows counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,6 +48,7 @@ FIELDS = {
     "twice the batch": "batch_rows=32",
 }
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # for matrices
+TIED_RATES = (1, 5)  # of the one table, as multiples of the head's
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,17 @@ def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
     for rate in ADAMW_RATES:
         changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, matrix_lr=rate))
         variants[f"AdamW at {rate:g} for the matrices"] = Variant(changed, adamw_for_matrices)
-    one_table = dataclasses.replace(base.optim, embedding_lr=base.optim.head_lr)
+    for factor in TIED_RATES:
+        rate = factor * base.optim.head_lr
+        changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, embedding_lr=rate))
+        tied = partial(replaced, pretrain, "GPT", TiedHead)
+        variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied)
     return variants | {
         "random projections": Variant(base, partial(replaced, pretrain, "GPT", RandomProjections)),
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
         "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),
         "no rotary": Variant(base, partial(replaced, gpt, "qk_norm_rotary", qk_norm_alone)),
         "no document masks": Variant(base, partial(replaced, pretrain, "GPT", NoDocumentMasks)),
-        "head tied to the embedding": Variant(
-            dataclasses.replace(base, optim=one_table), partial(replaced, pretrain, "GPT", TiedHead)
-        ),
     }
 
 
@@ -146,26 +148,14 @@ class NoDocumentMasks(GPT):
         return super().forward(ids, targets, **more)
 
 
-class HeadOfTable(gpt.Linear):
-    """A product with the table of an embedding, which has no weights of its own."""
-
-    def __init__(self, table: nn.Embedding):
-        nn.Module.__init__(self)
-        self._table = [table]  # in a list, or it would be a part of this module
-
-    @property
-    def weight(self) -> Tensor:
-        return self._table[0].weight
-
-
 class TiedHead(GPT):
-    """One table is embedding and head. It starts like a head, which the norm of the embedding does not mind,
-    and learns at the head's rate.
+    """One table is embedding and head. It starts small, like a head, which the norm of the embedding does not
+    mind.
     """
 
     def __init__(self, *given):
         super().__init__(*given)
-        self.head = HeadOfTable(self.embedding)
+        self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:

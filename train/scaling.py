@@ -17,6 +17,8 @@ from statistics import median
 import numpy as np
 
 from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import TOKENIZER
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.presets import from_depth, weights_in_products
@@ -119,6 +121,7 @@ def scaling(
     """
     runs = check(config, price)
     with joined() as world, shared_data(next(iter(runs.values())), config.out, world) as folder:
+        world.together(lambda: check_vocabulary(config))
         points = []
         for depth, run in runs.items():
             if world.leads:
@@ -143,6 +146,16 @@ def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, P
     if config.budget_dollars and not (config.dollars_per_hour or price):
         raise ValueError("no price of this machine is known; give --dollars-per-hour")
     return {depth: planned(config, depth) for depth in sorted(config.depths)}
+
+
+def check_vocabulary(config: ScalingConfig) -> None:
+    """The head is counted among the parameters that set how long a run is, so its size has to be so."""
+    size = -(-Tokenizer.load(config.out / TOKENIZER).vocab_size // 64) * 64
+    if size != -(-config.vocab_size // 64) * 64:
+        raise ValueError(
+            f"vocab_size={config.vocab_size}, but the tokenizer has {size} ids (in 64s); give "
+            f"--vocab-size {size} and another --out"
+        )
 
 
 def planned(config: ScalingConfig, depth: int) -> PretrainConfig:

@@ -78,6 +78,9 @@ def test_a_tied_head_is_the_embedding_and_adamw_takes_all():
     with joined() as world:  # moving a model and sharding it is where tied weights part
         parallelize(model, world, "none", False)
         materialize(model, world.device, 0)
+        optimizer = pretrain.MuonAdamW(model, tiny().optim)
+        model(torch.arange(8).view(1, -1), torch.arange(8).view(1, -1)).backward()
+        optimizer.step()
     assert model.head.weight is model.embedding.weight and "head.weight" not in dict(model.named_parameters())
     with module.adamw_for_matrices():
         groups = pretrain.MuonAdamW(GPT(tiny_config()).init_weights(), tiny().optim).param_groups

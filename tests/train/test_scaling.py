@@ -99,6 +99,9 @@ def test_the_command_trains_a_series_once_and_draws_it(work, capsys, monkeypatch
     monkeypatch.setattr(scaling, "from_depth", small)
     flags = ["scaling", "--depths", "2", "1", "--context", "32", "--data", "text.txt"]
     flags += ["--tokenizer", "characters", "--micro-batch", "all", "--out", "series"]
+    assert main([*flags[:-1], "other"]) == 2
+    assert "vocab_size=32768, but the tokenizer has 64 ids" in capsys.readouterr().err
+    flags += ["--vocab-size", "64"]
     assert main(flags) == 0
     out = capsys.readouterr().out
     assert out.index("| d1 |") < out.index("| d2 |") and "exponent" in out and "No floor" in out
