@@ -38,7 +38,6 @@ FIELDS = {
     "no smear": "model.smear=false",
     "no backout": "model.backout=false",
     "no softcap": "model.softcap=0.0",
-    "QK gain 1": "model.qk_gain=1.0",
     "warmdown over 20 %": "schedule.warmdown=0.2",
     "warmdown to 0": "schedule.final_lr=0.0",
     "no learning-rate warm-up": "schedule.warmup_steps=0",
@@ -46,6 +45,7 @@ FIELDS = {
     "weight decay 0.28": "optim.weight_decay=0.28",
     "half the batch": "batch_rows=8",
     "twice the batch": "batch_rows=32",
+    "batch in three stages": "schedule.stages=[[0.25, 1.0], [0.5, 1.0], [1.0, 1.0]]",
 }
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # for matrices
 TIED_RATES = (1, 5)  # of the one table, as multiples of the head's
@@ -90,6 +90,7 @@ def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
         tied = partial(replaced, pretrain, "GPT", TiedHead)
         variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied)
     return variants | {
+        "QK gain 1": Variant(base, partial(replaced, gpt, "QK_GAIN", 1.0)),
         "random projections": Variant(base, partial(replaced, pretrain, "GPT", RandomProjections)),
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
         "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),

@@ -34,14 +34,15 @@ from hotlap.bench.training import Batches, measure_training, random_batches
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
-from hotlap.train.data import Batch, PackedRows, prefetch, shard_documents, shard_paths, step_batches
+from hotlap.train.data import Batch, PackedRows, prefetch, step_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.options import known
-from hotlap.train.presets import PRETRAIN, from_depth, weights_in_products
+from hotlap.train.presets import PRETRAIN, gpt2_grade, weights_in_products
 from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.shards import shard_documents, shard_paths
 
-RECIPES: dict[str, Callable[[], PretrainConfig]] = PRETRAIN | {GPT2_GRADE: lambda: from_depth(24, ratio=8)}
+RECIPES: dict[str, Callable[[], PretrainConfig]] = PRETRAIN | {GPT2_GRADE: gpt2_grade}
 GPT2_BOS = 50256  # opens a document in shards of GPT-2's vocabulary
 ASSUMES = (
     "every step takes as long as those measured; validations, checkpoints and compilation are not counted; "
@@ -131,7 +132,7 @@ def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: Wo
     ms = passes * each + found["optimizer_ms"]
     speed = 1e3 * passes * rows * world.size * context / ms
     share = speed / found["tokens_per_second"]  # the optimiser's step is paid for once, not at each pass
-    tokens = recipe.loop.steps * recipe.batch_rows * context
+    tokens = recipe.tokens
     seconds = tokens / speed
     price = dollars_per_hour(device_name(world.device), world.size)
     return {

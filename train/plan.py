@@ -12,7 +12,6 @@ from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, tra
 from hotlap.train.dist import World
 from hotlap.train.memory import GB, device_bytes
 from hotlap.train.pretrain import PretrainConfig
-from hotlap.train.schedule import rows_in_all
 
 
 class Expected(Protocol):
@@ -29,11 +28,6 @@ class Hardware(NamedTuple):
 
     throughput: Callable[[str, int, float], Expected | None]
     dollars_per_hour: Callable[[str, int], tuple[float, str] | None]
-
-
-def run_tokens(config: PretrainConfig) -> int:
-    """Tokens of a run that ends by its steps."""
-    return rows_in_all(config.schedule, config.batch_rows, config.loop.steps) * config.model.context
 
 
 def plan(
@@ -53,7 +47,7 @@ def plan(
         lines["length"] = f"{config.loop.minutes:g} minutes of training"
         hours = config.loop.minutes / 60
     else:
-        tokens = run_tokens(config)
+        tokens = config.tokens
         lines["length"] = (
             f"{tokens / 1e6:,.1f}M tokens in {config.loop.steps:,} steps, {flops * tokens:.3g} FLOPs"
         )

@@ -74,6 +74,11 @@ class PretrainConfig:
     resume: str = "no"
     """Go on with a run: auto (from its newest checkpoint that is whole), or the path of a checkpoint."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run, if it ends by its steps."""
+        return rows_in_all(self.schedule, self.batch_rows, self.loop.steps) * self.model.context
+
     def validate(self) -> PretrainConfig:
         if self.batch_rows < 1 or self.validation_tokens < 0:
             raise ValueError("batch_rows must be at least 1, validation_tokens 0 or more")
@@ -200,9 +205,8 @@ def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World,
     counts, T = parameter_counts(model), model.config.context
     length = f"{config.loop.minutes:g} minutes"
     if not config.loop.minutes:
-        in_all = rows_in_all(config.schedule, config.batch_rows, config.loop.steps)
-        epochs = in_all / rows.epoch_rows() if len(rows.shards) == 1 else None
-        length = f"{in_all * T / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
+        epochs = config.tokens / T / rows.epoch_rows() if len(rows.shards) == 1 else None
+        length = f"{config.tokens / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
     log.info(
         "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %s, %s on %s%s",
         config.out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,

@@ -20,7 +20,7 @@ from hotlap.train import prepare
 from hotlap.train.dist import World, joined
 from hotlap.train.evaluate import EvalConfig, evaluate_model
 from hotlap.train.minutes import VOCABULARY, timed, trial_flops
-from hotlap.train.plan import Hardware, confirm, plan, run_tokens
+from hotlap.train.plan import Hardware, confirm, plan
 from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import pretrain
 from hotlap.train.report import Point, draw_comparison
@@ -105,7 +105,7 @@ def track_speedrun(config: TrackConfig, hardware: Hardware, records: list[Point]
         gpt2_124m(), data=str(config.data), micro_batch=config.micro_batch, dtype=config.dtype, resume="auto"
     ).validate()
     with joined() as world:
-        shards = math.ceil(run_tokens(recipe) / SHARD_TOKENS)
+        shards = math.ceil(recipe.tokens / SHARD_TOKENS)
         download = download_words("fineweb", config.data, shards, world)
         title = f"GPT-2 (124M) to a loss of {TRACK_LOSS} on FineWeb"
         if not confirm(title, plan(recipe, world, hardware, download, config.runs), config.yes, world):
@@ -156,7 +156,7 @@ def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]
         micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",
     ).validate()  # fmt: skip
     with joined() as world:
-        shards = math.ceil(run_tokens(recipe) / CLIMBMIX_TOKENS)
+        shards = math.ceil(recipe.tokens / CLIMBMIX_TOKENS)
         download = download_words("climbmix", config.data, shards, world)
         title = f"a model of {config.depth} layers to a CORE of {GPT2_CORE} and into conversation"
         if not confirm(title, plan(recipe, world, hardware, download), config.yes, world):

@@ -122,7 +122,8 @@ def shared_by_all(config: PretrainConfig) -> tuple:
 
 
 def equal_tokens(base: PretrainConfig, config: PretrainConfig) -> int:
-    tokens = [c.batch_rows * c.model.context for c in (base, config)]
+    """Steps of config that read as many tokens as the base does in its own."""
+    tokens = [c.tokens / c.loop.steps for c in (base, config)]
     return max(1, round(base.loop.steps * tokens[0] / tokens[1]))
 
 
@@ -137,7 +138,7 @@ def planned(config: PretrainConfig, folder: Path, steps: int, seed: int, out: Pa
 
 def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
     """What a run came to. One whose loss is no number any more is one without a result."""
-    tokens = run.loop.steps * run.batch_rows * run.model.context
+    tokens = run.tokens
     try:
         with variant.changed():
             last = train_once(run, world, keep=False)
@@ -158,7 +159,8 @@ def seconds_per_step(
     variants: Mapping[str, Variant], folder: Path, out: Path, world: World
 ) -> dict[str, float]:
     """Seconds of each variant's fastest step, which others on the machine disturb the least; variants take
-    turns, so that what is busy for a while slows all. Kept in steps.json: a series that goes on, goes on with
+    turns, so that what is busy for a while slows all. Of a variant in stages it is a whole step by the mean
+    share of its rows. Kept in steps.json: a series that goes on, goes on with
     them. Variants that are new to it are measured beside the base, and count by what they take of its step.
     """
     path = out / "steps.json"
@@ -172,15 +174,19 @@ def seconds_per_step(
             run = planned(
                 variants[name].config, folder, PROBED, 0, out / f"timing-{turn}-{folder_name(name)}"
             )
+            whole = dataclasses.replace(run.schedule, stages=((1.0, 1.0),))
             if world.leads:
                 shutil.rmtree(run.out, ignore_errors=True)
             with variants[name].changed():
-                pretrain(dataclasses.replace(run, validation_rows=world.size))
+                pretrain(dataclasses.replace(run, schedule=whole, validation_tokens=run.model.context))
             times[name] += world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
             if world.leads:
                 shutil.rmtree(run.out)
-    now = {name: min(seconds) for name, seconds in times.items()}
-    spread = max(median(seconds) / now[name] for name, seconds in times.items())
+    now = {
+        name: min(seconds) * mean(rows for rows, _ in variants[name].config.schedule.stages)
+        for name, seconds in times.items()
+    }
+    spread = max(median(seconds) / min(seconds) for seconds in times.values())
     if world.leads and spread > SPREAD:
         log.warning(
             "warning: a usual step takes %.1f times the fastest: the machine is busy, and the steps given "

@@ -100,10 +100,10 @@ def test_one_run_alone_is_no_record():
 
 def test_the_recipes_are_as_long_as_they_are_said_to_be():
     track, grade = gpt2_124m().validate(), gpt2_grade().validate()
-    assert 1.1e9 < speedrun.run_tokens(track) < 1.2e9 and track.validation_tokens == 20 * 524_288
+    assert 1.1e9 < track.tokens < 1.2e9 and track.validation_tokens == 20 * 524_288
     counts = parameter_counts(meta_model(track.model))
     assert counts["matrices"] + counts["head"] == pytest.approx(123.6e6, rel=1e-3)
-    assert grade.loop.steps == 5568 and speedrun.run_tokens(grade) == pytest.approx(5.84e9, rel=1e-3)
+    assert grade.loop.steps == 5568 and grade.tokens == pytest.approx(5.84e9, rel=1e-3)
     assert nanochat_flops(meta_model(grade.model)) == pytest.approx(4.78e9, rel=2e-2)
 
 
