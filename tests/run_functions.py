@@ -6,21 +6,25 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
 from small_runs import small_run, write_conversations
 
 from hotlap.model.weights import run_checkpoints
+from hotlap.train import speedrun
 from hotlap.train.dist import joined
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig
 from hotlap.train.optim import OptimConfig
+from hotlap.train.plan import Hardware
 from hotlap.train.pretrain import pretrain
 from hotlap.train.schedule import ScheduleConfig
 from hotlap.train.sft import SFTConfig, fine_tune
 
 SCHEDULE = ScheduleConfig(warmup_steps=10)
+STAGES = ScheduleConfig(warmup_steps=10, stages=((1 / 3, 0.5), (2 / 3, 0.5), (1.0, 1.0)))
 # At the rates of a real run a model this narrow is chaotic: rounding errors grow tenfold in two steps.
 GENTLE = OptimConfig(matrix_lr=0.005, embedding_lr=0.03, head_lr=0.001, scalar_lr=0.05)
 
@@ -52,6 +56,20 @@ def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) ->
                 schedule=SCHEDULE, optim=GENTLE, loop=LoopConfig(steps, steps, steps), **fields,
             )
         )  # fmt: skip
+
+
+def racing(folder: str, name: str) -> dict:
+    """The main track with a model of one layer, on a shard that is there; what it came to on this rank."""
+    data = Path(folder) / "shards"
+    recipe = dataclasses.replace(
+        small_run(Path(folder), batch_rows=12, data=str(data), loop=LoopConfig(6, 3, 6)), schedule=STAGES
+    )
+    speedrun.gpt2_124m = lambda: recipe
+    speedrun.prepare = SimpleNamespace(
+        fineweb=lambda *_: None, download_plan=lambda *_: SimpleNamespace(missing={})
+    )
+    config = speedrun.TrackConfig(Path(folder) / name, data, micro_batch="1", dtype="float32", yes=True)
+    return speedrun.track_speedrun(config, Hardware(lambda *_: None, lambda *_: None), [])
 
 
 def metrics(run: Path) -> list[dict]:

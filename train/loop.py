@@ -36,10 +36,6 @@ class LoopConfig:
     """Length of a run, and how often it stops to look."""
 
     steps: int
-    minutes: float = 0.0
-    """Minutes of training after which the run ends, if it has not by its steps; its schedules follow the
-    clock then. Start-up, compilation, validations and saving are not counted. 0 is no limit.
-    """
     evaluate_every: int = 250
     """Steps between validations; the last step always validates."""
     save_every: int = 250
@@ -49,6 +45,10 @@ class LoopConfig:
     bad_steps: Policy = "stop"
     """What becomes of a step with a loss or gradient that is not finite, or jumps: stop at the former and
     report the latter, or skip both.
+    """
+    minutes: float = 0.0
+    """Minutes of training after which the run ends, if it has not by its steps; its schedules follow the
+    clock then. Start-up, compilation, validations and saving are not counted. 0 is no limit.
     """
 
     def validate(self) -> LoopConfig:
@@ -167,7 +167,7 @@ def fit(
                     f"stopped after step {step + 1} of {clock.steps or 'a timed run'}, saved in {run}; the "
                     "same command with --resume auto goes on (make demo needs no flag)"
                 )
-    return last
+    return world.gather(last)[0]  # what rank 0 has counted
 
 
 class Clock:

@@ -81,5 +81,5 @@ def timed(out: Path, data: str, minutes: float, flops: float) -> PretrainConfig:
         out=out, data=data, model=GPTConfig.from_depth(depth, VOCABULARY, context),
         batch_rows=max(1, tokens // context), micro_batch="auto",
         schedule=ScheduleConfig(warmup_steps=20, final_lr=0.0, momentum_warmup_steps=200),
-        loop=LoopConfig(NO_LIMIT, minutes, evaluate_every=NO_LIMIT, save_every=NO_LIMIT),
+        loop=LoopConfig(NO_LIMIT, NO_LIMIT, NO_LIMIT, minutes=minutes),
     )  # fmt: skip

@@ -172,7 +172,9 @@ def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]
                 core_bundle=config.core_bundle, out=scores_path,
             )  # fmt: skip
             evaluate_model(tasks)
-        scores = json.loads(scores_path.read_text())["scores"]
+        scores = world.together(lambda: json.loads(scores_path.read_text()) if world.leads else {})[0][
+            "scores"
+        ]
         talking = SFTConfig(out=config.out / "sft", base=recipe.out, data=config.talks, resume="auto",
                             micro_batch=config.micro_batch)  # fmt: skip
         fine_tune(talking)

@@ -4,11 +4,14 @@ import random
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ranks import Failed, run_ranks
-from run_functions import fine_tuning, losses, metrics, pretraining, soak, state_of
+from run_functions import STAGES, fine_tuning, losses, metrics, pretraining, racing, soak, state_of
 
+from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import run_checkpoints
+from hotlap.train.shards import write_shard
 
 RESUMED = partial(pretraining, resume="auto")
 
@@ -52,6 +55,31 @@ def test_nodes_hold_a_copy_each_and_the_run_is_the_same(folder):
         run_ranks(4, pretraining, str(folder), "nodes", env=nodes | {"FAULT": "step:3:6:raise"})
     run_ranks(4, RESUMED, str(folder), "nodes", env=nodes)
     assert max(differences(folder / "nodes", folder / "two")) < 1e-5
+
+
+def test_steps_that_grow_are_the_same_on_any_number_of_ranks(folder):
+    for size in (1, 2):
+        run_ranks(size, partial(pretraining, schedule=STAGES), str(folder), f"stages-{size}")
+    assert [m["tokens"] for m in metrics(folder / "stages-1")][-1] == 32 * (4 * 4 + 3 * 8 + 3 * 12)
+    assert max(differences(folder / "stages-2", folder / "stages-1")) < 1e-5
+
+
+def test_ranks_end_together_by_the_clock(folder):
+    timed = partial(pretraining, steps=100_000, loop={"minutes": 1 / 60, "save_every": 100_000})
+    run_ranks(2, timed, str(folder), "timed")
+    last = metrics(folder / "timed")[-1]
+    assert last["seconds"] < 2 and "validation_loss" in last
+    assert run_checkpoints(folder / "timed")[-1].name == f"step-{last['step'] + 1:06d}"
+
+
+def test_a_speedrun_s_result_is_that_of_all_ranks_and_stays(folder):
+    (folder / "shards").mkdir()
+    tokens = np.random.default_rng(0).integers(1, 60, 4000)
+    for split in ("train", "validation"):
+        write_shard(folder / "shards" / f"{split}_000000.bin", tokens, 64)
+    train_characters("".join(map(chr, range(64, 120)))).save(folder / "shards" / "tokenizer.json")
+    (first, second), again = (run_ranks(2, racing, str(folder), "race") for _ in range(2))
+    assert first == second and again == [first, first] and first["losses"] == [first["mean"]]
 
 
 def test_ranks_that_the_rows_do_not_divide_among_are_refused_before_the_first_step(folder):
