@@ -37,3 +37,39 @@ def add_fineweb(server: HubServer, folder: Path, monkeypatch, tokens: int = 20) 
         write_shard(folder / name, np.arange(i, tokens + i) % 256, 50257)
         server.add(datasets.FINEWEB, name, (folder / name).read_bytes())
         (folder / name).unlink()
+
+
+def smoltalk_conversations(name: str) -> list[list[dict]]:
+    """What is in one of SmolTalk's files here: the last of each cannot be learned from."""
+    system = {"role": "system", "content": "Be brief."}
+    talks = [
+        [system] * (i % 3 == 0)
+        + [{"role": "user", "content": f"{i} of {name}?"}, {"role": "assistant", "content": f"It is {i}."}]
+        for i in range(20)
+    ]
+    return [*talks, talks[0][:2]]
+
+
+def write_talks(path: Path, conversations: list[list[dict]]) -> Path:
+    """A parquet file with SmolTalk's columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    message = pyarrow.struct([("content", pyarrow.string()), ("role", pyarrow.string())])
+    columns = {
+        "messages": pyarrow.array(conversations, pyarrow.list_(message)),
+        "source": ["smol-magpie-ultra"] * len(conversations),
+    }
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=8)
+    return path
+
+
+def add_smoltalk(server: HubServer, folder: Path) -> None:
+    """All files of SmolTalk, each with a few conversations. The folder stays as it is."""
+    for name in datasets.SMOLTALK.names(4):
+        server.add(
+            datasets.SMOLTALK,
+            name,
+            write_talks(folder / "made", smoltalk_conversations(name)).read_bytes(),
+        )
+    (folder / "made").unlink()

@@ -48,7 +48,7 @@ class HubServer(http.server.ThreadingHTTPServer):
 
     def fetched(self) -> Counter:
         """How often the bytes of each file were asked for."""
-        return Counter(name for method, name, *_ in self.requests if method == "GET" and "/" not in name)
+        return Counter(name for method, name, *_ in self.requests if method == "GET" and name[0] != "/")
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

@@ -139,6 +139,7 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
                     name, sha256 = waiting.pop(ready), ready.result()
                     if (folder / name).exists():
                         raise FileExistsError(f"{folder / name} has appeared meanwhile; try again")
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (staging / name).rename(folder / name)
                     record[name] = Content(missing[name].bytes, sha256)
                     write_record(dataset, folder, record)
@@ -216,8 +217,9 @@ def expected(dataset: Dataset, folder: Path, names: list[str]) -> dict[str, Cont
             raise DataError(f"{endpoint()} has {name} of {stated}, not {needed}; check HF_ENDPOINT")
         return needed
 
+    found = {name: ask(name) for name in names[:1]}  # alone, so that a network that is away is one error
     with ThreadPoolExecutor(2 * AT_ONCE) as pool:
-        return dict(zip(names, pool.map(ask, names), strict=True))
+        return found | dict(zip(names[1:], pool.map(ask, names[1:]), strict=True))
 
 
 def endpoint() -> str:

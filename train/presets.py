@@ -114,6 +114,28 @@ def gpt2_grade(depth: int = 24) -> PretrainConfig:
     )  # fmt: skip
 
 
+def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
+    """The fine-tuning of that: once through the conversations. talks: as SFTConfig.data.
+
+    SmolTalk as in nanochat. What else is named is mostly small, and gets 500 steps of 16 rows at least.
+    """
+    config = SFTConfig(
+        out=Path("runs/gpt2-grade/sft"), base=base.out, data=talks, epochs=1,
+        loop=LoopConfig(500, evaluate_every=200, save_every=200),
+    )  # fmt: skip
+    if talks != "smoltalk":
+        return config
+    # The batch is the pretraining's: of SmolTalk's 0.4B tokens, 1M in each step make about 400 steps. The
+    # rates are 0.8 of those at the reference batch: nanochat scales them by the batch in pretraining only.
+    return dataclasses.replace(
+        config, batch_rows=base.batch_rows, optim=scaled(OptimConfig(), 0.8, decay=0.0),
+        schedule=ScheduleConfig(
+            warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum=(0.85, 0.95, 0.95), momentum_warmup_steps=300
+        ),
+        loop=dataclasses.replace(config.loop, steps=1),  # the one pass alone says how many
+    )  # fmt: skip
+
+
 def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> OptimConfig:
     """The same with other learning rates, and another weight decay if one is given."""
     rates = {name: getattr(optim, name) * share for name in RATES}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,13 +18,13 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_weights, open_model
 from hotlap.train.conversations import (
-    built_in,
+    conversation_digests,
     conversation_rows,
-    read_conversations,
-    split_conversations,
-)  # fmt: skip
-from hotlap.train.data import prefetch, step_batches
-from hotlap.train.dist import joined
+    conversations_of,
+    download_smoltalk,
+)
+from hotlap.train.data import PackedRows, prefetch, step_batches
+from hotlap.train.dist import World, joined
 from hotlap.train.evaluate import validation
 from hotlap.train.log import log
 from hotlap.train.loop import LoopConfig, fit
@@ -35,7 +35,7 @@ from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
 from hotlap.train.report import write_report
 from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
 from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
-from hotlap.train.sources import split_documents
+from hotlap.train.sources import SPLITS
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,12 @@ class SFTConfig:
     base: Path = Path("runs/pretrain")
     """Run or model directory to start from."""
     data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings), or a .jsonl file of {"messages": [...]} lines."""
+    """tasks (facts, sums, spelling, greetings), smoltalk (which is downloaded) with the tasks, or a .jsonl or
+    .parquet file of {"messages": [...]} lines or rows."""
     batch_rows: int = 16
     """Rows of the model's context in a step."""
+    epochs: float = 0.0
+    """Passes over the conversations, at least: more steps than loop.steps where those are fewer passes."""
     micro_batch: str = "all"
     """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
     recompute: Recompute = "none"
@@ -72,6 +75,8 @@ class SFTConfig:
     def validate(self) -> SFTConfig:
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
+        if not 0 <= self.epochs < float("inf"):
+            raise ValueError(f"epochs={self.epochs} must be 0 (loop.steps alone count) or more")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
         self.optim.validate()
@@ -88,14 +93,16 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         micro_rows = micro_batch_rows(config.micro_batch, common_rows, world)
         dtype = compute_dtype(config.dtype, world.device)
         base, shape, tokenizer = open_model(config.base)
-        train, held_out = split_conversations(conversations(config))
-        seen = {json.dumps(c, sort_keys=True) for c in train}
-        if same := len(seen & {json.dumps(c, sort_keys=True) for c in held_out}):
+        if config.data == "smoltalk":
+            with world.leader_first("smoltalk"):
+                if world.leads:
+                    download_smoltalk()
+        rows, held_out_rows = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
+        train, held_out = conversation_digests(rows), conversation_digests(held_out_rows)
+        if same := len(set(train) & set(held_out)):
             log.info("%d conversations are in training and in validation", same)
-        T = shape.context
-        rows = conversation_rows(train, tokenizer, T, config.seed, shuffle=True)
-        held_out_rows = conversation_rows(held_out, tokenizer, T, config.seed, shuffle=False)
         rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
+        loop = replace(config.loop, steps=max(config.loop.steps, epoch_steps(config, rows)))
         with world.leader_first(f"open {config.out}"):
             if world.leads:
                 stack.enter_context(run_lock(config.out))
@@ -104,27 +111,27 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         with torch.device("meta"):
             model = GPT(shape, dtype)
         use_fp8(model, config.dtype)
-        parallelize(model, world, config.recompute, compiles(config.compile, world.device, config.loop.steps))
+        parallelize(model, world, config.recompute, compiles(config.compile, world.device, loop.steps))
         check_memory(model, world, micro_rows)
         materialize(model, world.device, config.seed)
         load_weights(model, base)
         optimizer = MuonAdamW(model, config.optim)
         start, state = resume_from(config.out, config.resume, model, optimizer, world)
-        data_id = hashlib.sha256(json.dumps(train).encode()).hexdigest()
+        data_id = hashlib.sha256(b"".join(train)).hexdigest()
         if state and state.get("data") != data_id:
             raise ValueError(f"{config.out} was started on other conversations than {config.data} holds now")
         if config.micro_batch == "auto":
             micro_rows = largest_that_fits(model, common_rows, world)
-        epochs = rows_in_all(config.schedule, config.batch_rows, config.loop.steps) / rows.epoch_rows()
+        epochs = rows_in_all(config.schedule, config.batch_rows, loop.steps) / rows.epoch_rows()
         log.info(
             "%s: %d conversations in %d rows, %.1f epochs", config.out, len(train), rows.epoch_rows(), epochs
         )
         evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, world)
         last = fit(
-            config.loop, config.schedule, model, optimizer, tokenizer,
+            loop, config.schedule, model, optimizer, tokenizer,
             prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
                                   rank=world.rank, world=world.size,
-                                  share=rows_share(config.schedule, config.loop.steps))),
+                                  share=rows_share(config.schedule, loop.steps))),
             next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "sft", "data": data_id}, evaluate=evaluate, profile=profile,
         )  # fmt: skip
@@ -133,10 +140,21 @@ def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
         return last
 
 
-def conversations(config: SFTConfig) -> list[list[dict]]:
-    if config.data == "tasks":
-        return built_in(split_documents("pydocs")[0], config.seed)
-    return read_conversations(Path(config.data))
+def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> PackedRows:
+    """The rows of a split of the conversations; those that are trained on are shuffled."""
+    from tqdm import tqdm
+
+    conversations = tqdm(
+        conversations_of(split, config.data, config.seed), split, unit=" conversations", unit_scale=True,
+        disable=None if world.leads else True, leave=False,
+    )  # fmt: skip
+    return conversation_rows(conversations, tokenizer, T, config.seed, shuffle=split == "train")
+
+
+def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:
+    """Steps in which each row is seen config.epochs times; stages count as long as they are."""
+    rows_a_step = statistics.fmean(stage_rows(config.schedule, config.batch_rows))
+    return math.ceil(config.epochs * rows.epoch_rows() / rows_a_step)
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:

@@ -17,14 +17,21 @@ from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train import prepare
+from hotlap.train.conversations import (
+    download_smoltalk,
+    read_conversations,
+    smoltalk_folder,
+    smoltalk_plan,
+)
 from hotlap.train.dist import World, joined
 from hotlap.train.evaluate import EvalConfig, evaluate_model
+from hotlap.train.hub import Plan
 from hotlap.train.minutes import VOCABULARY, timed, trial_flops
 from hotlap.train.plan import Hardware, confirm, plan
-from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade
+from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade, gpt2_grade_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.report import Point, draw_comparison
-from hotlap.train.sft import SFTConfig, fine_tune
+from hotlap.train.sft import fine_tune
 
 SHARD_TOKENS = 100_000_000  # of FineWeb
 CLIMBMIX_TOKENS = 50_000_000  # at least, in a shard of 250M characters
@@ -63,8 +70,9 @@ class GradeConfig:
     """Layers; everything else follows from it."""
     data: Path = Path("data/climbmix")
     """Folder of ClimbMix's shards and their tokenizer; what is missing is downloaded and made."""
-    talks: str = "tasks"
-    """Conversations to learn from: tasks (facts, sums, spelling, greetings), or a .jsonl file."""
+    talks: str = "smoltalk"
+    """Conversations to learn from: smoltalk (which is downloaded) with the tasks, tasks (facts, sums,
+    spelling, greetings), or a .jsonl or .parquet file."""
     core_bundle: Path | None = None
     """nanochat's folder eval_bundle; downloaded where none is named."""
     micro_batch: str = "auto"
@@ -157,13 +165,22 @@ def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]
     ).validate()  # fmt: skip
     with joined() as world:
         shards = math.ceil(recipe.tokens / CLIMBMIX_TOKENS)
+        if config.talks not in ("tasks", "smoltalk"):
+            for _ in read_conversations(Path(config.talks)):  # what is wrong with it shows now
+                pass
         download = download_words("climbmix", config.data, shards, world)
+        if world.leads and config.talks == "smoltalk":
+            download += f"; {plan_words(smoltalk_plan(), smoltalk_folder())}"
         title = f"a model of {config.depth} layers to a CORE of {GPT2_CORE} and into conversation"
-        if not confirm(title, plan(recipe, world, hardware, download), config.yes, world):
+        lines = plan(recipe, world, hardware, download)
+        lines["length"] += f"; then conversations from {config.talks}, which the time is without"
+        if not confirm(title, lines, config.yes, world):
             return {}
         with world.leader_first("climbmix"):
             if world.leads:
                 climbmix(config.data, shards, recipe.model.vocab_size)
+                if config.talks == "smoltalk":
+                    download_smoltalk()
         scores_path = config.out / "scores.json"
         last = pretrain(recipe, warm_up=True)
         if not scores_path.exists():
@@ -172,11 +189,12 @@ def grade_speedrun(config: GradeConfig, hardware: Hardware, records: list[Point]
                 core_bundle=config.core_bundle, out=scores_path,
             )  # fmt: skip
             evaluate_model(tasks)
-        scores = world.together(lambda: json.loads(scores_path.read_text()) if world.leads else {})[0][
-            "scores"
-        ]
-        talking = SFTConfig(out=config.out / "sft", base=recipe.out, data=config.talks, resume="auto",
-                            micro_batch=config.micro_batch)  # fmt: skip
+        read = world.together(lambda: json.loads(scores_path.read_text()) if world.leads else None)
+        scores = read[0]["scores"]
+        talking = dataclasses.replace(
+            gpt2_grade_sft(recipe, config.talks), out=config.out / "sft", micro_batch=config.micro_batch,
+            resume="auto",
+        )  # fmt: skip
         fine_tune(talking)
         core = scores["core"]["core"]
         result = {
@@ -243,11 +261,13 @@ def download_words(source: str, folder: Path, shards: int, world: World) -> str:
     """What will be downloaded for `shards` shards to train on."""
     if not world.leads:
         return ""
-    found = prepare.download_plan(source, folder, shards)
+    return plan_words(prepare.download_plan(source, folder, shards), folder)
+
+
+def plan_words(found: Plan, folder: Path) -> str:
     if not found.missing:
         return f"nothing, {folder} has it"
-    size = sum(content.bytes for content in found.missing.values())
-    return f"{len(found.missing)} files, {size / 1e9:.2f} GB, for {folder}"
+    return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, for {folder}"
 
 
 def write_result(out: Path, title: str, result: dict) -> None:

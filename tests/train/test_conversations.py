@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from small_runs import conversation, special_text
@@ -12,11 +14,21 @@ from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.conversation import TOOL, render
 from hotlap.model.errors import DataError
 from hotlap.train.conversations import (
+    accepted,
     built_in,
+    conversation_digests,
     conversation_rows,
+    conversations_of,
+    download_smoltalk,
+    labelled_conversations,
     read_conversations,
-    split_conversations,
+    rendered,
+    smoltalk_folder,
+    smoltalk_plan,
 )
+from hotlap.train.datasets import SMOLTALK
+from hotlap.train.schedule import ScheduleConfig, rows_in_all
+from hotlap.train.sft import SFTConfig, epoch_steps
 from hotlap.train.tasks import arithmetic, facts, identity, spelling
 
 WORDS = [a + b + c for a in "abcdefghij" for b in "klmnop" for c in "qrstuv"]
@@ -117,22 +129,27 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line):
     path = tmp_path / "talks.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n")
     with pytest.raises(DataError, match=rf"talks\.jsonl:3: .*{BAD_LINES[line]}"):
-        read_conversations(path)
+        list(read_conversations(path))
 
 
 def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
     with pytest.raises(DataError, match=r"talks\.jsonl:2: "):
-        read_conversations(path)
+        list(read_conversations(path))
 
 
 def test_a_missing_and_an_empty_file_of_conversations_are_told_apart(tmp_path):
     with pytest.raises(FileNotFoundError, match="no conversations at"):
-        read_conversations(tmp_path / "none.jsonl")
+        list(read_conversations(tmp_path / "none.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no conversation"):
-        read_conversations(tmp_path / "empty.jsonl")
+        list(read_conversations(tmp_path / "empty.jsonl"))
+
+
+def split_conversations(talks: list[list[dict]]) -> tuple[list[list[dict]], list[list[dict]]]:
+    labelled = list(labelled_conversations(talks))
+    return tuple([talk for label, talk in labelled if label == split] for split in ("train", "validation"))
 
 
 def test_equal_conversations_are_on_the_same_side():
@@ -203,3 +220,105 @@ def test_the_built_in_mixture_is_valid_the_same_twice_and_sometimes_of_several_t
     for talk in mixture[:300]:
         ids, said = render(talk, tiny_tokenizer)
         assert len(ids) == len(said) and any(said)
+
+
+def test_texts_that_are_encoded_together_are_what_they_are_alone(tiny_tokenizer, monkeypatch):
+    talks = [
+        with_a_sum(),
+        conversation(special_text(), "é 5"),
+        *[conversation(f"{i}", "b") for i in range(9)],
+    ]
+    talks[0][2]["content"] = None
+    monkeypatch.setattr("hotlap.train.conversations.CHARACTERS_AT_ONCE", 5)
+    found = list(rendered(talks, tiny_tokenizer))
+    assert found == [(talk, *render(talk, tiny_tokenizer)) for talk in talks]
+
+
+def test_rows_take_conversations_one_at_a_time_and_keep_tokens_only(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("hotlap.train.conversations.CHARACTERS_AT_ONCE", 100)
+    alive = weakref.WeakSet()
+
+    class Message(dict):
+        __hash__ = object.__hash__
+
+    def talks():
+        for i in range(200):
+            talk = [Message(message) for message in conversation(f"Question {i}?", "Yes.")]
+            alive.update(talk)
+            assert len(alive) < 40
+            yield talk
+
+    rows = conversation_rows(talks(), tiny_tokenizer, 64, 0, False)
+    assert rows.shards[0]().tokens.dtype == np.uint16 and not alive
+
+
+@pytest.mark.parametrize("stages", [((1.0, 1.0),), ((0.5, 1.0), (1.0, 1.0))])
+def test_epochs_are_as_many_passes_and_hardly_more(tiny_tokenizer, stages):
+    rows = conversation_rows([conversation("a" * 40, "b")] * 37, tiny_tokenizer, 64, 0, False)
+    config = SFTConfig(batch_rows=4, epochs=2, schedule=ScheduleConfig(stages=stages))
+    seen = rows_in_all(config.schedule, 4, epoch_steps(config, rows))
+    assert rows.epoch_rows() == 37 and 2 * 37 <= seen < 2 * 37 + 8
+
+
+def test_equal_conversations_have_equal_digests(tiny_tokenizer):
+    talks = [conversation("a", "b"), conversation("a", "c"), conversation("a", "b")]
+    first, second, third = conversation_digests(conversation_rows(talks, tiny_tokenizer, 64, 0, True))
+    assert first == third != second
+    alone = conversation_digests(conversation_rows(talks[1:2], tiny_tokenizer, 64, 1, False))
+    assert alone == [second]
+
+
+def test_a_parquet_file_of_messages_is_read_like_lines(tmp_path):
+    from hub_data import write_talks
+
+    pytest.importorskip("pyarrow")
+    talks = [conversation(f"{i}", "b") for i in range(20)]
+    assert list(read_conversations(write_talks(tmp_path / "a.parquet", talks))) == [
+        [{"content": m["content"], "role": m["role"]} for m in talk] for talk in talks
+    ]
+    path = write_talks(tmp_path / "bad.parquet", [*talks, talks[0][:1]])
+    with pytest.raises(DataError, match=r"bad\.parquet:21: the conversation does not end with"):
+        list(read_conversations(path))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="not a parquet file, or damaged"):
+        list(read_conversations(path))
+
+
+def test_a_parquet_file_without_messages_is_refused(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"columns \['text'\]; it needs `messages`"):
+        list(read_conversations(tmp_path / "a.parquet"))
+
+
+def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("huggingface_hub")
+    from hub_data import add_smoltalk, smoltalk_conversations
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_smoltalk(hub_server, tmp_path)
+    names = SMOLTALK.names(4)
+    assert len(smoltalk_plan().missing) == 5
+    download_smoltalk()
+    download_smoltalk()
+    assert hub_server.fetched() == dict.fromkeys(names, 1) and not smoltalk_plan().missing
+    assert not (smoltalk_folder() / ".hub").exists()
+
+    caplog.set_level("INFO")
+    tasks = [conversation(f"task {i}", "b") for i in range(100)]
+    monkeypatch.setattr("hotlap.train.conversations.documentation_tasks", lambda seed: tasks)
+    task_sides = dict(zip(("train", "validation"), split_conversations(tasks), strict=True))
+    for split, files in (("train", names[1:]), ("validation", names[:1])):
+        wanted = [talk for name in files for talk in smoltalk_conversations(name)[:-1]]
+        assert list(conversations_of(split, "smoltalk", seed=0)) == wanted + task_sides[split]
+    assert caplog.text.count("1 of 21 conversations are left out, the first: ") == 5
+    assert "parquet:21: the conversation does not end with the assistant's answer" in caplog.text
+
+
+def test_a_public_file_of_which_nothing_is_refused_says_nothing(tmp_path, caplog):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(GOOD)
+    assert len(list(accepted(path))) == 1 and not caplog.text

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from hotlap.model.tokenizer import SMALLEST_BPE
-from hotlap.train.presets import PRETRAIN, from_depth, tiny, tiny_sft
+from hotlap.train.presets import PRETRAIN, from_depth, gpt2_grade, gpt2_grade_sft, tiny, tiny_sft
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_a_depth_of_nothing_is_refused():
 def test_the_demo_fine_tunes_what_it_has_pretrained():
     base, tuned = tiny(), tiny_sft().validate()
     assert tuned.base == base.out != tuned.out and dataclasses.asdict(base)["data"] == "pydocs"
+
+
+@pytest.mark.parametrize("depth", [12, 24])
+def test_smoltalk_is_learnt_in_one_pass_of_the_pretraining_s_batches(depth):
+    base = gpt2_grade(depth)
+    tuned = gpt2_grade_sft(base, "smoltalk").validate()
+    assert tuned.base == base.out and tuned.batch_rows == base.batch_rows
+    assert tuned.epochs == 1 and tuned.loop.steps == 1  # the pass decides
+    assert tuned.optim.matrix_lr == pytest.approx(0.016) and tuned.optim.weight_decay == 0
+    assert tuned.schedule.warmdown == 0.5 and tuned.schedule.final_lr == 0
+
+
+def test_what_else_is_to_be_learnt_gets_many_small_steps():
+    tuned = gpt2_grade_sft(gpt2_grade(), "tasks").validate()
+    assert tuned.loop.steps == 500 and tuned.batch_rows == 16 and tuned.epochs == 1

@@ -3,26 +3,27 @@
 import dataclasses
 import itertools
 import json
+import math
+import re
 import sys
-from functools import partial
 
 import pytest
-from commands import USAGE, assert_error
+from commands import BAD_DATA, NO_INPUT, USAGE, assert_error
 from core_bundles import mixed_tasks, write_bundle
-from small_runs import MODEL, write_conversations
+from small_runs import MODEL, conversation
 from tools import tiny_config
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("huggingface_hub")
-from hub_data import add_climbmix, add_fineweb
+from hub_data import add_climbmix, add_fineweb, add_smoltalk
 
 from hotlap.cli import main
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
-from hotlap.train import minutes, speedrun
+from hotlap.train import conversations, minutes, speedrun
+from hotlap.train.datasets import SMOLTALK
 from hotlap.train.loop import LoopConfig
 from hotlap.train.minutes import BEST, best_shape
 from hotlap.train.presets import gpt2_124m, gpt2_grade
-from hotlap.train.sft import SFTConfig
 
 TRACK = [
     "speedrun",
@@ -139,8 +140,11 @@ def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
 
 
-def test_the_grade_is_scored_with_core_and_taught_to_converse(hub_server, tmp_path, monkeypatch):
+@pytest.fixture
+def grade(hub_server, tmp_path, monkeypatch):
+    """The command of a small gpt2-grade run, but for its conversations, and its hub."""
     cached(hub_server, tmp_path, monkeypatch)
+    add_smoltalk(hub_server, tmp_path)
     (tmp_path / "bundle").mkdir()
     bundle = write_bundle(tmp_path / "bundle", mixed_tasks(count=4, longest=4))
     recipe = dataclasses.replace(
@@ -148,19 +152,45 @@ def test_the_grade_is_scored_with_core_and_taught_to_converse(hub_server, tmp_pa
         model=tiny_config(vocab_size=300, context=256, layers=1, width=32, heads=1, kv_heads=1),
     )  # fmt: skip
     monkeypatch.setattr(speedrun, "gpt2_grade", lambda depth: recipe)
-    small = partial(SFTConfig, batch_rows=2, loop=LoopConfig(2), dtype="float32", compile="off")
-    monkeypatch.setattr(speedrun, "SFTConfig", small)
-    talks = write_conversations(tmp_path / "talks.jsonl")
+    real = speedrun.gpt2_grade_sft
+    monkeypatch.setattr(
+        speedrun,
+        "gpt2_grade_sft",
+        lambda base, talks: dataclasses.replace(real(base, talks), dtype="float32", compile="off"),
+    )
+    sums = [conversation(f"{i} and {i}?", f"{2 * i}.") for i in range(60)]
+    monkeypatch.setattr(conversations, "documentation_tasks", lambda seed: sums)
     command = ["speedrun", "gpt2-grade", "--depth", "1", "--out", "grade", "--data", "mix", "--yes",
-               "--core-bundle", str(bundle), "--talks", str(talks), "--micro-batch", "1"]  # fmt: skip
+               "--core-bundle", str(bundle), "--micro-batch", "1"]  # fmt: skip
+    return command, hub_server
+
+
+def test_the_grade_is_scored_with_core_and_taught_to_converse(grade, tmp_path, capsys):
+    command, hub = grade
     assert main(command) == 0
+    printed = capsys.readouterr()
+    assert f"; 5 files, 0.00 GB, for {tmp_path}/cache/hotlap/smoltalk" in printed.out
+    assert set(SMOLTALK.names(4)) < set(hub.fetched())
     result = json.loads((tmp_path / "grade/result.json").read_text())
     assert (
         set(result) == {"core", "interval", "reached", "bpb", "seconds", "tokens"} and not result["reached"]
     )
-    assert (tmp_path / "grade/sft/checkpoints").exists()
+    talks, rows, epochs = re.search(
+        r"sft: (\d+) conversations in (\d+) rows, (\S+) epochs", printed.err
+    ).groups()
+    steps = sorted((tmp_path / "grade/sft/checkpoints").glob("step-*"))
+    assert 4 * 20 < int(talks) <= 4 * 20 + 60 and epochs == "1.0"  # all of SmolTalk's, most of the tasks
+    assert int(steps[-1].name.removeprefix("step-")) == math.ceil(int(rows) / 2)
     assert main(command) == 0
     assert json.loads((tmp_path / "grade/result.json").read_text()) == result
+
+
+def test_conversations_that_cannot_be_read_show_before_the_grade_is_trained(grade, tmp_path, capsys):
+    command, hub = grade
+    (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
+    assert_error(capsys, main([*command, "--talks", "talks.jsonl"]), BAD_DATA, "talks.jsonl:1: ")
+    assert_error(capsys, main([*command, "--talks", "smaltalk"]), NO_INPUT, "no conversations at smaltalk")
+    assert not hub.fetched() and not (tmp_path / "grade").exists()
 
 
 def test_more_work_gets_a_larger_model_and_the_table_s_own_where_it_has_it():
