@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
@@ -29,8 +30,9 @@ from hotlap.train.hub import Plan
 from hotlap.train.minutes import VOCABULARY, timed, trial_flops
 from hotlap.train.plan import Hardware, confirm, plan
 from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade, gpt2_grade_sft
-from hotlap.train.pretrain import pretrain
+from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.report import Point, draw_comparison
+from hotlap.train.runs import CONFIG
 from hotlap.train.sft import fine_tune
 
 SHARD_TOKENS = 100_000_000  # of FineWeb
@@ -221,7 +223,8 @@ def minutes_speedrun(config: MinutesConfig, hardware: Hardware, records: list[Po
         recipe = dataclasses.replace(
             timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
             validation_tokens=40 * REFERENCE_BATCH if hub else 0,
-        ).validate()  # fmt: skip
+        )  # fmt: skip
+        recipe = as_begun(recipe).validate()
         tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
         shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
         download = download_words("climbmix", Path(data), shards, world) if hub else "nothing"
@@ -243,6 +246,17 @@ def minutes_speedrun(config: MinutesConfig, hardware: Hardware, records: list[Po
             draw_comparison([config.out], records if hub else [], "validation_bpb", config.out / "curves.png")
             write_result(config.out, title, result)
     return result
+
+
+def as_begun(recipe: PretrainConfig) -> PretrainConfig:
+    """The recipe in the shape that its run has, if it was begun when the device was measured otherwise."""
+    path = recipe.out / CONFIG
+    if not path.exists():
+        return recipe
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return dataclasses.replace(
+        recipe, model=GPTConfig.from_dict(saved["model"]), batch_rows=saved["batch_rows"]
+    )
 
 
 def climbmix(folder: Path, shards: int, vocab_size: int) -> None:
