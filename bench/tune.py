@@ -1,8 +1,8 @@
 """`hotlap bench tune`: measure the tiles of every table on the GPU at hand, and write down the fastest.
 
-Each case runs in bfloat16 at a size that does not fit the caches, and then each backend of attention with
-the tiles found. Kernels and attention pick what was measured from then on; the file is in the user's cache,
-and removing it undoes this.
+Each case runs in bfloat16 at a size that does not fit the caches; then, with the tiles found, the Gram form
+of the orthogonalisation, and each backend of attention. What was measured is used from then on; the file is
+in the user's cache, and removing it undoes this.
 """
 # B batch, T time, H heads, C head dim
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,19 +22,21 @@ import torch
 from hotlap.bench.static import MODULES
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
+from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps
 from hotlap.kernels.tiles import (
     Case,
     Tile,
     fitting_tiles,
     pick_tile,
     tile_key,
-    tuned_backends,
+    tuned_choices,
     tuned_tiles,
     write_tuned,
 )
 
 log = logging.getLogger("hotlap")
 
+GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below, the Gram form has no fewer FLOPs
 MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less is noise
 
 
@@ -71,6 +74,32 @@ def fastest(tiles: list[Tile], milliseconds: dict[int, float]) -> Tile:
     """The fastest tile, or the default where none is clearly faster."""
     best = min(milliseconds, key=milliseconds.__getitem__)
     return tiles[best] if milliseconds[best] < MARGIN * milliseconds[0] else tiles[0]
+
+
+def measure_gram(rounds: int, device: torch.device) -> Iterator[tuple[float, tuple[float, float]]]:
+    """For each aspect ratio the milliseconds of an orthogonalisation with the Gram form and without: medians
+    over rounds in which they take turns, of 12 matrices with a shorter side of 1536.
+    """
+    for aspect in GRAM_ASPECTS:
+        x = torch.randn(12, 1536, round(1536 * aspect), device=device, dtype=torch.float16)
+        x /= aspect**0.5 * 1536**0.5  # so that a norm is 1536^0.5
+        runs = [partial(_steps, x, POLAR_EXPRESS, 1536**0.5, limit) for limit in (1.0, math.inf)]
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for run, each in zip(runs, times, strict=True):
+                each.append(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
+        yield aspect, (statistics.median(times[0]), statistics.median(times[1]))
+
+
+def from_where(times: dict[float, tuple[float, float]]) -> float:
+    """The least aspect ratio from which on the first time is the smaller one, of those tried; or inf."""
+    least = math.inf
+    for aspect in sorted(times, reverse=True):
+        gram, plain = times[aspect]
+        if gram >= MARGIN * plain:
+            break
+        least = aspect
+    return least
 
 
 def measure_backends(rounds: int, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
@@ -132,10 +161,17 @@ def main(config: TuneConfig) -> int:
             sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
             took = f"{times[tiles.index(tile)]:.3f} ms, default {times[0]:.3f} ms"
             print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}: {took}")
-    backends = dict(tuned_backends(facts.name))
-    write_tuned(facts.name, results, backends)
+    choices = dict(tuned_choices(facts.name))
+    write_tuned(facts.name, results, choices)
+    if "orthogonalize" in config.kernel:
+        times = dict(measure_gram(config.rounds, device))
+        choices[GRAM_CHOICE] = str(from_where(times))
+        shown = ", ".join(
+            f"{aspect}: {gram:.3f} and {plain:.3f} ms" for aspect, (gram, plain) in times.items()
+        )
+        print(f"{GRAM_CHOICE:40} {choices[GRAM_CHOICE]}; with it and without, {shown}")
     for key, times in measure_backends(config.rounds, device) if "attention" in config.kernel else ():
-        backends[key] = best = min(times, key=times.__getitem__)
+        choices[key] = best = min(times, key=times.__getitem__)
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
-    print(write_tuned(facts.name, results, backends))
+    print(write_tuned(facts.name, results, choices))
     return 0

@@ -29,7 +29,7 @@ from hotlap.kernels.attention_torch import (
     sdpa_takes,
 )
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
-from hotlap.kernels.tiles import tuned_backends
+from hotlap.kernels.tiles import tuned_choices
 
 log = logging.getLogger("hotlap")
 
@@ -190,7 +190,7 @@ def _choose(
     else:
         measured = None
         if kernels and not (documents or softcap):
-            measured = tuned_backends(device_facts(device).name).get(case_key(C, S, window))
+            measured = tuned_choices(device_facts(device).name).get(case_key(C, S, window))
         hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
         ranking = (measured, hopper and "cudnn", "flash", kernels and "triton", "sdpa", "blockwise")
         case = (device, dtype, C, S, grouped, plain, documents)

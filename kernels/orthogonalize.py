@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, pick_tile, tuned_choices, type_name
 
 Polynomial = tuple[float, float, float]
 POLAR_EXPRESS: tuple[Polynomial, ...] = (
@@ -38,8 +38,10 @@ NEWTON_SCHULZ: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 SAFETY = 1.01
 EPS = 1e-6
 RESTART = 2  # steps of the Gram form before G is computed anew: in float16, one is too few and three too many
-# K / n from which the Gram form is used: by FLOPs it is 1.2 times as fast there, and not at 1. Not measured.
+# K / n from which the Gram form is used where `hotlap bench tune` has not measured it: by FLOPs it is 1.2
+# times as fast there, and not at 1.
 GRAM_ASPECT = 2
+GRAM_CHOICE = "orthogonalize gram aspect"  # what tune calls it
 
 
 def orthogonalize_ref(
@@ -177,10 +179,10 @@ def gram_matrix(x: Tensor) -> Tensor:
     return gram.view(*x.shape[:-2], *gram.shape[1:])
 
 
-def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float) -> Tensor:
-    """x: (G, M, N), whose Frobenius norms are at most norm."""
+def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: float) -> Tensor:
+    """x: (G, M, N), whose Frobenius norms are at most norm. aspect: from which the Gram form is used."""
     tall = x.shape[1] > x.shape[2]
-    for (a, b, c), *more in _stages(*x.shape[1:], _divided(polynomials, SAFETY * norm)):
+    for (a, b, c), *more in _stages(*x.shape[1:], _divided(polynomials, SAFETY * norm), aspect):
         gram = _symmetric_product(x, x, tall)  # (G, n, n), as all but x
         factor = factors = _symmetric_product(gram, gram, False, c, gram, b, a)
         for a, b, c in more:
@@ -198,9 +200,18 @@ def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial
     return (a / by, b / by**3, c / by**5), *others
 
 
-def _stages(M: int, N: int, polynomials: tuple[Polynomial, ...]) -> list[tuple[Polynomial, ...]]:
+def gram_aspect(device: torch.device) -> float:
+    """K / n from which the Gram form is used on a device, as measured there or by default."""
+    if device.type != "cuda":
+        return GRAM_ASPECT
+    return float(tuned_choices(device_facts(device).name).get(GRAM_CHOICE, GRAM_ASPECT))
+
+
+def _stages(
+    M: int, N: int, polynomials: tuple[Polynomial, ...], aspect: float
+) -> list[tuple[Polynomial, ...]]:
     """The polynomials between one computation of G from X and the next."""
-    if max(M, N) >= GRAM_ASPECT * min(M, N):
+    if max(M, N) >= aspect * min(M, N):
         return [part for part in (polynomials[:RESTART], polynomials[RESTART:]) if part]
     return [(polynomial,) for polynomial in polynomials]
 
@@ -224,7 +235,8 @@ def orthogonalize(
         x, dtype = scaled, x.dtype
     else:
         x, dtype = x.to(torch.float16), x.dtype
-    return _steps(_as_batch(x), polynomials, norm).view(x.shape).to(dtype)
+    steps = _steps(_as_batch(x), polynomials, norm, gram_aspect(x.device))
+    return steps.view(x.shape).to(dtype)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

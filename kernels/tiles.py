@@ -76,7 +76,7 @@ def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
     try:
         stored = json.loads(path.read_text())
         tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
-        backends = dict(stored.get("attention", {}))
+        choices = dict(stored.get("choices", {}))
     except FileNotFoundError:
         return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,7 +84,7 @@ def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
     if stored.get("triton") != triton.__version__:
         log.warning("tiles in %s are for triton %s; run again: hotlap bench tune", path, stored.get("triton"))
         return {}, {}
-    return tiles, backends
+    return tiles, choices
 
 
 def tuned_tiles(name: str) -> dict[str, Tile]:
@@ -92,19 +92,19 @@ def tuned_tiles(name: str) -> dict[str, Tile]:
     return _tuned(name)[0]
 
 
-def tuned_backends(name: str) -> dict[str, str]:
-    """The measured backends of attention on a device by key; none as above."""
+def tuned_choices(name: str) -> dict[str, str]:
+    """What else was measured on a device, such as the backends of attention, by key; none as above."""
     return _tuned(name)[1]
 
 
-def write_tuned(name: str, tiles: dict[str, Tile], backends: dict[str, str]) -> Path:
+def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> Path:
     """Store what was measured on a device, and forget what is in use."""
     path = tuned_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {
         "triton": triton.__version__,
         "tiles": {key: asdict(tile) for key, tile in tiles.items()},
-        "attention": backends,
+        "choices": choices,
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(text, indent=1))

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from kernel_tools import DEVICE
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotlap.kernels import dispatch, tiles
+from hotlap.bench import tune
+from hotlap.kernels import dispatch, orthogonalize, tiles
 from hotlap.kernels.dispatch import Device, use_triton
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Tile, pick_tile, tuned_file, write_tuned
@@ -114,6 +116,20 @@ def test_a_measured_tile_counts_only_while_the_table_holds_it_and_triton_is_the_
     write_tuned("gpu", {"a_table_of 1": SMALL}, {})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "2.0"}))
     assert pick_tile(a_table_of_tiles, 1, device) == LARGE
+
+
+def test_where_the_gram_form_pays_is_what_was_measured_on_the_device(cache, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(orthogonalize, "device_facts", lambda _: Device("gpu", 100_000, 8))
+    assert orthogonalize.gram_aspect(gpu) == orthogonalize.GRAM_ASPECT
+    for times, least in (
+        ({2: (1.0, 1.1), 3: (1.0, 1.5), 4: (1.0, 2.0)}, 2),
+        ({2: (1.2, 1.1), 3: (1.0, 1.5), 4: (1.0, 2.0)}, 3),
+        ({2: (1.0, 1.1), 3: (1.0, 1.5), 4: (1.0, 1.0)}, math.inf),
+    ):
+        assert tune.from_where(times) == least
+        write_tuned("gpu", {}, {orthogonalize.GRAM_CHOICE: str(tune.from_where(times))})
+        assert orthogonalize.gram_aspect(gpu) == least
 
 
 def test_a_damaged_file_of_measured_tiles_is_named(cache):
