@@ -43,8 +43,6 @@ FIELDS = {
     "no learning-rate warm-up": "schedule.warmup_steps=0",
     "momentum 0.95 throughout": "schedule.momentum=[0.95, 0.95, 0.95]",
     "weight decay 0.28": "optim.weight_decay=0.28",
-    "half the batch": "batch_rows=8",
-    "twice the batch": "batch_rows=32",
     "batch in three stages": "schedule.stages=[[0.25, 1.0], [0.5, 1.0], [1.0, 1.0]]",
 }
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # for matrices
@@ -81,6 +79,9 @@ def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
     variants = {BASE: Variant(base)}
     for name, text in FIELDS.items():
         variants[name] = Variant(options.merge(base, sweep.assignments(text), name))
+    for name, factor in (("half the batch", 0.5), ("twice the batch", 2)):
+        changed = dataclasses.replace(base, batch_rows=max(1, round(factor * base.batch_rows)))
+        variants[name] = Variant(changed)
     for rate in ADAMW_RATES:
         changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, matrix_lr=rate))
         variants[f"AdamW at {rate:g} for the matrices"] = Variant(changed, adamw_for_matrices)
