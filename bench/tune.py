@@ -130,8 +130,9 @@ def main(config: TuneConfig) -> int:
             times = measure(case, config.rounds, device)
             results[key] = tile = fastest(tiles, times)
             sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
+            form = f" {tile.kernel.strip('_')}" if tile.kernel else ""
             took = f"{times[tiles.index(tile)]:.3f} ms, default {times[0]:.3f} ms"
-            print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}: {took}")
+            print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}{form}: {took}")
     backends = dict(tuned_backends(facts.name))
     write_tuned(facts.name, results, backends)
     for key, times in measure_backends(config.rounds, device) if "attention" in config.kernel else ():
