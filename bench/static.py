@@ -237,16 +237,21 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill."""
+    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill.
+
+    A stack that no instruction loads from does not count: with descriptors, compilers have zeroed one.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+
+        def read(flag: str) -> str:
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage")).groups())
+        used = stack and re.search(r"\bLDL\b", read("-sass"))
+    return registers, stack if used else 0
 
 
 def blocks_resident(registers: int, shared: int, warps: int, target: Target) -> int:
