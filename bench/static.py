@@ -1,9 +1,10 @@
 """`hotlap bench static`: compile every kernel for GPUs that are not here, and read what the compilers say.
 
 No driver is needed. A kernel fails where it does not compile or fit the shared memory, misses tensor cores
-with a product, computes in float64 (floats arrive in it from Inductor, but have to be narrowed first),
-or reads tiles of 16-bit numbers in less than 16 bytes a thread although rows are aligned.
-At its default tile it also fails where it spills, or keeps more programs on a processor than fit.
+with a product, or the TMA with tensor descriptors, computes in float64 (floats arrive in it from Inductor,
+but have to be narrowed first), or reads tiles of 16-bit numbers in less than 16 bytes a thread although rows
+are aligned. At its default tile, of each form that it has, it also fails where it spills, or keeps more
+programs on a processor than fit.
 Results are cached by the source of the kernel and the versions of the tools.
 """
 
@@ -64,7 +65,13 @@ def nvidia(
 ):
     block = (shared_kib - 1) << 10  # a block's reserve
     return Target(
-        Device(name, block, processors), "cuda", compute, tensor_core, shared_kib << 10, warps, blocks
+        Device(name, block, processors, tma=compute >= 90),
+        "cuda",
+        compute,
+        tensor_core,
+        shared_kib << 10,
+        warps,
+        blocks,
     )
 
 
@@ -119,9 +126,11 @@ def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
                 for target in (name for name in config.arch if name not in case.without):
                     device = TARGETS[target].device
                     table = list(case.table(case.size, device))
-                    fitting = [table.index(tile) for tile in fitting_tiles(case.table, case.size, device)]
-                    for tile in fitting if config.all else fitting[:1]:
-                        found.append(Job(modules[name], i, dtype, target, tile, tile == fitting[0]))
+                    fitting = fitting_tiles(case.table, case.size, device)
+                    first = {tile.kernel: tile for tile in reversed(fitting)}  # of each form of the kernel
+                    for tile in fitting if config.all else reversed(first.values()):
+                        default = tile == first[tile.kernel]
+                        found.append(Job(modules[name], i, dtype, target, table.index(tile), default))
     return found
 
 
@@ -130,14 +139,15 @@ def examine(job: Job) -> dict[str, Any]:
     module, target = importlib.import_module(job.module), TARGETS[job.target]
     case = module.cases(DTYPES[job.dtype])[job.case]
     tile = list(case.table(case.size, target.device))[job.tile]
-    kernel = getattr(module, case.kernel)
+    name = tile.kernel or case.kernel
+    kernel = getattr(module, name)
     identity = repr((job, case.arguments, tile, kernel.cache_key, triton.__version__))
     digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
     stored = user_cache() / "static" / f"{digest}.json"
     if stored.exists():
         return json.loads(stored.read_text())
     row = {
-        "kernel": case.kernel.strip("_").removesuffix("_kernel"),
+        "kernel": name.strip("_").removesuffix("_kernel"),
         "case": " ".join(filter(None, (str(case.size or ""), job.dtype, case.variant))),
         "target": job.target,
         "tile": "x".join(str(size) for size in tile.blocks.values()) + f" w{tile.warps} s{tile.stages}",
@@ -203,6 +213,8 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         faults.append(f"spills {spilled} bytes a thread")
     if "tt.dot" in compiled.asm["ttir"] and not products:
         faults.append("has a product, and no tensor-core instruction")
+    if "tt.descriptor_load" in compiled.asm["source"] and "cp.async.bulk.tensor" not in code:
+        faults.append("reads by tensor descriptors, and has no TMA instruction")
     if float64:
         faults.append(f"computes in float64: {', '.join(sorted(float64))}")
     if narrow >= wanted - wide > 0:
@@ -225,16 +237,21 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill."""
+    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill.
+
+    A stack that no instruction loads from does not count: with descriptors, compilers have zeroed one.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+
+        def read(flag: str) -> str:
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage")).groups())
+        used = stack and re.search(r"\bLDL\b", read("-sass"))
+    return registers, stack if used else 0
 
 
 def blocks_resident(registers: int, shared: int, warps: int, target: Target) -> int:

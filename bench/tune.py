@@ -159,17 +159,16 @@ def main(config: TuneConfig) -> int:
             times = measure(case, config.rounds, device)
             results[key] = tile = fastest(tiles, times)
             sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
+            form = f" {tile.kernel.strip('_')}" if tile.kernel else ""
             took = f"{times[tiles.index(tile)]:.3f} ms, default {times[0]:.3f} ms"
-            print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}: {took}")
+            print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}{form}: {took}")
     choices = dict(tuned_choices(facts.name))
     write_tuned(facts.name, results, choices)
     if "orthogonalize" in config.kernel:
         times = dict(measure_gram(config.rounds, device))
         choices[GRAM_CHOICE] = str(from_where(times))
-        shown = ", ".join(
-            f"{aspect}: {gram:.3f} and {plain:.3f} ms" for aspect, (gram, plain) in times.items()
-        )
-        print(f"{GRAM_CHOICE:40} {choices[GRAM_CHOICE]}; with it and without, {shown}")
+        shown = (f"{aspect}: {gram:.3f} and {plain:.3f} ms" for aspect, (gram, plain) in times.items())
+        print(f"{GRAM_CHOICE:40} {choices[GRAM_CHOICE]}; with it and without, {', '.join(shown)}")
     for key, times in measure_backends(config.rounds, device) if "attention" in config.kernel else ():
         choices[key] = best = min(times, key=times.__getitem__)
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")

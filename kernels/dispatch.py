@@ -144,6 +144,7 @@ class Device(NamedTuple):
     shared_memory: int  # bytes that one block may use
     processors: int  # streaming multiprocessors, or compute units
     warp: int = 32  # threads
+    tma: bool = False  # copies tiles by tensor descriptors (Tensor Memory Accelerator)
 
 
 @functools.cache
@@ -154,7 +155,8 @@ def device_facts(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     # ROCm leaves the opt-in size at zero
     shared = getattr(facts, "shared_memory_per_block_optin", 0) or facts.shared_memory_per_block
-    return Device(facts.name, shared, facts.multi_processor_count, facts.warp_size)
+    tma = torch.version.hip is None and facts.major >= 9
+    return Device(facts.name, shared, facts.multi_processor_count, facts.warp_size, tma)
 
 
 def default_device() -> torch.device:

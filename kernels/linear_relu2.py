@@ -7,6 +7,10 @@ With p = x W_in^T and a = relu(p)^2, only a is written forward: its root is relu
 where dp leaves the product da in its epilogue. The root of an a that was rounded to bfloat16 is off by 2^-9
 at most. All other products stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
 products and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
+
+The product has two forms. The plain one reads by pointers, a tile of the result to each program. The other,
+for devices with a TMA, has as many programs as processors, which take tile after tile and leave all addresses
+to tensor descriptors. It is used where `hotlap bench tune` has found it to be the faster.
 """
 # M tokens, D width, N hidden width; K inner dimension of a product
 
@@ -30,7 +34,7 @@ from hotlap.kernels.dispatch import (
     wrap_triton,
 )
 from hotlap.kernels.relu2 import relu2
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, type_name
 
 # Up to here what the epilogue saves, 4 N bytes a token at 3 TB/s, is more than what Triton's product loses to
 # cuBLAS's, 2 N D FLOPs at 600 instead of 750 TFLOP/s: calculated for an H100, not measured.
@@ -44,19 +48,35 @@ def linear_relu2_ref(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 
 @jit
+def _place(tile, down, across, GROUP: tl.constexpr):
+    """Row and column of a tile: those computed together share rows of x and columns of w in the L2 cache."""
+    first = tile // (GROUP * across) * GROUP
+    rows = tl.minimum(down - first, GROUP)
+    rest = tile % (GROUP * across)
+    return first + rest % rows, rest // rows
+
+
+@jit
+def _activation(p):
+    p = tl.where(p < 0, 0.0, p)  # unlike a maximum, keeps NaN
+    return p * p
+
+
+@jit
+def _gradient(da, a):
+    return da * (2.0 * tl.sqrt(a.to(tl.float32)))
+
+
+@jit
 def _linear_relu2_kernel(
     x, w, a, out, x_m, w_k, w_n, M, N, K,
     BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = relu(x w)^2, or BACKWARD x w times 2 sqrt(a): x (M, K), w (K, N), a and out contiguous."""
-    # programs that run together share rows of x and columns of w in the L2 cache
-    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP * across) * GROUP
-    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    rest = program % (GROUP * across)
-    m = ((first + rest % rows) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-    n = (rest // rows * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
+    row, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m = (row * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    n = (column * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)
     left = x + tl.minimum(m, M - 1) * x_m + k[None, :]  # (BLOCK_M, BLOCK_K)
     right = w + k[:, None].to(tl.int64) * w_k + n * w_n  # (BLOCK_K, BLOCK_N)
@@ -70,16 +90,51 @@ def _linear_relu2_kernel(
         right += tl.cast(w_k, tl.int64) * BLOCK_K
     mask = (m < M) & (n < N)
     place = m * N + n
-    if BACKWARD:
-        total *= 2.0 * tl.sqrt(tl.load(a + place, mask, other=0.0).to(tl.float32))
-    else:
-        total = tl.where(total < 0, 0.0, total)  # unlike a maximum, keeps NaN
-        total *= total
+    total = _gradient(total, tl.load(a + place, mask, other=0.0)) if BACKWARD else _activation(total)
     tl.store(out + place, total.to(out.dtype.element_ty), mask)
 
 
+@jit
+def _linear_relu2_tma_kernel(
+    x, w, a, out, x_m, w_k, w_n, M, N, K,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same of what `_tma_takes`; columns of w are contiguous, or BACKWARD its rows.
+
+    Descriptors read zeros beyond a matrix, and write nothing there.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2  # of a tile: what is written at a time has room beside the operands
+    lefts = tl.make_tensor_descriptor(x, [M, K], [x_m, 1], [BLOCK_M, BLOCK_K])
+    if BACKWARD:
+        rights = tl.make_tensor_descriptor(w, [K, N], [w_k, 1], [BLOCK_K, BLOCK_N])
+        saved = tl.make_tensor_descriptor(a, [M, N], [N, 1], [BLOCK_M, HALF])
+    else:
+        rights = tl.make_tensor_descriptor(w, [N, K], [w_n, 1], [BLOCK_N, BLOCK_K])
+    results = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # flattened with the loop over K, so that the next tile's operands arrive while this one is written
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        row, column = _place(tile, down, across, GROUP)
+        m, n = row * BLOCK_M, column * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            p = lefts.load([m, k])
+            q = rights.load([k, n]) if BACKWARD else rights.load([n, k]).T
+            total = tl.dot(p, q, total, input_precision="ieee")
+        first, second = tl.split(total.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))  # (BLOCK_M, HALF) each
+        first = _gradient(first, saved.load([m, n])) if BACKWARD else _activation(first)
+        results.store([m, n], first.to(out.dtype.element_ty))
+        second = _gradient(second, saved.load([m, n + HALF])) if BACKWARD else _activation(second)
+        results.store([m, n + HALF], second.to(out.dtype.element_ty))
+
+
 def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
-    """M, N, K of a block, with two operands in shared memory for each stage; backward reads a as well."""
+    """M, N, K of a block, with two operands in shared memory for each stage; backward reads a as well.
+
+    Those of the TMA form come last: it has to be measured. Half a block of the result is in shared memory
+    too, and backward both halves of a.
+    """
     shapes = [(128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4)]
     if device.shared_memory >= 200 << 10:  # Hopper and Blackwell of datacenters
         shapes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)]
@@ -90,18 +145,52 @@ def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
     for m, n, k, warps, stages in shapes:
         blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
         tiles.append(Tile(blocks, warps, stages, shared=2 * stages * k * (m + n) + RESERVE))
+    shapes = [(128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3)]
+    if device.shared_memory >= 200 << 10:
+        shapes = [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4)]
+    for m, n, k, warps, stages in shapes if device.tma else ():
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
+        shared = 2 * stages * k * (m + n) + (1 + backward) * m * n + RESERVE
+        tiles.append(Tile(blocks, warps, stages, shared=shared, kernel="_linear_relu2_tma_kernel"))
     return tiles
 
 
+def _tma_takes(*matrices: Tensor) -> bool:
+    """Whether rows are contiguous, apart, not empty, and begin at multiples of 16 bytes.
+
+    Storages do, as torch allocates them; a tensor that a compiler traces has no other address.
+    """
+    return all(
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1] > 0
+        and x.stride(0) * x.itemsize % 16 == 0
+        and x.storage_offset() * x.itemsize % 16 == 0
+        for x in matrices
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory on the current GPU, where a launch keeps its descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
-    """Launch the kernel: x (M, K) with unit stride, w (K, N) with any."""
+    """Launch a kernel: x (M, K) with unit stride, w (K, N) with any."""
     (M, K), N = x.shape, w.shape[1]
     if M:
-        tile = pick_tile(_linear_relu2_tiles, int(a is not None), device_facts(x.device))
-        grid = (triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"]),)
+        backward, device = a is not None, device_facts(x.device)
+        tile = pick_tile(_linear_relu2_tiles, int(backward), device)
+        if tile.kernel and not _tma_takes(x, w if backward else w.T, a if backward else out):
+            fitting = fitting_tiles(_linear_relu2_tiles, int(backward), device)
+            tile = next(plain for plain in fitting if not plain.kernel)
+        kernel = _linear_relu2_tma_kernel if tile.kernel else _linear_relu2_kernel
+        programs = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
+        if tile.kernel:
+            programs = min(programs, device.processors)
+            triton.set_allocator(_scratch)  # of this thread; compiled graphs bring their own
         with torch.cuda.device_of(x):
-            wrap_triton(_linear_relu2_kernel)[grid](
-                x, w, a, out, x.stride(0), *w.stride(), M, N, K, BACKWARD=a is not None, **tile.arguments
+            wrap_triton(kernel)[(programs,)](
+                x, w, a, out, x.stride(0), *w.stride(), M, N, K, BACKWARD=backward, **tile.arguments
             )
     return out
 

@@ -34,6 +34,7 @@ class Tile:
     stages: int = 1
     per_processor: int = 1  # programs for each processor, of a kernel whose programs loop over the work
     shared: int = 0  # bytes of shared memory that it is known to need
+    kernel: str = ""  # by name, where it is for another form of the kernel than the plain one
 
     @functools.cached_property
     def arguments(self) -> dict[str, int]:

@@ -41,12 +41,20 @@ def crowded_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + i, tl.load(x + i))
 
 
+@jit
+def descriptor_kernel(x, y, n, BLOCK: tl.constexpr):
+    rows = tl.make_tensor_descriptor(x, [n, BLOCK], [BLOCK, 1], [8, BLOCK])
+    i, j = tl.arange(0, 8)[:, None], tl.arange(0, BLOCK)[None, :]
+    tl.store(y + i * BLOCK + j, rows.load([0, 0]))
+
+
 def cases(dtype):
     tiles = {
         "spills_kernel": Tile({"BLOCK": 32768}, warps=4),
         "oversize_kernel": Tile({"BLOCK": 128}, warps=8, stages=5),
         "narrow_kernel": Tile({"BLOCK": 2048}),
         "float64_kernel": Tile({"BLOCK": 2048}),
+        "descriptor_kernel": Tile({"BLOCK": 64}),
         "crowded_kernel": Tile({"BLOCK": 8192}, warps=16, per_processor=5),
     }
 

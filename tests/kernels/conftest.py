@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch._dynamo.trace_rules
 
-from hotlap.kernels import dispatch
+from hotlap.kernels import dispatch, tiles
 
 if dispatch.INTERPRETED:
     kernel_tools.mend_interpreter()
@@ -19,6 +19,17 @@ def choose_kernels(monkeypatch):
 
     yield choose
     dispatch._decide.cache_clear()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of measured tiles, with nothing in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (tiles.pick_tile, tiles._tuned):
+        function.cache_clear()
+    yield tmp_path
+    for function in (tiles.pick_tile, tiles._tuned):
+        function.cache_clear()
 
 
 @pytest.fixture

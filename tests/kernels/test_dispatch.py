@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.bench import tune
-from hotlap.kernels import dispatch, orthogonalize, tiles
+from hotlap.kernels import dispatch, orthogonalize
 from hotlap.kernels.dispatch import Device, use_triton
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Tile, pick_tile, tuned_file, write_tuned
@@ -89,16 +89,6 @@ def test_a_tile_that_does_not_fit_the_device_is_not_picked():
     assert pick_tile(a_table_of_tiles, 1, Device("wide warps", 100_000, 8, warp=128)) == SMALL
     with pytest.raises(ValueError, match="no tile of a_table_of 1 fits tiny"):
         pick_tile(a_table_of_tiles, 1, Device("tiny", 100, 8))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (pick_tile, tiles._tuned):
-        function.cache_clear()
-    yield tmp_path
-    for function in (pick_tile, tiles._tuned):
-        function.cache_clear()
 
 
 def test_a_measured_tile_is_preferred_for_its_size_and_device(cache):

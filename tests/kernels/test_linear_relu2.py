@@ -1,20 +1,59 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import DEVICE, DTYPES, check, outputs_and_gradients, random
+from kernel_tools import DEVICE, DTYPES, check, error, outputs_and_gradients, random
 from torch.library import opcheck
 
+from hotlap.bench import tune
 from hotlap.kernels import linear_relu2 as module
+from hotlap.kernels import tiles
+from hotlap.kernels.dispatch import Device, wrap_triton
 from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
 from hotlap.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
+PLAIN = Tile({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2})
+TMA = dataclasses.replace(PLAIN, kernel="_linear_relu2_tma_kernel")
+TABLE = module._linear_relu2_tiles
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    blocks = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}
-    monkeypatch.setattr(module, "_linear_relu2_tiles", lambda *_: [Tile(blocks)])
+
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that makes one of two small tiles the chosen one."""
+
+    def choose(tile: Tile) -> None:
+        monkeypatch.setattr(module, "_linear_relu2_tiles", lambda *_: [PLAIN, TMA])
+        monkeypatch.setattr(module, "pick_tile", lambda *_: tile)
+
+    return choose
+
+
+@pytest.fixture(autouse=True, params=[PLAIN, TMA], ids=["plain", "tma"])
+def form(request, choose):
+    choose(request.param)
+
+
+once = pytest.mark.parametrize("form", [PLAIN], ids=[""], indirect=True)  # of what chooses the form itself
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched, and their programs."""
+    seen = []
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.kernel.fn.__name__, *grid))
+            return wrap_triton(self.kernel)[grid]
+
+    monkeypatch.setattr(module, "wrap_triton", Launcher)
+    return seen
 
 
 def case(M, D, N, dtype=torch.float32):
@@ -29,7 +68,9 @@ def case(M, D, N, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 20, 30), (33, 16, 64), (70, 40, 90), (128, 32, 128), (17, 65, 31)])
+@pytest.mark.parametrize(
+    "shape", [(1, 20, 30), (33, 16, 64), (70, 40, 90), (128, 32, 128), (17, 65, 31), (49, 72, 88)]
+)
 def test_is_as_exact_as_torch(shape, dtype):
     inputs, gradients = case(*shape, dtype)
     check(linear_relu2, linear_relu2_ref, inputs, gradients, scale=1e-2)
@@ -131,3 +172,97 @@ def test_wrong_shapes_are_named():
         linear_relu2(x, w_in[:, :7], w_out)
     with pytest.raises(ValueError, match=r"w_out \(8, 15\)"):
         linear_relu2(x, w_in, w_out[:, :15])
+
+
+@once
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_forms_agree_and_programs_go_on_until_all_tiles_are_done(choose, launches, dtype):
+    inputs, gradients = case(70, 40, 88, dtype)
+    plain = outputs_and_gradients(linear_relu2, inputs, gradients)
+    choose(TMA)
+    for a, b in zip(outputs_and_gradients(linear_relu2, inputs, gradients), plain, strict=True):
+        assert torch.equal(a, b) if DEVICE.type == "cpu" else error(a, b.double()) < 5e-3
+    programs = min(module.device_facts(DEVICE).processors, 18)
+    assert launches == [("_linear_relu2_kernel", 18)] * 2 + [(TMA.kernel, programs)] * 2
+
+
+@once
+def test_descriptors_end_where_the_matrix_does_and_not_where_memory_does(choose, launches):
+    inputs, (dy,) = case(33, 24, 40, torch.float16)
+    expected = outputs_and_gradients(linear_relu2, inputs, [dy])
+    launches.clear()
+    choose(TMA)
+    wide = [F.pad(t.detach(), (0, 8, 0, 8), value=float("nan")) for t in (*inputs, dy.half())]
+    *views, dy = (w[: w.shape[0] - 8, : w.shape[1] - 8] for w in wide)
+    results = outputs_and_gradients(linear_relu2, [x.requires_grad_() for x in views], [dy])
+    assert [name for name, _ in launches] == [TMA.kernel] * 2
+    for a, b in zip(results, expected, strict=True):
+        assert error(a, b.double()) < 1e-3
+
+
+@once
+def test_tma_takes_rows_that_are_contiguous_apart_and_aligned():
+    def rows(offset, width, apart, count=4):
+        return torch.zeros(200, dtype=torch.float16).as_strided((count, width), (apart, 1), offset)
+
+    for right in (rows(0, 24, 24), rows(8, 20, 24), rows(0, 8, 8, count=1)):
+        assert module._tma_takes(right, right)
+    for wrong in (rows(4, 24, 24), rows(0, 20, 20), rows(0, 24, 0), rows(0, 24, 16), rows(0, 0, 24)):
+        assert not module._tma_takes(wrong) and not module._tma_takes(right, wrong)
+    assert not module._tma_takes(rows(0, 24, 24).T)
+
+
+@once
+@pytest.mark.parametrize("which", ["x", "w_in", "w_out", "dy", "N"])
+def test_operands_that_tma_cannot_take_go_to_the_plain_form(choose, launches, which):
+    def odd(x):
+        return F.pad(x.detach(), (0, 1))[:, :-1].requires_grad_(x.requires_grad)
+
+    inputs, (dy,) = case(20, 24, 36 if which == "N" else 40, torch.float16)
+    given = dict(zip(("x", "w_in", "w_out", "dy"), (*inputs, dy.half()), strict=True))
+    given |= {which: odd(given[which])} if which != "N" else {}
+    *inputs, dy = given.values()
+    choose(TMA)
+    check(linear_relu2, linear_relu2_ref, inputs, [dy], scale=1e-2)
+    used = [name == TMA.kernel for name, _ in launches]
+    assert used == [which in ("w_out", "dy"), which in ("x", "w_in")]
+
+
+@once
+@pytest.mark.parametrize("shared_memory", [101376, 232448])
+@pytest.mark.parametrize("backward", [0, 1])
+def test_the_table_offers_tma_last_and_only_to_devices_that_have_it(shared_memory, backward):
+    device = Device("A GPU", shared_memory, 4)
+    plain, all_ = (tiles.fitting_tiles(TABLE, backward, d) for d in (device, device._replace(tma=True)))
+    assert all_[: len(plain)] == plain and not any(tile.kernel for tile in plain)
+    assert len(all_) > len(plain) and all(tile.kernel == TMA.kernel for tile in all_[len(plain) :])
+
+
+@once
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="pretends to be another GPU")
+def test_what_tune_has_measured_decides_between_the_forms(monkeypatch, cache, launches):
+    device = Device("A GPU", 232448, 4, tma=True)
+    for name, value in {"device_facts": lambda _: device, "_linear_relu2_tiles": TABLE}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "pick_tile", tiles.pick_tile)
+    monkeypatch.setattr(tune, "device_facts", lambda _: device)
+    inputs, gradients = case(16, 24, 40, torch.float16)
+
+    def step():
+        launches.clear()
+        outputs_and_gradients(linear_relu2, inputs, gradients)
+        return [name for name, _ in launches]
+
+    assert step() == ["_linear_relu2_kernel"] * 2
+    times = {"_linear_relu2_kernel": 2.0, TMA.kernel: 1.0}
+    found = {}
+    for i, case_ in enumerate(module.cases(torch.float16)):
+        monkeypatch.setattr(tune.triton.testing, "do_bench", lambda run, i=i, **_: times[run()[i]])
+        small = dataclasses.replace(case_, run=lambda _: step)
+        measured = tune.measure(small, 1, DEVICE)
+        assert sorted(set(measured.values())) == [1.0, 2.0]
+        tile = tune.fastest(tiles.fitting_tiles(TABLE, i, device), measured)
+        found[tiles.tile_key(TABLE, i)] = tile
+    assert step() == ["_linear_relu2_kernel"] * 2
+    tiles.write_tuned(device.name, found, {})
+    assert step() == [TMA.kernel] * 2

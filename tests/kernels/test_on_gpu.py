@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 from hotlap.bench import tune
 from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
+from hotlap.kernels import linear_relu2 as linear_relu2_module
 from hotlap.kernels import relu2 as module
 from hotlap.kernels.attention import attention, attention_ref
 from hotlap.kernels.attention_torch import sdpa_takes
@@ -18,7 +19,7 @@ from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.dispatch import device_facts
 from hotlap.kernels.fp8 import linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from hotlap.kernels.linear_relu2 import linear_relu2_ref
+from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.kernels.relu2 import relu2, relu2_ref
@@ -139,6 +140,44 @@ def test_a_layer_in_fp8_runs_forward_and_backward():
     )
     for a, b, c in zip(ours, again, exact, strict=True):
         assert error(a, c.double()) < 0.15 and error(b, a.double()) < 0.03
+
+
+@pytest.mark.parametrize("shape", [(1000, 768, 3072), (333, 264, 1000), (16, 64, 128)])
+def test_descriptors_give_the_product_that_pointers_give(shape, monkeypatch):
+    """Each tile of the table, forward and backward, eager, compiled and captured in a graph."""
+    facts = device_facts(DEVICE)
+    if not facts.tma:
+        pytest.skip("needs a TMA")
+    M, D, N = shape
+    x, w_in, w_out = random(M, D, dtype=torch.bfloat16), random(N, D), random(D, N)
+    inputs = [x, *((w / w.shape[1] ** 0.5).detach().to(x.dtype).requires_grad_() for w in (w_in, w_out))]
+    dy = [random(M, D, seed=1, grad=False)]
+
+    def results(place: int, function):
+        def pick(table, size, device):
+            tiles = [t for t in fitting_tiles(table, size, device) if bool(t.kernel) == (place >= 0)]
+            return tiles[min(max(place, 0), len(tiles) - 1)]
+
+        monkeypatch.setattr(linear_relu2_module, "pick_tile", pick)
+        torch._dynamo.reset()
+        return outputs_and_gradients(function, inputs, dy)
+
+    plain = results(-1, linear_relu2)
+    runs = [results(place, linear_relu2) for place in range(4)]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled, code = run_and_get_code(results, 0, torch.compile(linear_relu2, fullgraph=True))
+    assert sum("_linear_relu2_tma_kernel" in text for text in code) == 2  # forward and backward
+    for run in (*runs, compiled):
+        for a, b in zip(run, plain, strict=True):
+            assert error(a, b.double()) < 5e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = linear_relu2(*inputs)
+    graph.replay()
+    assert error(y, plain[0].double()) < 5e-3
+    x.detach().zero_()
+    graph.replay()
+    assert not y.any()
 
 
 def test_a_captured_muon_step_reads_its_rates_at_each_replay():

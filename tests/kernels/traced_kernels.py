@@ -21,9 +21,10 @@ from hotlap.kernels import (
     muon,
     orthogonalize,
 )
+from hotlap.kernels.tiles import fitting_tiles
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
-H100 = dispatch.Device("H100", shared_memory=227 << 10, processors=132)
+H100 = dispatch.Device("H100", shared_memory=227 << 10, processors=132, tma=True)
 
 
 class Driver:
@@ -44,12 +45,17 @@ def muon_step(grad, momentum, weight, second, scalar):
     return weight.sum()
 
 
+def by_descriptors(*given):
+    return linear_relu2.linear_relu2(*given).sum()
+
+
 STEPS = (  # a function that ends in a scalar; its tensors, of which floats want gradients unless it is Muon's
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda x, targets: cross_entropy.cross_entropy(x, targets, 15.0), (BF16, 32, 640), (I64, 32)),
     (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
+    (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
 )
 
 
@@ -72,6 +78,8 @@ def main() -> None:
 
     backend = aot_autograd(fw_compiler=look, bw_compiler=look)
     for function, *tensors in STEPS:
+        if function is by_descriptors:
+            linear_relu2.pick_tile = lambda table, size, device: fitting_tiles(table, size, device)[-1]
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
