@@ -42,7 +42,7 @@ def tiny() -> PretrainConfig:
     """The base model of the demo: minutes on two cores."""
     model = GPTConfig(
         vocab_size=4096, context=256, layers=4, width=192, heads=3, kv_heads=3, window_pattern="L",
-        residual_scalars=False,
+        value_embeddings=False,
     )  # fmt: skip
     return PretrainConfig(
         out=Path("runs/tiny/pretrain"), model=model,
