@@ -39,6 +39,7 @@ from hotlap.train.shards import (  # fmt: skip
 )
 from hotlap.train.sources import split_documents
 
+MOST_EPOCHS = 4  # that a timed run reads little data: more are worth less and less (Muennighoff et al., 2023)
 CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at a time
 
 
@@ -117,6 +118,7 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
                 f"{folder} has no more to train on than one row of model.context={shape.context} tokens; "
                 "bring more text, or lower --model.context"
             )
+        loop = ended_by_data(config, train)
         train.batch(0, 1)  # so that what is wrong with the data shows before the model is built
         with torch.device("meta"):
             model = GPT(shape, dtype)
@@ -138,7 +140,7 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
             world=world.size, share=rows_share(config.schedule, config.loop.steps),
         )  # fmt: skip
         last = fit(
-            config.loop, config.schedule, model, optimizer, tokenizer, prefetch(batches),
+            loop, config.schedule, model, optimizer, tokenizer, prefetch(batches),
             next_token_loss, world=world, run=config.out, start=start,
             state=state | {"stage": "pretrain", "data": data_id}, evaluate=evaluate, profile=profile,
             warm_up=warm_up,
@@ -200,10 +202,18 @@ def named_tokenizer(name: str) -> Tokenizer:
     return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
 
 
+def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
+    """The loop, which in a timed run ends after MOST_EPOCHS of a corpus of one shard, if not before."""
+    if not config.loop.minutes or len(rows.shards) > 1:
+        return config.loop
+    steps = math.ceil(MOST_EPOCHS * rows.epoch_rows() / config.batch_rows)
+    return dataclasses.replace(config.loop, steps=min(config.loop.steps, steps))
+
+
 def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:
     """Log what is about to run: parameters, FLOPs, tokens, and the memory of each rank."""
     counts, T = parameter_counts(model), model.config.context
-    length = f"{config.loop.minutes:g} minutes"
+    length = f"{config.loop.minutes:g} minutes or {ended_by_data(config, rows).steps:,} steps"
     if not config.loop.minutes:
         epochs = config.tokens / T / rows.epoch_rows() if len(rows.shards) == 1 else None
         length = f"{config.tokens / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")

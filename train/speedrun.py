@@ -30,7 +30,7 @@ from hotlap.train.hub import Plan
 from hotlap.train.minutes import VOCABULARY, timed, trial_flops
 from hotlap.train.plan import Hardware, confirm, plan
 from hotlap.train.presets import REFERENCE_BATCH, gpt2_124m, gpt2_grade, gpt2_grade_sft
-from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, pretrain
 from hotlap.train.report import Point, draw_comparison
 from hotlap.train.runs import CONFIG
 from hotlap.train.sft import fine_tune
@@ -231,6 +231,7 @@ def minutes_speedrun(config: MinutesConfig, hardware: Hardware, records: list[Po
         title = f"the best model of {config.minutes:g} minutes on {config.data}"
         lines = plan(recipe, world, hardware, download)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the {flops / 1e12:.3g} TFLOP/s measured"
+        lines["length"] += f"; but at most {MOST_EPOCHS} times through a corpus of one shard"
         if not confirm(title, lines, config.yes, world):
             return {}
         if hub:

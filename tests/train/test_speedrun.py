@@ -10,7 +10,7 @@ import sys
 import pytest
 from commands import BAD_DATA, NO_INPUT, USAGE, assert_error
 from core_bundles import mixed_tasks, write_bundle
-from small_runs import MODEL, conversation
+from small_runs import MODEL, conversation, small_run
 from tools import tiny_config
 
 pytest.importorskip("pyarrow")
@@ -24,6 +24,7 @@ from hotlap.train.datasets import SMOLTALK
 from hotlap.train.loop import LoopConfig
 from hotlap.train.minutes import BEST, best_shape
 from hotlap.train.presets import gpt2_124m, gpt2_grade
+from hotlap.train.pretrain import MOST_EPOCHS, pretrain
 
 TRACK = [
     "speedrun",
@@ -141,6 +142,16 @@ def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
     )  # the device is measured otherwise: another shape, but for the run
     assert main(command) == 0
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
+
+
+def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
+    timed = LoopConfig(10**6, 10**6, 10**6, minutes=10.0)
+    last = pretrain(small_run(tmp_path, loop=timed))
+    rows = -(-last["tokens"] // (32 * 4)) * 4 / MOST_EPOCHS
+    text = (tmp_path / "text.txt").read_text()
+    assert rows * 32 == pytest.approx(len(text), rel=0.2)  # a token a character, of which some validate
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["lr_share"] < 0.2 and lines[-1]["seconds"] < 600
 
 
 @pytest.fixture
