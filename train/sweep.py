@@ -23,6 +23,7 @@ from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.options import known, merge, tomllib
 from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.schedule import stage_rows
 from hotlap.train.series import shared_data, step_seconds, train_once
 
 BASE = "base"
@@ -159,33 +160,29 @@ def seconds_per_step(
     variants: Mapping[str, Variant], folder: Path, out: Path, world: World
 ) -> dict[str, float]:
     """Seconds of each variant's fastest step, which others on the machine disturb the least; variants take
-    turns, so that what is busy for a while slows all. Of a variant in stages it is a whole step by the mean
-    share of its rows. Kept in steps.json: a series that goes on, goes on with
-    them. Variants that are new to it are measured beside the base, and count by what they take of its step.
+    turns, so that what is busy for a while slows all. Of a variant in stages, the mean over the steps of its
+    stages. Kept in steps.json: a series that goes on, goes on with them. Variants that are new to it are
+    measured beside the base, and count by what they take of its step.
     """
     path = out / "steps.json"
     saved = world.together(lambda: json.loads(path.read_text()) if path.exists() else {})[0]
     new = [name for name in variants if name not in saved]
     if not new:
         return saved
-    times: dict[str, list[float]] = {name: [] for name in dict.fromkeys((BASE, *new))}
+    stages = {name: one_size(variants[name].config) for name in dict.fromkeys((BASE, *new))}
+    times: dict[tuple[str, int], list[float]] = {(n, i): [] for n in stages for i in range(len(stages[n]))}
     for turn in range(TURNS):
-        for name in times:
-            run = planned(
-                variants[name].config, folder, PROBED, 0, out / f"timing-{turn}-{folder_name(name)}"
-            )
-            whole = dataclasses.replace(run.schedule, stages=((1.0, 1.0),))
+        for (name, i), found in times.items():
+            place = out / f"timing-{turn}-{folder_name(name)}-{i}"
+            run = planned(stages[name][i], folder, PROBED, 0, place)
             if world.leads:
                 shutil.rmtree(run.out, ignore_errors=True)
             with variants[name].changed():
-                pretrain(dataclasses.replace(run, schedule=whole, validation_tokens=run.model.context))
-            times[name] += world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+                pretrain(dataclasses.replace(run, validation_tokens=run.model.context))
+            found += world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
             if world.leads:
                 shutil.rmtree(run.out)
-    now = {
-        name: min(seconds) * mean(rows for rows, _ in variants[name].config.schedule.stages)
-        for name, seconds in times.items()
-    }
+    now = {name: mean(min(times[name, i]) for i in range(len(stages[name]))) for name in stages}
     spread = max(median(seconds) / min(seconds) for seconds in times.values())
     if world.leads and spread > SPREAD:
         log.warning(
@@ -197,6 +194,13 @@ def seconds_per_step(
     if world.leads:
         path.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
     return speeds
+
+
+def one_size(config: PretrainConfig) -> list[PretrainConfig]:
+    """For each stage of a configuration, one whose steps are all of that stage's rows, with whole windows."""
+    schedule = dataclasses.replace(config.schedule, stages=((1.0, 1.0),))
+    rows = stage_rows(config.schedule, config.batch_rows)
+    return [dataclasses.replace(config, batch_rows=count, schedule=schedule) for count in rows]
 
 
 def table_rows(found: Mapping[str, list[dict]]) -> list[dict]:

@@ -85,6 +85,23 @@ def test_a_variant_that_is_added_is_timed_beside_the_base(variants, tmp_path, mo
         )
 
 
+def test_a_step_of_a_variant_in_stages_is_the_mean_of_theirs(variants, tmp_path, monkeypatch):
+    stages = ((0.25, 0.5), (0.5, 1.0), (1.0, 1.0))
+    base = variants[BASE].config
+    grows = dataclasses.replace(base, schedule=dataclasses.replace(base.schedule, stages=stages))
+    rows: list[int] = []
+    monkeypatch.setattr(
+        sweep, "pretrain", lambda config: config.out.mkdir() or rows.append(config.batch_rows)
+    )
+    monkeypatch.setattr(sweep, "step_seconds", lambda run, skip: [float(rows[-1]), 9.0])
+    with sweep.joined() as world:
+        (tmp_path / "out").mkdir()
+        found = sweep.seconds_per_step(
+            {BASE: variants[BASE], "grows": Variant(grows)}, tmp_path, tmp_path / "out", world
+        )
+    assert found == pytest.approx({BASE: 4.0, "grows": (1 + 2 + 4) / 3})
+
+
 def test_a_run_that_diverges_is_a_row_without_a_score(variants, tmp_path, monkeypatch):
     @contextlib.contextmanager
     def broken():
