@@ -122,13 +122,17 @@ BENCHMARKS = {
 }
 
 
+def usage(command: str, names: dict[str, str], asked: bool) -> int:
+    print(f"usage: hotlap {command} NAME [flags]\n")
+    print("\n".join(f"  {name:10} {text}" for name, text in names.items()))
+    return 0 if asked else 2
+
+
 def bench(arguments: list[str]) -> int | None:
     from hotlap.train import options
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: hotlap bench NAME [flags]\n")
-        print("\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items()))
-        return 0 if arguments else 2
+        return usage("bench", BENCHMARKS, asked=bool(arguments))
     name, flags = options.known(arguments[0], BENCHMARKS, "benchmark"), arguments[1:]
 
     def config(kind: type):
@@ -220,9 +224,7 @@ def speedrun(arguments: list[str]) -> int | None:
     from hotlap.train import options
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: hotlap speedrun NAME [flags]\n")
-        print("\n".join(f"  {name:10} {text}" for name, text in SPEEDRUNS.items()))
-        return 0 if arguments else 2
+        return usage("speedrun", SPEEDRUNS, asked=bool(arguments))
     name, flags = options.known(arguments[0], SPEEDRUNS, "speedrun"), arguments[1:]
 
     def config(kind: type):

@@ -23,7 +23,7 @@ from hotlap.train.data import PackedRows
 from hotlap.train.datasets import SMOLTALK
 from hotlap.train.log import log
 from hotlap.train.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents, version
-from hotlap.train.sources import PARQUET_ROWS, cache_folder, split_documents
+from hotlap.train.sources import cache_folder, parquet_column, split_documents
 from hotlap.train.tasks import arithmetic, facts, identity, spelling
 
 # Questions of the built-in mixture, and repeats of its greetings.
@@ -147,7 +147,8 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             f"no conversations at {path}; name a .jsonl or .parquet file, or `tasks` or `smoltalk`"
         )
     if path.suffix == ".parquet":
-        yield from parquet_records(path)
+        for number, messages in enumerate(parquet_column(path, "messages"), 1):
+            yield f"{path}:{number}", messages
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -160,28 +161,6 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             if not isinstance(record, dict) or "messages" not in record:
                 raise DataError(f'{path}:{number}: needs a "messages" list')
             yield f"{path}:{number}", record["messages"]
-
-
-def parquet_records(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow to be read: pip install 'hotlap[data]'") from error
-    try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            if "messages" not in file.schema_arrow.names:
-                raise DataError(f"{path} has the columns {file.schema_arrow.names}; it needs `messages`")
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=["messages"]):
-                for messages in batch.column("messages").to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", messages
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
-            raise
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a parquet file, or damaged ({reason})") from error
 
 
 class EncodedTexts:

@@ -135,8 +135,17 @@ def file_documents(path: Path, errors: str) -> Iterator[str]:
 
 
 def parquet_documents(path: Path) -> Iterator[str]:
-    """The column `text` of a parquet file, read a few thousand rows at a time; rows without a text are left
-    out.
+    """The column `text` of a parquet file; rows without a text are left out."""
+    for text in parquet_column(path, "text"):
+        if text is not None:
+            if not isinstance(text, str):
+                raise DataError(f"{path} has {type(text).__name__} in the column `text`; it must be strings")
+            yield text
+
+
+def parquet_column(path: Path, name: str) -> Iterator[object]:
+    """The values of a column of a parquet file, some rows at a time. DataError where it is none, is damaged,
+    or has no such column.
     """
     try:
         import pyarrow
@@ -145,12 +154,10 @@ def parquet_documents(path: Path) -> Iterator[str]:
         raise ImportError(f"{path} needs pyarrow to be read: pip install 'hotlap[data]'") from error
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
-            column = {field.name: field.type for field in file.schema_arrow}.get("text")
-            if column not in (pyarrow.string(), pyarrow.large_string()):
-                found = "no column" if column is None else f"{column} in the column"
-                raise DataError(f"{path} has {found} `text`; it must be strings")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            if name not in file.schema_arrow.names:
+                raise DataError(f"{path} has the columns {file.schema_arrow.names}; it needs `{name}`")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[name]):
+                yield from batch.column(name).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
             raise

@@ -99,10 +99,10 @@ def test_a_row_of_a_parquet_file_is_a_document(tmp_path):
 
 def test_a_parquet_file_without_text_or_damaged_is_named(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", {"text": [1, 2]})
-    with pytest.raises(DataError, match=r"a\.parquet has int64 in the column `text`"):
+    with pytest.raises(DataError, match=r"a\.parquet has int in the column `text`"):
         list(documents(str(path)))
     write_parquet(path, {"body": ["x"]})
-    with pytest.raises(DataError, match=r"a\.parquet has no column `text`"):
+    with pytest.raises(DataError, match=r"a\.parquet has the columns .* it needs `text`"):
         list(documents(str(path)))
     raw = write_parquet(path, {"text": [f"text {i}" for i in range(1000)]}, compression="zstd").read_bytes()
     for damaged in (b"", raw[:-4], raw[: len(raw) // 2], raw[:50] + bytes(2000) + raw[2050:]):
