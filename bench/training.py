@@ -34,6 +34,7 @@ from hotlap.bench.timing import (
     start_afresh,
 )
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
+from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
@@ -42,7 +43,7 @@ from hotlap.train.dist import World, joined
 from hotlap.train.log import log
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import local, materialize, parallelize
+from hotlap.train.parallel import accumulate, local, materialize, parallelize
 from hotlap.train.shards import shard_documents, write_shard
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
@@ -65,10 +66,14 @@ class TrainingConfig:
     """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and all but tiny on a GPU."""
     rows: int = 0
     """Rows of the model's context in a step; 0 is a usual number, or half of it until the memory suffices."""
+    micro_batches: int = 1
+    """Passes of so many rows in a step, whose gradients are summed before the optimiser's."""
     steps: int = 10
     """Steps that are measured, after two that are not."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile each block. auto: on a GPU."""
+    fp8: bool = False
+    """Large products in fp8."""
     without: bool = False
     """Where Triton kernels are in use, measure again with each of them switched off, and with all: what they
     are worth."""
@@ -82,8 +87,13 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     """Measure each model, write training.json, .csv and .png, and return the rows. Out of memory, or whatever
     else a model ends with, is a row too.
     """
-    if config.steps < 1 or config.rows < 0:
-        raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
+    for name in ("steps", "micro_batches"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.rows < 0:
+        raise ValueError(f"rows={config.rows} must be 0 or more")
+    if config.fp8:
+        check_fp8(default_device())
     budget = Budget(config.minutes)
     on_gpu = default_device().type == "cuda"
     names = config.models or (("d12", "124m", "d24", "d20") if on_gpu else ("tiny",))
@@ -129,15 +139,26 @@ def bench_model(
     compiled = world.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     while count:
         start_afresh(world.device)
-        case, note = {"case": f"{name} {count}x{shape.context}"}, ""
+        passes = f"{config.micro_batches}x" if config.micro_batches > 1 else ""
+        case = {"case": f"{name} {passes}{count}x{shape.context}{' fp8' if config.fp8 else ''}"}
         if world.size > 1:
             case["case"] += f" on {world.size} ranks"
         if world.total(budget.fits())[0] < world.size:
             yield case | {"ms": None, "note": NO_TIME}
             return
+        note = ""
         try:
             with switched_off(off):
-                found = measure_training(shape, count, config.steps, compiled, world)
+                found = measure_training(
+                    shape,
+                    count,
+                    config.steps,
+                    compiled,
+                    world,
+                    random_batches,
+                    config.micro_batches,
+                    config.fp8,
+                )
         except Exception as error:  # whatever a model ends with is its row, and the others go on
             if world.size > 1:
                 raise  # the other ranks wait for this one
@@ -149,64 +170,6 @@ def bench_model(
             return
         yield case | {"ms": None, "note": note}
         count = count // 2 if note == OUT_OF_MEMORY and not config.rows else 0
-
-
-@contextlib.contextmanager
-def switched_off(names: tuple[str, ...]) -> Iterator[None]:
-    """Let some files of kernels use torch."""
-    modules = [importlib.import_module(f"hotlap.kernels.{name}") for name in names]
-    before = [module.use_triton for module in modules]
-    for module in modules:
-        module.use_triton = lambda x: False
-    try:
-        yield
-    finally:
-        for module, use_triton in zip(modules, before, strict=True):
-            module.use_triton = use_triton
-
-
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
-def measure_training(
-    shape: GPTConfig, count: int, steps: int, compiled: bool, world: World, batches_of: Batches | None = None
-) -> dict[str, float | bool | None]:
-    """One model, with `count` rows on each rank: median milliseconds of a step and its parts, throughput,
-    utilisation, and this rank's peak memory.
-
-    batches_of: opens the batches, called as random_batches, which it is by default.
-    """
-    device = world.device
-    with torch.device("meta"):
-        model = GPT(shape, fast_dtype(device.type))
-    parallelize(model, world, "none", compiled)
-    materialize(model, device, seed=0)
-    optimizer = MuonAdamW(model, OptimConfig())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with (batches_of or random_batches)(shape, count, steps + UNTIMED, world) as batches:
-        seconds = [step_seconds(model, optimizer, batches, world) for _ in range(UNTIMED + steps)]
-    first, samples = sum(seconds[0]), seconds[UNTIMED:]
-    whole = Timing.of([sum(sample) for sample in samples])
-    parts = {
-        f"{phase}_ms": 1e3 * Timing.of(list(seconds)).median
-        for phase, seconds in zip(PHASES, zip(*samples, strict=True), strict=True)
-    }
-    speed = world.size * count * shape.context / whole.median
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    peak, each = peak_flops(device), speed / world.size
-    return {
-        "ms": 1e3 * whole.median,
-        "ms_low": 1e3 * whole.low,
-        "ms_high": 1e3 * whole.high,
-        **parts,
-        "ranks": world.size,
-        "tokens_per_second": speed,
-        "mfu_nanochat": mfu(nanochat_flops(model), each, peak),
-        "mfu_causal": mfu(causal_flops(model), each, peak),
-        "tflops": nanochat_flops(model) * each / 1e12,
-        "memory_gb": memory,
-        "first_step_s": first,  # compilation, mostly
-        "compiled": compiled,
-    }
 
 
 @contextlib.contextmanager
@@ -230,22 +193,95 @@ def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> It
             yield batches
 
 
+@contextlib.contextmanager
+def switched_off(names: tuple[str, ...]) -> Iterator[None]:
+    """Let some files of kernels use torch."""
+    modules = [importlib.import_module(f"hotlap.kernels.{name}") for name in names]
+    before = [module.use_triton for module in modules]
+    for module in modules:
+        module.use_triton = lambda x: False
+    try:
+        yield
+    finally:
+        for module, use_triton in zip(modules, before, strict=True):
+            module.use_triton = use_triton
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
+def measure_training(
+    shape: GPTConfig,
+    count: int,
+    steps: int,
+    compiled: bool,
+    world: World,
+    batches_of: Batches = random_batches,
+    micro: int = 1,
+    fp8: bool = False,
+) -> dict[str, float | bool | None]:
+    """One model, with `count` rows on each rank at once, `micro` times a step: median milliseconds of a step
+    and its parts, throughput, utilisation, and this rank's peak memory.
+    """
+    device = world.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model, optimizer = made(shape, compiled, fp8, world)
+    with batches_of(shape, count, micro * (steps + UNTIMED), world) as batches:
+        seconds = [step_seconds(model, optimizer, batches, micro, world) for _ in range(UNTIMED + steps)]
+    first, samples = sum(seconds[0]), seconds[UNTIMED:]
+    whole = Timing.of([sum(sample) for sample in samples])
+    parts = {
+        f"{phase}_ms": 1e3 * Timing.of(list(seconds)).median
+        for phase, seconds in zip(PHASES, zip(*samples, strict=True), strict=True)
+    }
+    speed = world.size * micro * count * shape.context / whole.median
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    peak, each = peak_flops(device), speed / world.size
+    return {
+        "ms": 1e3 * whole.median,
+        "ms_low": 1e3 * whole.low,
+        "ms_high": 1e3 * whole.high,
+        **parts,
+        "ranks": world.size,
+        "tokens_per_second": speed,
+        "mfu_nanochat": mfu(nanochat_flops(model), each, peak),
+        "mfu_causal": mfu(causal_flops(model), each, peak),
+        "tflops": nanochat_flops(model) * each / 1e12,
+        "memory_gb": memory,
+        "first_step_s": first,  # compilation, mostly
+        "compiled": compiled,
+    }
+
+
+def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT, MuonAdamW]:
+    """A model and its optimiser as training makes them."""
+    with torch.device("meta"):
+        model = GPT(shape, fast_dtype(world.device.type))
+    if fp8:
+        model.use_fp8()
+    parallelize(model, world, "none", compiled)
+    materialize(model, world.device, seed=0)
+    return model, MuonAdamW(model, OptimConfig())
+
+
 def step_seconds(
-    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], world: World
+    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, world: World
 ) -> list[float]:
-    """Seconds of one step: the wait for its batch on the device, forward pass, backward pass, optimiser with
-    the norm of the gradients.
+    """Seconds of one step: the wait for its batches on the device, forward passes, backward passes, optimiser
+    with the norm of the gradients.
     """
     watch = Stopwatch(world.device)
-    (batch,) = next(batches)
-    batch = batch.to(world.device)
+    some = [batch.to(world.device) for _ in range(micro) for batch in next(batches)]
+    tokens = world.size * sum(batch.inputs.numel() for batch in some)
     watch.mark()
-    loss = next_token_loss(model, batch) / (batch.inputs.numel() * world.size)
-    watch.mark()
-    loss.backward()
-    watch.mark()
+    for i, batch in enumerate(some):
+        accumulate(model, i, micro)
+        loss = next_token_loss(model, batch) / tokens
+        watch.mark()
+        loss.backward()
+        watch.mark()
     torch.nn.utils.get_total_norm([local(p.grad) for p in model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()
     watch.mark()
-    return watch.seconds()
+    wait, *passes, update = watch.seconds()
+    return [wait, sum(passes[::2]), sum(passes[1::2]), update]

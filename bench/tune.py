@@ -1,25 +1,32 @@
 """`hotlap bench tune`: measure the tiles of every table on the GPU at hand, and write down the fastest.
 
 Each case runs in bfloat16 at a size that does not fit the caches; then, with the tiles found, the Gram form
-of the orthogonalisation, and each backend of attention. What was measured is used from then on; the file is
-in the user's cache, and removing it undoes this.
+of the orthogonalisation, and each backend of attention. All are timed as CUDA graphs, because the host takes
+longer to launch a small kernel than the GPU to run it. Compiling, which takes longest, is done on all cores
+beforehand. What was measured is used from then on; the file is in the user's cache, and removing it undoes
+this.
 """
 # B batch, T time, H heads, C head dim
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import logging
 import math
-import statistics
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from hotlap.bench import timing
 from hotlap.bench.static import MODULES
+from hotlap.bench.timing import Call
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
 from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps
@@ -46,49 +53,90 @@ class TuneConfig:
 
     kernel: tuple[str, ...] = (*MODULES, "attention")
     """Files of kernels, such as rms_norm; attention: its backends."""
-    rounds: int = 5
-    """Measurements of each tile, which take turns."""
+    seconds: float = 0.05
+    """Time for each tile. Tiles take turns."""
 
 
-def measure(case: Case, rounds: int, device: torch.device) -> dict[int, float]:
-    """Milliseconds of each fitting tile, by its place: the median over rounds in which tiles take turns."""
+def measure(case: Case, seconds: float, device: torch.device) -> dict[int, float]:
+    """Milliseconds of each fitting tile that runs, by its place. Tiles take turns."""
     facts = device_facts(device)
-    tiles, key = fitting_tiles(case.table, case.size, facts), tile_key(case.table, case.size)
-    chosen, launch = tuned_tiles(facts.name), case.run(device)
-    before, times = chosen.get(key), {i: [] for i in range(len(tiles))}
+    tiles, launch = fitting_tiles(case.table, case.size, facts), case.run(device)
+    chosen, key = tuned_tiles(facts.name), tile_key(case.table, case.size)
+
+    def launch_with(tile: Tile, _: int) -> None:
+        with choice_of(chosen, key, tile):
+            launch()
+
+    variants = {}
+    for i, tile in enumerate(tiles):
+        try:
+            launch_with(tile, 0)
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:
+            log.warning("%s does not run with %s: %s", case.kernel, tile, error)
+        else:
+            variants[str(i)] = partial(launch_with, tile)
+    return {int(i): ms for i, ms in milliseconds(variants, seconds, device).items()}
+
+
+@contextlib.contextmanager
+def choice_of(chosen: dict[str, Tile], key: str, tile: Tile) -> Iterator[None]:
+    """Let launches take a tile, whatever is chosen for their key."""
+    before, chosen[key] = chosen.get(key), tile
+    pick_tile.cache_clear()
     try:
-        for _ in range(rounds):
-            for i, tile in enumerate(tiles):
-                chosen[key] = tile
-                pick_tile.cache_clear()
-                times[i].append(triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median"))
+        yield
     finally:
-        chosen.pop(key)
+        del chosen[key]
         if before is not None:
             chosen[key] = before
         pick_tile.cache_clear()
-    return {i: statistics.median(values) for i, values in times.items()}
 
 
-def fastest(tiles: list[Tile], milliseconds: dict[int, float]) -> Tile:
-    """The fastest tile, or the default where none is clearly faster."""
-    best = min(milliseconds, key=milliseconds.__getitem__)
-    return tiles[best] if milliseconds[best] < MARGIN * milliseconds[0] else tiles[0]
+def milliseconds(variants: dict[str, Call], seconds: float, device: torch.device) -> dict[str, float]:
+    timings = timing.measure(variants, device, seconds=seconds)
+    return {name: 1e3 * timing.median for name, timing in timings.items()}
 
 
-def measure_gram(rounds: int, device: torch.device) -> Iterator[tuple[float, tuple[float, float]]]:
-    """For each aspect ratio the milliseconds of an orthogonalisation with the Gram form and without: medians
-    over rounds in which they take turns, of 12 matrices with a shorter side of 1536.
+def compile_case(module: str, place: int) -> None:
+    """Launch a case once with each of its tiles, in a process of its own, for Triton's cache."""
+    device = torch.device("cuda")
+    case = importlib.import_module(f"hotlap.kernels.{module}").cases(torch.bfloat16)[place]
+    facts, launch = device_facts(device), case.run(device)
+    for tile in fitting_tiles(case.table, case.size, facts):
+        with choice_of(tuned_tiles(facts.name), tile_key(case.table, case.size), tile):
+            launch()
+    torch.cuda.synchronize()
+
+
+def compile_all(found: list[tuple[str, int]]) -> None:
+    """Compile the cases, by module and place, on all cores. What fails here will fail, and say so, later."""
+    workers = min(len(found), max(1, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compile_case, *case) for case in found]
+        for future, (module, place) in zip(futures, found, strict=True):
+            if error := future.exception():
+                log.warning("%s, case %d, was not compiled ahead: %s", module, place, error)
+
+
+def fastest(tiles: list[Tile], times: dict[int, float]) -> Tile:
+    """The fastest tile, or the default, the first, where none is clearly faster."""
+    best = min(times, key=times.__getitem__)
+    return tiles[best] if times[best] < MARGIN * times.get(0, math.inf) else tiles[0]
+
+
+def measure_gram(seconds: float, device: torch.device) -> Iterator[tuple[float, tuple[float, float]]]:
+    """For each aspect ratio the milliseconds of an orthogonalisation with the Gram form and without, which
+    take turns, of 12 matrices with a shorter side of 1536.
     """
     for aspect in GRAM_ASPECTS:
         x = torch.randn(12, 1536, round(1536 * aspect), device=device, dtype=torch.float16)
         x /= aspect**0.5 * 1536**0.5  # so that a norm is 1536^0.5
-        runs = [partial(_steps, x, POLAR_EXPRESS, 1536**0.5, limit) for limit in (1.0, math.inf)]
-        times: list[list[float]] = [[], []]
-        for _ in range(rounds):
-            for run, each in zip(runs, times, strict=True):
-                each.append(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
-        yield aspect, (statistics.median(times[0]), statistics.median(times[1]))
+        variants = {
+            name: lambda _, x=x, limit=limit: _steps(x, POLAR_EXPRESS, 1536**0.5, limit)
+            for name, limit in (("gram", 1.0), ("plain", math.inf))
+        }
+        times = milliseconds(variants, seconds, device)
+        yield aspect, (times["gram"], times["plain"])
 
 
 def from_where(times: dict[float, tuple[float, float]]) -> float:
@@ -102,10 +150,10 @@ def from_where(times: dict[float, tuple[float, float]]) -> float:
     return least
 
 
-def measure_backends(rounds: int, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
+def measure_backends(seconds: float, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
     """For each head size, length and window its key, and the milliseconds of each backend that can do it.
 
-    Forward and backward of 16k tokens at a width of 2048; medians over rounds in which backends take turns.
+    Forward and backward of 16k tokens at a width of 2048; backends take turns.
     """
     for C, T, window in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384), (None, 512, 1024)):
         if window and window >= T:
@@ -113,23 +161,19 @@ def measure_backends(rounds: int, device: torch.device) -> Iterator[tuple[str, d
         shape = (3, 16384 // T, T, 2048 // C, C)
         inputs = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
         dy = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
-        runs: dict[str, Callable] = {}
+        variants: dict[str, Call] = {}
         for backend in ("triton", *(("flash", "cudnn") if window is None else ()), "flash-attn"):
             run = partial(step, inputs, dy, window, backend)
             try:
-                run()
+                run(0)
             except (ValueError, RuntimeError, AssertionError) as error:  # not installed, or not for this GPU
                 log.info("attention: no %s here: %s", backend, error)
             else:
-                runs[backend] = run
-        times: dict[str, list[float]] = {backend: [] for backend in runs}
-        for _ in range(rounds):
-            for backend, run in runs.items():
-                times[backend].append(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
-        yield case_key(C, T, window or 0), {name: statistics.median(each) for name, each in times.items()}
+                variants[backend] = run
+        yield case_key(C, T, window or 0), milliseconds(variants, seconds, device)
 
 
-def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: str) -> None:
+def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: str, _: int) -> None:
     y = attention(*inputs, window, backend=backend)
     torch.autograd.grad(y, inputs, dy)
 
@@ -138,38 +182,39 @@ def main(config: TuneConfig) -> int:
     """Measure, print a line a case, and write the file."""
     if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
-    if config.rounds < 1:
-        raise ValueError(f"rounds={config.rounds} must be at least 1")
+    if not config.seconds > 0:
+        raise ValueError(f"seconds={config.seconds} must be positive")
     if not torch.cuda.is_available():
         raise ValueError("hotlap bench tune measures on a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":
         raise ValueError("hotlap bench tune is for Triton; unset HOTLAP_KERNELS and TRITON_INTERPRET")
     device = torch.device("cuda", torch.cuda.current_device())
     facts = device_facts(device)
-    results = dict(tuned_tiles(facts.name))
-    seen = set()
-    for name in MODULES:
-        if name not in config.kernel:
+    results, choices = dict(tuned_tiles(facts.name)), dict(tuned_choices(facts.name))
+    cases: dict[str, tuple[Case, tuple[str, int]]] = {}
+    for name in (name for name in MODULES if name in config.kernel):
+        module = importlib.import_module(f"hotlap.kernels.{name}")
+        for place, case in enumerate(module.cases(torch.bfloat16)):
+            key = tile_key(case.table, case.size)  # kernels that share a table are tuned by the first
+            cases.setdefault(key, (case, (name, place)))
+    compile_all([found for _, found in cases.values()])
+    for key, (case, _) in cases.items():
+        tiles = fitting_tiles(case.table, case.size, facts)
+        times = measure(case, config.seconds, device)
+        if not times:
             continue
-        for case in importlib.import_module(f"hotlap.kernels.{name}").cases(torch.bfloat16):
-            key, tiles = tile_key(case.table, case.size), fitting_tiles(case.table, case.size, facts)
-            if key in seen:  # kernels that share a table are tuned by the first
-                continue
-            seen.add(key)
-            times = measure(case, config.rounds, device)
-            results[key] = tile = fastest(tiles, times)
-            sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
-            form = f" {tile.kernel.strip('_')}" if tile.kernel else ""
-            took = f"{times[tiles.index(tile)]:.3f} ms, default {times[0]:.3f} ms"
-            print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}{form}: {took}")
-    choices = dict(tuned_choices(facts.name))
-    write_tuned(facts.name, results, choices)
+        results[key] = tile = fastest(tiles, times)
+        sizes = " ".join(f"{block}={size}" for block, size in tile.blocks.items())
+        form = f" {tile.kernel.strip('_')}" if tile.kernel else ""
+        took = f"{times[tiles.index(tile)]:.3f} ms, default {times.get(0, math.nan):.3f} ms"
+        write_tuned(facts.name, results, choices)
+        print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}{form}: {took}", flush=True)
     if "orthogonalize" in config.kernel:
-        times = dict(measure_gram(config.rounds, device))
+        times = dict(measure_gram(config.seconds, device))
         choices[GRAM_CHOICE] = str(from_where(times))
         shown = (f"{aspect}: {gram:.3f} and {plain:.3f} ms" for aspect, (gram, plain) in times.items())
         print(f"{GRAM_CHOICE:40} {choices[GRAM_CHOICE]}; with it and without, {', '.join(shown)}")
-    for key, times in measure_backends(config.rounds, device) if "attention" in config.kernel else ():
+    for key, times in measure_backends(config.seconds, device) if "attention" in config.kernel else ():
         choices[key] = best = min(times, key=times.__getitem__)
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
     print(write_tuned(facts.name, results, choices))

@@ -29,7 +29,7 @@ from hotlap.kernels.attention_torch import (
     sdpa_takes,
 )
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
-from hotlap.kernels.tiles import tuned_choices
+from hotlap.kernels.tiles import next_power_of_2, tuned_choices
 
 log = logging.getLogger("hotlap")
 
@@ -133,12 +133,7 @@ BACKENDS = ("triton", "sdpa", "flash", "cudnn", "flash-attn", "blockwise")
 
 def case_key(C: int, S: int, window: int) -> str:
     """The name of a measured case: the head size, and the length and window rounded up to a power of two."""
-    return f"{C} {round_up(S)} {round_up(window)}"
-
-
-def round_up(n: int) -> int:
-    """The next power of two, or 0."""
-    return 1 << (n - 1).bit_length() if n else 0
+    return f"{C} {next_power_of_2(S)} {next_power_of_2(window)}"
 
 
 def can_run(
@@ -264,10 +259,10 @@ def attention(
     softcap, scale = softcap or 0.0, C**-0.5 if scale is None else scale
     documents = document_start is not None
     plain = not documents and not window and not softcap and T == S
-    case = (q.device, q.dtype, C, round_up(S), H != K, plain, documents)
+    case = (q.device, q.dtype, C, next_power_of_2(S), H != K, plain, documents)
     if backend == "auto":
         deterministic = torch.are_deterministic_algorithms_enabled()
-        backend = choose_backend(*case, use_triton(q), round_up(window), softcap > 0, deterministic)
+        backend = choose_backend(*case, use_triton(q), next_power_of_2(window), softcap > 0, deterministic)
     elif backend in SDPA and plain and not backend_runs(backend, *case):
         raise ValueError(
             f"torch has no {backend!r} attention for {str(q.dtype).removeprefix('torch.')} heads of {C} on "

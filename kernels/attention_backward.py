@@ -25,6 +25,7 @@ from hotlap.kernels.attention_forward import (
     factors,
     heads_in_section,
     inputs,
+    keys_of_rows,
     load_rows,
     make_tiles,
     place,
@@ -68,10 +69,12 @@ def _attention_dq_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
-    b, h, start, position, first, begin, left, whole, masked = query_block(
-        tl.program_id(0), section, document_start, B, T, H, S - T, window,
-        WINDOWED, DOCUMENTS, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    b, h, start, query = query_block(tl.program_id(0), section, B, T, H, BLOCK_M)
+    if DOCUMENTS:
+        document_start += b * T
+    position, first, begin, left, whole, masked = keys_of_rows(
+        document_start, start, query, S - T, window, WINDOWED, DOCUMENTS, BLOCK_N
+    )
     kv, h = (h // (H // K)).to(tl.int64), h.to(tl.int64)
     k += b * k_b + kv * k_h
     v += b * v_b + kv * v_h

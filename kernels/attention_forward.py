@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton, wrap_triton
-from hotlap.kernels.tiles import Case, Table, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
 
 LOG2E = math.log2(math.e)
 LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
@@ -98,34 +98,38 @@ def place(program, section, heads, blocks):
 
 
 @jit
-def query_block(
-    program, section, document_start, B, T, H, offset, window,
-    WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What a program of queries works on, of all programs in the order in which they start.
+def query_block(program, section, B, T, H, BLOCK_M: tl.constexpr):
+    """Batch, head, first row and rows (M,) of the block of queries that a program works on, of all programs
+    in the order in which they start.
 
-    The last queries, which see the most keys, go first. Returns batch, head, first row, the positions and
-    first keys (M,) of the rows, and the blocks of keys as `edges` returns them. Rows beyond T repeat the last
-    one, so that nothing of theirs needs a mask until they are stored.
+    The last queries, which see the most keys, go first. Rows beyond T repeat the last one, so that nothing
+    of theirs needs a mask until they are stored.
     """
     blocks = tl.cdiv(T, BLOCK_M)
     head, turn = place(program, section, B * H, blocks)
-    b, h = (head // H).to(tl.int64), head % H
     start = (blocks - 1 - turn) * BLOCK_M
-    row = tl.minimum(start + tl.arange(0, BLOCK_M), T - 1)
-    position = offset + row
+    return (head // H).to(tl.int64), head % H, start, tl.minimum(start + tl.arange(0, BLOCK_M), T - 1)
+
+
+@jit
+def keys_of_rows(
+    document_start, start, query, offset, window,
+    WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Positions and first keys (M,) of a block of queries, and the blocks of keys as `edges` returns them."""
+    position = offset + query
     first = tl.zeros_like(position)
     if WINDOWED:
         first = tl.maximum(first, position - window + 1)
     if DOCUMENTS:
-        first = tl.maximum(first, tl.load(document_start + b * T + row))
+        first = tl.maximum(first, tl.load(document_start + query))
     begin, left, whole, masked = edges(
         tl.min(first, 0) // BLOCK_N,
         tl.cdiv(tl.max(first, 0), BLOCK_N),
         tl.maximum(offset + start + 1, 0) // BLOCK_N,
         tl.cdiv(tl.maximum(tl.max(position, 0) + 1, 0), BLOCK_N),
     )
-    return b, h, start, position, first, begin, left, whole, masked
+    return position, first, begin, left, whole, masked
 
 
 @jit
@@ -163,10 +167,12 @@ def _attention_forward_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
-    b, h, start, position, first, begin, left, whole, masked = query_block(
-        tl.program_id(0), section, document_start, B, T, H, S - T, window,
-        WINDOWED, DOCUMENTS, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    b, h, start, query = query_block(tl.program_id(0), section, B, T, H, BLOCK_M)
+    if DOCUMENTS:
+        document_start += b * T
+    position, first, begin, left, whole, masked = keys_of_rows(
+        document_start, start, query, S - T, window, WINDOWED, DOCUMENTS, BLOCK_N
+    )
     kv = (h // (H // K)).to(tl.int64)
     k += b * k_b + kv * k_h
     v += b * v_b + kv * v_h
@@ -238,7 +244,7 @@ def tile_for(table: Table, x: Tensor) -> Tile:
     device = device_facts(x.device)
     if x.is_cuda and x.dtype == torch.float32:  # tables count two bytes an element
         device = device._replace(shared_memory=device.shared_memory // 2)
-    return pick_tile(table, max(16, triton.next_power_of_2(x.shape[-1])), device)
+    return pick_tile(table, max(16, next_power_of_2(x.shape[-1])), device)
 
 
 def heads_in_section(rows: int, C: int, heads: int, item: int) -> int:
@@ -297,7 +303,7 @@ def cases_of(
         arguments = {**pointers, **dict.fromkeys(numbers, "fp64"), **STRIDES, **sizes, "C": C}
         arguments |= {"WINDOWED": bool(variant), "DOCUMENTS": bool(variant), "SOFTCAP": variant == every}
         arguments["document_start"] = "*i32" if variant else None
-        start, block_c = functools.partial(run, C, bool(variant), dtype), triton.next_power_of_2(C)
+        start, block_c = functools.partial(run, C, bool(variant), dtype), next_power_of_2(C)
         label = variant if block_c == C else f"{variant}, heads of {C}"
         found.append(Case(kernel, arguments, table, block_c, start, label))
     return found

@@ -23,7 +23,7 @@ from hotlap.kernels.attention import attention
 from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, load_rows, similarity, tile_for
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
 
 
 def append_ref(
@@ -179,7 +179,7 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tenso
     if k.numel() == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    tile = pick_tile(_cache_append_tiles, max(16, triton.next_power_of_2(C)), device_facts(k.device))
+    tile = pick_tile(_cache_append_tiles, max(16, next_power_of_2(C)), device_facts(k.device))
     strides = [stride for x in (k, v, k_cache, v_cache) for stride in x.stride()[:3]]
     with torch.cuda.device_of(k):
         grid = (triton.cdiv(B * T * K, tile.blocks["BLOCK_N"]),)
@@ -209,8 +209,8 @@ def _decode(
     if q.numel() == 0:
         return y
     q = q if q.stride(-1) == 1 else q.contiguous()
-    R, block_c, device = H // K * T, max(16, triton.next_power_of_2(C)), device_facts(q.device)
-    block_m = min(32, max(16, triton.next_power_of_2(R)))
+    R, block_c, device = H // K * T, max(16, next_power_of_2(C)), device_facts(q.device)
+    block_m = min(32, max(16, next_power_of_2(R)))
     programs = triton.cdiv(R, block_m) * B * K
     splits = split_count(programs, S, device)
     partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
@@ -224,7 +224,7 @@ def _decode(
         )  # fmt: skip
         wrap_triton(_decode_combine_kernel)[(B * K * R,)](
             partial, lse, y, B * K * R, T, H, K, splits, C=C, BLOCK_C=block_c,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4 if splits > 8 else 1,
+            BLOCK_SPLITS=next_power_of_2(splits), num_warps=4 if splits > 8 else 1,
         )  # fmt: skip
     return y
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.relu2 import relu2_ref
-from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Of N K / (N + K): what products save grows with N K, what the passes over their tensors take with N + K.
@@ -165,7 +165,7 @@ def _quantize(
         wrap_triton(_quantize_kernel)[(_tiles_of(M, N, tile),)](
             x, pre, largest, y, transposed, inverse, x.stride(0), _stride(pre), M, N, parts,
             torch.finfo(dtype).max, NOTHING,
-            RELU2=relu2, PARTS=triton.next_power_of_2(parts), **tile.arguments,
+            RELU2=relu2, PARTS=next_power_of_2(parts), **tile.arguments,
         )  # fmt: skip
     return y, transposed, inverse
 

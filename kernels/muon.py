@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-10
 LONGEST_ROW = 8192  # that a program keeps in registers
@@ -185,7 +185,7 @@ def _muon_apply_kernel(
 
 
 def _muon_momentum_tiles(N: int, device: Device) -> list[Tile]:
-    block = triton.next_power_of_2(min(max(N, 16), LONGEST_ROW))
+    block = next_power_of_2(min(max(N, 16), LONGEST_ROW))
     warps = min(16, max(1, block // 512))  # 16 numbers a thread, or 8 or 32
     return [_tile(device, count, BLOCK=block) for count in (warps, max(1, warps // 2), min(16, 2 * warps))]
 
@@ -214,7 +214,7 @@ def _momentum(grad: Tensor, momentum: Tensor, beta: Tensor) -> Tensor:
     G, M, N = grad.shape
     update = _empty_update(grad)
     if update.numel():
-        tile = pick_tile(_muon_momentum_tiles, N, device_facts(grad.device))
+        tile = pick_tile(_muon_momentum_tiles, int(N), device_facts(grad.device))
         with torch.cuda.device_of(grad):
             wrap_triton(_muon_momentum_kernel)[(G * M,)](
                 grad, momentum, update, beta, *grad.stride(), *momentum.stride(), M, N, EPS,

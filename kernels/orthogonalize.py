@@ -200,6 +200,7 @@ def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial
     return (a / by, b / by**3, c / by**5), *others
 
 
+@torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace how it is read
 def gram_aspect(device: torch.device) -> float:
     """K / n from which the Gram form is used on a device, as measured there or by default."""
     if device.type != "cuda":

@@ -23,7 +23,7 @@ from hotlap.kernels.rms_norm_wide import (
     rms_norm_columns_tiles,
     rms_norm_wide_tiles,
 )
-from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-6
 
@@ -150,7 +150,7 @@ def _forward(
     if residual is not None:
         added = as_rows(residual)
         stride = added.stride(0)
-    block, device = triton.next_power_of_2(N), device_facts(x.device)
+    block, device = next_power_of_2(N), device_facts(x.device)
     arguments = (rows, added, weight, y, total, rstd, rows.stride(0), stride, M, N, eps)
     with torch.cuda.device_of(x):
         if block > WIDEST:
@@ -175,7 +175,7 @@ def _backward(
     if dtotal is not None:
         added = as_rows(dtotal)
         stride = added.stride(0)
-    block, device = triton.next_power_of_2(N), device_facts(x.device)
+    block, device = next_power_of_2(N), device_facts(x.device)
     strides = (dy.stride(0), stride, x.stride(0))
     with torch.cuda.device_of(x):
         if block > (WIDEST if weight is None else WIDEST_WEIGHTED):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.rms_norm import EPS
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _forward(
         return yq, yk, rstd_q, rstd_k
     q, k = _unit(q), _unit(k)
     cos, sin, cos_b, cos_t = _angles(cos, sin, B)
-    tile = pick_tile(_rotary_tiles, triton.next_power_of_2(half), device_facts(q.device))
+    tile = pick_tile(_rotary_tiles, next_power_of_2(half), device_facts(q.device))
     rows = tile.blocks["ROWS"]
     grid = (triton.cdiv(B * T * H, rows) + triton.cdiv(B * T * K, rows),)
     with torch.cuda.device_of(q):
@@ -191,7 +191,7 @@ def _backward(
         return dq, dk
     dyq, dyk, q, k = _unit(dyq), _unit(dyk), _unit(q), _unit(k)
     cos, sin, cos_b, cos_t = _angles(cos, sin, B)
-    tile = pick_tile(_rotary_tiles, triton.next_power_of_2(half), device_facts(q.device))
+    tile = pick_tile(_rotary_tiles, next_power_of_2(half), device_facts(q.device))
     rows = tile.blocks["ROWS"]
     grid = (triton.cdiv(B * T * H, rows) + triton.cdiv(B * T * K, rows),)
     with torch.cuda.device_of(q):

@@ -142,6 +142,12 @@ def tile_key(table: Table, size: int) -> str:
     return f"{table.__name__.strip('_').removesuffix('_tiles')} {size}"
 
 
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n or more; of 0, 0. A compiler's symbol becomes the number it is for."""
+    n = int(n)
+    return 1 << (n - 1).bit_length() if n else 0
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
     if x.dim() != 2:

@@ -12,6 +12,9 @@ from hotlap.kernels import muon
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What float32 results may be off by: a rounding or two; and more on a GPU, whose exp2, division and square
+# root are approximations good to two units in the last place, of values that cancel.
+SMALLEST_ERROR = 2**-20 if DEVICE.type == "cuda" else 2**-22
 
 
 def mend_interpreter() -> None:
@@ -105,7 +108,9 @@ def check(
     for i, (x, y, z, least) in enumerate(zip(ours, torchs, exact, scales, strict=True)):
         assert x.dtype == y.dtype
         ours, torchs = error(x, z, least), error(y, z, least)
-        assert ours <= 2 * torchs + 2**-22, f"result {i} is off by {ours:.2e}, and torch's by {torchs:.2e}"
+        assert ours <= 2 * torchs + SMALLEST_ERROR, (
+            f"result {i} is off by {ours:.2e}, and torch's by {torchs:.2e}"
+        )
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True, seed: int = 0) -> Tensor:

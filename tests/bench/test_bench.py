@@ -269,7 +269,7 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
         (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
         (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
         (["peers", "--nanogpt", ".", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
-        (["tune", "--rounds", "0"], 2, "rounds=0 must be at least 1"),
+        (["tune", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
         (["peers"], 2, "name a checkout by --nanogpt PATH"),
         (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
         (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),

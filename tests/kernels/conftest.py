@@ -32,6 +32,14 @@ def cache(tmp_path, monkeypatch):
         function.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def share_the_memory():
+    """What a test took of a GPU is there for the tests of other processes."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def triton_kernels(choose_kernels, monkeypatch):
     """Run the Triton kernels, on memory that holds NaN before it is written."""

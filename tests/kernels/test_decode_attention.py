@@ -132,6 +132,7 @@ def test_splits_fill_the_processors_and_no_more():
     assert SPLIT_COUNT(1, 100, gpu) == 1
 
 
+@pytest.mark.xdist_group("gigabytes")
 def test_slots_may_lie_beyond_two_to_the_31(only_triton):
     q, k, v = tokens(2, 6, 1, 1, 16, torch.float16)
     far = torch.empty_strided((2, 6, 1, 16), (2**31, 16, 16, 1), dtype=torch.float16, device=DEVICE)

@@ -120,6 +120,7 @@ def test_batches_keep_their_shape_and_nothing_gives_nothing():
     check(linear_relu2, linear_relu2_ref, [x[:0], w_in, w_out], [dy[:0]])
 
 
+@pytest.mark.xdist_group("gigabytes")
 def test_rows_may_lie_beyond_two_to_the_31():
     (x, w_in, w_out), (dy,) = case(2, 16, 32, torch.float16)
     far = torch.empty_strided((2, 16), (2**31, 1), dtype=torch.float16, device=DEVICE)

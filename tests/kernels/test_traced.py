@@ -19,6 +19,9 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["changed"] == {
+        "_attention_forward_kernel": ["lse", "y"],
+        "_attention_dq_kernel": ["delta", "dq"],
+        "_attention_dk_dv_kernel": ["dk", "dv"],
         "_muon_momentum_kernel": ["momentum", "update"],
         "_muon_squares_kernel": ["squares"],
         "_muon_factors_kernel": ["factors", "second"],

@@ -138,6 +138,7 @@ def test_nothing_gives_nothing(reduction):
     assert loss.sum() == 0 and logits.grad.shape == (0, 9)
 
 
+@pytest.mark.xdist_group("gigabytes")
 def test_rows_may_lie_beyond_two_to_the_31():
     far, targets = far_rows(64).requires_grad_(), torch.tensor([3, 60]).to(DEVICE)
     near = far.detach().contiguous().requires_grad_()

@@ -81,6 +81,7 @@ def test_strides_do_not_matter_and_what_lies_between_stays(layout, shape):
     assert all((memory.select(dim, 1) == 7).all() for memory in memories)
 
 
+@pytest.mark.xdist_group("gigabytes")
 def test_matrices_may_lie_beyond_two_to_the_31():
     far = torch.empty_strided((2, 16, 20), (2**31, 20, 1), dtype=torch.float16, device=DEVICE)
     grad = far.copy_(random(2, 16, 20, grad=False))

@@ -78,6 +78,7 @@ def test_nothing_gives_nothing(shape):
     assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.parametrize("width", [64, 32768])
 def test_rows_may_lie_beyond_two_to_the_31(width):
     x, dy = far_rows(width).requires_grad_(), far_rows(width)

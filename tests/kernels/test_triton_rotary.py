@@ -66,6 +66,7 @@ def test_nothing_gives_nothing(shape):
     check(qk_norm_rotary, reference, inputs, gradients)
 
 
+@pytest.mark.xdist_group("gigabytes")
 def test_tokens_may_lie_beyond_two_to_the_31():
     (q, k, cos, sin), gradients = case(2, 2, 1, 1, 8)
     apart = torch.empty_strided((2, 2, 1, 8), (2**31, 8, 8, 1), device=DEVICE, dtype=torch.float16)

@@ -13,6 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hotlap.kernels import (
+    attention,
+    attention_forward,
     cross_entropy,
     dispatch,
     fp8,
@@ -23,7 +25,7 @@ from hotlap.kernels import (
 )
 from hotlap.kernels.tiles import fitting_tiles
 
-F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
+F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
 H100 = dispatch.Device("H100", shared_memory=227 << 10, processors=132, tma=True)
 
 
@@ -49,12 +51,17 @@ def by_descriptors(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
 
+def attend(q, k, v, document_start):
+    return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
+
+
 STEPS = (  # a function that ends in a scalar; its tensors, of which floats want gradients unless it is Muon's
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda x, targets: cross_entropy.cross_entropy(x, targets, 15.0), (BF16, 32, 640), (I64, 32)),
     (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
+    (attend, *[(BF16, 2, 32, 2, 16)] * 3, (I32, 2, 32)),
     (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
 )
 
@@ -62,7 +69,7 @@ STEPS = (  # a function that ends in a scalar; its tensors, of which floats want
 def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
-    for module in (cross_entropy, fp8, linear_relu2, muon, orthogonalize):
+    for module in (attention_forward, cross_entropy, fp8, linear_relu2, muon, orthogonalize):
         module.device_facts = lambda _: H100
     changed, operations = {}, set()
 
