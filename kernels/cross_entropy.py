@@ -264,7 +264,7 @@ _cross_entropy = kernel_op(
     "cross_entropy",
     cross_entropy_forward,
     lambda logits, *_: tuple(
-        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2)
+        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(2)
     ),
     _save,
     _gradient,
