@@ -36,6 +36,9 @@ ATTENTION = ("attention", "document_attention", "long_attention", "windowed_atte
 COUNTED = ("rms_norm", "attention", "linear_relu2", "orthogonalize", "cross_entropy")  # by ncu
 
 
+ENDING = 8  # seconds that a command has to say what it has found, when its time is over
+
+
 class Phase(NamedTuple):
     """A part of a call. run(folder, limit, resume) returns an exit code; limit: seconds; resume: go on with
     what it has left in the folder.
@@ -147,7 +150,7 @@ def passed_on(command: list[str], seconds: float) -> int:
         return process.wait(seconds)
     process.send_signal(2)  # pytest then says what it has found
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(8) or 1
+        return process.wait(ENDING) or 1
     process.kill()
     return 1
 
