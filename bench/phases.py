@@ -169,15 +169,15 @@ def environment(**values: str) -> Iterator[None]:
 def smoke(name: str) -> Phase:
     """An operation at a training size, alone: is it right, and does it run?"""
     run = partial(kernels, operations=(name,), rows=4096, sizes=("d24",), seconds=0.05, compile=False)
-    return Phase(f"smoke-{name}", 90, run, place=0.09)
+    return Phase(f"smoke-{name}", 90, run, place=0.12)
 
 
 LOOK = (
     (Phase("ceilings", 30, ceilings),),
     (
-        Phase("warm-d24", 110, partial(training, models=("d24",), rows=8, steps=1), place=0.09),
+        Phase("warm-d24", 110, partial(training, models=("d24",), rows=8, steps=1), place=0.12),
         *map(smoke, BUILDERS),
-        Phase("sanitizer", 110, sanitizer, place=0.09),
+        Phase("sanitizer", 110, sanitizer, place=0.12),
     ),
     (Phase("breakdown-d24", 60, partial(breakdown, model="d24", rows=8)),),
     (Phase("attention", 60, partial(kernels, operations=ATTENTION, sizes=("d24",), seconds=0.1)),),
