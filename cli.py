@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 
-from hotlap.model.errors import guarded
+from hotlap.model.errors import guarded, known
 
 COMMANDS = {
     "speedrun": "train a model that answers, from nothing: hotlap speedrun tiny",
@@ -105,12 +105,14 @@ def run(command: str, arguments: list[str]) -> int | None:
 
         print(report.write_report(options.parse(report.ReportConfig, arguments, command=command).run))
     else:
-        options.known(command, COMMANDS, "command")
+        known(command, COMMANDS, "command")
     return None
 
 
 BENCHMARKS = {
-    "all": "everything, the most important first, in the time given",
+    "look": "do the kernels run on this GPU, and where does the time go: 3 minutes",
+    "check": "are they right, and which tiles are fastest: 5 minutes",
+    "figures": "training and inference: 3 minutes",
     "kernels": "each operation against every provider and the device's ceiling",
     "training": "tokens/s, MFU and where the time of a step goes",
     "speedrun": "a speedrun's steps on this machine beside the records",
@@ -133,15 +135,15 @@ def bench(arguments: list[str]) -> int | None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         return usage("bench", BENCHMARKS, asked=bool(arguments))
-    name, flags = options.known(arguments[0], BENCHMARKS, "benchmark"), arguments[1:]
+    name, flags = known(arguments[0], BENCHMARKS, "benchmark"), arguments[1:]
 
     def config(kind: type):
         return options.parse(kind, flags, command=f"bench {name}")
 
-    if name == "all":
-        from hotlap.bench import everything
+    if name in ("look", "check", "figures"):
+        from hotlap.bench import suite
 
-        return everything.bench_all(config(everything.AllConfig))
+        return suite.run_suite(name, config(suite.SuiteConfig))
     if name == "kernels":
         from hotlap.bench import kernels
 
@@ -206,7 +208,7 @@ def export(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: hotlap export weights [flags]     (hotlap export weights --help lists the flags)")
         return 0
-    options.known(name, ("weights",), "format")
+    known(name, ("weights",), "format")
     config = options.parse(export.ExportConfig, arguments[1:], command="export weights")
     print(f"{export.export_weights(config)}")
     return 0
@@ -225,7 +227,7 @@ def speedrun(arguments: list[str]) -> int | None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         return usage("speedrun", SPEEDRUNS, asked=bool(arguments))
-    name, flags = options.known(arguments[0], SPEEDRUNS, "speedrun"), arguments[1:]
+    name, flags = known(arguments[0], SPEEDRUNS, "speedrun"), arguments[1:]
 
     def config(kind: type):
         return options.parse(kind, flags, command=f"speedrun {name}")

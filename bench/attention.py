@@ -9,13 +9,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hotlap.bench.providers import CONTEXT, HEAD_DIM, Function, Operation, installed, normal
+from hotlap.bench.models import MEDIAN_DOCUMENT, SPREAD
+from hotlap.bench.providers import CONTEXT, HEAD_DIM, LONG, Function, Operation, installed, normal
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
 from hotlap.kernels.decode_attention import append_ref, decode_attention, decode_attention_ref
 
@@ -41,6 +43,23 @@ def windowed_attention_at(
     )
 
 
+def document_attention_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    """Rows that pack documents, as training has them."""
+    T = min(CONTEXT, rows)
+    return _attention(
+        "document_attention", size, T, T, width // HEAD_DIM, HEAD_DIM, rows, device, dtype, documents=True
+    )
+
+
+def long_attention_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    T = min(LONG, rows)
+    return _attention("long_attention", size, T, T, width // HEAD_DIM, HEAD_DIM, rows, device, dtype)
+
+
 def attention_of_lengths(rows: int) -> list[Callable[..., Operation]]:
     """Makers of operations for a number of rows: heads of 64 and 128 at a width of 2048, lengths of 1k to
     16k, whole and in windows of 512 and 1024.
@@ -63,20 +82,36 @@ def _attention(
     rows: int,
     device: torch.device,
     dtype: torch.dtype,
+    documents: bool = False,
 ) -> Operation:
     T, window = min(T, rows), min(window, rows)
-    auto = partial(attention, window=window)
-    providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device)}
+    start = document_start(rows // T, T, device) if documents else None
+    auto = partial(attention, window=window, document_start=start)
+    providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device, start=start)}
     if device.type == "cuda":  # there the choice may fall on another's kernel
         providers["hotlap"] = partial(auto, backend="triton")
-        providers |= {"hotlap-auto": auto, **_others(window, T, rows, device)}
+        providers |= {"hotlap-auto": auto, **_others(window, T, rows, device, start)}
     pairs = rows // T * (window * (window + 1) / 2 + (T - window) * window)  # of a query and a key it sees
+    if start is not None:
+        pairs = (torch.arange(1, T + 1, device=device) - start).sum().item()
     flops = 4 * pairs * heads * C
     return Operation(
         name, f"{size} {rows // T}x{T}x{heads}x{C}",
         lambda: tuple(normal(device, dtype)(rows // T, T, heads, C) for _ in range(3)),
-        3, partial(attention_ref, window=window), providers, flops=(flops, 2.5 * flops),
+        3, partial(attention_ref, window=window, document_start=start), providers, flops=(flops, 2.5 * flops),
     )  # fmt: skip
+
+
+def document_start(B: int, T: int, device: torch.device) -> Tensor:
+    """(B, T) int32: where the document of each token starts, for lengths as FineWeb's."""
+    random = np.random.default_rng(0)
+    lengths = 1 + random.lognormal(np.log(MEDIAN_DOCUMENT), SPREAD, (B, T)).astype(int)
+    ends = lengths.cumsum(1)
+    starts = np.zeros((B, T), np.int32)
+    for row, places in zip(starts, ends, strict=True):
+        inside = places[places < T]
+        row[inside] = inside
+    return torch.from_numpy(np.maximum.accumulate(starts, 1)).to(device)
 
 
 def decode_attention_at(
@@ -112,23 +147,33 @@ def decode_attention_at(
     )  # fmt: skip
 
 
-def _others(window: int, T: int, rows: int, device: torch.device) -> dict[str, Function]:
+def _others(
+    window: int, T: int, rows: int, device: torch.device, start: Tensor | None
+) -> dict[str, Function]:
     """Providers that need a GPU: torch's own, and the versions of flash-attn that are installed."""
-    providers = {"flex": _flex(window, T, device)}
-    if window == T:  # the backends have no windows; a mask would only be theirs in name
+    providers = {"flex": _flex(window, T, device, start)}
+    if window == T and start is None:  # the backends have no windows; a mask would only be theirs in name
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             label = f"sdpa-{backend.split('_')[0].lower()}"
             providers[label] = _sdpa(window, T, device, getattr(SDPBackend, backend))
     if function := installed("torch.nn.attention.varlen", "varlen_attn"):
-        providers["varlen"] = _varlen(function, window, T, rows, device)
+        providers["varlen"] = _varlen(function, window, T, rows, device, start)
+    if start is not None:
+        return providers
     for label, module in FLASH_ATTENTION.items():
         if function := installed(module, "flash_attn_func"):
             providers[label] = _flash_attention(function, window, T)
     return providers
 
 
-def _sdpa(window: int, T: int, device: torch.device, backend: SDPBackend | None = None) -> Function:
-    mask = None if window == T else visible_keys(T, T, window, None, device)
+def _sdpa(
+    window: int,
+    T: int,
+    device: torch.device,
+    backend: SDPBackend | None = None,
+    start: Tensor | None = None,
+) -> Function:
+    mask = None if window == T and start is None else visible_keys(T, T, window, start, device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -139,13 +184,14 @@ def _sdpa(window: int, T: int, device: torch.device, backend: SDPBackend | None 
     return call
 
 
-def _flex(window: int, T: int, device: torch.device) -> Function:
+def _flex(window: int, T: int, device: torch.device, start: Tensor | None = None) -> Function:
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query - key < window)
+        seen = (key <= query) & (query - key < window)
+        return seen if start is None else seen & (key >= start[b, query])
 
     @functools.cache  # made by the first call, whose failure is then a row of the results
     def mask() -> BlockMask:
-        return create_block_mask(visible, None, None, T, T, device=device)
+        return create_block_mask(visible, None if start is None else len(start), None, T, T, device=device)
 
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -156,8 +202,13 @@ def _flex(window: int, T: int, device: torch.device) -> Function:
     return call
 
 
-def _varlen(function: Function, window: int, T: int, rows: int, device: torch.device) -> Function:
+def _varlen(
+    function: Function, window: int, T: int, rows: int, device: torch.device, start: Tensor | None = None
+) -> Function:
     starts = torch.arange(0, rows + 1, T, dtype=torch.int32, device=device)
+    if start is not None:
+        first = (start + starts[:-1, None]).flatten().unique()  # of all documents, in all rows
+        starts = torch.cat((first, starts[-1:])).int()
     before = -1 if window == T else window - 1  # keys before the query's own; -1 is all
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

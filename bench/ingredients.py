@@ -26,6 +26,7 @@ from hotlap.bench.peaks import device_name, log_warnings
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.rotary import qk_norm_rotary
 from hotlap.model import gpt
+from hotlap.model.errors import known
 from hotlap.model.gpt import GPT
 from hotlap.train import optim, options, pretrain, sweep
 from hotlap.train.optim import MuonAdamW
@@ -67,7 +68,7 @@ class IngredientsConfig:
 def main(config: IngredientsConfig) -> list[dict]:
     """Train them all, and return the rows of the table."""
     variants = ingredients(options.merge(tiny(), sweep.assignments(config.base), "--base"))
-    chosen = [options.known(name, variants, "ingredient") for name in config.only] or list(variants)
+    chosen = [known(name, variants, "ingredient") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}
     device = default_device()
     log_warnings(device)

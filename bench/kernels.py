@@ -49,10 +49,12 @@ class KernelsConfig:
     """
 
     operations: tuple[str, ...] = ()
-    """Of attention, windowed_attention, linear_relu2, linear_cross_entropy, orthogonalize, muon, linear_fp8,
-    rms_norm, rms_norm_residual, rotary, decode_attention, cross_entropy, relu2 and
-    linear_cross_entropy_uncapped; none is all that the device can do. attention_lengths: rows of 1k to 16k,
-    only where it is named."""
+    """Of attention, windowed_attention, document_attention, long_attention, linear_relu2,
+    linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, rotary,
+    decode_attention, cross_entropy, relu2 and linear_cross_entropy_uncapped; none is all that the device can
+    do. attention_lengths: rows of 1k to 16k, only where it is named."""
+    sizes: tuple[str, ...] = ()
+    """Of d12 and d24, the models whose widths are measured; none is both."""
     rows: int = 0
     """Rows of tokens, up to 2048 or a multiple of that; 0 is 16384 on a GPU, 1024 on a CPU."""
     seconds: float = 0.2
@@ -85,7 +87,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
         )
     budget, device = Budget(config.minutes), default_device()
     count = config.rows or (16384 if device.type == "cuda" else 1024)
-    todo = operations(count, device, fast_dtype(device.type), config.operations)
+    todo = operations(count, device, fast_dtype(device.type), config.operations, config.sizes)
     path = results.open_file("kernels", config.out, device, keep=config.resume)
     before = results.load(path, device)["rows"] if path.exists() else []
     log_warnings(device)

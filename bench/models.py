@@ -1,4 +1,4 @@
-"""The models that training and inference are measured on, by name."""
+"""The models that training and inference are measured on, by name, and how long the documents are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ MODELS = {
     "d24": GPTConfig.from_depth(24),
 }  # fmt: skip
 ROWS = {"tiny": 16, "124m": 64, "d12": 32, "d20": 32, "d24": 16}  # of a step, on a GPU of 80 GB
+MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean
 # The MFU that nanochat publishes for models of these depths on eight H100s, in bf16: 41 % in dev/LOG.md of
 # 2026-01-12, and for run 1 of dev/LEADERBOARD.md 4.331e19 FLOPs in 10949 s.
 NANOCHAT_MFU = {"d12": 0.41, "d24": 0.50}

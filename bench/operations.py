@@ -15,6 +15,8 @@ from hotlap.bench.attention import (
     attention_at,
     attention_of_lengths,
     decode_attention_at,
+    document_attention_at,
+    long_attention_at,
     windowed_attention_at,
 )
 from hotlap.bench.providers import (
@@ -45,6 +47,7 @@ from hotlap.kernels.orthogonalize import POLAR_EXPRESS, orthogonalize, orthogona
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
 from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
+from hotlap.model.errors import known
 
 VOCABULARY = 32768
 SOFTCAP = 15.0
@@ -265,6 +268,8 @@ def _has_fp8(device: torch.device) -> bool:
 BUILDERS = {  # what takes the most of a training step first
     "attention": attention_at,
     "windowed_attention": windowed_attention_at,
+    "document_attention": document_attention_at,
+    "long_attention": long_attention_at,
     "linear_relu2": linear_relu2_at,
     "linear_cross_entropy": linear_cross_entropy_at,
     "orthogonalize": orthogonalize_at,
@@ -284,19 +289,26 @@ LENGTHS = "attention_lengths"  # thirty operations: only where it is named
 
 
 def operations(
-    rows: int, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: tuple[str, ...],
+    only: tuple[str, ...] = (),
 ) -> Iterator[Operation]:
     """Every named operation for `rows` rows of tokens, at one size and then all again at the other: d24 first
-    on a GPU, d12 on a CPU. Each is made when its turn comes, because masks take memory.
+    on a GPU, d12 on a CPU; or at the sizes in `only`. Each is made when its turn comes, because masks take
+    memory.
     """
-    known = (*BUILDERS, LENGTHS)
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"unknown operation {unknown[0]!r}; known: {', '.join(known)}")
+    for size in only:
+        known(size, WIDTHS, "size")
+    for name in names:
+        known(name, (*BUILDERS, LENGTHS), "operation")
     names = names or tuple(name for name in BUILDERS if name != "linear_fp8" or _has_fp8(device))
     sizes = sorted(WIDTHS.items(), key=lambda item: item[1], reverse=device.type == "cuda")
     makers = [
         partial(_with_rows, BUILDERS[name], size, width, device=device, dtype=dtype)
         for size, width in sizes
+        if not only or size in only
         for name in names
         if name != LENGTHS
     ]

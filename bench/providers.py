@@ -16,7 +16,7 @@ from hotlap.train.log import log
 
 Function = Callable[..., Any]  # of the tensors, to one tensor or a tuple of them
 
-CONTEXT, HEAD_DIM = 2048, 128
+CONTEXT, LONG, HEAD_DIM = 2048, 8192, 128
 WIDTHS = {"d12": 768, "d24": 1536}
 
 

@@ -33,11 +33,11 @@ from hotlap.bench.timing import start_afresh
 from hotlap.bench.training import Batches, measure_training, random_batches
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.config import GPTConfig
+from hotlap.model.errors import known
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.train.data import Batch, PackedRows, prefetch, step_batches
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
-from hotlap.train.options import known
 from hotlap.train.presets import PRETRAIN, gpt2_grade, weights_in_products
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.shards import shard_documents, shard_paths

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.models import NANOCHAT_MFU, ROWS, model_config
+from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
 from hotlap.bench.peaks import log_warnings
 from hotlap.bench.plots import draw_training
 from hotlap.bench.timing import (
@@ -50,7 +50,6 @@ PHASES = ("data_wait", "forward", "backward", "optimizer")
 KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")
 INSIDE = ("relu2",)  # what takes the place of one of them that is switched off
 UNTIMED = 2  # steps before those that are measured
-MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean
 BOS = 0
 
 Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]

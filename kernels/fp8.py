@@ -59,10 +59,10 @@ def quantize_ref(
     elif pre is not None:
         x = x * (2 * pre.float().relu())
     largest, limit = torch.linalg.vector_norm(x, float("inf")), torch.finfo(dtype).max
-    some = largest > NOTHING
-    y = x * torch.where(some, limit / largest, 1.0)
+    some, most = largest > NOTHING, torch.full_like(largest, limit)  # by a number GPUs divide less exactly
+    y = x * torch.where(some, most / largest, 1.0)
     y = y.clamp(-limit, limit).to(dtype).contiguous()  # casts beyond the limit are not defined
-    return y, y.T.contiguous(), torch.where(some, largest / limit, 1.0)
+    return y, y.T.contiguous(), torch.where(some, largest / most, 1.0)
 
 
 @jit

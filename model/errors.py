@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -34,6 +35,15 @@ EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
     FileExistsError: CANNOT_CREATE,
     OSError: INPUT_OUTPUT,
 }
+
+
+def known(name: str, names: object, what: str) -> str:
+    """name where it is one of names; else a ValueError with the nearest ones."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    raise ValueError(f"unknown {what}: {name!r}; {hint}")
 
 
 def guarded(action: Callable[[], int | None], debug: bool) -> int:

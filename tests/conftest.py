@@ -46,6 +46,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs what `make standin` sets up"))
 
 
+def pytest_runtest_logreport(report):
+    """Say at once how a test failed, where FAILURES names a file: a run may be cut off before its end."""
+    if report.failed and (path := os.environ.get("FAILURES")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"== {report.nodeid}\n{report.longreprtext[-1500:]}\n\n")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of 300 ids, of which 289 are text."""

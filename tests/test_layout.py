@@ -94,7 +94,7 @@ def test_kernels_are_functions_of_tensors(file):
 def test_kernels_model_and_benchmarks_need_torch_and_numpy_alone(tmp_path):
     wanted = [name for name in modules() if name.startswith("hotlap.kernels.")]
     wanted += [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
-    wanted += [f"hotlap.bench.{name}" for name in ("everything", "peers")]
+    wanted += [f"hotlap.bench.{name}" for name in ("suite", "peers")]
     run_python(
         "import sys, importlib\n"
         "for name in ('tokenizers', 'tiktoken', 'safetensors', 'tyro', 'tqdm', 'regex', 'requests'):\n"

@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from hotlap.model.errors import known
+
 try:
     import tyro
 except ImportError as error:
     raise ImportError(
         "the package tyro is missing, which reads the flags: pip install tyro. Without it there is "
-        "python -m hotlap.bench.everything --minutes 9 --out DIR"
+        "python -m hotlap.bench.suite look --out DIR"
     ) from error
 
 if sys.version_info >= (3, 11):
@@ -114,15 +115,6 @@ def converted(value: Any, old: Any, kind: Any, where: str) -> Any:
     if not fits:
         raise ValueError(f"{where}={value!r} must be {needed}")
     return new
-
-
-def known(name: str, names: object, what: str) -> str:
-    """name where it is one of names; else a ValueError with the nearest ones."""
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    raise ValueError(f"unknown {what}: {name!r}; {hint}")
 
 
 def to_json(config: Any) -> str:

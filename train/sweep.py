@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from hotlap.kernels.dispatch import default_device
+from hotlap.model.errors import known
 from hotlap.train.dist import World, joined
 from hotlap.train.log import log
-from hotlap.train.options import known, merge, tomllib
+from hotlap.train.options import merge, tomllib
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.schedule import stage_rows
 from hotlap.train.series import shared_data, step_seconds, train_once

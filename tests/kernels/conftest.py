@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch._dynamo.trace_rules
 
+from hotlap.bench.accuracy import poisoned_memory
 from hotlap.kernels import dispatch, tiles
 
 if dispatch.INTERPRETED:
@@ -41,21 +42,14 @@ def share_the_memory():
 
 
 @pytest.fixture
-def triton_kernels(choose_kernels, monkeypatch):
+def triton_kernels(choose_kernels):
     """Run the Triton kernels, on memory that holds NaN before it is written."""
     if dispatch.triton is None:
         pytest.skip("needs Triton")
     choose_kernels("triton")
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        x = empty(*size, **options)
-        if x.is_floating_point():
-            x.detach().fill_(float("nan"))
-        return x
-
     with torch.device("cpu"):  # at its first use torch notes, for good, which functions it has to watch
-        empty(0)
+        torch.empty(0)
     # and compilers, which functions are torch's, until a process group is destroyed
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
-    monkeypatch.setattr(torch, "empty", poisoned)
+    with poisoned_memory():
+        yield

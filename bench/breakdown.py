@@ -1,0 +1,108 @@
+"""Where the time of a training step goes on a device, kernel by kernel: `breakdown` of the suite.
+
+The profiler's times of each kernel, summed by name and by kind over one step after some that warm up; the
+trace can be opened at https://ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hotlap.bench import results
+from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.training import UNTIMED, made, random_batches, step_seconds
+from hotlap.train.dist import joined
+from hotlap.train.log import log
+
+KINDS = (  # the first whose pattern is in a kernel's name
+    ("our attention", r"_attention_|_rotary"),
+    ("our norms and elementwise kernels", r"_rms_norm|_relu2|_largest|_quantize"),
+    ("our Muon", r"_muon_|_symmetric_kernel"),
+    ("our cross-entropy", r"_cross_entropy"),
+    ("our matmul", r"_linear_relu2"),
+    ("attention of torch", r"flash|fmha|cudnn.*(sdpa|attention)|mha"),
+    ("matmul", r"gemm|nvjet|cutlass|cublas|sm90_xmma|splitK|scaled_mm"),
+    ("compiled by Inductor", r"^triton_"),
+    ("copies", r"[Mm]em(cpy|set)|copy|CatArray"),
+    ("AdamW", r"[Aa]dam"),
+    ("communication", r"nccl"),
+    ("embedding", r"embedding|index"),
+)
+
+
+@dataclass(frozen=True)
+class BreakdownConfig:
+    """Profile a training step."""
+
+    model: str = "d24"
+    """One of the models of `bench training`."""
+    rows: int = 0
+    """Rows of the model's context in a step; 0 is a usual number."""
+    steps: int = 8
+    """Steps before the one that is profiled."""
+    out: Path | None = None
+    """Folder for the results; by default bench/results/DEVICE."""
+
+
+def break_down(config: BreakdownConfig) -> list[dict]:
+    """Write breakdown.json, breakdown.txt and trace.json.gz, and return the rows: milliseconds by kind, and
+    the time in which the device did nothing.
+    """
+    shape, rows = model_config(config.model), config.rows or ROWS[config.model]
+    with joined() as world:
+        path = results.open_file("breakdown", config.out, world.device)
+        on_gpu = world.device.type == "cuda"
+        model, optimizer = made(shape, on_gpu, False, world)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        with random_batches(shape, rows, config.steps + UNTIMED, world) as batches:
+            steps = [step_seconds(model, optimizer, batches, 1, world) for _ in range(config.steps)]
+            with profile(activities=activities, acc_events=True) as profiler:
+                parts = step_seconds(model, optimizer, batches, 1, world)
+        found = kernel_times(profiler, on_gpu)
+        case = f"{config.model} {rows}x{shape.context}"
+        table = [{"case": case, "provider": "whole step, before", "ms": 1e3 * sum(steps[-1])}]
+        table += [{"case": case, "provider": "whole step, profiled", "ms": 1e3 * sum(parts)}]
+        table += [{"case": case, "provider": kind, "ms": ms} for kind, ms in by_kind(found)]
+        results.save(path, table, world.device)
+        lines = [f"{ms:10.3f} ms {count:6} x  {name[:150]}" for name, (ms, count) in by_time(found)]
+        results.write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
+        trace = path.with_name("trace.json")
+        profiler.export_chrome_trace(str(trace))
+        with open(trace, "rb") as plain, gzip.open(f"{trace}.gz", "wb", compresslevel=3) as packed:
+            shutil.copyfileobj(plain, packed)
+        trace.unlink()
+        log.info("written to %s", path)
+    return table
+
+
+def kernel_times(profiler: profile, on_gpu: bool) -> dict[str, tuple[float, int]]:
+    """Milliseconds and calls of each kernel by its name; of each operation on a CPU."""
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    found: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        if event.device_type == kind and not event.is_user_annotation:
+            time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            ms, count = found.get(event.key, (0.0, 0))
+            found[event.key] = (ms + time / 1e3, count + event.count)
+    return found
+
+
+def by_kind(found: dict[str, tuple[float, int]]) -> list[tuple[str, float]]:
+    """Milliseconds of each kind of kernel, the most first."""
+    sums: dict[str, float] = defaultdict(float)
+    for name, (ms, _) in found.items():
+        kind = next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")
+        sums[kind] += ms
+    return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def by_time(found: dict[str, tuple[float, int]]) -> list[tuple[str, tuple[float, int]]]:
+    return sorted(found.items(), key=lambda item: -item[1][0])

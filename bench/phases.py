@@ -1,0 +1,198 @@
+"""What the three calls of the suite do on a GPU: their phases, and how they share it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hotlap.bench import results
+from hotlap.bench.breakdown import BreakdownConfig, break_down
+from hotlap.bench.inference import InferenceConfig, bench_inference
+from hotlap.bench.kernels import KernelsConfig, bench_kernels, is_fault
+from hotlap.bench.operations import BUILDERS
+from hotlap.bench.peaks import measure_ceilings
+from hotlap.bench.training import TrainingConfig, bench_training
+from hotlap.bench.tune import TuneConfig
+from hotlap.bench.tune import main as tune
+from hotlap.kernels.dispatch import default_device
+from hotlap.kernels.tiles import tuned_file
+
+TESTS = Path(__file__).parents[1] / "tests"
+SANITIZED = (  # a test each of what reads and writes at offsets that it computes itself
+    "kernels/test_triton_attention.py", "kernels/test_triton_rms_norm.py",
+    "kernels/test_triton_cross_entropy.py", "kernels/test_triton_orthogonalize.py",
+)  # fmt: skip
+ATTENTION = ("attention", "document_attention", "long_attention", "windowed_attention")
+COUNTED = ("rms_norm", "attention", "linear_relu2", "orthogonalize", "cross_entropy")  # by ncu
+
+
+ENDING = 8  # seconds that a command has to say what it has found, when its time is over
+
+
+class Phase(NamedTuple):
+    """A part of a call. run(folder, limit, resume) returns an exit code; limit: seconds; resume: go on with
+    what it has left in the folder.
+    """
+
+    name: str
+    seconds: float  # at most
+    run: Callable[[Path, float, bool], int | None]
+    place: float = 1.0  # share of the machine: phases whose shares add up to 1 run side by side
+
+
+def ceilings(folder: Path, limit: float, resume: bool) -> None:
+    """The device as it is found, and what it reaches in a copy and in a large product."""
+    device = default_device()
+    found = measure_ceilings(device)
+    copy, product = found.in_tera()
+    rows = [
+        {"case": "copy", "provider": "torch", "ms": None, "tb_per_s": copy},
+        {"case": f"product {found.dtype}", "provider": "torch", "ms": None, "tflops": product},
+    ]
+    results.save(folder / "ceilings.json", rows, device)
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+
+
+def kernels(folder: Path, limit: float, resume: bool, **config: object) -> int:
+    """Each operation against every provider; or few of them, quickly."""
+    rows = bench_kernels(KernelsConfig(minutes=limit / 60, out=folder, resume=resume, **config))
+    return int(any(map(is_fault, rows)))
+
+
+def training(folder: Path, limit: float, resume: bool, **config: object) -> int:
+    rows = bench_training(TrainingConfig(minutes=limit / 60, out=folder, **config))
+    return int(any(map(is_fault, rows)))
+
+
+def breakdown(folder: Path, limit: float, resume: bool, **config: object) -> None:
+    break_down(BreakdownConfig(out=folder, **config))
+
+
+def inference(folder: Path, limit: float, resume: bool, **config: object) -> int:
+    rows = bench_inference(InferenceConfig(minutes=limit / 60, out=folder, **config))
+    return int(any(map(is_fault, rows)))
+
+
+def tuning(folder: Path, limit: float, resume: bool, **config: object) -> int:
+    """Measure tiles, and keep a copy of the table."""
+    try:
+        return tune(TuneConfig(**config))
+    finally:
+        path = tuned_file(torch.cuda.get_device_name())
+        if path.exists():
+            shutil.copy(path, folder)
+
+
+def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> int:
+    """The tests that a GPU has to pass. Compilers take most of the time, on one core each."""
+    if importlib.util.find_spec("pytest") is None:
+        raise ImportError("the native tests need pytest: pip install pytest pytest-xdist")
+    command = [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "-v"]
+    workers = workers or (os.cpu_count() or 1) - 1
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "loadgroup"]
+    command += [*map(str, sorted(TESTS.rglob("test_on_gpu.py"))), str(TESTS / "kernels")]
+    with environment(FAILURES=str(folder / "failures.txt")):
+        code = passed_on(command, limit)
+    text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    failed = [line[:160] for line in text if line.startswith(("FAILED", "ERROR "))]
+    (folder / "note.txt").write_text(
+        "\n".join(["   " + text[-1].strip("= ") if text else "", *failed]) + "\n"
+    )
+    return code
+
+
+def sanitizer(folder: Path, limit: float, resume: bool) -> int:
+    """Small kernels under compute-sanitizer, which finds what they read or write beyond their tensors."""
+    if not shutil.which("compute-sanitizer"):
+        raise FileNotFoundError("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "3"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "two_runs_agree"]
+    with environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"):
+        return passed_on([*command, *(str(TESTS / name) for name in SANITIZED)], limit)
+
+
+def counters(folder: Path, limit: float, resume: bool) -> int:
+    """What ncu reads of our kernels: how busy they keep the memory and the tensor cores, and what stalls."""
+    if not shutil.which("ncu"):
+        raise FileNotFoundError("ncu is not on the PATH; it comes with Nsight Compute")
+    command = ["ncu", "--clock-control", "none", "--set", "detailed", "-k", "regex:^_", "-c", "12", "--csv"]
+    command += ["--page", "details", "--log-file", str(folder / "ncu.csv"), sys.executable, "-c"]
+    code = f"from hotlap.bench.phases import call_kernels; call_kernels({COUNTED!r})"
+    return passed_on([*command, code], limit)
+
+
+def call_kernels(names: tuple[str, ...]) -> None:
+    """Forward and backward passes of some operations, once each, for a profiler around this process."""
+    from hotlap.bench.accuracy import outcome
+    from hotlap.bench.operations import operations
+
+    for operation in operations(16384, default_device(), torch.bfloat16, names):
+        if operation.size.startswith("d24"):
+            outcome(operation, operation.providers["hotlap"], operation.tensors())
+
+
+def passed_on(command: list[str], seconds: float) -> int:
+    """The exit code of a command that says what it has to say to our log; it is asked to end in time."""
+    sys.stdout.flush()
+    process = subprocess.Popen(command, cwd=TESTS.parent)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    process.send_signal(2)  # pytest then says what it has found
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(ENDING) or 1
+    process.kill()
+    return 1
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def smoke(name: str) -> Phase:
+    """An operation at a training size, alone: is it right, and does it run?"""
+    run = partial(kernels, operations=(name,), rows=4096, sizes=("d24",), seconds=0.05, compile=False)
+    return Phase(f"smoke-{name}", 90, run, place=0.12)
+
+
+LOOK = (
+    (Phase("ceilings", 30, ceilings),),
+    (
+        Phase("warm-d24", 110, partial(training, models=("d24",), rows=8, steps=1), place=0.12),
+        *map(smoke, BUILDERS),
+        Phase("sanitizer", 110, sanitizer, place=0.12),
+    ),
+    (Phase("breakdown-d24", 60, partial(breakdown, model="d24", rows=8)),),
+    (Phase("attention", 60, partial(kernels, operations=ATTENTION, sizes=("d24",), seconds=0.1)),),
+)
+CHECK = (
+    (Phase("native-tests", 150, native_tests),),
+    (Phase("tune", 120, tuning),),
+    (Phase("kernels", 120, partial(kernels, seconds=0.1, sizes=("d24",))),),
+)
+FIGURES = (
+    (Phase("training", 120, partial(training, models=("d24", "d12"), micro_batches=4, steps=5)),),
+    (Phase("training-fp8", 60, partial(training, models=("d24",), micro_batches=4, steps=5, fp8=True)),),
+    (Phase("inference", 45, partial(inference, batches=(1, 8, 32, 128))),),
+    (Phase("counters", 45, counters),),
+)
+CALLS = {"look": LOOK, "check": CHECK, "figures": FIGURES}
+MINUTES = {"look": 3.0, "check": 4.5, "figures": 3.0}

@@ -1,0 +1,175 @@
+"""The calls of the suite: whatever a phase does, the others have their time, and nothing measured is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from hotlap.bench import phases, suite
+from hotlap.bench.phases import Phase
+from hotlap.bench.suite import SuiteConfig, run_suite
+from hotlap.bench.timing import NO_TIME
+
+
+def write(folder, count: int) -> None:
+    rows = [{"case": f"case {i}", "provider": "hotlap", "ms": 1.0 + i} for i in range(count)]
+    (folder / "kernels.json").write_text(json.dumps({"kind": "kernels", "device": "card", "rows": rows}))
+
+
+def works(folder, limit, resume):
+    write(folder, 2)
+
+
+def hangs(folder, limit, resume):
+    write(folder, 1)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "began").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def crashes(folder, limit, resume):
+    os.abort()  # as a lost context makes a process do
+
+
+def dies_twice(folder, limit, resume):
+    path = folder / "runs"
+    runs = path.read_text() if path.exists() else ""
+    path.write_text(f"{runs}{int(resume)}")
+    write(folder, len(runs) + 1)
+    if len(runs) < 2:
+        os.abort()
+
+
+def out_of_memory(folder, limit, resume):
+    raise MemoryError("79 GB are not enough")
+
+
+def needs_a_package(folder, limit, resume):
+    raise ImportError("this phase needs nothing_like_it: pip install nothing_like_it")
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """A function that lets the call `look` consist of groups of phases."""
+    monkeypatch.setattr(suite, "GRACE", 1)
+
+    def choose(*groups):
+        monkeypatch.setitem(phases.CALLS, "look", groups)
+
+    return choose
+
+
+def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, tmp_path, capsys):
+    call(
+        (Phase("first", 60, works),),
+        (Phase("hung", 15, hangs, 0.5), Phase("crashed", 60, crashes, 0.5), Phase("beside", 60, works, 0.5)),
+        (Phase("memory", 60, out_of_memory), Phase("package", 60, needs_a_package)),
+        (Phase("last", 60, works),),
+    )
+    out = tmp_path / "look"
+    assert run_suite("look", SuiteConfig(out=out)) == 1
+    page = capsys.readouterr().out
+    said = {line.split(":")[0]: line for line in page.splitlines() if line.startswith("== ")}
+    assert "FAILED: cut off" in said["== hung"] and "FAILED with exit code -6" in said["== crashed"]
+    assert all("done in" in said[f"== {name}"] for name in ("first", "beside", "last"))
+    assert "79 GB are not enough" in page and "pip install nothing_like_it" in page
+    assert page.count("case 0 | hotlap | ms 1") == 4  # of all that measured something, the hung one too
+    assert page.strip() == (out / "summary.txt").read_text().strip()
+    with tarfile.open(tmp_path / "look.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"look/summary.txt", "look/last/kernels.json", "look/hung/log.txt"} <= set(names)
+    hung = int((out / "hung" / "began").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.killpg(hung, 0)  # with what it had started
+
+
+def test_a_phase_that_dies_goes_on_while_it_measures_more(call, tmp_path):
+    call((Phase("kernels", 300, dies_twice), Phase("other", 60, works)))
+    assert run_suite("look", SuiteConfig(out=tmp_path / "look", minutes=10)) == 0
+    assert (tmp_path / "look" / "kernels" / "runs").read_text() == "011"
+
+
+def test_phases_that_do_not_fit_in_the_time_are_listed(call, tmp_path, capsys):
+    call((Phase("first", 60, works),), (Phase("second", 60, works),))
+    assert run_suite("look", SuiteConfig(out=tmp_path / "look", minutes=1e-6)) == 0
+    assert capsys.readouterr().out.splitlines() == [f"== {name}: {NO_TIME}" for name in ("first", "second")]
+
+
+def test_phases_may_be_chosen_by_name(call, tmp_path, capsys):
+    call((Phase("first", 60, crashes),), (Phase("second", 60, works),))
+    assert run_suite("look", SuiteConfig(out=tmp_path / "look", phases=("second",))) == 0
+    assert "first" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="did you mean 'second'"):
+        run_suite("look", SuiteConfig(out=tmp_path / "look", phases=("secnd",)))
+
+
+def test_what_is_compiled_goes_to_the_cache_that_is_named(call, tmp_path, monkeypatch):
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "before")
+    call()
+    run_suite("look", SuiteConfig(out=tmp_path / "look", cache=tmp_path / "cache"))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "inductor")
+
+
+TEST = """
+import pytest, time
+
+@pytest.mark.gpu
+def test_first(): BODY
+
+@pytest.mark.gpu
+def test_second(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [("pass", "2 passed"), ("assert 1 == 2", "1 failed, 1 passed"), ("time.sleep(600)", "no tests ran")],
+)
+def test_native_tests_are_cut_off_in_time_and_what_failed_is_named(body, says, tmp_path, monkeypatch):
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_on_gpu.py").write_text(TEST.replace("BODY", body))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\naddopts = -ra\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    out = tmp_path / "tested"
+    out.mkdir()
+    limit = "3" if "sleep" in body else "60"
+    command = [sys.executable, "-c", RUN_TESTS, str(tmp_path / "tests"), str(out), limit]
+    done = subprocess.run(command, env=os.environ)
+    assert (done.returncode == 0) == (body == "pass")
+    note = (out / "note.txt").read_text()
+    assert says in note and ("FAILED" in note) == ("assert" in body)
+
+
+RUN_TESTS = """
+import os, sys
+from pathlib import Path
+from hotlap.bench import phases
+
+phases.TESTS, phases.ENDING, out = Path(sys.argv[1]), 60, Path(sys.argv[2])
+with open(out / "log.txt", "ab") as file:
+    os.dup2(file.fileno(), 1)
+sys.exit(phases.native_tests(out, float(sys.argv[3]), False, workers=1))
+"""
+
+
+def test_the_calls_run_without_a_package_but_torch_and_numpy(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('tokenizers', 'tiktoken', 'safetensors', 'tyro', 'tqdm', 'regex', 'requests'):\n"
+        "    sys.modules[name] = None\n"
+        "from hotlap.bench import suite\n"
+        "if __name__ == '__main__':\n"
+        "    for call in ('look', 'check', 'figures'):\n"
+        "        sys.argv = ['suite', call, '--minutes', '1e-6', '--out', call]\n"
+        "        assert suite.main() == 0"
+    )
+    (tmp_path / "bare.py").write_text(code)
+    done = subprocess.run([sys.executable, "bare.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count(NO_TIME) > 10, done.stderr
