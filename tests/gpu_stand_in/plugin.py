@@ -42,9 +42,14 @@ def of_kernels(item) -> bool:
     return item.path.parent.name == "kernels"
 
 
+def launches(item) -> bool:
+    """Whether a test of the kernels runs them: it asks for them, or is one of both paths, and not torch's."""
+    path = item.callspec.params.get("kernels", "torch") if hasattr(item, "callspec") else "torch"
+    return "triton_kernels" in item.fixturenames or path != "torch"
+
+
 def pytest_collection_modifyitems(config, items):
-    """Of the kernels' own tests, those that ask for the kernels."""
-    others = [i for i in items if of_kernels(i) and "triton_kernels" not in i.fixturenames]
+    others = [item for item in items if of_kernels(item) and not launches(item)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
 

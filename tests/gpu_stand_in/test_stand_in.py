@@ -3,6 +3,7 @@
 `pytest -m standin` needs the CUDA build of torch, of which 5 GB are installed for it.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -58,4 +59,6 @@ def test_the_static_gate_passes_with_the_triton_of_this_torch():
     code = "from hotlap.bench import static; exit(static.main(static.StaticConfig(arch=('sm_90',))))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    faults = [f"{row}\n{fault}" for row, fault in itertools.pairwise(lines) if "FAULT" in fault]
+    assert result.returncode == 0, "\n".join(faults) + result.stderr[-2000:]
