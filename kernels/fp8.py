@@ -15,6 +15,7 @@ element, 2 M N e + 2 M N bytes, against 2 M N K FLOPs at twice bf16's rate: wort
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -257,7 +258,7 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
-    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    M, (N, K) = math.prod(x.shape[:-1]), weight.shape
     if x.shape[-1] != K or M % 16 or N % 16 or K % 16:
         shapes = f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}; fp8 needs (..., K) and (N, K), all of them multiples of 16")
@@ -269,7 +270,7 @@ def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
-    M, (N, D) = x.shape[:-1].numel(), w_in.shape
+    M, (N, D) = math.prod(x.shape[:-1]), w_in.shape
     if x.shape[-1] != D or w_out.shape != (D, N) or M % 16 or N % 16 or D % 16:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; fp8 needs (..., D), (N, D) and (D, N), all of them multiples of 16")

@@ -185,7 +185,7 @@ _linear_losses_backward = kernel_op(
 _linear_losses = kernel_op(
     "linear_cross_entropy",
     _each,
-    lambda x, *_: _empty(x, torch.float32, (len(x),)),
+    lambda x, *_: _empty(x, torch.float32, (x.shape[0],)),
     _save_each,
     _again,
     opaque=True,

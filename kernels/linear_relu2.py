@@ -229,7 +229,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """y (M, D) and a (M, N)."""
-    a = _product(_unit(x), w_in.T, None, _empty(x, len(x), len(w_in)))
+    a = _product(_unit(x), w_in.T, None, _empty(x, x.shape[0], w_in.shape[0]))
     return a @ w_out.T, a
 
 
@@ -254,7 +254,7 @@ _linear_relu2_backward = kernel_op(
 _linear_relu2 = kernel_op(
     "linear_relu2",
     _forward,
-    lambda x, w_in, w_out: (_empty(x, len(x), len(w_out)), _empty(x, len(x), len(w_in))),
+    lambda x, w_in, w_out: (_empty(x, x.shape[0], w_out.shape[0]), _empty(x, x.shape[0], w_in.shape[0])),
     _save,
     _gradients,
 )
@@ -267,14 +267,14 @@ def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     on are products and an elementwise kernel.
     """
     D = x.shape[-1]
-    if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != len(w_in):
+    if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; needed are (..., D), (N, D) and (D, N)")
     fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
     if not (use_triton(x) and fused):
         return linear_relu2_ref(x, w_in, w_out)
     y, _ = _linear_relu2(x.reshape(-1, D), w_in.to(x.dtype), w_out.to(x.dtype))
-    return y.view(*x.shape[:-1], len(w_out))
+    return y.view(*x.shape[:-1], w_out.shape[0])
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -169,7 +170,7 @@ def next_power_of_2(n: int) -> int:
 def as_rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
     if x.dim() != 2:
-        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # prod, as Size.numel makes numbers of symbols
     return x if x.stride(1) == 1 else x.contiguous()
 
 
