@@ -101,15 +101,14 @@ def test_a_sharded_and_compiled_model_compiles(depth, recompute, world, mesh, mo
 
 
 @pytest.mark.parametrize("depth", [12, 24])
-def test_a_block_without_documents_compiles(depth, monkeypatch):
-    """With our attention where torch has none: whether it has is asked of the GPU."""
+def test_a_model_on_one_rank_compiles(depth, monkeypatch):
+    """Without documents, and with our attention where torch has none: whether it has is asked of the GPU."""
     monkeypatch.setattr(attention, "sdpa_takes", lambda *_: False)
-    config = two_layers(depth)
     with torch.device("cuda"):
-        block = GPT(config, BF16).blocks[1]
-    x, value = (empty(BF16, 2, 2048, config.width, grad=True) for _ in range(2))
-    cos, sin = (empty(F32, 2048, 64) for _ in range(2))
-    torch.compile(block.forward, dynamic=False)(x, value, cos, sin, None, None).sum().backward()
+        model = GPT(two_layers(depth), BF16)
+    parallel.parallelize(model, World(0, 1, torch.device("cuda", 0), None), "none", compile=True)
+    ids = empty(I64, 2, 2048)
+    model(ids, ids).backward()
     assert names() >= BLOCK
 
 
