@@ -232,10 +232,10 @@ def backend_runs(*question) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def is_special(device: torch.device, dtype: torch.dtype, C: int) -> bool:
-    """Whether a tile for such heads is for a form of its kernel that torch cannot trace."""
+def is_special(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tile for heads of HEAD is for a form of its kernel that torch cannot trace."""
     tables = (_attention_forward_tiles, _attention_dq_tiles, _attention_dk_dv_tiles)
-    return any(tile_for(table, device, dtype, C, special=True).kernel for table in tables)
+    return any(tile_for(table, device, dtype, HEAD, special=True).kernel for table in tables)
 
 
 def check_arguments(q, k, v, window, document_start, softcap, scale, backend) -> None:
@@ -297,7 +297,7 @@ def attention(
     if backend == "triton":
         if documents:
             document_start = document_start.to(torch.int32).contiguous()
-        special = C == HEAD and not softcap and is_special(q.device, q.dtype, C)
+        special = C == HEAD and not softcap and is_special(q.device, q.dtype)
         operation = _attention_special if special else _attention
         return operation(q, k, v, document_start, window, softcap, scale, special)[0]
     if backend == "blockwise":

@@ -233,7 +233,7 @@ def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
     elif block_c == 128:
         shapes = [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)]
         if large:
-            shapes = [(32, 128, 8, 3), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 8, 2)]
+            shapes = [(32, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 3), (64, 64, 8, 2)]
     elif large:
         shapes = [(16, 64, 8, 2), (32, 64, 8, 2)]
     else:

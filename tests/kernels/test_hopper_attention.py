@@ -5,6 +5,7 @@ import pytest
 import torch
 from kernel_tools import error, outputs_and_gradients, random
 
+from hotlap.kernels import attention as module
 from hotlap.kernels import (
     attention_backward,
     attention_blocks,
@@ -12,7 +13,6 @@ from hotlap.kernels import (
     attention_hopper,
     attention_hopper_backward,
 )
-from hotlap.kernels import attention as module
 from hotlap.kernels.attention import attention, attention_ref
 from hotlap.kernels.dispatch import INTERPRETED
 from hotlap.kernels.tiles import Tile
