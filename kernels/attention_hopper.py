@@ -196,14 +196,10 @@ def _produce(
 
 
 @gluon_jit
-def _softmax(s, seen, m, l, outer, MASKED: gl.constexpr):
+def _softmax(s, m, l, outer):
     """p (rows, N), the maximum and the sum (rows,) after it, and the factor 2^(m - m') of what was before."""
-    if MASKED:
-        s = gl.where(seen, s, float("-inf"))
     new = gl.maximum(m, gl.max(s, 1) * outer)
-    base = new
-    if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
-        base = gl.where(new == float("-inf"), 0.0, new)
+    base = gl.where(new == float("-inf"), 0.0, new)  # of a row that has seen nothing yet: -inf - -inf is NaN
     p = gl.exp2(s * outer - base[:, None])
     decay = gl.exp2(m - base)
     return p, new, l * decay + gl.sum(p, 1), decay
@@ -212,8 +208,7 @@ def _softmax(s, seen, m, l, outer, MASKED: gl.constexpr):
 @gluon_jit
 def _attend(
     j, p, a, l, m, q, keys, values, turns, first, position, spans, outer,
-    MASKED: gl.constexpr, BOUNDED: gl.constexpr,
-    HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
+    BOUNDED: gl.constexpr, HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """p of the j-th block of keys, and the accumulator with the block before it."""
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -227,11 +222,11 @@ def _attend(
     mbarrier.arrive(turns.index(1 - ME), count=1)
     s = warpgroup_mma_wait(1, (s,))
     give_back(keys, j, STAGES)
-    seen = True
-    if MASKED:
+    if j < spans[3]:
         LAYOUT: gl.constexpr = gl.SliceLayout(0, OF_SCORES)
         seen = is_seen(first_row(j, spans, BLOCK_N), first, position, BOUNDED, BLOCK_N, LAYOUT)
-    weights, m, l, decay = _softmax(s, seen, m, l, outer, MASKED)
+        s = gl.where(seen, s, float("-inf"))
+    weights, m, l, decay = _softmax(s, m, l, outer)
     a = warpgroup_mma_wait(0, (a,))
     give_back(values, j - 1, STAGES)
     a = a * gl.convert_layout(decay, gl.SliceLayout(1, OF_RESULT))[:, None]
@@ -265,19 +260,14 @@ def _consume(
     give_back(keys, 0, STAGES)
     LAYOUT: gl.constexpr = gl.SliceLayout(0, OF_SCORES)
     seen = is_seen(first_row(0, spans, BLOCK_N), first, position, BOUNDED, BLOCK_N, LAYOUT)
-    weights, m, l, _ = _softmax(s, seen, m, l, outer, True)
+    weights, m, l, _ = _softmax(gl.where(seen, s, float("-inf")), m, l, outer)
     p = gl.convert_layout(weights.to(y.dtype), gl.DotOperandLayout(0, OF_RESULT, 2))
     if ME == 1:  # the other one starts
         mbarrier.arrive(turns.index(0), count=1)
-    for j in range(1, masked):
+    for j in range(1, masked + whole):
         p, a, l, m = _attend(
             j, p, a, l, m, q, keys, values, turns, first, position, spans, outer,
-            True, BOUNDED, HALF, BLOCK_N, STAGES, ME,
-        )  # fmt: skip
-    for j in range(masked, masked + whole):
-        p, a, l, m = _attend(
-            j, p, a, l, m, q, keys, values, turns, first, position, spans, outer,
-            False, BOUNDED, HALF, BLOCK_N, STAGES, ME,
+            BOUNDED, HALF, BLOCK_N, STAGES, ME,
         )  # fmt: skip
     a = warpgroup_mma(p, take(values, masked + whole - 1, STAGES), a, is_async=True)
     a = warpgroup_mma_wait(0, (a,))
