@@ -65,7 +65,7 @@ def nvidia(
 ):
     block = (shared_kib - 1) << 10  # a block's reserve
     return Target(
-        Device(name, block, processors, tma=compute >= 90),
+        Device(name, block, processors, tma=compute >= 90, compute=compute),
         "cuda",
         compute,
         tensor_core,
@@ -127,6 +127,7 @@ def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
                     device = TARGETS[target].device
                     table = list(case.table(case.size, device))
                     fitting = fitting_tiles(case.table, case.size, device)
+                    fitting = [tile for tile in fitting if case.arguments_of(tile) is not None]
                     first = {tile.kernel: tile for tile in reversed(fitting)}  # of each form of the kernel
                     for tile in fitting if config.all else reversed(first.values()):
                         default = tile == first[tile.kernel]
@@ -140,8 +141,8 @@ def examine(job: Job) -> dict[str, Any]:
     case = module.cases(DTYPES[job.dtype])[job.case]
     tile = list(case.table(case.size, target.device))[job.tile]
     name = tile.kernel or case.kernel
-    kernel = getattr(module, name)
-    identity = repr((job, case.arguments, tile, kernel.cache_key, triton.__version__))
+    kernel, arguments = getattr(module, name), case.arguments_of(tile)
+    identity = repr((job, arguments, tile, kernel.cache_key, triton.__version__))
     digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
     stored = user_cache() / "static" / f"{digest}.json"
     if stored.exists():
@@ -153,9 +154,8 @@ def examine(job: Job) -> dict[str, Any]:
         "tile": "x".join(str(size) for size in tile.blocks.values()) + f" w{tile.warps} s{tile.stages}",
     }
     try:
-        row |= judge(
-            compile_case(kernel, case.arguments, tile, target), tile, target, job.default, case.small
-        )
+        compiled = compile_case(kernel, arguments, tile, target)
+        row |= judge(compiled, tile, target, job.default, case.small)
     except Exception as error:  # whatever the compiler throws is the finding; not stored, as it may pass
         text = " ".join(str(error).split())[:200]
         return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
@@ -170,6 +170,7 @@ def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
     """Triton's compiled kernel. Pointers and integers are multiples of 16, as they are for aligned rows."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     values = {"STAGES": tile.stages, **tile.blocks, **arguments}
     signature, constants, aligned = {}, {}, {}
@@ -180,7 +181,8 @@ def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
                 aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[name] = "constexpr", values[name]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    kind = GluonASTSource if getattr(kernel, "is_gluon", bool)() else ASTSource
+    source = kind(kernel, signature=signature, constexprs=constants, attrs=aligned)
     gpu = GPUTarget(target.backend, target.architecture, target.device.warp)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton.compile(source, target=gpu, options=options)
@@ -201,7 +203,8 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
     resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
     products = len(re.findall(rf"{target.tensor_core}|mma\.sync" if small else target.tensor_core, code))
-    wanted, loads = tile_bytes(compiled.asm["ttir"], target.device.warp * tile.warps), accesses(code, "load")
+    ttir = compiled.asm.get("ttir", "")  # Gluon has none
+    wanted, loads = tile_bytes(ttir, target.device.warp * tile.warps), accesses(code, "load")
     wide = sum(size for size in loads if size >= 16)  # less than wanted also where branches share a load
     narrow = sum(loads) - wide
     faults = []
@@ -211,7 +214,7 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         faults.append(f"needs {shared} bytes of shared memory; its tile says {tile.shared}")
     if spilled and default:
         faults.append(f"spills {spilled} bytes a thread")
-    if "tt.dot" in compiled.asm["ttir"] and not products:
+    if ("tt.dot" in ttir or "warp_group_dot" in compiled.asm["source"]) and not products:
         faults.append("has a product, and no tensor-core instruction")
     if "tt.descriptor_load" in compiled.asm["source"] and "cp.async.bulk.tensor" not in code:
         faults.append("reads by tensor descriptors, and has no TMA instruction")

@@ -18,9 +18,14 @@ import logging
 import torch
 from torch import Tensor
 
-from hotlap.kernels.attention_backward import attention_backward
+from hotlap.kernels.attention_backward import (
+    _attention_dk_dv_tiles,
+    _attention_dq_tiles,
+    attention_backward,
+)
 from hotlap.kernels.attention_blockwise import attention_blockwise, masked_softmax, without_blind
-from hotlap.kernels.attention_forward import attention_forward
+from hotlap.kernels.attention_forward import _attention_forward_tiles, attention_forward, tile_for
+from hotlap.kernels.attention_hopper import HEAD
 from hotlap.kernels.attention_torch import (
     SDPA,
     attention_flash_attn,
@@ -74,12 +79,19 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int, softcap: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor | None,
+    window: int,
+    softcap: float,
+    scale: float,
+    special: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         y, lse = _fake(q, k, v)
         return y.zero_(), lse
-    return attention_forward(_unit(q), _unit(k), _unit(v), document_start, window, softcap, scale)
+    return attention_forward(_unit(q), _unit(k), _unit(v), document_start, window, softcap, scale, special)
 
 
 def _backward(
@@ -93,11 +105,12 @@ def _backward(
     window: int,
     softcap: float,
     scale: float,
+    special: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dy, q, k, v = _unit(dy), _unit(q), _unit(k), _unit(v)
-    return attention_backward(dy, q, k, v, document_start, y, lse, window, softcap, scale)
+    return attention_backward(dy, q, k, v, document_start, y, lse, window, softcap, scale, special)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ def _fake(q, *_):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, document_start, ctx.window, ctx.softcap, ctx.scale = inputs
+    q, k, v, document_start, ctx.window, ctx.softcap, ctx.scale, ctx.special = inputs
     ctx.save_for_backward(q, k, v, document_start, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -118,15 +131,21 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, _):
     if dy is None:
-        return (None,) * 7
-    gradients = _attention_backward(dy, *ctx.saved_tensors, ctx.window, ctx.softcap, ctx.scale)
-    return *gradients, None, None, None, None
+        return (None,) * 8
+    backward = _attention_backward_special if ctx.special else _attention_backward
+    numbers = (ctx.window, ctx.softcap, ctx.scale, ctx.special)
+    return *backward(dy, *ctx.saved_tensors, *numbers), *(None,) * 5
 
 
-_attention_backward = kernel_op(
-    "attention_backward", _backward, lambda dy, q, k, v, *_: (_empty(q), _empty(k), _empty(v))
-)
+def _fake_gradients(dy, q, k, v, *_):
+    return _empty(q), _empty(k), _empty(v)
+
+
+_attention_backward = kernel_op("attention_backward", _backward, _fake_gradients)
 _attention = kernel_op("attention", _forward, _fake, _save, _gradients)
+# the same with kernels that torch cannot trace: their descriptors are not tensors, and they are not Triton's
+_attention_backward_special = kernel_op("attention_backward_special", _backward, _fake_gradients, opaque=True)
+_attention_special = kernel_op("attention_special", _forward, _fake, _save, _gradients, opaque=True)
 
 BACKENDS = ("triton", "sdpa", "flash", "cudnn", "flash-attn", "blockwise")
 
@@ -212,6 +231,13 @@ def backend_runs(*question) -> bool:
     return can_run(*question)
 
 
+@torch.compiler.assume_constant_result
+def is_special(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tile for heads of HEAD is for a form of its kernel that torch cannot trace."""
+    tables = (_attention_forward_tiles, _attention_dq_tiles, _attention_dk_dv_tiles)
+    return any(tile_for(table, device, dtype, HEAD, special=True).kernel for table in tables)
+
+
 def check_arguments(q, k, v, window, document_start, softcap, scale, backend) -> None:
     """A ValueError for what `attention` does not take."""
     B, T, H, C = q.shape
@@ -271,7 +297,9 @@ def attention(
     if backend == "triton":
         if documents:
             document_start = document_start.to(torch.int32).contiguous()
-        return _attention(q, k, v, document_start, window, softcap, scale)[0]
+        special = C == HEAD and not softcap and is_special(q.device, q.dtype)
+        operation = _attention_special if special else _attention
+        return operation(q, k, v, document_start, window, softcap, scale, special)[0]
     if backend == "blockwise":
         return attention_blockwise(q, k, v, document_start, window, softcap, scale)
     if backend == "flash-attn" and not documents:

@@ -16,23 +16,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotlap.kernels.attention_forward import (
-    LARGE,
-    attention_forward,
+from hotlap.kernels.attention_blocks import (
     block_at,
-    cases_of,
     edges,
-    factors,
-    heads_in_section,
-    inputs,
     keys_of_rows,
     load_rows,
-    make_tiles,
     place,
     query_block,
     similarity,
     store_rows,
+)
+from hotlap.kernels.attention_forward import (
+    LARGE,
+    attention_forward,
+    cases_of,
+    factors,
+    heads_in_section,
+    inputs,
+    make_tiles,
     tile_for,
+)
+from hotlap.kernels.attention_hopper import describe, described, hopper_takes, hopper_tiles
+from hotlap.kernels.attention_hopper_backward import (
+    _attention_dk_dv_hopper_kernel,
+    _attention_dq_hopper_kernel,
 )
 from hotlap.kernels.dispatch import Device, jit, tl, triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, type_name
@@ -201,12 +208,15 @@ def _attention_dq_tiles(block_c: int, device: Device) -> list[Tile]:
     elif block_c == 128:
         shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
         if large:
-            shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 8, 2)]
+            shapes = [(64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)]
     elif large:
         shapes = [(64, 32, 8, 2), (64, 16, 8, 2)]
     else:
         shapes = [(64, 64, 8, 1), (32, 32, 4, 1), (64, 32, 8, 2), (64, 16, 8, 2)]
-    return make_tiles(block_c, device, lambda m, n, stages: 2 * m + (2 * stages + large) * n, shapes)
+    plain = make_tiles(block_c, device, lambda m, n, stages: 2 * m + (2 * stages + large) * n, shapes)
+    return plain + hopper_tiles(
+        "_attention_dq_kernel", block_c, device, lambda m, n, stages: 3 * m + 2 * stages * n, [(128, 64, 2)]
+    )
 
 
 def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
@@ -223,13 +233,20 @@ def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
     elif block_c == 128:
         shapes = [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)]
         if large:
-            shapes = [(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2)]
+            shapes = [(32, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 3), (64, 64, 8, 2)]
     elif large:
         shapes = [(16, 64, 8, 2), (32, 64, 8, 2)]
     else:
         shapes = [(64, 32, 8, 1), (32, 32, 8, 1), (16, 64, 8, 1)]
-    return make_tiles(
+    plain = make_tiles(
         block_c, device, lambda m, n, stages: 2 * n + (max(3, 2 * stages) + 2 * large) * m, shapes
+    )
+    return plain + hopper_tiles(
+        "_attention_dk_dv_kernel",
+        block_c,
+        device,
+        lambda m, n, stages: 2 * n + 2 * stages * m,
+        [(32, 128, 4), (32, 128, 3)],
     )
 
 
@@ -251,31 +268,52 @@ def attention_backward(
     window: int,
     softcap: float,
     scale: float,
+    special: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous dq, dk, dv from what `attention_forward` took and gave, and dy with unit stride over C."""
+    """Contiguous dq, dk, dv from what `attention_forward` took and gave, and dy with unit stride over C.
+
+    special: as there.
+    """
     B, T, H, C = q.shape
     S, K = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
+    special = special and hopper_takes(softcap, q, k, v, y, dy)
+    flags = {"WINDOWED": window > 0, "DOCUMENTS": document_start is not None, "C": C}
+    inner, outer = factors(scale, softcap)
     strides = [stride for x in (q, k, v, dy) for stride in x.stride()[:3]]
-    flags = {
-        "WINDOWED": window > 0, "DOCUMENTS": document_start is not None, "SOFTCAP": softcap > 0, "C": C
-    }  # fmt: skip
-    numbers = (*factors(scale, softcap), scale)
+    sizes = (B, T, S, H, K, window, heads_in_section(S, C, B * H, q.element_size()))
     with torch.cuda.device_of(q):
-        tile = tile_for(_attention_dq_tiles, q)
+        tile = tile_for(_attention_dq_tiles, q.device, q.dtype, C, special)
         grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
-        wrap_triton(_attention_dq_kernel)[grid](
-            q, k, v, document_start, y, dy, lse, delta, dq, *numbers, *strides, B, T, S, H, K, window,
-            heads_in_section(S, C, B * H, q.element_size()), **flags, **tile.arguments,
-        )  # fmt: skip
-        tile = tile_for(_attention_dk_dv_tiles, q)
+        if tile.kernel:
+            half, of_keys = tile.blocks["BLOCK_M"] // 2, tile.blocks["BLOCK_N"]
+            _attention_dq_hopper_kernel[grid](
+                describe(q, half), describe(k, of_keys), describe(v, of_keys), document_start,
+                describe(y, half), describe(dy, half), lse, delta, describe(dq, half), outer, scale, *sizes,
+                **flags, STAGES=tile.stages, **tile.arguments,
+            )  # fmt: skip
+        else:
+            wrap_triton(_attention_dq_kernel)[grid](
+                q, k, v, document_start, y, dy, lse, delta, dq, inner, outer, scale, *strides, *sizes,
+                **flags, SOFTCAP=softcap > 0, **tile.arguments,
+            )  # fmt: skip
+        sizes = (B, T, S, H, K, window, heads_in_section(T * (H // K), C, B * K, q.element_size()))
+        tile = tile_for(_attention_dk_dv_tiles, q.device, q.dtype, C, special)
         grid = (triton.cdiv(S, tile.blocks["BLOCK_N"]) * B * K,)
         ends = None if document_start is None else rows_before_end(document_start, S)
-        wrap_triton(_attention_dk_dv_kernel)[grid](
-            q, k, v, document_start, ends, dy, lse, delta, dk, dv, *numbers, *strides, B, T, S, H, K, window,
-            heads_in_section(T * (H // K), C, B * K, q.element_size()), **flags, **tile.arguments,
-        )  # fmt: skip
+        if tile.kernel:
+            half, of_queries = tile.blocks["BLOCK_N"] // 2, tile.blocks["BLOCK_M"]
+            _attention_dk_dv_hopper_kernel[grid](
+                describe(q, of_queries), describe(k, half), describe(v, half), ends,
+                describe(dy, of_queries), lse, delta, describe(dk, half), describe(dv, half), outer, scale,
+                *sizes, **flags, STAGES=tile.stages, **tile.arguments,
+            )  # fmt: skip
+        else:
+            wrap_triton(_attention_dk_dv_kernel)[grid](
+                q, k, v, document_start, ends, dy, lse, delta, dk, dv, inner, outer, scale, *strides, *sizes,
+                **flags, SOFTCAP=softcap > 0, **tile.arguments,
+            )  # fmt: skip
     return dq, dk, dv
 
 
@@ -291,13 +329,21 @@ def cases(dtype: torch.dtype) -> list[Case]:
         y, lse = attention_forward(*arguments)
         return lambda: attention_backward(y, *arguments[:4], y, lse, *arguments[4:])
 
+    def for_dq(tile: Tile) -> dict[str, str]:
+        half, n = tile.blocks["BLOCK_M"] // 2, tile.blocks["BLOCK_N"]
+        return described({**dict.fromkeys(("q", "y", "dy", "dq"), half), "k": n, "v": n}, dtype)
+
+    def for_dk_dv(tile: Tile) -> dict[str, str]:
+        half, m = tile.blocks["BLOCK_N"] // 2, tile.blocks["BLOCK_M"]
+        return described({**dict.fromkeys(("k", "v", "dk", "dv"), half), "q": m, "dy": m}, dtype)
+
     return [
         *cases_of(
             "_attention_dq_kernel", {**pointers, "y": t, "dq": t}, numbers, sizes,
-            _attention_dq_tiles, run, dtype,
+            _attention_dq_tiles, run, dtype, for_dq,
         ),
         *cases_of(
             "_attention_dk_dv_kernel", {**pointers, "rows_before": "*i32", "dk": t, "dv": t}, numbers, sizes,
-            _attention_dk_dv_tiles, run, dtype,
+            _attention_dk_dv_tiles, run, dtype, for_dk_dv,
         ),
     ]  # fmt: skip

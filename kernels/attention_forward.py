@@ -20,116 +20,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hotlap.kernels.attention_blocks import (
+    block_at,
+    keys_of_rows,
+    load_rows,
+    query_block,
+    similarity,
+    store_rows,
+)
+from hotlap.kernels.attention_hopper import (
+    HEAD,
+    RESERVE,
+    _attention_forward_hopper_kernel,
+    describe,
+    described,
+    hopper_name,
+    hopper_takes,
+    hopper_tiles,
+)
 from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton, wrap_triton
-from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, fitting_tiles, next_power_of_2, pick_tile, type_name
 
 LOG2E = math.log2(math.e)
 LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
-RESERVE = 2 << 10  # bytes of it for barriers and the like
 SHARED_CACHE = 32 << 20  # bytes of what programs of one head share, in flight at once: of the L2 cache
-
-
-@jit
-def load_rows(
-    base, first, stride, rows, CHECKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Rows from `first` on of a head, as (ROWS, BLOCK): zero beyond C and, where CHECKED, beyond `rows`."""
-    row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
-    pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
-    if CHECKED:
-        mask = first + row < rows
-        if C < BLOCK:
-            mask = mask & (c < C)
-        x = tl.load(pointer, mask, other=0.0)
-    elif C < BLOCK:
-        x = tl.load(pointer, c < C, other=0.0)
-    else:
-        x = tl.load(pointer)
-    return x
-
-
-@jit
-def store_rows(base, x, first, stride, rows, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Write (ROWS, BLOCK) to the rows from `first` on of a head, in the dtype of `base`."""
-    row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
-    pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
-    mask = first + row < rows
-    if C < BLOCK:
-        mask = mask & (c < C)
-    tl.store(pointer, x.to(base.dtype.element_ty), mask)
-
-
-@jit
-def similarity(a, b, inner, SOFTCAP: tl.constexpr):
-    """a b^T in float32; with a softcap, tanh(inner a b^T). Times `outer` it is the score in base 2."""
-    s = tl.dot(a, tl.trans(b), input_precision="ieee")
-    if SOFTCAP:
-        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
-    return s
-
-
-@jit
-def edges(from_any, from_all, to_all, to_any):
-    """The blocks from_any, ..., to_any - 1, of which from_all, ..., to_all - 1 need no mask, as four numbers:
-    the first block, the masked ones at the left, the whole ones after them, and all masked ones.
-    """
-    left = tl.maximum(tl.minimum(from_all, to_any) - from_any, 0)
-    whole = tl.maximum(to_all - from_any - left, 0)
-    return from_any, left, whole, tl.maximum(to_any - from_any - whole, 0)
-
-
-@jit
-def block_at(i, begin, left, whole, MASKED: tl.constexpr):
-    """The block of place i among the masked ones of both edges, or among the whole ones between them."""
-    return begin + i + tl.where(i < left, 0, whole) if MASKED else begin + left + i
-
-
-@jit
-def place(program, section, heads, blocks):
-    """The head, of all batches, and the place in the order of its blocks that a program works on.
-
-    Heads go in sections whose shared operands fit the L2 cache; in a section all heads go through their
-    blocks side by side.
-    """
-    past = program // (section * blocks) * section  # heads of the sections before
-    size = tl.minimum(section, heads - past)
-    rest = program - past * blocks
-    return past + rest % size, rest // size
-
-
-@jit
-def query_block(program, section, B, T, H, BLOCK_M: tl.constexpr):
-    """Batch, head, first row and rows (M,) of the block of queries that a program works on, of all programs
-    in the order in which they start.
-
-    The last queries, which see the most keys, go first. Rows beyond T repeat the last one, so that nothing
-    of theirs needs a mask until they are stored.
-    """
-    blocks = tl.cdiv(T, BLOCK_M)
-    head, turn = place(program, section, B * H, blocks)
-    start = (blocks - 1 - turn) * BLOCK_M
-    return (head // H).to(tl.int64), head % H, start, tl.minimum(start + tl.arange(0, BLOCK_M), T - 1)
-
-
-@jit
-def keys_of_rows(
-    document_start, start, query, offset, window,
-    WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Positions and first keys (M,) of a block of queries, and the blocks of keys as `edges` returns them."""
-    position = offset + query
-    first = tl.zeros_like(position)
-    if WINDOWED:
-        first = tl.maximum(first, position - window + 1)
-    if DOCUMENTS:
-        first = tl.maximum(first, tl.load(document_start + query))
-    begin, left, whole, masked = edges(
-        tl.min(first, 0) // BLOCK_N,
-        tl.cdiv(tl.max(first, 0), BLOCK_N),
-        tl.maximum(offset + start + 1, 0) // BLOCK_N,
-        tl.cdiv(tl.maximum(tl.max(position, 0) + 1, 0), BLOCK_N),
-    )
-    return position, first, begin, left, whole, masked
 
 
 @jit
@@ -211,7 +125,7 @@ def make_tiles(
 
 
 def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
-    """The first spills on no target of the static gate; the tuner tries the others.
+    """The first spills on no target of the static gate; the tuner tries the others, the form for Hopper too.
 
     Eight warps want 128 rows: with fewer, Triton often has two of them compute the same scores.
     """
@@ -229,22 +143,31 @@ def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
     elif block_c == 128:
         shapes = [(64, 32, 4, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)]
         if large:
-            shapes = [(128, 64, 8, 2), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)]
+            shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)]
         elif device.shared_memory >= MEDIUM:
             shapes = [(128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)]
     elif large:
         shapes = [(128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
     else:
         shapes = [(64, 32, 8, 1), (64, 16, 4, 2), (32, 32, 4, 1)]
-    return make_tiles(block_c, device, lambda m, n, stages: m + 2 * stages * n, shapes)
+
+    def rows(m: int, n: int, stages: int) -> int:
+        return m + 2 * stages * n
+
+    plain = make_tiles(block_c, device, rows, shapes)
+    special = [(128, 128, 3), (128, 128, 2)]
+    return plain + hopper_tiles("_attention_forward_kernel", block_c, device, rows, special)
 
 
-def tile_for(table: Table, x: Tensor) -> Tile:
-    """The tile for heads like those of x (..., C)."""
-    device = device_facts(x.device)
-    if x.is_cuda and x.dtype == torch.float32:  # tables count two bytes an element
-        device = device._replace(shared_memory=device.shared_memory // 2)
-    return pick_tile(table, max(16, next_power_of_2(x.shape[-1])), device)
+def tile_for(table: Table, device: torch.device, dtype: torch.dtype, C: int, special: bool = False) -> Tile:
+    """The tile for heads of C. special: also of another form of the kernel than the plain one."""
+    facts, size = device_facts(device), max(16, next_power_of_2(C))
+    if device.type == "cuda" and dtype == torch.float32:  # tables count two bytes an element
+        facts = facts._replace(shared_memory=facts.shared_memory // 2)
+    tile = pick_tile(table, size, facts)
+    if tile.kernel and not special:
+        tile = next(plain for plain in fitting_tiles(table, size, facts) if not plain.kernel)
+    return tile
 
 
 def heads_in_section(rows: int, C: int, heads: int, item: int) -> int:
@@ -258,26 +181,43 @@ def factors(scale: float, softcap: float) -> tuple[float, float]:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int, softcap: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor | None,
+    window: int,
+    softcap: float,
+    scale: float,
+    special: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H, C), and the logarithms to base 2 of the sums of exponentials, (B, H, T) in float32.
 
-    Unit strides over C. document_start: contiguous int32 (B, T). window, softcap: 0 is none.
+    Unit strides over C. document_start: contiguous int32 (B, T). window, softcap: 0 is none. special: the
+    kernel may be of a form that torch cannot trace.
     """
     B, T, H, C = q.shape
     S, K = k.shape[1:3]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    tile = tile_for(_attention_forward_tiles, q)
+    special = special and hopper_takes(softcap, q, k, v)
+    tile = tile_for(_attention_forward_tiles, q.device, q.dtype, C, special)
     grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
+    inner, outer = factors(scale, softcap)
+    sizes = (B, T, S, H, K, window, heads_in_section(S, C, B * H, q.element_size()))
+    flags = {"WINDOWED": window > 0, "DOCUMENTS": document_start is not None, "C": C}
     with torch.cuda.device_of(q):
-        wrap_triton(_attention_forward_kernel)[grid](
-            q, k, v, document_start, y, lse, *factors(scale, softcap),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, T, S, H, K, window,
-            heads_in_section(S, C, B * H, q.element_size()),
-            WINDOWED=window > 0, DOCUMENTS=document_start is not None, SOFTCAP=softcap > 0, C=C,
-            **tile.arguments,
-        )  # fmt: skip
+        if tile.kernel:
+            of_keys, half = tile.blocks["BLOCK_N"], tile.blocks["BLOCK_M"] // 2
+            _attention_forward_hopper_kernel[grid](
+                describe(q, half), describe(k, of_keys), describe(v, of_keys), document_start,
+                describe(y, half), lse, outer, *sizes, **flags, STAGES=tile.stages, **tile.arguments,
+            )  # fmt: skip
+        else:
+            wrap_triton(_attention_forward_kernel)[grid](
+                q, k, v, document_start, y, lse, inner, outer,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes,
+                **flags, SOFTCAP=softcap > 0, **tile.arguments,
+            )  # fmt: skip
     return y, lse
 
 
@@ -292,20 +232,26 @@ def cases_of(
     table,
     run: Callable,
     dtype: torch.dtype,
+    hopper: Callable[[Tile], dict],
 ) -> list[Case]:
-    """Whole rows first, which the tuner measures; then everything at once, which takes the most registers."""
+    """Whole rows first, which the tuner measures; then everything at once, which takes the most registers.
+
+    hopper: the descriptors that the form for Hopper takes.
+    """
     if dtype == torch.float32:  # no tensor core multiplies it exactly
         return []
     every = "documents, window, softcap"
     variants = [*((C, "") for C in (64, 128, 256)), *((C, every) for C in (32, 64, 80, 128))]
     found = []
-    for C, variant in (*variants, (256, "documents, window")):
+    for C, variant in (*variants, (128, "documents, window"), (256, "documents, window")):
         arguments = {**pointers, **dict.fromkeys(numbers, "fp64"), **STRIDES, **sizes, "C": C}
         arguments |= {"WINDOWED": bool(variant), "DOCUMENTS": bool(variant), "SOFTCAP": variant == every}
         arguments["document_start"] = "*i32" if variant else None
         start, block_c = functools.partial(run, C, bool(variant), dtype), next_power_of_2(C)
         label = variant if block_c == C else f"{variant}, heads of {C}"
-        found.append(Case(kernel, arguments, table, block_c, start, label))
+        special = C == HEAD and variant != every
+        forms = {hopper_name(kernel): hopper} if special else {}
+        found.append(Case(kernel, arguments, table, block_c, start, label, forms=forms))
     return found
 
 
@@ -327,6 +273,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
         arguments = inputs(C, masks, dtype, device)
         return lambda: attention_forward(*arguments)
 
+    def hopper(tile: Tile) -> dict[str, str]:
+        half, n = tile.blocks["BLOCK_M"] // 2, tile.blocks["BLOCK_N"]
+        return described({"q": half, "y": half, "k": n, "v": n}, dtype)
+
     return cases_of(
-        "_attention_forward_kernel", pointers, ("inner", "outer"), sizes, _attention_forward_tiles, run, dtype
-    )
+        "_attention_forward_kernel", pointers, ("inner", "outer"), sizes, _attention_forward_tiles,
+        run, dtype, hopper,
+    )  # fmt: skip

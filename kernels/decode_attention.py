@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.attention import attention
+from hotlap.kernels.attention_blocks import load_rows, similarity
 from hotlap.kernels.attention_blockwise import masked_softmax
-from hotlap.kernels.attention_forward import RESERVE, factors, load_rows, similarity, tile_for
+from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
 
@@ -215,7 +216,7 @@ def _decode(
     splits = split_count(programs, S, device)
     partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, B, K, R, dtype=torch.float32, device=q.device)
-    tile = tile_for(_decode_split_tiles, q)
+    tile = tile_for(_decode_split_tiles, q.device, q.dtype, q.shape[-1])
     strides = [stride for x in (q, k_cache, v_cache) for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):
         wrap_triton(_decode_split_kernel)[(programs * splits,)](

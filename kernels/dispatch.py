@@ -156,6 +156,7 @@ class Device(NamedTuple):
     processors: int  # streaming multiprocessors, or compute units
     warp: int = 32  # threads
     tma: bool = False  # copies tiles by tensor descriptors (Tensor Memory Accelerator)
+    compute: int = 0  # NVIDIA's compute capability, times ten
 
 
 @functools.cache
@@ -166,8 +167,10 @@ def device_facts(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     # ROCm leaves the opt-in size at zero
     shared = getattr(facts, "shared_memory_per_block_optin", 0) or facts.shared_memory_per_block
-    tma = torch.version.hip is None and facts.major >= 9
-    return Device(facts.name, shared, facts.multi_processor_count, facts.warp_size, tma)
+    compute = 0 if torch.version.hip else 10 * facts.major + facts.minor
+    return Device(
+        facts.name, shared, facts.multi_processor_count, facts.warp_size, tma=compute >= 90, compute=compute
+    )
 
 
 def default_device() -> torch.device:

@@ -1,0 +1,121 @@
+"""The kernels for Hopper, on a CPU: what they compute and how their warps wait for each other."""
+
+import gluon_interpreter
+import pytest
+import torch
+from kernel_tools import error, outputs_and_gradients, random
+
+from hotlap.kernels import attention as module
+from hotlap.kernels import (
+    attention_backward,
+    attention_blocks,
+    attention_forward,
+    attention_hopper,
+    attention_hopper_backward,
+)
+from hotlap.kernels.attention import attention, attention_ref
+from hotlap.kernels.dispatch import INTERPRETED
+from hotlap.kernels.tiles import Tile
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.skipif(not INTERPRETED or attention_hopper.gluon is None, reason="needs kernels in Python"),
+]
+FORMS = {
+    attention_forward: {"_attention_forward": (32, 16, 3)},
+    attention_backward: {"_attention_dq": (32, 16, 2), "_attention_dk_dv": (16, 32, 2)},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 32 queries and 16 keys, or the other way round, so that short rows have many of them."""
+
+    def table(kernel, m, n, stages):
+        tiles = [Tile({"BLOCK_C": 128, "BLOCK_M": 16, "BLOCK_N": 16})]
+        tiles.insert(0, Tile({"BLOCK_M": m, "BLOCK_N": n}, 4, stages, kernel=f"{kernel}_hopper_kernel"))
+        return lambda *_: tiles
+
+    for file, kernels in FORMS.items():
+        for kernel, shape in kernels.items():
+            for place in (file, module):
+                if hasattr(place, f"{kernel}_tiles"):
+                    monkeypatch.setattr(place, f"{kernel}_tiles", table(kernel, *shape))
+            form = gluon_interpreter.Kernel(getattr(file, f"{kernel}_hopper_kernel"))
+            monkeypatch.setattr(file, f"{kernel}_hopper_kernel", form)
+    blocks = type(attention_blocks)("blocks")  # what Triton's interpreter takes stays as it is
+    for name in ("edges", "block_at", "place"):
+        function = getattr(attention_blocks, name).fn
+        copied = type(function)(function.__code__, vars(blocks))
+        setattr(blocks, name, copied)
+        for place in (attention_hopper, attention_hopper_backward):
+            if hasattr(place, name):
+                monkeypatch.setattr(place, name, copied)
+    blocks.tl = gluon_interpreter.language
+    gluon_interpreter.run_on_cpu(monkeypatch, attention_hopper, attention_hopper_backward)
+
+
+def case(B, T, H, K, dtype=torch.float16, S=None):
+    """q, k and v as views of one projection, of which q is the last T positions, and the gradient of y."""
+    S = S or T
+    qkv = random(B, S, H + 2 * K, 128, dtype=dtype, grad=False)
+    q, k, v = qkv.split((H, K, K), dim=2)
+    return [q[:, S - T :].requires_grad_(), k.requires_grad_(), v.requires_grad_()], [
+        random(B, T, H, 128, seed=1, dtype=dtype, grad=False)
+    ]
+
+
+def compare(inputs, gradients, window=None, document_start=None, launched=3):
+    """With attention_ref in float64."""
+    counts = [0]
+    original = gluon_interpreter.Kernel.__getitem__
+
+    def count(kernel, grid):
+        counts[0] += 1
+        return original(kernel, grid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gluon_interpreter.Kernel, "__getitem__", count)
+        ours = outputs_and_gradients(
+            lambda *x: attention(*x, window, document_start, backend="triton"), inputs, gradients
+        )
+    assert counts == [launched]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wide = [x.double() for x in gradients]
+    expected = outputs_and_gradients(lambda *x: attention_ref(*x, window, document_start), exact, wide)
+    for a, b in zip(ours, expected, strict=True):
+        scale = 1e-3 * wide[0].norm().item()  # exact dq and dk are zero where queries have no choice of keys
+        assert error(a, b, scale) < (2e-3 if a.dtype == torch.float16 else 2e-2)
+
+
+def starts(T: int, *places: int) -> torch.Tensor:
+    """document_start (1, T), of documents that start at 0 and at these places."""
+    begin = torch.tensor([0, *places])
+    return begin[torch.searchsorted(begin, torch.arange(T), right=True) - 1][None]
+
+
+@pytest.mark.parametrize("window", [None, 1, 16, 23, 64])
+@pytest.mark.parametrize("T", [1, 16, 32, 33, 47, 64, 100, 128])
+def test_any_length_and_window(T, window):
+    compare(*case(1, T, 1, 1), window)
+
+
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize("places", [(), (1,), (40, 41), (32, 64), (99,), (33, 66, 67)])
+def test_documents(places, window):
+    compare(*case(1, 100, 2, 1), window, starts(100, *places))
+
+
+@pytest.mark.parametrize("H, K", [(4, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grouped_heads(H, K, dtype):
+    compare(*case(2, 50, H, K, dtype), 20)
+
+
+@pytest.mark.parametrize("T, S", [(1, 50), (17, 80), (40, 41), (64, 100), (50, 20)])
+@pytest.mark.parametrize("window", [None, 10])
+def test_queries_are_the_last_of_the_positions(T, S, window):
+    q, k, v = (random(2, n, 1, 128, seed=i, dtype=torch.float16) for i, n in enumerate((T, S, S)))
+    dy = [random(2, T, 1, 128, seed=3, dtype=torch.float16, grad=False)]
+    compare([q, k, v], dy, window)
+    compare([q, k, v], dy, window, torch.full((2, T), 7))
