@@ -122,7 +122,7 @@ def test_what_comes_with_the_kernels_counts_until_the_device_is_measured_here(ca
 
 
 def test_every_table_that_comes_with_the_kernels_can_be_read_and_names_tiles_that_there_are():
-    device = Device("NVIDIA H100 80GB HBM3", 232448, 132, tma=True)
+    device = Device("NVIDIA H100 80GB HBM3", 232448, 132, tma=True, compute=90)
     found = {}
     for name in static.MODULES:
         for case in importlib.import_module(f"hotlap.kernels.{name}").cases(torch.bfloat16):
