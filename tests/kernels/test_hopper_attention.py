@@ -1,5 +1,8 @@
 """The kernels for Hopper, on a CPU: what they compute and how their warps wait for each other."""
 
+import subprocess
+import sys
+
 import gluon_interpreter
 import pytest
 import torch
@@ -156,3 +159,18 @@ def test_other_gpus_and_head_sizes_have_no_such_tiles():
     for compute in (80, 100, 120):
         device = hopper._replace(compute=compute)
         assert not [tile for tile in _TABLE(128, device) if tile.kernel]
+
+
+def test_without_gluon_there_is_one_line_of_reason_and_the_plain_tiles():
+    code = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "sys.modules['triton.experimental.gluon'] = None\n"
+        "from hotlap.kernels import attention\n"
+        "from hotlap.kernels.dispatch import Device\n"
+        "device = Device('H100', 232448, 132, tma=True, compute=90)\n"
+        "for table in (attention._attention_forward_tiles, attention._attention_dq_tiles):\n"
+        "    print([tile.kernel for tile in table(128, device) if tile.kernel])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["[]", "[]"], result.stderr
+    assert result.stderr.count("without the kernels for Hopper") == 1
