@@ -86,7 +86,7 @@ def _forward(
     window: int,
     softcap: float,
     scale: float,
-    special: bool = False,
+    special: bool,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         y, lse = _fake(q, k, v)
@@ -105,7 +105,7 @@ def _backward(
     window: int,
     softcap: float,
     scale: float,
-    special: bool = False,
+    special: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

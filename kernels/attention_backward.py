@@ -246,7 +246,7 @@ def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
         block_c,
         device,
         lambda m, n, stages: 2 * n + 2 * stages * m,
-        [(32, 128, 4), (32, 128, 3)],
+        [(32, 128, 4), (32, 128, 3), (64, 128, 3), (64, 128, 2)],
     )
 
 

@@ -46,21 +46,23 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     MISSING = "Triton's interpreter has no Gluon" if INTERPRETED else ""
-except ImportError as error:  # no Triton, or one with another Gluon
-    gluon, MISSING = None, str(error)
+    if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:  # before Triton 3.6
+        MISSING = "Triton's Gluon is an older one"
+except ImportError as error:
+    gluon = gl = TensorDescriptor = None
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
+    MISSING = str(error)
 
 log = logging.getLogger("hotlap")
 
 HEAD = 128  # the one size of heads that was measured
 WARPS = 4  # of a consumer
 RESERVE = 2 << 10  # bytes of shared memory for barriers and the like
-
-
-SIZES = ("B", "T", "S", "H", "K", "window", "section")  # of which any value runs the same code
+SIZES = ("B", "T", "S", "H", "K", "window", "section")  # whatever their values, the code is the same
 
 
 def gluon_jit(function: Callable) -> Any:
-    """Gluon's jit, where there is Gluon; also of what Triton's jit was for."""
+    """Gluon's jit, where there is Gluon; also for what is Triton's already."""
     function = getattr(function, "fn", function)
     sizes = [name for name in SIZES if name in inspect.signature(function).parameters]
     return function if MISSING else gluon.jit(function, do_not_specialize=sizes)

@@ -182,19 +182,29 @@ def _add_dk_dv(
     """
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    BESIDE: gl.constexpr = BLOCK_M <= 32  # of more queries, s and dp at once are too much for the registers
     zero = gl.zeros((HALF, BLOCK_M), gl.float32, OF_SCORES)
     row += gl.arange(0, BLOCK_M, gl.SliceLayout(0, OF_SCORES))
     total = gl.load(lse + row, row < T, other=0.0) if MASKED else gl.load(lse + row)
     q = take(queries, j, STAGES)
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dy = take(gradients, j, STAGES)
-    dp = warpgroup_mma(v, dy.permute((1, 0)), zero, use_acc=False, is_async=True)
-    of_rows = gl.load(delta + row, row < T, other=0.0) if MASKED else gl.load(delta + row)
-    s = warpgroup_mma_wait(1, (s,))
+    if BESIDE:
+        dy = take(gradients, j, STAGES)
+        dp = warpgroup_mma(v, dy.permute((1, 0)), zero, use_acc=False, is_async=True)
+        of_rows = gl.load(delta + row, row < T, other=0.0) if MASKED else gl.load(delta + row)
+        s = warpgroup_mma_wait(1, (s,))
+    else:
+        s = warpgroup_mma_wait(0, (s,))
     p = gl.exp2(s * outer - total[None, :])
     if MASKED:
         p = gl.where((row[None, :] >= first[:, None]) & (row[None, :] <= last[:, None]), p, 0.0)
-    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), LEFT), dy, dv, is_async=True)
+    rounded = gl.convert_layout(p.to(q.dtype), LEFT)
+    if not BESIDE:
+        dy = take(gradients, j, STAGES)
+        dp = warpgroup_mma(v, dy.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dv = warpgroup_mma(rounded, dy, dv, is_async=True)
+    if not BESIDE:
+        of_rows = gl.load(delta + row, row < T, other=0.0) if MASKED else gl.load(delta + row)
     dp = warpgroup_mma_wait(1, (dp,))
     ds = (p * (dp - of_rows[None, :])).to(q.dtype)
     dk = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)

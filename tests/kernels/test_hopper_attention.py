@@ -1,5 +1,8 @@
 """The kernels for Hopper, on a CPU: what they compute and how their warps wait for each other."""
 
+import subprocess
+import sys
+
 import gluon_interpreter
 import pytest
 import torch
@@ -14,9 +17,10 @@ from hotlap.kernels import (
     attention_hopper_backward,
 )
 from hotlap.kernels.attention import attention, attention_ref
-from hotlap.kernels.dispatch import INTERPRETED
+from hotlap.kernels.dispatch import INTERPRETED, Device
 from hotlap.kernels.tiles import Tile
 
+_TABLE = attention_forward._attention_forward_tiles
 pytestmark = [
     pytest.mark.usefixtures("triton_kernels"),
     pytest.mark.skipif(not INTERPRETED or attention_hopper.gluon is None, reason="needs kernels in Python"),
@@ -27,15 +31,15 @@ FORMS = {
 }
 
 
+def table(kernel: str, m: int, n: int, stages: int):
+    plain = Tile({"BLOCK_C": 128, "BLOCK_M": 16, "BLOCK_N": 16})
+    special = Tile({"BLOCK_M": m, "BLOCK_N": n}, 4, stages, kernel=f"{kernel}_hopper_kernel")
+    return lambda *_: [special, plain]
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 32 queries and 16 keys, or the other way round, so that short rows have many of them."""
-
-    def table(kernel, m, n, stages):
-        tiles = [Tile({"BLOCK_C": 128, "BLOCK_M": 16, "BLOCK_N": 16})]
-        tiles.insert(0, Tile({"BLOCK_M": m, "BLOCK_N": n}, 4, stages, kernel=f"{kernel}_hopper_kernel"))
-        return lambda *_: tiles
-
     for file, kernels in FORMS.items():
         for kernel, shape in kernels.items():
             for place in (file, module):
@@ -119,3 +123,54 @@ def test_queries_are_the_last_of_the_positions(T, S, window):
     dy = [random(2, T, 1, 128, seed=3, dtype=torch.float16, grad=False)]
     compare([q, k, v], dy, window)
     compare([q, k, v], dy, window, torch.full((2, T), 7))
+
+
+def test_many_queries_at_once(monkeypatch):
+    monkeypatch.setattr(attention_backward, "_attention_dk_dv_tiles", table("_attention_dk_dv", 64, 32, 2))
+    compare(*case(1, 150, 4, 2), 70, starts(150, 30))
+
+
+def test_what_the_forms_do_not_take_is_for_the_plain_ones():
+    (q, k, v), gradients = case(1, 40, 2, 2)
+    assert attention_hopper.hopper_takes(0.0, q, k, v)
+    assert not attention_hopper.hopper_takes(15.0, q, k, v)
+    odd = torch.zeros(40 * 2 * 129 + 8, dtype=torch.float16)
+    for strides in ((0, 258, 129, 1), (40 * 256, 256, 0, 1)):  # rows of 258 bytes; heads that are one
+        x = odd.as_strided((1, 40, 2, 128), strides).requires_grad_()
+        assert not attention_hopper.hopper_takes(0.0, q, x)
+        compare([q, x, v], gradients, launched=0)
+    unaligned = odd[1:].as_strided((1, 40, 2, 128), (40 * 256, 256, 128, 1))
+    assert not attention_hopper.hopper_takes(0.0, unaligned)
+
+
+def test_two_runs_agree_bit_for_bit():
+    inputs, gradients = case(1, 70, 4, 2, torch.bfloat16)
+    runs = [
+        outputs_and_gradients(lambda *x: attention(*x, 30, backend="triton"), inputs, gradients)
+        for _ in range(2)
+    ]
+    assert all(map(torch.equal, *runs))
+
+
+def test_other_gpus_and_head_sizes_have_no_such_tiles():
+    hopper = Device("H100", 232448, 132, tma=True, compute=90)
+    if attention_hopper.MISSING:  # as it is under the interpreter
+        assert not [tile for tile in _TABLE(128, hopper) if tile.kernel]
+    for compute in (80, 100, 120):
+        device = hopper._replace(compute=compute)
+        assert not [tile for tile in _TABLE(128, device) if tile.kernel]
+
+
+def test_without_gluon_there_is_one_line_of_reason_and_the_plain_tiles():
+    code = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "sys.modules['triton.experimental.gluon'] = None\n"
+        "from hotlap.kernels import attention\n"
+        "from hotlap.kernels.dispatch import Device\n"
+        "device = Device('H100', 232448, 132, tma=True, compute=90)\n"
+        "for table in (attention._attention_forward_tiles, attention._attention_dq_tiles):\n"
+        "    print([tile.kernel for tile in table(128, device) if tile.kernel])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["[]", "[]"], result.stderr
+    assert result.stderr.count("without the kernels for Hopper") == 1

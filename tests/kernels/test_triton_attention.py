@@ -267,11 +267,15 @@ def test_heads_in_small_sections_are_all_there(monkeypatch):
 def test_the_operations_keep_the_rules_of_torch():
     (q, k, v), (dy,) = case(1, 20, 2, 1, 16)
     document_start = starts([5, 15]).int()
-    opcheck(module._attention.op, (q, k, v, document_start, 7, 0.0, 0.25))
-    opcheck(module._attention.op, (q, k, v, None, 0, 1.0, 0.25))
-    y, lse = module._attention(q, k, v, document_start, 7, 0.0, 0.25)
-    arguments = [x.detach() for x in (q, k, v)] + [document_start, y.detach(), lse]
-    opcheck(module._attention_backward.op, (dy, *arguments, 7, 0.0, 0.25))
+    for forward, backward, special in (
+        (module._attention, module._attention_backward, False),
+        (module._attention_special, module._attention_backward_special, True),
+    ):
+        opcheck(forward.op, (q, k, v, document_start, 7, 0.0, 0.25, special))
+        opcheck(forward.op, (q, k, v, None, 0, 1.0, 0.25, special))
+        y, lse = forward(q, k, v, document_start, 7, 0.0, 0.25, special)
+        arguments = [x.detach() for x in (q, k, v)] + [document_start, y.detach(), lse]
+        opcheck(backward.op, (dy, *arguments, 7, 0.0, 0.25, special))
 
 
 def test_compiles_whole_to_the_same_results():
