@@ -210,7 +210,7 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _in_two_passes(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
-    torch.mm(x, w, out=out)
+    torch.mm(_near(x), w, out=out)
     grid = (triton.cdiv(out.numel(), tile.blocks["BLOCK"]),)
     with torch.cuda.device_of(x):
         wrap_triton(_linear_relu2_apart_kernel)[grid](
@@ -227,6 +227,11 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _near(x: Tensor) -> Tensor:
+    """x, or a copy where its rows are further apart than cuBLAS can be told."""
+    return x if max(x.stride()) < 1 << 31 else x.contiguous()
+
+
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """y (M, D) and a (M, N)."""
     a = _product(_unit(x), w_in.T, None, _empty(x, x.shape[0], w_in.shape[0]))
@@ -235,7 +240,7 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
 
 def _backward(dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dp = _product(_unit(dy), w_out, a, _empty(a))
-    return dp @ w_in, dp.T @ x, dy.T @ a
+    return dp @ w_in, dp.T @ _near(x), _near(dy).T @ a
 
 
 def _save(ctx, inputs, output):
