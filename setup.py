@@ -10,4 +10,5 @@ setup(
     package_dir={"hotlap": "."},
     packages=["hotlap"]
     + [f"hotlap.{folder}" for folder in ("bench", "kernels", "model", "train", "train.tasks")],
+    package_data={"hotlap.kernels": ["tuned/*.json"]},
 )

@@ -85,6 +85,8 @@ def poisoned_memory() -> Iterator[None]:
         x = empty(*size, **options)
         if x.is_floating_point():
             x.detach().fill_(float("nan"))
+        elif x.dtype == torch.int8:
+            x.fill_(127)  # as bits of fp8, likewise
         return x
 
     torch.empty = poisoned

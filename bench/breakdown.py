@@ -88,7 +88,7 @@ def kernel_times(profiler: profile, on_gpu: bool) -> dict[str, tuple[float, int]
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     found: dict[str, tuple[float, int]] = {}
     for event in profiler.key_averages():
-        if event.device_type == kind:
+        if event.device_type == kind and not event.is_user_annotation:
             time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             ms, count = found.get(event.key, (0.0, 0))
             found[event.key] = (ms + time / 1e3, count + event.count)

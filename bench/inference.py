@@ -101,8 +101,8 @@ def measure_decoding(
         cache.use(every, 1)
         model.logits(model.hidden(ids[:, :1].expand(batch, 1), cache=cache))
 
-    cache.k.normal_()
-    cache.v.normal_()
+    for tensor in (*cache.k, *cache.v):
+        tensor.normal_()
     limit = decoding_bytes(model, batch, prompt) / bandwidth
     rows = []
     for capture in (False, True) if device.type == "cuda" else (False,):

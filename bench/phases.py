@@ -103,7 +103,8 @@ def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> 
     if workers > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--dist", "loadgroup"]
     command += [*map(str, sorted(TESTS.rglob("test_on_gpu.py"))), str(TESTS / "kernels")]
-    code = passed_on(command, limit)
+    with environment(FAILURES=str(folder / "failures.txt")):
+        code = passed_on(command, limit)
     text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     failed = [line[:160] for line in text if line.startswith(("FAILED", "ERROR "))]
     (folder / "note.txt").write_text(

@@ -218,6 +218,12 @@ def _backward(
     return _write_gradient(dloss, logits, targets, lse, softcap, z_loss, ignore, _empty(logits))
 
 
+def _backward_in_place(
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, ignore: int
+) -> None:
+    _write_gradient(dloss, logits, targets, lse, softcap, z_loss, ignore, logits)
+
+
 def _write_gradient(
     dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float, z_loss: float, ignore: int,
     out: Tensor,
@@ -250,8 +256,8 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, dloss, _):
     logits, targets, lse = ctx.saved_tensors
     if ctx.in_place and logits.stride(1) == 1:
-        dlogits = _write_gradient(dloss, logits, targets, lse, *ctx.options, logits.detach())
-        torch.autograd.graph.increment_version(logits)  # whoever else needs the logits backward, is told
+        dlogits = logits.detach()
+        _cross_entropy_backward_in_place(dloss, dlogits, targets, lse, *ctx.options)
     else:
         dlogits = _cross_entropy_backward(dloss, logits, targets, lse, *ctx.options)
     return dlogits, None, None, None, None, None
@@ -260,11 +266,14 @@ def _gradient(ctx, dloss, _):
 _cross_entropy_backward = kernel_op(
     "cross_entropy_backward", _backward, lambda dloss, logits, *_: _empty(logits)
 )
+_cross_entropy_backward_in_place = kernel_op(
+    "cross_entropy_backward_in_place", _backward_in_place, lambda *_: None, mutates=("logits",)
+)
 _cross_entropy = kernel_op(
     "cross_entropy",
     cross_entropy_forward,
     lambda logits, *_: tuple(
-        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2)
+        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(2)
     ),
     _save,
     _gradient,

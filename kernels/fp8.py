@@ -2,19 +2,20 @@
 
 Each tensor has one scale, 448 / max |x| (57344 for e5m2), computed anew each time (tensorwise dynamic
 scaling; Micikevicius et al., "FP8 formats for deep learning", 2022). A product wants its first operand by
-rows and its second by columns, so that over forward and backward every tensor is needed both ways. Two
-kernels do that: one leaves the largest values that its programs have seen, and one, from the end, of which
-most is still in the cache, reads the tensor again and writes it and its transpose in fp8. In an MLP they also
-take ReLU^2 and its gradient on the way, which then are never written in 16 bits.
+rows and its second by columns, so that over forward and backward every tensor is needed both ways. Three
+kernels do that: one leaves the largest values that its programs have seen; one, from the end, of which most
+is still in the cache, reads the tensor again and writes it in fp8; and one transposes that. In an MLP they
+also take ReLU^2 and its gradient on the way, which then are never written in 16 bits.
 
 Backward keeps the transposes of x and W, one byte an element. Two passes over each tensor of e bytes an
-element, 2 M N e + 2 M N bytes, against 2 M N K FLOPs at twice bf16's rate: worth it for large layers alone.
+element, 2 M N e + 3 M N bytes, against 2 M N K FLOPs at twice bf16's rate: worth it for large layers alone.
 """
 # M tokens, K inputs, N outputs
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -58,10 +59,10 @@ def quantize_ref(
     elif pre is not None:
         x = x * (2 * pre.float().relu())
     largest, limit = torch.linalg.vector_norm(x, float("inf")), torch.finfo(dtype).max
-    some = largest > NOTHING
-    y = x * torch.where(some, limit / largest, 1.0)
+    some, most = largest > NOTHING, torch.full_like(largest, limit)  # by a number GPUs divide less exactly
+    y = x * torch.where(some, most / largest, 1.0)
     y = y.clamp(-limit, limit).to(dtype).contiguous()  # casts beyond the limit are not defined
-    return y, y.T.contiguous(), torch.where(some, largest / limit, 1.0)
+    return y, y.T.contiguous(), torch.where(some, largest / most, 1.0)
 
 
 @jit
@@ -102,9 +103,11 @@ def _largest_kernel(
 
 @jit
 def _quantize_kernel(
-    x, pre, largest, y, transposed, inverse, stride, pre_stride, M, N, parts, limit, nothing,
-    RELU2: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, pre, largest, y, inverse, stride, pre_stride, M, N, parts, limit, nothing,
+    RELU2: tl.constexpr, E5M2: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """y: the bits of fp8, as int8."""
     limit, nothing = tl.cast(limit, tl.float32), tl.cast(nothing, tl.float32)
     part = tl.arange(0, PARTS)
     most = tl.max(tl.load(largest + part, part < parts, other=0.0), 0)
@@ -115,8 +118,17 @@ def _quantize_kernel(
     m, n, mask = _place(tl.num_programs(0) - 1 - tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     v = _values(x, pre, stride, pre_stride, m, n, mask, RELU2) * scale
     v = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))  # unlike a minimum, keeps NaN
-    v = v.to(y.dtype.element_ty)
+    v = v.to(tl.float8e5 if E5M2 else tl.float8e4nv).to(tl.int8, bitcast=True)
     tl.store(y + m * N + n, v, mask)
+
+
+@jit
+def _transpose_kernel(y, transposed, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """transposed (N, M) of y (M, N), both int8. In the kernel before, fp8 that was just made was transposed
+    wrongly on Hopper, by ptxas 12.9, which Triton 3.6 to 3.8 use there (triton-lang/triton#11111).
+    """
+    m, n, mask = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    v = tl.load(y + m * N + n, mask, other=0)
     tl.store(transposed + tl.trans(n * M + m), tl.trans(v), tl.trans(mask))
 
 
@@ -126,6 +138,11 @@ def _largest_tiles(_: int, __: Device) -> list[Tile]:
 
 
 def _quantize_tiles(_: int, __: Device) -> list[Tile]:
+    sizes = ((64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8))
+    return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps) for m, n, warps in sizes]
+
+
+def _transpose_tiles(_: int, __: Device) -> list[Tile]:
     sizes = ((64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8))
     return [Tile({"BLOCK_M": m, "BLOCK_N": n}, warps) for m, n, warps in sizes]
 
@@ -155,19 +172,22 @@ def _quantize(
     x: Tensor, dtype: torch.dtype, relu2: bool, pre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, N = x.shape
-    y, transposed, inverse = _fake_quantize(x, dtype)
+    y, transposed = (torch.empty(shape, dtype=torch.int8, device=x.device) for shape in ((M, N), (N, M)))
+    inverse = torch.empty((), dtype=torch.float32, device=x.device)
     if M * N == 0:
-        return y, transposed, inverse.fill_(1.0)
+        return y.view(dtype), transposed.view(dtype), inverse.fill_(1.0)
     x, pre = as_rows(x), None if pre is None else as_rows(pre)
     largest = _largest(x, relu2, pre)
     tile, parts = pick_tile(_quantize_tiles, 0, device_facts(x.device)), len(largest)
     with torch.cuda.device_of(x):
         wrap_triton(_quantize_kernel)[(_tiles_of(M, N, tile),)](
-            x, pre, largest, y, transposed, inverse, x.stride(0), _stride(pre), M, N, parts,
+            x, pre, largest, y, inverse, x.stride(0), _stride(pre), M, N, parts,
             torch.finfo(dtype).max, NOTHING,
-            RELU2=relu2, PARTS=next_power_of_2(parts), **tile.arguments,
+            RELU2=relu2, E5M2=dtype == E5M2, PARTS=next_power_of_2(parts), **tile.arguments,
         )  # fmt: skip
-    return y, transposed, inverse
+        tile = pick_tile(_transpose_tiles, 0, device_facts(x.device))
+        wrap_triton(_transpose_kernel)[(_tiles_of(M, N, tile),)](y, transposed, M, N, **tile.arguments)
+    return y.view(dtype), transposed.view(dtype), inverse
 
 
 def _fake_quantize(x: Tensor, dtype: torch.dtype, *_) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +277,7 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
-    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    M, (N, K) = math.prod(x.shape[:-1]), weight.shape
     if x.shape[-1] != K or M % 16 or N % 16 or K % 16:
         shapes = f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}; fp8 needs (..., K) and (N, K), all of them multiples of 16")
@@ -269,7 +289,7 @@ def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
-    M, (N, D) = x.shape[:-1].numel(), w_in.shape
+    M, (N, D) = math.prod(x.shape[:-1]), w_in.shape
     if x.shape[-1] != D or w_out.shape != (D, N) or M % 16 or N % 16 or D % 16:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; fp8 needs (..., D), (N, D) and (D, N), all of them multiples of 16")
@@ -292,7 +312,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
         common = {"x": t, "pre": t if gradient else None, "largest": "*fp32", "RELU2": relu2, **sizes}
         common["pre_stride"] = "i32" if gradient else 0
-        outputs = dict.fromkeys(("y", "transposed"), "*fp8e4nv" if fp8 is E4M3 else "*fp8e5")
+        outputs = {"y": "*i8", "E5M2": fp8 is E5M2}
         outputs |= {"inverse": "*fp32", "parts": "i32", "PARTS": 1024, "limit": "fp64", "nothing": "fp64"}
         whole = functools.partial(run, lambda x, *given, fp8=fp8: _quantize(x, fp8, *given))
         found += [
@@ -301,4 +321,5 @@ def cases(dtype: torch.dtype) -> list[Case]:
             ),
             Case("_quantize_kernel", common | outputs, _quantize_tiles, 0, whole, name, without),
         ]
-    return found
+    bits = {"y": "*i8", "transposed": "*i8", "M": "i32", "N": "i32"}
+    return [*found, Case("_transpose_kernel", bits, _transpose_tiles, 0, whole, "", without)]

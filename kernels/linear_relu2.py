@@ -8,9 +8,11 @@ where dp leaves the product da in its epilogue. The root of an a that was rounde
 at most. All other products stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
 products and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
 
-The product has two forms. The plain one reads by pointers, a tile of the result to each program. The other,
-for devices with a TMA, has as many programs as processors, which take tile after tile and leave all addresses
-to tensor descriptors. It is used where `hotlap bench tune` has found it to be the faster.
+The product has three forms. The plain one reads by pointers, a tile of the result to each program. One for
+devices with a TMA has as many programs as processors, which take tile after tile and leave all addresses to
+tensor descriptors. The third is torch's product and a pass over the result in place: 2 M N e bytes more
+forward and 3 M N e backward, for a product that may be faster than ours. Which is used, `hotlap bench tune`
+measures.
 """
 # M tokens, D width, N hidden width; K inner dimension of a product
 
@@ -129,11 +131,21 @@ def _linear_relu2_tma_kernel(
         results.store([m, n + HALF], second.to(out.dtype.element_ty))
 
 
+@jit
+def _linear_relu2_apart_kernel(a, out, M, N, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = relu(out)^2, or BACKWARD out times 2 sqrt(a), in place: (M, N), contiguous."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < tl.cast(M, tl.int64) * N
+    p = tl.load(out + place, mask, other=0.0).to(tl.float32)
+    p = _gradient(p, tl.load(a + place, mask, other=0.0)) if BACKWARD else _activation(p)
+    tl.store(out + place, p.to(out.dtype.element_ty), mask)
+
+
 def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
     """M, N, K of a block, with two operands in shared memory for each stage; backward reads a as well.
 
-    Those of the TMA form come last: it has to be measured. Half a block of the result is in shared memory
-    too, and backward both halves of a.
+    Those of the other forms come last: they have to be measured. Of the TMA form half a block of the result
+    is in shared memory too, and backward both halves of a.
     """
     shapes = [(128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4)]
     if device.shared_memory >= 200 << 10:  # Hopper and Blackwell of datacenters
@@ -152,7 +164,7 @@ def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
         blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
         shared = 2 * stages * k * (m + n) + (1 + backward) * m * n + RESERVE
         tiles.append(Tile(blocks, warps, stages, shared=shared, kernel="_linear_relu2_tma_kernel"))
-    return tiles
+    return [*tiles, Tile({"BLOCK": 2048}, warps=4, kernel="_linear_relu2_apart_kernel")]
 
 
 def _tma_takes(*matrices: Tensor) -> bool:
@@ -180,6 +192,8 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
     if M:
         backward, device = a is not None, device_facts(x.device)
         tile = pick_tile(_linear_relu2_tiles, int(backward), device)
+        if tile.kernel == "_linear_relu2_apart_kernel":
+            return _in_two_passes(x, w, a, out, tile)
         if tile.kernel and not _tma_takes(x, w if backward else w.T, a if backward else out):
             fitting = fitting_tiles(_linear_relu2_tiles, int(backward), device)
             tile = next(plain for plain in fitting if not plain.kernel)
@@ -195,6 +209,16 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
     return out
 
 
+def _in_two_passes(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
+    torch.mm(_near(x), w, out=out)
+    grid = (triton.cdiv(out.numel(), tile.blocks["BLOCK"]),)
+    with torch.cuda.device_of(x):
+        wrap_triton(_linear_relu2_apart_kernel)[grid](
+            a, out, *out.shape, BACKWARD=a is not None, **tile.arguments
+        )
+    return out
+
+
 def _empty(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device)
 
@@ -203,15 +227,20 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _near(x: Tensor) -> Tensor:
+    """x, or a copy where its rows are further apart than cuBLAS can be told."""
+    return x if max(x.stride()) < 1 << 31 else x.contiguous()
+
+
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """y (M, D) and a (M, N)."""
-    a = _product(_unit(x), w_in.T, None, _empty(x, len(x), len(w_in)))
+    a = _product(_unit(x), w_in.T, None, _empty(x, x.shape[0], w_in.shape[0]))
     return a @ w_out.T, a
 
 
 def _backward(dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dp = _product(_unit(dy), w_out, a, _empty(a))
-    return dp @ w_in, dp.T @ x, dy.T @ a
+    return dp @ w_in, dp.T @ _near(x), _near(dy).T @ a
 
 
 def _save(ctx, inputs, output):
@@ -230,7 +259,7 @@ _linear_relu2_backward = kernel_op(
 _linear_relu2 = kernel_op(
     "linear_relu2",
     _forward,
-    lambda x, w_in, w_out: (_empty(x, len(x), len(w_out)), _empty(x, len(x), len(w_in))),
+    lambda x, w_in, w_out: (_empty(x, x.shape[0], w_out.shape[0]), _empty(x, x.shape[0], w_in.shape[0])),
     _save,
     _gradients,
 )
@@ -243,14 +272,14 @@ def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     on are products and an elementwise kernel.
     """
     D = x.shape[-1]
-    if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != len(w_in):
+    if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; needed are (..., D), (N, D) and (D, N)")
     fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
     if not (use_triton(x) and fused):
         return linear_relu2_ref(x, w_in, w_out)
     y, _ = _linear_relu2(x.reshape(-1, D), w_in.to(x.dtype), w_out.to(x.dtype))
-    return y.view(*x.shape[:-1], len(w_out))
+    return y.view(*x.shape[:-1], w_out.shape[0])
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

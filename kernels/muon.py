@@ -249,12 +249,12 @@ def _empty_squares(update: Tensor) -> Tensor:
 def _factors(squares: Tensor, second_moment: Tensor, S: int, beta2: float) -> Tensor:
     factors = torch.empty(squares.shape, dtype=torch.float32, device=squares.device)
     if squares.numel():
-        second = second_moment.squeeze(-1 if squares.shape[-1] == 1 else -2)  # (G, L)
+        along = 1 if squares.shape[-1] == 1 else 2  # of length L; not a view, which a compiler would copy
         tile = pick_tile(_muon_factors_tiles, 0, device_facts(squares.device))
         with torch.cuda.device_of(squares):
             wrap_triton(_muon_factors_kernel)[(len(squares),)](
-                squares.contiguous(), second, factors, *second.stride(), second.shape[1], S, beta2, EPS,
-                **tile.arguments,
+                squares.contiguous(), second_moment, factors, second_moment.stride(0),
+                second_moment.stride(along), second_moment.shape[along], S, beta2, EPS, **tile.arguments,
             )  # fmt: skip
     return factors
 

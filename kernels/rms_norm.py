@@ -12,6 +12,8 @@ take two passes: rms_norm_wide.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the sum that was normalised where there is a residual, and the reciprocal norms (M,)."""
-    N, M = x.shape[-1], x.shape[:-1].numel()
+    N, M = x.shape[-1], math.prod(x.shape[:-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -167,7 +169,7 @@ def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of weight; the latter is empty where there is no weight."""
-    N, M = x.shape[-1], x.shape[:-1].numel()
+    N, M = x.shape[-1], math.prod(x.shape[:-1])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, dx.new_empty(0) if weight is None else torch.zeros_like(weight)
@@ -229,7 +231,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _fake_rstd(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+    return torch.empty(math.prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
 
 
 def _save_plain(ctx, inputs, output):

@@ -2,7 +2,7 @@
 
 A candidate that the device has no shared memory or threads for is left out, so that no GPU fails at its first
 call. `hotlap bench tune` measures the candidates on the GPU at hand and writes down the fastest, and they are
-preferred from then on.
+preferred from then on. What it has found on GPUs that we had is in the folder tuned/, by the device's name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -76,13 +77,31 @@ def user_cache() -> Path:
 
 
 def tuned_file(name: str) -> Path:
-    """Where the measured tiles of a device lie."""
-    return user_cache() / "tiles" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+    """Where the tiles of a device that were measured here lie."""
+    return user_cache() / "tiles" / _slug(name)
+
+
+def shipped_file(name: str) -> Path:
+    """Where those lie that come with the kernels, if any do."""
+    return Path(__file__).parent / "tuned" / _slug(name)
+
+
+def _slug(name: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
 @functools.cache
 def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
-    path = tuned_file(name)
+    """Those that come with the kernels, and in their place those that were measured here."""
+    tiles, choices = _stored(shipped_file(name), any_triton=True)
+    measured, chosen = _stored(tuned_file(name))
+    return {**tiles, **measured}, {**choices, **chosen}
+
+
+def _stored(path: Path, any_triton: bool = False) -> tuple[dict[str, Tile], dict[str, str]]:
+    """Tiles and choices in a file, none where there is none. any_triton: also those of another version, which
+    are better than a guess.
+    """
     try:
         stored = json.loads(path.read_text())
         tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
@@ -91,7 +110,7 @@ def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
         return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, or run: hotlap bench tune") from None
-    if stored.get("triton") != triton.__version__:
+    if stored.get("triton") != triton.__version__ and not any_triton:
         log.warning("tiles in %s are for triton %s; run again: hotlap bench tune", path, stored.get("triton"))
         return {}, {}
     return tiles, choices
@@ -160,7 +179,7 @@ def next_power_of_2(n: int) -> int:
 def as_rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
     if x.dim() != 2:
-        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # prod, as Size.numel makes numbers of symbols
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -22,12 +22,16 @@ if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not ins
 
 
 class KVCache:
-    """Keys and values of B sequences of up to S tokens, each with its own length."""
+    """Keys and values of B sequences of up to S tokens, each with its own length.
+
+    Layers have tensors of their own: of a view, a compiled step would write a copy, and copy it back.
+    """
 
     def __init__(self, config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device):
-        shape = (config.layers, slots, length, config.kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (slots, length, config.kv_heads, config.head_dim)
+        self.k, self.v = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)] for _ in range(2)
+        )
         self.last_embedding = torch.zeros(slots, 1, config.width, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.use(torch.arange(slots, device=device), 1)

@@ -107,7 +107,20 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, cos, sin, document_start, cache) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mix: tuple[Tensor, Tensor, Tensor] | None,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        document_start: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """mix: the scales of x and of x0, and x0, whose sum is what the block reads; None is x alone."""
+        if mix is not None:  # in here, where a compiler makes one pass of it
+            scale, x0_scale, x0 = mix
+            x = scale * x + x0_scale * x0
         attended = self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
         normalised, x = rms_norm_residual(attended, x)  # x + attended
         return x + self.mlp(normalised)
@@ -220,12 +233,13 @@ class GPT(nn.Module):
             x = self.smeared(x, document_start, cache)
         x0, middle = x, None
         for i, block in enumerate(self.blocks):
+            mix = None
             if c.residual_scalars:
-                x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+                mix = self.residual_scale[i].to(x.dtype), self.x0_scale[i].to(x.dtype), x0
             value_embedding = None
             if i in c.value_embedding_layers:
                 value_embedding = self.value_embeddings[str(i)](ids).to(x.dtype)
-            x = block(x, value_embedding, cos, sin, document_start, cache)
+            x = block(x, mix, value_embedding, cos, sin, document_start, cache)
             if c.backout and i == c.layers // 2:
                 middle = x
         if c.backout:

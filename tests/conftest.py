@@ -31,13 +31,26 @@ __all__ = ["tiny_config"]  # a plain function, from tests/tools.py
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """`-m gpu` is what a GPU has to pass: the tests that need one, and those of kernels, which run on it."""
+    """`-m gpu` is what a GPU has to pass: the tests that need one, and those of kernels, which run on it.
+
+    `-m standin` runs where there is the CUDA build of torch and no GPU.
+    """
     there_is_one = torch.cuda.is_available()
+    stands_in = torch.version.cuda is not None and not there_is_one
     for item in items:
         if there_is_one and item.path.parent.name == "kernels":
             item.add_marker("gpu")
         elif not there_is_one and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if not stands_in and item.get_closest_marker("standin"):
+            item.add_marker(pytest.mark.skip(reason="needs what `make standin` sets up"))
+
+
+def pytest_runtest_logreport(report):
+    """Say at once how a test failed, where FAILURES names a file: a run may be cut off before its end."""
+    if report.failed and (path := os.environ.get("FAILURES")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"== {report.nodeid}\n{report.longreprtext[-1500:]}\n\n")
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,8 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """actual is at most twice as far from exact (float64) as the plain implementation in the same dtype."""
-    floor = torch.finfo(actual.dtype).eps / 2  # plain may be exact by luck
+    # plain may be exact by luck; what a GPU computes of float32 besides sums and products is approximate
+    floor = max(torch.finfo(actual.dtype).eps / 2, 2**-21 if actual.is_cuda else 0)
     error, allowed = relative_error(actual, exact), 2 * max(relative_error(plain, exact), floor)
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
 

@@ -2,6 +2,7 @@
 
 The order is fixed: recompute -> compile -> shard, block by block; then memory, and the weights, of which
 every rank draws each one whole and keeps its rows, so that any number of ranks starts from the same model.
+A rank that is alone has nothing to shard: FSDP2 would copy and cast all parameters and gradients for it.
 
 Matrices of the blocks are gathered in the dtype that the model computes in. Embeddings, head and scalars stay
 float32, so that the gradients of frequent tokens are not sums of bfloat16. Gradients are summed in float32.
@@ -44,7 +45,8 @@ def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -
             block.forward = recomputed(block.forward, recompute == "selective")
         if compile:
             block.forward = torch.compile(block.forward, dynamic=False)
-    shard(model, mesh_of(world))
+    if world.size > 1:
+        shard(model, mesh_of(world))
 
 
 def mesh_of(world: World) -> DeviceMesh:

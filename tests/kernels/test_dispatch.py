@@ -1,9 +1,12 @@
+import dataclasses
+import importlib
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ from kernel_tools import DEVICE
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotlap.bench import tune
-from hotlap.kernels import dispatch, orthogonalize
+from hotlap.bench import static, tune
+from hotlap.kernels import dispatch, orthogonalize, tiles
 from hotlap.kernels.dispatch import Device, use_triton
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Tile, pick_tile, tuned_file, write_tuned
@@ -106,6 +109,30 @@ def test_a_measured_tile_counts_only_while_the_table_holds_it_and_triton_is_the_
     write_tuned("gpu", {"a_table_of 1": SMALL}, {})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "2.0"}))
     assert pick_tile(a_table_of_tiles, 1, device) == LARGE
+
+
+def test_what_comes_with_the_kernels_counts_until_the_device_is_measured_here(cache, monkeypatch):
+    device, shipped = Device("gpu", 100_000, 8), cache / "shipped.json"
+    stored = {"triton": "2.0", "tiles": {"a_table_of 1": dataclasses.asdict(SMALL)}, "choices": {"a": "b"}}
+    shipped.write_text(json.dumps(stored))
+    monkeypatch.setattr(tiles, "shipped_file", lambda name: shipped)
+    assert pick_tile(a_table_of_tiles, 1, device) == SMALL and tiles.tuned_choices("gpu") == {"a": "b"}
+    write_tuned("gpu", {"a_table_of 1": LARGE}, {})
+    assert pick_tile(a_table_of_tiles, 1, device) == LARGE and tiles.tuned_choices("gpu") == {"a": "b"}
+
+
+def test_every_table_that_comes_with_the_kernels_can_be_read_and_names_tiles_that_there_are():
+    device = Device("NVIDIA H100 80GB HBM3", 232448, 132, tma=True, compute=90)
+    found = {}
+    for name in static.MODULES:
+        for case in importlib.import_module(f"hotlap.kernels.{name}").cases(torch.bfloat16):
+            found[tiles.tile_key(case.table, case.size)] = tiles.fitting_tiles(case.table, case.size, device)
+    for path in Path(tiles.__file__).parent.glob("tuned/*.json"):
+        measured, choices = tiles._stored(path, any_triton=True)
+        assert measured and choices and path == tiles.shipped_file(path.stem)
+        if "h100" in path.stem:
+            for key, tile in measured.items():
+                assert tile in found[key], key
 
 
 def test_where_the_gram_form_pays_is_what_was_measured_on_the_device(cache, monkeypatch):

@@ -22,7 +22,7 @@ from hotlap.kernels.tiles import Tile
 @pytest.fixture(params=["torch", "triton"], autouse=True)
 def kernels(request, choose_kernels, monkeypatch):
     """Both paths; the Triton one with small blocks, on poisoned memory."""
-    for name in ("_largest_tiles", "_quantize_tiles"):
+    for name in ("_largest_tiles", "_quantize_tiles", "_transpose_tiles"):
         monkeypatch.setattr(module, name, lambda *_: [Tile({"BLOCK_M": 16, "BLOCK_N": 32})])
     return choose_kernels("torch") if request.param == "torch" else request.getfixturevalue("triton_kernels")
 
@@ -135,7 +135,8 @@ def test_the_products_are_those_of_the_quantised_tensors():
     for actual, expected, bound in (
         (y, xq.double() @ wq.double().T * (xi * wi), 4e-3),  # one rounding to bfloat16
         (dx, dq.double() @ wq.double() * (di * wi), 4e-3),
-        (dw, dq.double().T @ xq.double() * (di * xi), 1e-5),
+        # tensor cores sum products of fp8 in fewer bits than float32
+        (dw, dq.double().T @ xq.double() * (di * xi), 1e-3 if DEVICE.type == "cuda" else 1e-5),
     ):
         assert error(actual, expected) < bound
 
@@ -155,7 +156,10 @@ def test_compiles_whole_to_the_same_results():
     torch._dynamo.reset()  # or the first choice of kernels would stay compiled in
     compiled = outputs_and_gradients(torch.compile(function, fullgraph=True), inputs, gradients)
     for a, b in zip(compiled, outputs_and_gradients(function, inputs, gradients), strict=True):
-        torch.testing.assert_close(a, b)
+        if DEVICE.type == "cpu":
+            torch.testing.assert_close(a, b)
+        else:  # a fused pass rounds fewer intermediate values, and some others then to another fp8 number
+            assert error(a, b.double()) < 0.03
 
 
 def test_the_operation_keeps_the_rules_of_torch():

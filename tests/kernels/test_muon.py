@@ -30,7 +30,7 @@ def matrix_of(singular_values, M, N):
     """A random matrix (M, N) with these singular values, and its polar factor."""
     rank = len(singular_values)
     u, v = torch.linalg.qr(random(M, rank))[0], torch.linalg.qr(random(N, rank, seed=1))[0]
-    return u * torch.as_tensor(singular_values) @ v.T, u @ v.T
+    return u * singular_values.to(DEVICE) @ v.T, u @ v.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +46,7 @@ def test_singular_values_become_one_and_vectors_stay(M, N, dtype):
 
 
 def test_each_matrix_of_a_batch_is_orthogonalised_on_its_own():
-    x = random(2, 3, 24, 40) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    x = random(2, 3, 24, 40) * torch.tensor([1e-4, 1.0, 1e4], device=DEVICE)[:, None, None]
     y = orthogonalize(x)
     for i in range(2):
         for j in range(3):
@@ -59,7 +59,7 @@ def test_a_nearly_singular_matrix_does_not_blow_up(dtype):
     x, _ = matrix_of(values, 64, 32)
     found = torch.linalg.svdvals(orthogonalize(x.to(dtype)).float())
     assert found.max() < 1.3 and found[:24].min() > 0.6
-    assert not orthogonalize(torch.zeros(8, 8, dtype=dtype)).any()
+    assert not orthogonalize(torch.zeros(8, 8, dtype=dtype, device=DEVICE)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

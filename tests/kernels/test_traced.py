@@ -28,9 +28,11 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_muon_apply_kernel": ["weight"],
         "_symmetric_kernel": ["out"],
         "_largest_kernel": ["largest"],
-        "_quantize_kernel": ["inverse", "transposed", "y"],
+        "_quantize_kernel": ["inverse", "y"],
+        "_transpose_kernel": ["transposed"],
         "_linear_relu2_kernel": ["out"],
         "_linear_relu2_tma_kernel": ["out"],
+        "_linear_relu2_apart_kernel": ["out"],
         "_cross_entropy_forward_kernel": ["losses", "lse"],
         "_cross_entropy_backward_kernel": ["dlogits"],
     }

@@ -77,7 +77,8 @@ def test_strides_do_not_matter_and_what_lies_between_stays(layout, shape):
 
     given = [*case(*shape, torch.float32), random(*shape, grad=False, seed=3)]
     for a, b in zip(step(*map(view, given)), step(*given), strict=True):
-        assert torch.equal(a, b)
+        # other strides spread a row over the threads of a GPU in another way, which sum it in another order
+        assert torch.equal(a, b) if DEVICE.type == "cpu" else error(a, b.double()) < 2**-10
     assert all((memory.select(dim, 1) == 7).all() for memory in memories)
 
 

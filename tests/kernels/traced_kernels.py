@@ -51,6 +51,10 @@ def by_descriptors(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
 
+def in_two_passes(*given):
+    return linear_relu2.linear_relu2(*given).sum()
+
+
 def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
@@ -63,7 +67,11 @@ STEPS = (  # a function that ends in a scalar; its tensors, of which floats want
     (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
     (attend, *[(BF16, 2, 32, 2, 16)] * 3, (I32, 2, 32)),
     (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
+    (in_two_passes, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
 )
+
+
+FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_relu2_apart_kernel"}
 
 
 def main() -> None:
@@ -85,8 +93,10 @@ def main() -> None:
 
     backend = aot_autograd(fw_compiler=look, bw_compiler=look)
     for function, *tensors in STEPS:
-        if function is by_descriptors:
-            linear_relu2.pick_tile = lambda table, size, device: fitting_tiles(table, size, device)[-1]
+        if function in FORMS:
+            linear_relu2.pick_tile = lambda table, size, device, form=FORMS[function]: next(
+                tile for tile in fitting_tiles(table, size, device) if tile.kernel == form
+            )
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]

@@ -253,8 +253,9 @@ def test_a_compiled_block_is_the_eager_one(random_model):
     config = tiny_config(layers=1)
     model = random_model(config)
     generator = torch.Generator().manual_seed(0)
-    x, embedding = (torch.randn(2, 64, 64, generator=generator) for _ in range(2))
-    arguments = (x, embedding, model.cos, model.sin, None, None)
+    x, x0, embedding = (torch.randn(2, 64, 64, generator=generator) for _ in range(3))
+    mix = torch.tensor(1.1), torch.tensor(0.2), x0
+    arguments = (x, mix, embedding, model.cos, model.sin, None, None)
     block: Block = model.blocks[0]
     compiled = torch.compile(block, fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), block(*arguments), rtol=1e-4, atol=1e-4)
