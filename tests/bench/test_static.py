@@ -33,6 +33,9 @@ def test_every_kernel_passes_on_every_target_at_its_default_tile():
     )
     for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         assert f" {target} " in result.stdout
+    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
+        rows = [line for line in result.stdout.splitlines() if line.startswith(f"{kernel}_hopper ")]
+        assert len(rows) == 2 and all(" sm_90 " in row for row in rows)
 
 
 def test_bad_kernels_are_rejected_each_for_its_reason_also_from_the_cache(tmp_path):
