@@ -84,7 +84,7 @@ def poisoned_memory() -> Iterator[None]:
 
     def poisoned(*size, **options):
         x = empty(*size, **options)
-        if _get_current_dispatch_mode() is not None:  # a compiler traces, whose code takes memory by itself
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode():  # its code takes memory by itself
             return x
         if x.is_floating_point():
             x.detach().fill_(float("nan"))

@@ -214,9 +214,10 @@ def _attention_dq_tiles(block_c: int, device: Device) -> list[Tile]:
     else:
         shapes = [(64, 64, 8, 1), (32, 32, 4, 1), (64, 32, 8, 2), (64, 16, 8, 2)]
     plain = make_tiles(block_c, device, lambda m, n, stages: 2 * m + (2 * stages + large) * n, shapes)
-    return plain + hopper_tiles(
+    hopper = hopper_tiles(
         "_attention_dq_kernel", block_c, device, lambda m, n, stages: 3 * m + 2 * stages * n, [(128, 64, 2)]
     )
+    return hopper + plain
 
 
 def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
@@ -241,13 +242,14 @@ def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
     plain = make_tiles(
         block_c, device, lambda m, n, stages: 2 * n + (max(3, 2 * stages) + 2 * large) * m, shapes
     )
-    return plain + hopper_tiles(
+    hopper = hopper_tiles(
         "_attention_dk_dv_kernel",
         block_c,
         device,
         lambda m, n, stages: 2 * n + 2 * stages * m,
         [(32, 128, 4), (32, 128, 3), (64, 128, 3), (64, 128, 2)],
     )
+    return hopper + plain
 
 
 def rows_before_end(document_start: Tensor, S: int) -> Tensor:

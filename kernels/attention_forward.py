@@ -156,7 +156,7 @@ def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
 
     plain = make_tiles(block_c, device, rows, shapes)
     special = [(128, 128, 3), (128, 128, 2)]
-    return plain + hopper_tiles("_attention_forward_kernel", block_c, device, rows, special)
+    return hopper_tiles("_attention_forward_kernel", block_c, device, rows, special) + plain
 
 
 def tile_for(table: Table, device: torch.device, dtype: torch.dtype, C: int, special: bool = False) -> Tile:

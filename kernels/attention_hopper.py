@@ -338,7 +338,7 @@ def hopper_tiles(
 ) -> list[Tile]:
     """Tiles of the form for Hopper: M, N and stages. rows(M, N, stages): how many lie in shared memory.
 
-    None for other GPUs and heads. They come last in their tables: they have to be measured.
+    None for other GPUs and heads. They come first in their tables: on an H100 they were the fastest.
     """
     if device.compute != 90 or block_c != HEAD:
         return []

@@ -29,15 +29,12 @@ from hotlap.train import parallel
 from hotlap.train.dist import World
 
 BF16, F32, F16, I64 = torch.bfloat16, torch.float32, torch.float16, torch.int64
-BLOCK = {  # the kernels of a block, forward and backward
+BLOCK = {  # the kernels of a block, forward and backward, but for attention's, which compilers do not look into
     "_rms_norm_forward_kernel",
     "_rms_norm_backward_kernel",
     "_rotary_forward_kernel",
     "_rotary_backward_kernel",
-    "_attention_forward_kernel",
-    "_attention_dq_kernel",
-    "_attention_dk_dv_kernel",
-    "_linear_relu2_kernel",
+    "_linear_relu2_tma_kernel",
 }
 
 

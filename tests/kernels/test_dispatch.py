@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.bench import static, tune
-from hotlap.kernels import dispatch, orthogonalize, tiles
+from hotlap.kernels import attention_hopper, dispatch, orthogonalize, tiles
 from hotlap.kernels.dispatch import Device, use_triton
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Tile, pick_tile, tuned_file, write_tuned
@@ -132,7 +132,8 @@ def test_every_table_that_comes_with_the_kernels_can_be_read_and_names_tiles_tha
         assert measured and choices and path == tiles.shipped_file(path.stem)
         if "h100" in path.stem:
             for key, tile in measured.items():
-                assert tile in found[key], key
+                absent = "hopper" in tile.kernel and attention_hopper.MISSING  # Gluon, from the interpreter
+                assert absent or tile in found[key], key
 
 
 def test_where_the_gram_form_pays_is_what_was_measured_on_the_device(cache, monkeypatch):

@@ -233,9 +233,10 @@ def test_operands_that_tma_cannot_take_go_to_the_plain_form(choose, launches, wh
 @once
 @pytest.mark.parametrize("shared_memory", [101376, 232448])
 @pytest.mark.parametrize("backward", [0, 1])
-def test_the_table_begins_with_the_plain_form_and_offers_tma_to_devices_that_have_it(shared_memory, backward):
+def test_tma_is_offered_to_devices_that_have_it_and_comes_first_on_hopper_alone(shared_memory, backward):
     device = Device("A GPU", shared_memory, 4)
     plain, all_ = (tiles.fitting_tiles(TABLE, backward, d) for d in (device, device._replace(tma=True)))
+    assert TABLE(backward, device._replace(tma=True, compute=90))[0].kernel == TMA.kernel
     forms = [[tile.kernel for tile in some] for some in (plain, all_)]
     assert set(forms[0]) == {"", APART.kernel} and set(forms[1]) == {"", TMA.kernel, APART.kernel}
     for some in forms:
