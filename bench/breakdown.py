@@ -23,18 +23,20 @@ from hotlap.train.dist import joined
 from hotlap.train.log import log
 
 KINDS = (  # the first whose pattern is in a kernel's name
-    ("our attention", r"_attention_|_rotary"),
-    ("our norms and elementwise kernels", r"_rms_norm|_relu2|_largest|_quantize"),
+    ("our attention", r"_attention_"),
+    ("our rotary", r"_rotary"),
     ("our Muon", r"_muon_|_symmetric_kernel"),
     ("our cross-entropy", r"_cross_entropy"),
-    ("our matmul", r"_linear_relu2"),
+    ("our linear + ReLU^2", r"_linear_relu2"),
+    ("our norms and elementwise kernels", r"_rms_norm|_relu2|_largest|_quantize|_transpose"),
     ("attention of torch", r"flash|fmha|cudnn.*(sdpa|attention)|mha"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|sm90_xmma|splitK|scaled_mm"),
     ("compiled by Inductor", r"^triton_"),
-    ("copies", r"[Mm]em(cpy|set)|copy|CatArray"),
-    ("AdamW", r"[Aa]dam"),
+    ("AdamW", r"FusedOptimizer|[Aa]dam"),
+    ("norms of gradients, stacking", r"multi_tensor_apply|CatArray"),
+    ("copies and casts", r"[Mm]em(cpy|set)|copy"),
     ("communication", r"nccl"),
-    ("embedding", r"embedding|index"),
+    ("embedding", r"embedding|index|compute_grad_weight|sum_and_scatter|gather|[Rr]adix|krn_partial"),
 )
 
 

@@ -135,6 +135,7 @@ class RandomProjections(GPT):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:
+        self.head.weight = self.embedding.weight  # parted where a model left the meta device
         super().init_weights(seed)
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
         deviation = 0.02 / (2 * self.config.layers) ** 0.5
@@ -162,6 +163,7 @@ class TiedHead(GPT):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> GPT:
+        self.head.weight = self.embedding.weight  # parted where a model left the meta device
         super().init_weights(seed)
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
         self.embedding.weight.normal_(0, 0.02, generator=generator)

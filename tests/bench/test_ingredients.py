@@ -1,5 +1,8 @@
 """Each variant of the recipe differs from it in what its name says, for as long as it trains."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from small_runs import MODEL, small_run
@@ -28,7 +31,12 @@ def test_every_field_is_changed_from_what_the_recipe_has():
 
 
 def test_all_variants_train_and_leave_nothing_changed(tmp_path, monkeypatch):
+    texts = [
+        json.dumps({"text": f"{i} is {i}"}) for i in range(300)
+    ]  # several in a row, for masks to tell apart
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     base = small_run(tmp_path, loop=LoopConfig(3), schedule=tiny().schedule)
+    base = dataclasses.replace(base, data=str(tmp_path / "texts.jsonl"))
     found = {name: v for name, v in ingredients(base).items() if name in PATCHED or name == BASE}
     before = {m: dict(vars(m)) for m in (gpt, optim, pretrain)}
     monkeypatch.setattr(sweep, "draw", lambda *given: False)

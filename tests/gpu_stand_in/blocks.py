@@ -29,7 +29,7 @@ from hotlap.train import parallel
 from hotlap.train.dist import World
 
 BF16, F32, F16, I64 = torch.bfloat16, torch.float32, torch.float16, torch.int64
-BLOCK = {  # the kernels of a block, forward and backward, but for attention's, which compilers do not look into
+BLOCK = {  # the kernels of a block, forward and backward, but for attention's, of which compilers see nothing
     "_rms_norm_forward_kernel",
     "_rms_norm_backward_kernel",
     "_rotary_forward_kernel",
