@@ -110,9 +110,9 @@ def run(command: str, arguments: list[str]) -> int | None:
 
 
 BENCHMARKS = {
-    "look": "do the kernels run on this GPU, and where does the time go: 3 minutes",
-    "check": "are they right, and which tiles are fastest: 5 minutes",
-    "figures": "training and inference: 3 minutes",
+    "look": "whether the kernels run on this GPU, and where the time goes (4 minutes)",
+    "check": "whether they are right, and which tiles are fastest (6 minutes)",
+    "figures": "training and inference (4 minutes)",
     "kernels": "each operation against every provider and the device's ceiling",
     "training": "tokens/s, MFU and where the time of a step goes",
     "speedrun": "a speedrun's steps on this machine beside the records",

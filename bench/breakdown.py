@@ -30,7 +30,7 @@ KINDS = (  # the first whose pattern is in a kernel's name
     ("our linear + ReLU^2", r"_linear_relu2"),
     ("our norms and elementwise kernels", r"_rms_norm|_relu2|_largest|_quantize|_transpose"),
     ("attention of torch", r"flash|fmha|cudnn.*(sdpa|attention)|mha"),
-    ("matmul", r"gemm|nvjet|cutlass|cublas|sm90_xmma|splitK|scaled_mm"),
+    ("matmul", r"gemm|nvjet|aten::b?mm$|cutlass|cublas|sm90_xmma|splitK|scaled_mm"),
     ("compiled by Inductor", r"^triton_"),
     ("AdamW", r"FusedOptimizer|[Aa]dam"),
     ("norms of gradients, stacking", r"multi_tensor_apply|CatArray"),

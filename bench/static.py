@@ -3,7 +3,7 @@
 No driver is needed. A kernel fails where it does not compile or fit the shared memory, misses tensor cores
 with a product, or the TMA with tensor descriptors, computes in float64 (floats arrive in it from Inductor,
 but have to be narrowed first), or reads tiles of 16-bit numbers in less than 16 bytes a thread although rows
-are aligned. At its default tile, of each form that it has, it also fails where it spills, or keeps more
+are aligned. At its default tile, of each form that it has, it also fails where it spills much, or keeps more
 programs on a processor than fit.
 Results are cached by the source of the kernel and the versions of the tools.
 """
@@ -44,6 +44,9 @@ MODULES = (
     "orthogonalize",
     "muon",
 )
+# Bytes a thread that a default tile may spill. A few do not show: for dk and dv at heads of 256 an H100 took
+# 5.0 ms with a tile that spills 104, and 6.6 with one that spills 8.
+SPILL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -212,7 +215,7 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         faults.append(f"needs {shared} bytes of shared memory; a block has {target.device.shared_memory}")
     if shared > tile.shared > 0:
         faults.append(f"needs {shared} bytes of shared memory; its tile says {tile.shared}")
-    if spilled and default:
+    if spilled > SPILL and default:
         faults.append(f"spills {spilled} bytes a thread")
     if ("tt.dot" in ttir or "warp_group_dot" in compiled.asm["source"]) and not products:
         faults.append("has a product, and no tensor-core instruction")
