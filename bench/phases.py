@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 from hotlap.bench import results
+from hotlap.bench.accuracy import outcome
 from hotlap.bench.breakdown import BreakdownConfig, break_down
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels, is_fault
-from hotlap.bench.operations import BUILDERS
-from hotlap.bench.peaks import measure_ceilings
+from hotlap.bench.operations import BUILDERS, operations
+from hotlap.bench.peaks import device_name, measure_ceilings
 from hotlap.bench.training import TrainingConfig, bench_training
 from hotlap.bench.tune import TuneConfig
 from hotlap.bench.tune import main as tune
@@ -84,11 +85,11 @@ def inference(folder: Path, limit: float, resume: bool, **config: object) -> int
 
 
 def tuning(folder: Path, limit: float, resume: bool, **config: object) -> int:
-    """Measure tiles, and keep a copy of the table."""
+    """Measure tiles, and keep a copy of the table, of a part of it too."""
     try:
         return tune(TuneConfig(**config))
     finally:
-        path = tuned_file(torch.cuda.get_device_name())
+        path = tuned_file(device_name(default_device()))
         if path.exists():
             shutil.copy(path, folder)
 
@@ -136,12 +137,8 @@ def counters(folder: Path, limit: float, resume: bool) -> int:
 
 def call_kernels(names: tuple[str, ...]) -> None:
     """Forward and backward passes of some operations, once each, for a profiler around this process."""
-    from hotlap.bench.accuracy import outcome
-    from hotlap.bench.operations import operations
-
-    for operation in operations(16384, default_device(), torch.bfloat16, names):
-        if operation.size.startswith("d24"):
-            outcome(operation, operation.providers["hotlap"], operation.tensors())
+    for operation in operations(16384, default_device(), torch.bfloat16, names, ("d24",)):
+        outcome(operation, operation.providers["hotlap"], operation.tensors())
 
 
 def passed_on(command: list[str], seconds: float) -> int:

@@ -158,6 +158,13 @@ def test_a_training_step_is_the_sum_of_its_parts_and_has_no_mfu_on_an_unknown_de
     assert row["tokens_per_second"] == pytest.approx(64 / row["ms"] * 1e3)
 
 
+def test_a_step_of_several_micro_batches_counts_the_tokens_of_all(tmp_path):
+    config = training.TrainingConfig(("tiny",), rows=1, micro_batches=3, steps=2, out=tmp_path)
+    (row,) = training.bench_training(config)
+    assert row["case"] == "tiny 3x1x64"
+    assert row["tokens_per_second"] == pytest.approx(3 * 64 / row["ms"] * 1e3)
+
+
 def test_the_kernels_that_are_switched_off_are_those_that_a_step_asks_for(monkeypatch):
     asked = set()
     folder = Path(training.__file__).parents[1] / "kernels"
@@ -266,6 +273,8 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
         (["kernels", "--rows", "3000"], 2, "rows=3000 must be at most 2048 or a multiple of it"),
         (["kernels", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (no limit) or more"),
         (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
+        (["training", "--micro-batches", "0"], 2, "micro_batches=0 must be at least 1"),
+        (["training", "--fp8"], 2, "fp8 needs an NVIDIA GPU of compute capability 8.9 or later, and not cpu"),
         (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
         (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
         (["peers", "--nanogpt", ".", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
