@@ -104,8 +104,9 @@ def training_bytes(
 ) -> dict[str, int]:
     """Memory of a training step on one of `shards` ranks, at `rows` rows of T tokens, by part.
 
-    Activations are an estimate from the shapes. gathered: what is whole on every rank for a while, embeddings
-    and head with their gradients in float32, and two blocks in the dtype of activations.
+    Activations are an estimate from the shapes. copies: with several ranks what is whole on each for a while,
+    embeddings and head with their gradients in float32, and two blocks in the dtype of activations; on one
+    rank the blocks' weights in that dtype, if it is not theirs, which the backward pass needs again.
     """
     c, counts = model.config, parameter_counts(model)
     blocks = sum(p.numel() for p in model.blocks.parameters())
@@ -116,8 +117,11 @@ def training_bytes(
         "gradients": 4 * counts["total"],
         "optimizer": 4 * blocks + 8 * (counts["total"] - blocks),
     }
+    copies = activation_bytes * blocks if activation_bytes < 4 else 0
+    if shards > 1:
+        copies = 8 * (counts["total"] - blocks) + 4 * activation_bytes * blocks // c.layers
     return {name: size // shards for name, size in sharded.items()} | {
-        "gathered": 8 * (counts["total"] - blocks) + 4 * activation_bytes * blocks // c.layers,
+        "copies": copies,
         "activations": rows * T * c.layers * saved * activation_bytes,
     }
 
