@@ -87,7 +87,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, caplog):
     assert (tmp_path / "kernels.json").read_text() == "[1, 2]"
 
 
-@pytest.mark.parametrize("name", ["kernels", "training", "inference", "all"])
+@pytest.mark.parametrize("name", ["kernels", "training", "inference", "look"])
 def test_a_folder_that_cannot_be_written_is_found_before_time_is_spent(name, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["bench", name, "--out", str(tmp_path / "file")]) == 73
