@@ -13,7 +13,7 @@ test: .venv/installed-dev
 	$(BIN)/pytest
 
 standin: .venv-standin/installed
-	.venv-standin/bin/pytest -m standin -n $(JOBS) tests/gpu_stand_in
+	TRITON_CACHE_DIR=$(CURDIR)/.venv-standin/cache/triton .venv-standin/bin/pytest -m standin -n $(JOBS) tests/gpu_stand_in
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
