@@ -85,9 +85,10 @@ def muon_steps(world: World, steps: int = 3) -> dict:
     for _ in range(steps):
         for parameter in model.parameters():
             gradient = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = distribute_tensor(
-                gradient, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
+            if isinstance(parameter, DTensor):
+                where = parameter.device_mesh, parameter.placements
+                gradient = distribute_tensor(gradient, *where, src_data_rank=None)
+            parameter.grad = gradient
         optimizer.step()
     exchanges = [group["exchange"] for group in optimizer.param_groups if "exchange" in group]
     return {
