@@ -76,7 +76,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_show_where_they_stand(tmp_pat
     lines = last_lines(failure.value)
     assert all("RankLost: rank 2 does not answer" in lines[rank] for rank in (0, 1))
     said = (tmp_path / "said").read_text()
-    assert "in take_step" in said or "in total" in said  # the stacks of those that wait
+    assert "take_step" in said or "total" in said  # of those that wait, who write at once
 
 
 def test_what_a_rank_says_that_fails_is_what_the_others_say(tmp_path):
