@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -24,7 +25,6 @@ from typing import NamedTuple
 from hotlap.bench import phases, results
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
-from hotlap.kernels.dispatch import default_device
 from hotlap.model.errors import DataError, guarded, known
 from hotlap.train.log import log, set_up_logging
 
@@ -38,8 +38,8 @@ class SuiteConfig:
     """Run the phases of a call, and pack what they find into one file."""
 
     out: Path | None = None
-    """Folder for the results, which are packed into a file beside it, OUT.tar.gz; by default
-    bench/results/DEVICE/CALL."""
+    """Folder for the results, with nothing in it yet; they are packed into a file beside it, OUT.tar.gz. By
+    default the call and the date, here."""
     cache: Path | None = None
     """Folder for what Triton and Inductor compile, to be taken to another machine; by default theirs."""
     minutes: float = 0
@@ -56,8 +56,10 @@ def run_suite(call: str, config: SuiteConfig) -> int:
         known(name, names, "phase")
     if not 0 <= config.minutes < float("inf"):
         raise ValueError(f"minutes={config.minutes} must be positive, or 0 for the call's own")
-    out = config.out or results.device_folder(default_device()) / call
+    out = config.out or Path(f"{call}-{re.sub('[^0-9]+', '-', results.now()).strip('-')}")
     results.check_folder(out)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} has files, which would pass for what this call finds; name another --out")
     if config.cache:
         for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             os.environ[variable] = str(config.cache.absolute() / name)
@@ -77,14 +79,15 @@ class Running(NamedTuple):
     process: multiprocessing.Process
     phase: Phase
     began: float
-    stop: float
+    end: float  # of its time, after which it has GRACE
     rows: int  # of results that it found there
 
 
 def run_together(group: list[Phase], out: Path, end: float):
     """Run phases side by side, as many at once as their places allow; yields each one's name and verdict.
 
-    One that ends badly, but has measured more than was there before, goes on with what is left.
+    One that ends before its results are complete, but has measured more than was there before, goes on with
+    the rest.
     """
     waiting, running = list(group), []
     while waiting or running:
@@ -97,13 +100,13 @@ def run_together(group: list[Phase], out: Path, end: float):
                 running.append(start(phase, out, end))
         for run in list(running):
             now = time.monotonic()
-            if run.process.exitcode is None and now < run.stop:
+            if run.process.exitcode is None and now < run.end + GRACE:
                 continue
             running.remove(run)
             code = finish(run.process)
-            rows = row_count(out / run.phase.name)
-            if code not in (0, None) and run.rows < rows and end - now > SHORTEST:
-                running.append(start(run.phase, out, run.stop, rows))
+            rows = unfinished_rows(out / run.phase.name)
+            if code is not None and run.rows < rows and run.end - now > SHORTEST:
+                running.append(start(run.phase, out, run.end, rows)._replace(began=run.began))
             else:
                 yield run.phase.name, verdict(code, time.monotonic() - run.began)
         time.sleep(0.02)
@@ -118,7 +121,7 @@ def start(phase: Phase, out: Path, end: float, rows: int = -1) -> Running:
     arguments = (phase, folder, seconds, rows >= 0)
     process = multiprocessing.get_context("spawn").Process(target=run_phase, args=arguments)
     process.start()
-    return Running(process, phase, began, began + seconds + GRACE, rows)
+    return Running(process, phase, began, began + seconds, rows)
 
 
 def run_phase(phase: Phase, folder: Path, seconds: float, resume: bool) -> None:
@@ -165,8 +168,10 @@ def result_files(folder: Path) -> list[dict]:
     return found
 
 
-def row_count(folder: Path) -> int:
-    return sum(len(content["rows"]) for content in result_files(folder))
+def unfinished_rows(folder: Path) -> int:
+    """How many rows the results have that say of themselves that they are not complete; -1 where none do."""
+    found = [content for content in result_files(folder) if content.get("complete") is False]
+    return sum(len(content["rows"]) for content in found) if found else -1
 
 
 def summary(outcome: dict[str, str], out: Path) -> str:
@@ -210,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hotlap.bench.suite", description=SuiteConfig.__doc__)
     parser.add_argument("call", help=", ".join(phases.CALLS))
     parser.add_argument(
-        "--out", type=Path, help="folder for the results; by default bench/results/DEVICE/CALL"
+        "--out", type=Path, help="empty folder for the results; by default the call and the date"
     )
     parser.add_argument("--cache", type=Path, help="folder for what Triton and Inductor compile")
     parser.add_argument("--minutes", type=float, default=0, help="time for everything")

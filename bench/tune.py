@@ -75,7 +75,8 @@ def measure(case: Case, seconds: float, device: torch.device) -> dict[int, float
             log.warning("%s does not run with %s: %s", case.kernel, tile, error)
         else:
             variants[str(i)] = partial(launch_with, tile)
-    return {int(i): ms for i, ms in milliseconds(variants, seconds, device).items()}
+    times = milliseconds(variants, seconds, device) if variants else {}
+    return {int(i): ms for i, ms in times.items()}
 
 
 @contextlib.contextmanager

@@ -193,9 +193,9 @@ def _choose(
     deterministic: what torch is set to, which rules cuDNN's out.
 
     On a GPU it is what `hotlap bench tune` has measured, or else torch's fused kernels where causal is all:
-    cuDNN's from Hopper on, whose forward pass is known to run at 540 TFLOP/s on an H100 where Triton's
-    without warp specialisation runs at 400. Ours is for windows, documents and softcaps in 16 bits. On a CPU
-    torch's is the faster one in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
+    cuDNN's from Hopper on, which on an H100 took 2.69 ms forward and backward, and ours 3.14, for two rows of
+    8192 with 12 heads of 128. Ours is for windows, documents and softcaps in 16 bits. On a CPU torch's is the
+    faster one in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
     """
     why = "only causal" if plain else "more than causal"
     if device.type != "cuda":

@@ -7,9 +7,10 @@ import sys
 import time
 
 
-def write(folder, count: int) -> None:
+def write(folder, count: int, complete: bool = True) -> None:
     rows = [{"case": f"case {i}", "provider": "hotlap", "ms": 1.0 + i} for i in range(count)]
-    (folder / "kernels.json").write_text(json.dumps({"kind": "kernels", "device": "card", "rows": rows}))
+    content = {"kind": "kernels", "device": "card", "rows": rows, "complete": complete}
+    (folder / "kernels.json").write_text(json.dumps(content))
 
 
 def works(folder, limit, resume):
@@ -31,7 +32,7 @@ def dies_twice(folder, limit, resume):
     path = folder / "runs"
     runs = path.read_text() if path.exists() else ""
     path.write_text(f"{runs}{int(resume)}")
-    write(folder, len(runs) + 1)
+    write(folder, len(runs) + 1, complete=len(runs) == 2)
     if len(runs) < 2:
         os.abort()
 
@@ -42,3 +43,10 @@ def out_of_memory(folder, limit, resume):
 
 def needs_a_package(folder, limit, resume):
     raise ImportError("this phase needs nothing_like_it: pip install nothing_like_it")
+
+
+def finds_a_fault(folder, limit, resume):
+    with open(folder / "runs", "a") as file:
+        file.write("x")
+    write(folder, 3)
+    return 1

@@ -6,7 +6,7 @@ import sys
 import tarfile
 
 import pytest
-from suite_phases import crashes, dies_twice, hangs, needs_a_package, out_of_memory, works
+from suite_phases import crashes, dies_twice, finds_a_fault, hangs, needs_a_package, out_of_memory, works
 
 from hotlap.bench import phases, suite
 from hotlap.bench.phases import Phase
@@ -53,6 +53,23 @@ def test_a_phase_that_dies_goes_on_while_it_measures_more(call, tmp_path):
     call((Phase("kernels", 300, dies_twice), Phase("other", 60, works)))
     assert run_suite("look", SuiteConfig(out=tmp_path / "look", minutes=10)) == 0
     assert (tmp_path / "look" / "kernels" / "runs").read_text() == "011"
+
+
+def test_a_phase_that_is_complete_and_found_a_fault_is_not_repeated(call, tmp_path):
+    call((Phase("kernels", 60, finds_a_fault),))
+    assert run_suite("look", SuiteConfig(out=tmp_path / "look")) == 1
+    assert (tmp_path / "look" / "kernels" / "runs").read_text() == "x"
+
+
+def test_results_of_an_earlier_call_never_pass_for_this_ones(call, tmp_path, monkeypatch):
+    call()
+    (tmp_path / "look" / "kernels").mkdir(parents=True)
+    with pytest.raises(ValueError, match="look has files"):
+        run_suite("look", SuiteConfig(out=tmp_path / "look"))
+    monkeypatch.chdir(tmp_path)
+    call((Phase("first", 60, works),))
+    run_suite("look", SuiteConfig(minutes=1e-6))
+    assert len([path for path in tmp_path.glob("look-20*") if path.is_dir()]) == 1
 
 
 def test_phases_that_do_not_fit_in_the_time_are_listed(call, tmp_path, capsys):
