@@ -14,10 +14,10 @@ from typing import Annotated
 
 import tyro
 
+from hotlap.common.errors import BAD_DATA, guarded
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
-from hotlap.model.errors import BAD_DATA, guarded
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
 from hotlap.model.weights import find_models, load_model, model_folder, stage

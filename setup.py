@@ -6,9 +6,24 @@ Face package of that name, and break `import transformers`; a plain folder does 
 
 from setuptools import setup
 
+FOLDERS = (
+    "bench",
+    "common",
+    "kernels",
+    "model",
+    "train",
+    "train.data",
+    "train.data.tasks",
+    "train.distributed",
+    "train.evaluation",
+    "train.optim",
+    "train.run",
+    "train.speedruns",
+    "train.studies",
+)
+
 setup(
     package_dir={"hotlap": "."},
-    packages=["hotlap"]
-    + [f"hotlap.{folder}" for folder in ("bench", "kernels", "model", "train", "train.tasks")],
+    packages=["hotlap", *(f"hotlap.{folder}" for folder in FOLDERS)],
     package_data={"hotlap.kernels": ["tuned/*.json"]},
 )

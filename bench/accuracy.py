@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hotlap.bench.providers import CONTEXT, Function, Operation
-from hotlap.train.log import log
+from hotlap.common.log import log
 
 ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than the reference in the same dtype
 # What a provider may be off by in any case: rounding of the dtype.

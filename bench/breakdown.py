@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from hotlap.bench import results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.training import UNTIMED, made, random_batches, step_seconds
-from hotlap.train.dist import joined
-from hotlap.train.log import log
+from hotlap.common.log import log
+from hotlap.train.distributed.world import joined
 
 KINDS = (  # the first whose pattern is in a kernel's name
     ("our attention", r"_attention_"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from hotlap.bench import results
+from hotlap.common import options
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,8 @@ def unlike(before: dict, after: dict) -> list[str]:
     for name, content in (("before", before), ("after", after)):
         lines += [f"warning of {name}: {warning}" for warning in content.get("warnings", ())]
     return lines
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap bench compare`."""
+    print("\n".join(compare(options.parse(CompareConfig, arguments, command="bench compare"))))

@@ -9,14 +9,16 @@ import torch
 
 from hotlap.bench import results
 from hotlap.bench.models import model_config
-from hotlap.bench.peaks import log_warnings, measure_ceilings
+from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.plots import draw_inference
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
+from hotlap.common import options
+from hotlap.common.log import log
+from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.engine import KVCache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
-from hotlap.train.log import log
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,8 @@ def decoding_bytes(model: GPT, batch: int, length: int) -> int:
     size = torch.empty((), dtype=model.compute_dtype).element_size()
     seen = sum(min(window, length + 1) for window in c.windows)
     return weights + batch * seen * 2 * c.kv_heads * c.head_dim * size
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap bench inference`."""
+    bench_inference(options.parse(InferenceConfig, arguments, command="bench inference"))

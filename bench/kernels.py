@@ -20,7 +20,7 @@ import torch
 from hotlap.bench import results
 from hotlap.bench.accuracy import as_tuple, expected, fault
 from hotlap.bench.operations import operations
-from hotlap.bench.peaks import Ceilings, log_warnings, measure_ceilings
+from hotlap.bench.peaks import Ceilings, measure_ceilings
 from hotlap.bench.plots import draw_kernels
 from hotlap.bench.providers import CONTEXT, Function, Operation
 from hotlap.bench.timing import (
@@ -34,8 +34,10 @@ from hotlap.bench.timing import (
     side_stream,
     start_afresh,
 )
+from hotlap.common import options
+from hotlap.common.log import log
+from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
-from hotlap.train.log import log
 
 UNFINISHED = "begun, and not finished: it hung, or its process was ended"  # the note of a row
 ALL = "all"  # in place of a provider: the reference, and all that take turns
@@ -321,3 +323,9 @@ def is_fault(row: dict) -> bool:
 def ratio(row: dict) -> str:
     best = row["best_other_over_this"]
     return "" if best is None else f"{best:.2f}x the best other"
+
+
+def main(arguments: list[str]) -> int:
+    """`hotlap bench kernels`; 1 where a kernel failed or was wrong."""
+    rows = bench_kernels(options.parse(KernelsConfig, arguments, command="bench kernels"))
+    return int(any(map(is_fault, rows)))

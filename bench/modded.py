@@ -25,8 +25,8 @@ import torch
 
 from hotlap.bench import results
 from hotlap.bench.timing import Timing, synchronize
+from hotlap.common.log import log
 from hotlap.model.config import GPTConfig
-from hotlap.train.log import log
 
 PLAIN = "records/track_3_optimization/train_gpt_simple.py"
 SCRIPTS = {

@@ -19,16 +19,8 @@ from hotlap.bench.attention import (
     long_attention_at,
     windowed_attention_at,
 )
-from hotlap.bench.providers import (
-    CONTEXT,
-    HEAD_DIM,
-    WIDTHS,
-    Function,
-    Operation,
-    liger,
-    normal,
-    with_torch,
-)
+from hotlap.bench.providers import CONTEXT, HEAD_DIM, WIDTHS, Function, Operation, liger, normal, with_torch
+from hotlap.common.errors import known
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from hotlap.kernels.fp8 import check_fp8, linear_fp8, linear_fp8_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -47,7 +39,6 @@ from hotlap.kernels.orthogonalize import POLAR_EXPRESS, orthogonalize, orthogona
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
 from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
-from hotlap.model.errors import known
 
 VOCABULARY = 32768
 SOFTCAP = 15.0

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
-from hotlap.bench.peaks import log_warnings
 from hotlap.bench.timing import failure, measure, start_afresh
+from hotlap.common import options
+from hotlap.common.log import log
+from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
-from hotlap.train.log import log
-from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
 
@@ -220,3 +221,8 @@ def nothing_written():
         yield
     finally:
         sys.dont_write_bytecode = before
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap bench peers`."""
+    bench_peers(options.parse(PeersConfig, arguments, command="bench peers"))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hotlap.train.log import log
+from hotlap.common.plots import new_figure
 
 DIRECTIONS = ("forward", "backward", "both")
 TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -18,12 +18,9 @@ def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None
     timed = [row for row in rows if row.get("ms") is not None]
     if not timed:
         return False
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("no picture of the results: matplotlib is missing; pip install 'hotlap[plot]'")
+    figure = new_figure()
+    if figure is None:
         return False
-    figure = Figure(layout="constrained")
     content(figure, timed)
     figure.savefig(path, dpi=120)
     return True

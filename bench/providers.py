@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotlap.train.log import log
+from hotlap.common.log import log
 
 Function = Callable[..., Any]  # of the tensors, to one tensor or a tuple of them
 

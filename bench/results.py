@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import datetime
 import functools
-import importlib.metadata
 import io
 import json
 import logging
@@ -19,25 +16,14 @@ from pathlib import Path
 
 import torch
 
-from hotlap.bench.peaks import device_name, device_state
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
+from hotlap.common.files import write
+from hotlap.common.machine import device_name, device_state, now, versions
 
 log = logging.getLogger("hotlap")
 
 RESULTS = Path("bench/results")  # in the current folder, which is the checkout
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 TITLE = "# Measurements"  # first line of a page
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """With what a measurement is made."""
-    found = {"torch": torch.__version__}  # which names the build too
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    runtimes = {"cuda": torch.version.cuda, "rocm": torch.version.hip}
-    return found | {name: version for name, version in runtimes.items() if version}
 
 
 @functools.cache
@@ -90,10 +76,6 @@ def write_traceback(folder: Path, what: str) -> None:
         file.write(f"{now()} {what}\n{traceback.format_exc()}\n")
 
 
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> None:
     """Write path, its .csv, and the page of the repository's results. rows: `case` and `provider` name what
     was measured, the rest is what was found.
@@ -122,13 +104,6 @@ def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> 
     write(path.with_suffix(".csv"), text.getvalue())
     if path.parent.parent == RESULTS:
         write_page(RESULTS)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file by a whole one: a kill in the middle leaves what was there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
 
 
 def load(path: Path, device: torch.device | None = None) -> dict:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hotlap.common import options
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
 from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
 
@@ -333,8 +334,9 @@ def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dic
         return list(pool.map(examine, jobs(config, modules), chunksize=1))
 
 
-def main(config: StaticConfig) -> int:
-    """Print the table; 1 where a kernel has a fault."""
+def main(arguments: list[str]) -> int:
+    """`hotlap bench static`: print the table; 1 where a kernel has a fault."""
+    config = options.parse(StaticConfig, arguments, command="bench static")
     start = time.monotonic()
     rows = run(config)
     print(table(rows))

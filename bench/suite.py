@@ -25,8 +25,8 @@ from typing import NamedTuple
 from hotlap.bench import phases, results
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
-from hotlap.model.errors import DataError, guarded, known
-from hotlap.train.log import log, set_up_logging
+from hotlap.common.errors import DataError, guarded, known
+from hotlap.common.log import log, set_up_logging
 
 SHORTEST = 5  # seconds that are worth starting a phase for
 GRACE = 10  # seconds that a phase has to end by itself, when its time is over
@@ -211,8 +211,9 @@ def pack(out: Path, page: str) -> None:
     part.replace(out.parent / f"{out.name}.tar.gz")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hotlap.bench.suite", description=SuiteConfig.__doc__)
+def main(arguments: list[str]) -> int:
+    """`hotlap bench look`, `check` and `figures`, whose flags are read without tyro."""
+    parser = argparse.ArgumentParser(prog="hotlap bench", description=SuiteConfig.__doc__)
     parser.add_argument("call", help=", ".join(phases.CALLS))
     parser.add_argument(
         "--out", type=Path, help="empty folder for the results; by default the call and the date"
@@ -220,11 +221,22 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="folder for what Triton and Inductor compile")
     parser.add_argument("--minutes", type=float, default=0, help="time for everything")
     parser.add_argument("--phases", nargs="*", default=(), help="names of the phases to run; by default all")
-    given = parser.parse_args()
-    set_up_logging()
-    config = SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases))
-    return guarded(lambda: run_suite(given.call, config), debug=False)
+    given = parser.parse_args(arguments)
+    return run_suite(given.call, SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases)))
+
+
+def look(arguments: list[str]) -> int:
+    return main(["look", *arguments])
+
+
+def check(arguments: list[str]) -> int:
+    return main(["check", *arguments])
+
+
+def figures(arguments: list[str]) -> int:
+    return main(["figures", *arguments])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    set_up_logging()
+    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug=False))

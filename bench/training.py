@@ -22,29 +22,22 @@ import torch
 
 from hotlap.bench import results
 from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
-from hotlap.bench.peaks import log_warnings
 from hotlap.bench.plots import draw_training
-from hotlap.bench.timing import (
-    NO_TIME,
-    OUT_OF_MEMORY,
-    Budget,
-    Stopwatch,
-    Timing,
-    failure,
-    start_afresh,
-)
+from hotlap.bench.timing import NO_TIME, OUT_OF_MEMORY, Budget, Stopwatch, Timing, failure, start_afresh
+from hotlap.common import options
+from hotlap.common.log import log
+from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
-from hotlap.train.data import Batch, PackedRows, prefetch, step_batches
-from hotlap.train.dist import World, joined
-from hotlap.train.log import log
+from hotlap.train.data.rows import Batch, PackedRows, prefetch, step_batches
+from hotlap.train.data.shards import shard_documents, write_shard
+from hotlap.train.distributed.sharding import accumulate, local, materialize, parallelize
+from hotlap.train.distributed.world import World, joined
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import accumulate, local, materialize, parallelize
-from hotlap.train.shards import shard_documents, write_shard
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")
@@ -284,3 +277,8 @@ def step_seconds(
     watch.mark()
     wait, *passes, update = watch.seconds()
     return [wait, sum(passes[::2]), sum(passes[1::2]), update]
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap bench training`."""
+    bench_training(options.parse(TrainingConfig, arguments, command="bench training"))

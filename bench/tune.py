@@ -27,6 +27,7 @@ import torch
 from hotlap.bench import timing
 from hotlap.bench.static import MODULES
 from hotlap.bench.timing import Call
+from hotlap.common import options
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
 from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps
@@ -179,7 +180,7 @@ def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: st
     torch.autograd.grad(y, inputs, dy)
 
 
-def main(config: TuneConfig) -> int:
+def tune(config: TuneConfig) -> int:
     """Measure, print a line a case, and write the file."""
     if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
@@ -220,3 +221,8 @@ def main(config: TuneConfig) -> int:
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
     print(write_tuned(facts.name, results, choices))
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """`hotlap bench tune`."""
+    return tune(options.parse(TuneConfig, arguments, command="bench tune"))

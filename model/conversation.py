@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
 from hotlap.model.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common import options
 from hotlap.model.weights import STATE, load_model, model_folder, save_model, stage
 
 
@@ -42,3 +43,8 @@ def export_weights(config: ExportConfig) -> Path:
         shutil.rmtree(partial)
         raise
     return out
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap export weights`."""
+    print(export_weights(options.parse(ExportConfig, arguments, command="export weights")))

@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
+from hotlap.common.files import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -56,11 +57,3 @@ def verify(folder: Path, rank: int = 0, size: int = 1, weights_only: bool = Fals
         if file_sha256(folder / name) != entries[name]["sha256"]:
             raise DataError(f"{folder / name} has changed since it was saved; use another checkpoint")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

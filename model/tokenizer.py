@@ -17,7 +17,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
 
 # Llama 3's way of cutting text into words before merging: contractions, words with the mark or space before
 # them, numbers of up to three digits, punctuation, line ends, spaces. llama.cpp knows it under that name.

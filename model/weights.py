@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
+from hotlap.common.errors import DataError
 from hotlap.model.config import GPTConfig
-from hotlap.model.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tools import tiny_config, train_tiny_tokenizer
+from helpers.tools import tiny_config, train_tiny_tokenizer
 
 from hotlap.model.gpt import GPT
 
@@ -78,7 +78,7 @@ def random_model():
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with text.txt and talks.jsonl."""
-    from small_runs import write_conversations, write_text
+    from helpers.small_runs import write_conversations, write_text
 
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text.txt")
@@ -89,9 +89,9 @@ def work(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def hub_server(monkeypatch):
     """A hub on this machine, empty, that downloads are from. Waiting between attempts takes little time."""
-    from hub_server import running_hub
+    from helpers.hub_server import running_hub
 
-    from hotlap.train import download
+    from hotlap.train.data import download
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")

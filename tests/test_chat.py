@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from tools import ScriptedModel, script, tiny_config
+from helpers.tools import ScriptedModel, script, tiny_config
 
 from hotlap import chat as program
 from hotlap.chat import Chat, Continuation, command, printable, say

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from commands import (
+from helpers.commands import (
     BAD_DATA,
     CANNOT_CREATE,
     INPUT_OUTPUT,
@@ -204,7 +204,7 @@ def test_a_run_that_exists_is_not_overwritten(work, capsys):
 
 
 def test_two_runs_in_one_directory(work, capsys):
-    from hotlap.train.runs import run_lock
+    from hotlap.train.run.folder import run_lock
 
     with run_lock(work / "base"):
         assert_error(capsys, pretrain_here(), USAGE, f"in use by process {os.getpid()}")

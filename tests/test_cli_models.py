@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import (
+from helpers.commands import (
     BAD_DATA,
     CANNOT_CREATE,
     NO_INPUT,
@@ -18,12 +18,12 @@ from commands import (
     pretrain_here,
     sft_here,
 )
-from small_runs import conversation, write_text
+from helpers.small_runs import conversation, write_text
 
 from hotlap.cli import main
-from hotlap.model.errors import DataError
-from hotlap.train import sources
-from hotlap.train.log import read_metrics
+from hotlap.common.errors import DataError
+from hotlap.train.data import sources
+from hotlap.train.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,9 @@ def test_from_text_to_an_answer(work, capsys, monkeypatch):
     assert main(["pretrain", "--data", "shards", "--out", "base", *SMALL, "--model.context", "64"]) == 0
     assert main(["report", "--run", "base"]) == 0
     assert sft_here(Path("base")) == 0
-    monkeypatch.setattr("hotlap.train.tasks.arithmetic.held_out", lambda count: [("2 + 3?", "2 + 3 = 5")])
+    monkeypatch.setattr(
+        "hotlap.train.data.tasks.arithmetic.held_out", lambda count: [("2 + 3?", "2 + 3 = 5")]
+    )
     assert main(["eval", "--model", "sft", "--tasks", "arithmetic", "--out", "scores.json"]) == 0
     assert "arithmetic" in json.loads(Path("scores.json").read_text())["scores"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))

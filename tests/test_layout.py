@@ -4,17 +4,23 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from hotlap.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("kernels", "model", "train", "bench", "tests")
+FOLDERS = ("common", "kernels", "model", "train", "bench", "tests")
 MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "model": {"kernels", "model"},
-    "train": {"kernels", "model", "train"},
-    "chat.py": {"kernels", "model"},
+    "common": {"common"},
+    "kernels": {"common", "kernels"},
+    "model": {"common", "kernels", "model"},
+    "train": {"common", "kernels", "model", "train"},
+    "bench": {"common", "kernels", "model", "train", "bench"},
+    "chat.py": {"common", "kernels", "model"},
+    "cli.py": {"common"},
 }
 
 
@@ -37,7 +43,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 def modules() -> list[str]:
     """Every importable module of the package, as hotlap.x.y."""
-    files = [p for part in ("kernels", "model", "train", "bench") for p in files_of(part)]
+    files = [p for part in FOLDERS[:-1] for p in files_of(part)]
     files = [p for p in files if not p.name.startswith("test_")]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
     return [f"hotlap.{name}" for name in (*names, "chat", "cli")]
@@ -56,23 +62,51 @@ def test_no_folder_is_a_regular_package():
     assert not (ROOT / "__init__.py").exists()
 
 
-def as_a_module(file: Path) -> ast.AST:
-    """Without what runs only where the file is the program."""
-    tree = ast.parse(file.read_text())
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and "__main__" in ast.dump(n.test))]
-    return tree
-
-
 @pytest.mark.parametrize("part", MAY_IMPORT)
-def test_imports_go_one_way(part):
+def test_imports_go_down_only(part):
     for file in files_of(part):
-        ours = {n.split(".")[1] for n in imports(as_a_module(file)) if n.startswith("hotlap.")}
+        ours = {n.split(".")[1] for n in imports(ast.parse(file.read_text())) if n.startswith("hotlap.")}
         assert ours <= MAY_IMPORT[part], f"{file} imports {ours - MAY_IMPORT[part]}"
 
 
-def test_the_command_imports_stages_only_when_called():
-    top = ast.Module([n for n in ast.parse((ROOT / "cli.py").read_text()).body if not hasattr(n, "body")], [])
-    assert {n.split(".")[1] for n in imports(top) if n.startswith("hotlap.")} <= {"kernels", "model"}
+def import_graph() -> dict[str, set[str]]:
+    """The modules of hotlap that each one imports, also inside of functions."""
+    files = {name: ROOT / Path(*name.split(".")[1:]).with_suffix(".py") for name in modules()}
+    graph = {}
+    for name, file in files.items():
+        found = imports(ast.parse(file.read_text()))
+        graph[name] = {n if n in files else n.rsplit(".", 1)[0] for n in found} & set(files)
+    return graph
+
+
+def test_no_module_imports_itself_through_others():
+    order = TopologicalSorter(import_graph())
+    order.prepare()  # CycleError names the modules of a circle
+
+
+def test_every_command_is_a_function_of_a_module_that_is_there():
+    def check(table):
+        for _, target in table.values():
+            if isinstance(target, dict):
+                check(target)
+                continue
+            module, _, function = target.partition(":")
+            tree = ast.parse((ROOT / Path(*module.split(".")).with_suffix(".py")).read_text())
+            assert (function or "main") in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, (
+                target
+            )
+
+    check(COMMANDS)
+
+
+def test_every_folder_with_code_is_installed():
+    folders = {p.parent.relative_to(ROOT) for part in FOLDERS[:-1] for p in (ROOT / part).rglob("*.py")}
+    listed = next(
+        ast.literal_eval(n.value)
+        for n in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "FOLDERS"
+    )
+    assert set(listed) == {".".join(folder.parts) for folder in folders}
 
 
 @pytest.mark.parametrize("file", files_of("kernels"), ids=lambda p: p.name)

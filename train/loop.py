@@ -12,23 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hotlap.model.errors import Interrupted
+from hotlap.common.errors import Interrupted
+from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.checkpoint import Saver, check_space
-from hotlap.train.data import Batch
-from hotlap.train.dist import World
+from hotlap.train.data.rows import Batch
+from hotlap.train.distributed.memory import out_of_memory_explained
+from hotlap.train.distributed.stragglers import Watch
+from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
-from hotlap.train.health import Judge, Policy, check_copies
-from hotlap.train.log import Progress, log
-from hotlap.train.memory import out_of_memory_explained
-from hotlap.train.optim import MuonAdamW
-from hotlap.train.profile import profiled
-from hotlap.train.schedule import ScheduleConfig, set_schedule
-from hotlap.train.step import take_step
-from hotlap.train.warmup import rehearsed
-from hotlap.train.watch import Watch
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
+from hotlap.train.run.checkpoint import Saver, check_space
+from hotlap.train.run.metrics import Progress
+from hotlap.train.run.profile import profiled
+from hotlap.train.step import rehearsed, take_step
+from hotlap.train.step_checks import Judge, Policy, check_copies
 
 
 @dataclass(frozen=True)

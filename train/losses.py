@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hotlap.model.gpt import GPT
-from hotlap.train.data import Batch
+from hotlap.train.data.rows import Batch
 
 
 def next_token_loss(model: GPT, batch: Batch) -> Tensor:

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from pathlib import Path
 
+from hotlap.common import options
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, parameter_counts
 from hotlap.train.loop import LoopConfig
-from hotlap.train.optim import OptimConfig
-from hotlap.train.pretrain import PretrainConfig
-from hotlap.train.schedule import ScheduleConfig
+from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig
+from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.sft import SFTConfig
 
 REFERENCE_DEPTH = 12  # where nanochat's rates were tuned
@@ -155,3 +156,10 @@ PRETRAIN = {
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),
 }
+
+
+def pretrain_command(arguments: list[str]) -> None:
+    """`hotlap pretrain`, which may start from a preset."""
+    config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
+    pretrain(config)
+    print(f"{config.out}/report.md")

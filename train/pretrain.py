@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,34 +12,36 @@ from typing import Literal
 
 import torch
 
-from hotlap.model import tokenizer as tokenizers
+from hotlap.common.errors import DataError
 from hotlap.model.config import GPTConfig
-from hotlap.model.errors import DataError
-from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
-from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER
-from hotlap.train.data import PackedRows, packed_rows, prefetch, step_batches
-from hotlap.train.dist import World, joined
-from hotlap.train.evaluate import validation
-from hotlap.train.log import log
+from hotlap.train.data.prepare import prepare
+from hotlap.train.data.rows import PackedRows, packed_rows, prefetch, step_batches
+from hotlap.train.data.shards import fingerprint, shard_paths
+from hotlap.train.distributed.memory import (
+    check_memory,
+    largest_that_fits,
+    micro_batch_rows,
+)
+from hotlap.train.distributed.sharding import (
+    Recompute,
+    compiles,
+    compute_dtype,
+    materialize,
+    parallelize,
+    use_fp8,
+)
+from hotlap.train.distributed.world import joined
+from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
-from hotlap.train.memory import check_memory, device_bytes, largest_that_fits, micro_batch_rows, rank_bytes
-from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
-from hotlap.train.report import write_report
-from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
-from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
-from hotlap.train.shards import (  # fmt: skip
-    fingerprint,
-    shard_paths,
-    write_shards,
-)
-from hotlap.train.sources import split_documents
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
+from hotlap.train.run.folder import open_run, resume_from, run_lock
+from hotlap.train.run.report import write_report
+from hotlap.train.stage import describe
 
 MOST_EPOCHS = 4  # that a timed run reads little data: more are worth less and less (Muennighoff et al., 2023)
-CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at a time
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
             if world.leads:
                 stack.enter_context(run_lock(config.out))
                 open_run(config.out, config, config.resume != "no")
-            tokenizer, folder = prepare(config)
+            tokenizer, folder = prepare(config.out, config.data, config.tokenizer, config.model.vocab_size)
         vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that products like
         shape = dataclasses.replace(config.model, vocab_size=vocab_size)
         train, held_out = (
@@ -133,7 +134,7 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
             raise ValueError(f"{config.out} was started on other data than {folder} holds now")
         if config.micro_batch == "auto":
             micro_rows = largest_that_fits(model, common_rows, world)
-        describe(model, config, train, world, micro_rows)
+        describe(model, config.out, length(config, train), world, micro_rows)
         evaluate = partial(validation, model, held_out, tokenizer, micro_rows, world)
         batches = step_batches(
             train, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
@@ -150,58 +151,6 @@ def pretrain(config: PretrainConfig, profile: bool = False, warm_up: bool = Fals
         return last
 
 
-def prepare(config: PretrainConfig) -> tuple[Tokenizer, Path]:
-    """The tokenizer, and the folder with the shards: the one that was named, or one made in the run."""
-    path = config.out / TOKENIZER
-    if Path(config.data).is_dir() and list(Path(config.data).glob("*.bin")):
-        folder = Path(config.data)
-        if not path.exists():
-            beside = folder / TOKENIZER
-            named = config.tokenizer not in ("bpe", "characters")
-            if not named and not beside.exists():
-                raise FileNotFoundError(f"no {beside}; name the tokenizer of these shards by --tokenizer")
-            (named_tokenizer(config.tokenizer) if named else Tokenizer.load(beside)).save(path)
-        return Tokenizer.load(path), folder
-    folder = config.out / "data"
-    if not (folder / TOKENIZER).exists():  # written last
-        train, held_out = split_documents(config.data)
-        tokenizer = make_tokenizer(config.tokenizer, config.model.vocab_size, train, train + held_out)
-        write_data(folder, train, held_out, tokenizer)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    tokenizer.save(path)
-    return tokenizer, folder
-
-
-def write_data(folder: Path, train: list[str], held_out: list[str], tokenizer: Tokenizer) -> None:
-    """Shards of both splits, and at last the tokenizer that they were made with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = [
-        write_shards(folder, split, texts, tokenizer)
-        for split, texts in (("train", train), ("validation", held_out))
-    ]
-    tokenizer.save(folder / TOKENIZER)
-    log.info("%s: %s tokens to train on, %s to validate", folder, *(f"{n:,}" for n in counts))
-
-
-def make_tokenizer(kind: str, vocab_size: int, train: list[str], everything: list[str]) -> Tokenizer:
-    """A tokenizer learnt from the training text, or a named one. Characters also come from the validation
-    text.
-    """
-    if kind == "characters":
-        return tokenizers.train_characters("".join(sorted(set().union(*everything))))
-    if kind != "bpe":
-        return named_tokenizer(kind)
-    pieces = (t[i : i + CHARACTERS_PER_PIECE] for t in train for i in range(0, len(t), CHARACTERS_PER_PIECE))
-    tokenizer = tokenizers.train_bpe(pieces, vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        log.info("the text has merges for %d tokens only, not %d", tokenizer.vocab_size, vocab_size)
-    return tokenizer
-
-
-def named_tokenizer(name: str) -> Tokenizer:
-    return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
-
-
 def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
     """The loop, which in a timed run ends after MOST_EPOCHS of a corpus of one shard, if not before."""
     if not config.loop.minutes or len(rows.shards) > 1:
@@ -210,29 +159,8 @@ def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
     return dataclasses.replace(config.loop, steps=min(config.loop.steps, steps))
 
 
-def describe(model: GPT, config: PretrainConfig, rows: PackedRows, world: World, micro_rows: int) -> None:
-    """Log what is about to run: parameters, FLOPs, tokens, and the memory of each rank."""
-    counts, T = parameter_counts(model), model.config.context
-    length = f"{config.loop.minutes:g} minutes or {ended_by_data(config, rows).steps:,} steps"
-    if not config.loop.minutes:
-        epochs = config.tokens / T / rows.epoch_rows() if len(rows.shards) == 1 else None
-        length = f"{config.tokens / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
-    log.info(
-        "%s: %.2fM parameters (%.2fM in products), %.1f MFLOP a token (%.1f causal), %s, %s on %s%s",
-        config.out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
-        nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, length,
-        str(model.compute_dtype).removeprefix("torch."), f"{world.size} x " if world.size > 1 else "",
-        world.device.type,
-    )  # fmt: skip
-    parts = rank_bytes(model, world, micro_rows)
-    log.info(
-        "about %.2f of %.1f GB on each rank with %d rows at once: %s",
-        sum(parts.values()) / 1e9, device_bytes(world) / 1e9, micro_rows,
-        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
-    )  # fmt: skip
-
-
-if __name__ == "__main__":  # torchrun -m hotlap.train.pretrain
-    from hotlap.cli import main
-
-    raise SystemExit(main(["pretrain", *sys.argv[1:]]))
+def length(config: PretrainConfig, rows: PackedRows) -> str:
+    if config.loop.minutes:
+        return f"{config.loop.minutes:g} minutes or {ended_by_data(config, rows).steps:,} steps"
+    epochs = config.tokens / config.model.context / rows.epoch_rows() if len(rows.shards) == 1 else None
+    return f"{config.tokens / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,28 +13,36 @@ from typing import Literal
 
 import torch
 
+from hotlap.common import options
+from hotlap.common.log import log
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, load_weights, open_model
-from hotlap.train.conversations import (
+from hotlap.train.data.conversations import (
     conversation_digests,
     conversation_rows,
     conversations_of,
     download_smoltalk,
 )
-from hotlap.train.data import PackedRows, prefetch, step_batches
-from hotlap.train.dist import World, joined
-from hotlap.train.evaluate import validation
-from hotlap.train.log import log
+from hotlap.train.data.rows import PackedRows, prefetch, step_batches
+from hotlap.train.data.sources import SPLITS
+from hotlap.train.distributed.memory import check_memory, largest_that_fits, micro_batch_rows
+from hotlap.train.distributed.sharding import (
+    Recompute,
+    compiles,
+    compute_dtype,
+    materialize,
+    parallelize,
+    use_fp8,
+)
+from hotlap.train.distributed.world import World, joined
+from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
-from hotlap.train.memory import check_memory, largest_that_fits, micro_batch_rows
-from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.parallel import Recompute, compiles, materialize, parallelize
-from hotlap.train.report import write_report
-from hotlap.train.runs import compute_dtype, open_run, resume_from, run_lock, use_fp8
-from hotlap.train.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
-from hotlap.train.sources import SPLITS
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
+from hotlap.train.run.folder import open_run, resume_from, run_lock
+from hotlap.train.run.report import write_report
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,8 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-if __name__ == "__main__":  # torchrun -m hotlap.train.sft
-    from hotlap.cli import main
-
-    raise SystemExit(main(["sft", *sys.argv[1:]]))
+def main(arguments: list[str]) -> None:
+    """`hotlap sft`."""
+    config = options.parse(SFTConfig, arguments, command="sft")
+    fine_tune(config)
+    print(f"talk to it: python chat.py {config.out}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hotlap.model.gpt import GPT
-from hotlap.train.data import Batch
-from hotlap.train.dist import World
+from hotlap.train.data.rows import Batch
+from hotlap.train.distributed.sharding import accumulate, local, replicas
+from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
-from hotlap.train.parallel import accumulate, local, replicas
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,37 @@ def take_step(
     if clip and norm > clip:
         torch._foreach_mul_(gradients, clip / norm)
     return Outcome(total / weight, norm, mine)
+
+
+REHEARSALS = 2  # of each stage: the second meets what the first has left, such as gradients that are None
+
+
+@torch.no_grad()
+def rehearsed(
+    model: GPT,
+    optimizer: MuonAdamW,
+    schedule: ScheduleConfig,
+    batches: Iterator[list[Batch]],
+    loss_fn: Callable[[GPT, Batch], Tensor],
+    world: World,
+) -> Iterator[list[Batch]]:
+    """Take steps of every stage of the schedule, with a real batch, and leave model, optimiser and batches as
+    they were: what it returns yields all batches, from the first on.
+    """
+    tensors = [local(t) for t in itertools.chain(model.parameters(), (t for _, t in optimizer.named_state()))]
+    before = [tensor.to("cpu", copy=True) for tensor in tensors]
+    first = next(batches)
+    micro = [batch.to(world.device) for batch in first]
+    (weight,) = world.total(sum(batch.weight for batch in micro))
+    for i in range(len(schedule.stages)):
+        set_schedule(model, optimizer, schedule, 0, i / len(schedule.stages))
+        for _ in range(REHEARSALS):
+            with torch.enable_grad():
+                take_step(model, micro, loss_fn, weight, 0.0, world, step=-1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for tensor, value in zip(tensors, before, strict=True):
+        tensor.copy_(value)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return itertools.chain((first,), batches)

@@ -1,8 +1,9 @@
 import pytest
-from tools import tiny_config
+from helpers.tools import tiny_config
 
 from hotlap.bench import inference, kernels, peaks, peers, timing, training
 from hotlap.bench.models import model_config
+from hotlap.common import machine
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +15,6 @@ def brief(monkeypatch):
     for module in (training, inference, peers):
         monkeypatch.setattr(module, "model_config", lambda name: model_config(name) and model)
     monkeypatch.setattr(kernels, "buffer_sets", lambda size, device: 2)
-    monkeypatch.setattr(peaks, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(machine, "busy_share", lambda: 0.0)
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)

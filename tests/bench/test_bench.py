@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_functions import train_together
-from ranks import run_ranks
-from tools import tiny_config
+from helpers.bench_functions import train_together
+from helpers.ranks import run_ranks
+from helpers.tools import tiny_config
 
 from hotlap.bench import inference, peaks, results, timing, training
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
 from hotlap.bench.timing import Budget, Timing, measure
 from hotlap.cli import main
-from hotlap.train.dist import joined
+from hotlap.common import machine
+from hotlap.train.distributed.world import joined
 
 CPU = torch.device("cpu")
 
@@ -95,14 +96,14 @@ def test_a_gpu_that_is_slowed_capped_or_busy_is_warned_of(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1-2"))
     for reasons in (8, 32):
         monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu(reasons))
-        state, warnings = peaks.device_state(gpu)
+        state, warnings = machine.device_state(gpu)
         assert state["power_w"] == 400 and state["sm_clock_mhz"] == 1200
         for said in ("slowed by heat or power (91 C)", "capped at 500 of 700 W", "2 other processes"):
             assert any(said in warning for warning in warnings)
     monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu())
-    assert not any("slowed" in warning for warning in peaks.device_state(gpu)[1])
+    assert not any("slowed" in warning for warning in machine.device_state(gpu)[1])
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "nvidia-ml-py is missing" in peaks.device_state(gpu)[1][0]
+    assert "nvidia-ml-py is missing" in machine.device_state(gpu)[1][0]
 
 
 def test_a_driver_that_says_nothing_is_a_warning(monkeypatch):
@@ -112,7 +113,7 @@ def test_a_driver_that_says_nothing_is_a_warning(monkeypatch):
     nvml = a_busy_gpu()
     nvml.nvmlInit = fails
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    state, (warning,) = peaks.device_state(torch.device("cuda"))
+    state, (warning,) = machine.device_state(torch.device("cuda"))
     assert state == {} and "library not found" in warning
 
 
@@ -125,14 +126,14 @@ def test_what_a_driver_does_not_tell_is_left_open(monkeypatch):
     del nvml.nvmlDeviceGetMaxClockInfo  # an older version
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1-2"))
-    state, warnings = peaks.device_state(torch.device("cuda"))
+    state, warnings = machine.device_state(torch.device("cuda"))
     assert state["sm_clock_mhz"] is state["sm_clock_max_mhz"] is state["power_cap_default_w"] is None
     assert state["temperature_c"] == 91 and len(warnings) == 2
 
 
 def test_a_cpu_that_others_use_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(peaks, "busy_share", lambda: 0.5)
-    peaks.log_warnings(CPU)
+    monkeypatch.setattr(machine, "busy_share", lambda: 0.5)
+    machine.log_warnings(CPU)
     assert "other processes use 50% of the processors" in caplog.text
 
 

@@ -5,8 +5,9 @@ import torch
 
 from hotlap.bench.kernels import memory_of, prepared
 from hotlap.bench.operations import operations
-from hotlap.bench.peaks import device_state, measure_ceilings, paper_peaks
+from hotlap.bench.peaks import measure_ceilings, paper_peaks
 from hotlap.bench.timing import measure, side_stream
+from hotlap.common.machine import device_state
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tools import tiny_config
+from helpers.tools import tiny_config
 
 from hotlap.bench import modded, peers
 from hotlap.cli import main

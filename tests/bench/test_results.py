@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hotlap.bench import compare, peaks, results
+from hotlap.bench import compare, results
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
 from hotlap.cli import main
+from hotlap.common.machine import device_name
 
 CPU = torch.device("cpu")
 QUICK = {"rows": 16, "seconds": 0.001, "compile": False}
@@ -18,7 +19,7 @@ QUICK = {"rows": 16, "seconds": 0.001, "compile": False}
 def test_results_hold_the_device_versions_and_the_share_of_the_ceiling(tmp_path):
     rows = bench_kernels(KernelsConfig(("rms_norm",), out=tmp_path, **QUICK))
     content = results.load(tmp_path / "kernels.json")
-    assert content["device"] == peaks.device_name(CPU) and content["versions"]["torch"] == torch.__version__
+    assert content["device"] == device_name(CPU) and content["versions"]["torch"] == torch.__version__
     assert content["rows"] == rows and content["ceilings"]["copy"] > 0
     assert {row["case"].split()[1] for row in rows} == {"forward", "backward", "both"}
     for row in rows:

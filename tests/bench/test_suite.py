@@ -6,7 +6,15 @@ import sys
 import tarfile
 
 import pytest
-from suite_phases import crashes, dies_twice, finds_a_fault, hangs, needs_a_package, out_of_memory, works
+from helpers.suite_phases import (
+    crashes,
+    dies_twice,
+    finds_a_fault,
+    hangs,
+    needs_a_package,
+    out_of_memory,
+    works,
+)
 
 from hotlap.bench import phases, suite
 from hotlap.bench.phases import Phase

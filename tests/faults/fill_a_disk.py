@@ -8,12 +8,12 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoints import load_newest, save_steps
-from small_runs import MODEL_FLAGS, write_text
+from helpers.checkpoints import load_newest, save_steps
+from helpers.small_runs import MODEL_FLAGS, write_text
 
 from hotlap.cli import main
-from hotlap.train import checkpoint
-from hotlap.train.dist import joined
+from hotlap.train.distributed.world import joined
+from hotlap.train.run import checkpoint
 
 
 def message(world, run: Path, step: int) -> str:

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from ranks import Failed, run_ranks
-from run_functions import losses, metrics, pretraining, state_of
-from small_runs import MODEL_FLAGS, write_text
+from helpers.ranks import Failed, run_ranks
+from helpers.run_functions import losses, metrics, pretraining, state_of
+from helpers.small_runs import MODEL_FLAGS, write_text
 
 from hotlap.model.weights import run_checkpoints
 
@@ -114,7 +114,7 @@ def torchrun(folder: Path, *flags: str, env: dict | None = None, restarts: int =
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "--max-restarts", str(restarts), "-m", "hotlap.train.pretrain", "--data", "text.txt",
+            "--max-restarts", str(restarts), "-m", "hotlap.cli", "pretrain", "--data", "text.txt",
             "--tokenizer", "characters", *MODEL_FLAGS, "--batch-rows", "12", "--dtype", "float32",
             "--compile", "off", "--loop.save-every", "4", "--out", "run", "--resume", "auto", *flags,
         ],

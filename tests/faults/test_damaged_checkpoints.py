@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import built, digests, load_newest, save_steps, saved
-from ranks import Failed, in_world, run_ranks
+from helpers.checkpoints import built, digests, load_newest, save_steps, saved
+from helpers.ranks import Failed, in_world, run_ranks
 
-from hotlap.model.errors import DataError
-from hotlap.model.manifest import file_sha256, manifest_text, read_manifest
+from hotlap.common.errors import DataError
+from hotlap.common.files import file_sha256
+from hotlap.model.manifest import manifest_text, read_manifest
 from hotlap.model.weights import load_model, run_checkpoints
-from hotlap.train.checkpoint import load_checkpoint, verify_checkpoint
-from hotlap.train.dist import joined
+from hotlap.train.distributed.world import joined
+from hotlap.train.run.checkpoint import load_checkpoint, verify_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from checkpoints import TOKENIZER, assert_all_whole, built, fill, load_newest, save_steps, saved
-from commands import INPUT_OUTPUT, USAGE, assert_error, pretrain_here
-from ranks import Failed
-from small_runs import small_run
+from helpers.checkpoints import TOKENIZER, assert_all_whole, built, fill, load_newest, save_steps, saved
+from helpers.commands import INPUT_OUTPUT, USAGE, assert_error, pretrain_here
+from helpers.ranks import Failed
+from helpers.small_runs import small_run
 
 from hotlap.model.weights import run_checkpoints
 from hotlap.train import pretrain
-from hotlap.train.checkpoint import Saver
-from hotlap.train.dist import joined
-from hotlap.train.log import read_metrics
+from hotlap.train.distributed.world import joined
+from hotlap.train.run.checkpoint import Saver
+from hotlap.train.run.metrics import read_metrics
 
 
 @pytest.mark.parametrize("point", ["made", "shards", "manifest", "rename"])
@@ -66,7 +66,9 @@ def test_where_one_rank_cannot_write_all_stop_and_say_what_it_said(tmp_path, ran
         saved(tmp_path, 3, 6, 9, size=2, fault=f"checkpoint-shards:{rank}:6:enospc")
     lines = {r: text.rstrip().splitlines()[-1] for r, text in failure.value.texts.items()}
     assert lines[rank].startswith("OSError: the disk is full: ") and failure.value.seconds < 20
-    assert lines[1 - rank] == f"hotlap.model.errors.RankLost: rank {rank}: [Errno 28] No space left on device"
+    assert (
+        lines[1 - rank] == f"hotlap.common.errors.RankLost: rank {rank}: [Errno 28] No space left on device"
+    )
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import (
+from helpers.checkpoints import (
     TOKENIZER,
     assert_all_whole,
     built,
@@ -18,9 +18,9 @@ from checkpoints import (
 )  # fmt: skip
 
 from hotlap.model.weights import run_checkpoints
-from hotlap.train import checkpoint
-from hotlap.train.checkpoint import Saver
-from hotlap.train.dist import joined
+from hotlap.train.distributed.world import joined
+from hotlap.train.run import checkpoint
+from hotlap.train.run.checkpoint import Saver
 
 BEFORE = ["checkpoint-made", "checkpoint-shards", "checkpoint-manifest", "checkpoint-rename"]
 AFTER = ["checkpoint-renamed", "checkpoint-retention"]

@@ -4,14 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import TOKENIZER, built, digests, load_newest, save_steps
+from helpers.checkpoints import TOKENIZER, built, digests, load_newest, save_steps
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import run_checkpoints
-from hotlap.train.checkpoint import load_checkpoint, verify_checkpoint
-from hotlap.train.dist import joined
-from hotlap.train.runs import resume_from, run_lock
+from hotlap.train.distributed.world import joined
+from hotlap.train.run.checkpoint import load_checkpoint, verify_checkpoint
+from hotlap.train.run.folder import resume_from, run_lock
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_run_with_checkpoints_does_not_start_over(tmp_path):
 
 def test_a_second_process_in_a_run_is_refused_naming_the_first(tmp_path):
     code = (
-        "import sys, pathlib; from hotlap.train.runs import run_lock\n"
+        "import sys, pathlib; from hotlap.train.run.folder import run_lock\n"
         "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from checkpoints import draw, draw_on, draws, state_in
-from ranks import in_world, run_ranks
-from small_runs import small_run
+from helpers.checkpoints import draw, draw_on, draws, state_in
+from helpers.ranks import in_world, run_ranks
+from helpers.small_runs import small_run
 
 from hotlap.train import pretrain
-from hotlap.train.log import read_metrics
-from hotlap.train.randomness import random_state
+from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.random_state import random_state
 
 
 def seed_everything(seed: int) -> None:

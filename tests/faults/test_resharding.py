@@ -1,8 +1,8 @@
 """A checkpoint is the same state for any number of ranks."""
 
 import pytest
-from checkpoints import load_newest, saved
-from ranks import in_world, run_ranks
+from helpers.checkpoints import load_newest, saved
+from helpers.ranks import in_world, run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import Failed, run_ranks
-from run_functions import STAGES, fine_tuning, losses, metrics, pretraining, racing, soak, state_of
+from helpers.ranks import Failed, run_ranks
+from helpers.run_functions import STAGES, fine_tuning, losses, metrics, pretraining, racing, soak, state_of
 
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import run_checkpoints
-from hotlap.train.shards import write_shard
+from hotlap.train.data.shards import write_shard
 
 RESUMED = partial(pretraining, resume="auto")
 

@@ -25,8 +25,8 @@ from hotlap.kernels.tiles import fitting_tiles
 from hotlap.model.config import GPTConfig
 from hotlap.model.engine import KVCache
 from hotlap.model.gpt import GPT
-from hotlap.train import parallel
-from hotlap.train.dist import World
+from hotlap.train.distributed import sharding
+from hotlap.train.distributed.world import World
 
 BF16, F32, F16, I64 = torch.bfloat16, torch.float32, torch.float16, torch.int64
 BLOCK = {  # the kernels of a block, forward and backward, but for attention's, of which compilers see nothing
@@ -61,7 +61,7 @@ def world():
 @pytest.fixture(scope="module")
 def mesh(world):
     """Made where its ranks are numbers with memory."""
-    return parallel.mesh_of(world)
+    return sharding.mesh_of(world)
 
 
 def two_layers(depth: int) -> GPTConfig:
@@ -86,10 +86,10 @@ def names() -> set[str]:
 )
 def test_a_sharded_and_compiled_model_compiles(depth, recompute, world, mesh, monkeypatch):
     """FSDP2 around compiled blocks, forward and backward."""
-    monkeypatch.setattr(parallel, "mesh_of", lambda _: mesh)
+    monkeypatch.setattr(sharding, "mesh_of", lambda _: mesh)
     with torch.device("meta"):
         model = GPT(two_layers(depth), BF16)
-    parallel.parallelize(model, world, recompute, compile=True)
+    sharding.parallelize(model, world, recompute, compile=True)
     model.to_empty(device="cuda")
     ids = empty(I64, 2, 2048)
     model(ids, ids, document_start=ids).backward()
@@ -103,7 +103,7 @@ def test_a_model_on_one_rank_compiles(depth, monkeypatch):
     monkeypatch.setattr(attention, "sdpa_takes", lambda *_: False)
     with torch.device("cuda"):
         model = GPT(two_layers(depth), BF16)
-    parallel.parallelize(model, World(0, 1, torch.device("cuda", 0), None), "none", compile=True)
+    sharding.parallelize(model, World(0, 1, torch.device("cuda", 0), None), "none", compile=True)
     ids = empty(I64, 2, 2048)
     model(ids, ids).backward()
     assert names() >= BLOCK

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_stand_in import patches
 from gpu_stand_in.triton_gpu import seen
-from tools import tiny_config
+from helpers.tools import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.kernels.attention import attention
@@ -22,7 +22,7 @@ from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
-from hotlap.train.optim import MuonAdamW, OptimConfig
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 BF16 = torch.bfloat16
 

@@ -1,7 +1,7 @@
-import kernel_tools
 import pytest
 import torch
 import torch._dynamo.trace_rules
+from helpers import kernel_tools
 
 from hotlap.bench.accuracy import poisoned_memory
 from hotlap.kernels import dispatch, tiles

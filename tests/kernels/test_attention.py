@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tools import assert_as_good
+from helpers.tools import assert_as_good
 from torch.library import opcheck
 
 from hotlap.kernels import attention_blockwise as module

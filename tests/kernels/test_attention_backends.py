@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_tools import random
+from helpers.kernel_tools import random
 
 from hotlap.kernels import attention as module
 from hotlap.kernels import attention_torch, tiles

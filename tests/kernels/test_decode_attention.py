@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, error, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, random
 from torch.library import opcheck
 
 from hotlap.kernels import decode_attention as module

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tools import relative_error
+from helpers.tools import relative_error
 
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm

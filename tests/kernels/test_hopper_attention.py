@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import gluon_interpreter
 import pytest
 import torch
-from kernel_tools import error, outputs_and_gradients, random
+from helpers import gluon_interpreter
+from helpers.kernel_tools import error, outputs_and_gradients, random
 
 from hotlap.kernels import attention as module
 from hotlap.kernels import (

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import DEVICE, check
-from tools import assert_as_good
+from helpers.kernel_tools import DEVICE, check
+from helpers.tools import assert_as_good
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import DEVICE, DTYPES, check, error, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, error, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.bench import tune

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools import DEVICE, muon_move
+from helpers.kernel_tools import DEVICE, muon_move
 
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum
 from hotlap.kernels.orthogonalize import orthogonalize

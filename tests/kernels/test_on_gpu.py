@@ -5,8 +5,8 @@ Where there is one, the other tests of this folder run natively too.
 
 import pytest
 import torch
-from kernel_tools import DEVICE, error, outputs_and_gradients, random
-from tools import tiny_config
+from helpers.kernel_tools import DEVICE, error, outputs_and_gradients, random
+from helpers.tools import tiny_config
 from torch._inductor.utils import run_and_get_code
 
 from hotlap.bench import tune

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import DEVICE, DTYPES, check, far_rows, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, far_rows, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import cross_entropy as module

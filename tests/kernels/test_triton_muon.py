@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, error, muon_move, muon_move_ref, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, muon_move, muon_move_ref, random
 from torch.library import opcheck
 
 from hotlap.kernels import muon as module

@@ -4,7 +4,7 @@ it.
 
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, error, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, random
 from torch.library import opcheck
 
 from hotlap.kernels import orthogonalize as module

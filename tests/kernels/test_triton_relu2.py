@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_tools import DTYPES, check, outputs_and_gradients, random
+from helpers.kernel_tools import DTYPES, check, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import relu2 as module

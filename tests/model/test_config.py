@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tools import tiny_config
+from helpers.tools import tiny_config
 
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, meta_model, nanochat_flops, parameter_counts, training_bytes

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from hotlap.common.errors import DataError
 from hotlap.model.conversation import check_messages, parse_answer, render, render_prompt
-from hotlap.model.errors import DataError
 from hotlap.model.tokenizer import SPECIAL_TOKENS
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tools import ScriptedModel, script, tiny_config
+from helpers.tools import ScriptedModel, script, tiny_config
 
 from hotlap.model.conversation import parse_answer, render, render_prompt
 from hotlap.model.engine import Engine

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import saved
-from commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE, assert_error
+from helpers.checkpoints import saved
+from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE, assert_error
 from safetensors.torch import load_file
 
 from hotlap.cli import main

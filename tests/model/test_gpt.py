@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tools import relative_error, tiny_config
+from helpers.tools import relative_error, tiny_config
 
 from hotlap.kernels import fp8
 from hotlap.model.config import QK_GAIN, ROPE_BASE

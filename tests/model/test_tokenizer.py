@@ -7,9 +7,9 @@ import pytest
 import requests
 import tiktoken
 import tokenizers
-from tools import LINES
+from helpers.tools import LINES
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
 from hotlap.model.tokenizer import (
     GPT2_PATTERN,
     SPECIAL_TOKENS,

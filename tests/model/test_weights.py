@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
+from helpers.tools import tiny_config
 from safetensors.torch import load_file, save_file
-from tools import tiny_config
 
-from hotlap.model.errors import DataError
+from hotlap.common.errors import DataError
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import CONFIG, MANIFEST, TOKENIZER, WEIGHTS, load_model, model_folder, save_model
 

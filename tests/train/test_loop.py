@@ -9,22 +9,21 @@ import signal
 
 import pytest
 import torch
-from small_runs import random_shards
-from tools import tiny_config
+from helpers.small_runs import random_shards
+from helpers.tools import tiny_config
 
+from hotlap.common.errors import Interrupted
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.model.errors import Interrupted
 from hotlap.model.gpt import GPT
 from hotlap.train import loop
-from hotlap.train.data import Batch, step_batches
-from hotlap.train.dist import joined
-from hotlap.train.health import ENOUGH, MOST_SKIPPED, Judge
+from hotlap.train.data.rows import Batch, step_batches
+from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim import MuonAdamW, OptimConfig
-from hotlap.train.schedule import ScheduleConfig, lr_share
-from hotlap.train.step import Outcome, take_step
-from hotlap.train.warmup import REHEARSALS
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig, lr_share
+from hotlap.train.step import REHEARSALS, Outcome, take_step
+from hotlap.train.step_checks import ENOUGH, MOST_SKIPPED, Judge
 
 SCHEDULE = ScheduleConfig(warmup_steps=2)
 CONFIG = tiny_config(layers=1, context=16)

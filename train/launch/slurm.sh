@@ -18,4 +18,4 @@ srun .venv/bin/torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node gpu \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
     --max-restarts 3 \
-    -m hotlap.train.pretrain --resume auto "$@"
+    -m hotlap.cli pretrain --resume auto "$@"

@@ -1,0 +1,239 @@
+"""`hotlap bench speedrun`: what this machine makes of a speedrun's step, beside those who have run it.
+
+The step is that of `hotlap bench training`, at the recipe's shape; a step of several micro-batches is so many
+forward and backward passes and one optimiser's step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hotlap.bench import results
+from hotlap.bench.plots import draw
+from hotlap.bench.timing import start_afresh
+from hotlap.bench.training import Batches, measure_training, random_batches
+from hotlap.common import options
+from hotlap.common.errors import known
+from hotlap.common.log import log
+from hotlap.common.machine import device_name, log_warnings
+from hotlap.kernels.dispatch import default_device
+from hotlap.model.config import GPTConfig
+from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.train.data.rows import Batch, PackedRows, prefetch, step_batches
+from hotlap.train.data.shards import shard_documents, shard_paths
+from hotlap.train.distributed.world import World, joined
+from hotlap.train.presets import PRETRAIN, gpt2_grade, weights_in_products
+from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.speedruns.records import (
+    GOALS,
+    GPT2_GRADE,
+    SIX_N,
+    TARGETS,
+    Target,
+    dollars_per_hour,
+    of_recipe,
+    throughput,
+)
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = PRETRAIN | {GPT2_GRADE: gpt2_grade}
+GPT2_BOS = 50256  # opens a document in shards of GPT-2's vocabulary
+ASSUMES = (
+    "every step takes as long as those measured; validations, checkpoints and compilation are not counted; "
+    "and the recipe's tokens are enough, which only a run shows"
+)
+
+
+@dataclass(frozen=True)
+class SpeedrunConfig:
+    """Measure the steps of a speedrun's recipe, and set them beside the records: tokens/s, MFU, memory, and
+    the time that the whole run would take.
+    """
+
+    recipe: str = ""
+    """A preset of `hotlap pretrain`, or gpt2-grade; by default gpt2-grade on a GPU and tiny on a CPU."""
+    rows: int = 0
+    """Rows that go through the model at once on each rank; 0 is the recipe's, or fewer where the memory does
+    not suffice.
+    """
+    steps: int = 10
+    """Steps that are measured, after two that are not."""
+    data: Path | None = None
+    """Folder of shards to read; random tokens without."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile each block. auto: on a GPU."""
+    out: Path | None = None
+    """Folder for the results; by default bench/results/DEVICE."""
+
+
+def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
+    """Measure, write speedrun.json, .csv and .png, and return the rows: ours first, then the records'."""
+    on_gpu = default_device().type == "cuda"
+    name = config.recipe or (GPT2_GRADE if on_gpu else "tiny")
+    recipe = RECIPES[known(name, RECIPES, "recipe")]()
+    if config.steps < 1 or config.rows < 0:
+        raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
+    batches = shard_batches(config.data) if config.data else random_batches
+    with joined() as world:
+        path = results.open_file("speedrun", config.out, world.device) if world.leads else None
+        if path:
+            log_warnings(world.device)
+        compiled = on_gpu if config.compile == "auto" else config.compile == "on"
+        rows, found = measure_that_fits(recipe, config, compiled, batches, world)
+        ours = our_row(name, recipe, rows, found, world)
+        table = [ours, *(target_row(t, ours, recipe.model) for t in compared_with(name))]
+        if path:
+            results.save(path, table, world.device, assumes=ASSUMES, expected=expected(recipe, world))
+            unit = "tokens/s" if of_recipe(goal(name)) else "TFLOP/s"
+            draw(table, path.with_suffix(".png"), partial(bars, unit))
+            log.info("written to %s", path)
+    return table
+
+
+def goal(name: str) -> str:
+    """The recipe of the targets that a preset is for."""
+    return {"d24": GPT2_GRADE}.get(name, name)
+
+
+def compared_with(name: str) -> list[Target]:
+    """The records of the recipe; all of them, by FLOP/s, where it has none of its own."""
+    return of_recipe(goal(name)) or list(TARGETS)
+
+
+def measure_that_fits(
+    recipe: PretrainConfig, config: SpeedrunConfig, compiled: bool, batches: Batches, world: World
+) -> tuple[int, dict]:
+    """Rows at once, and what measure_training found with them."""
+    per_rank = max(1, recipe.batch_rows // world.size)
+    wanted = int(recipe.micro_batch) if recipe.micro_batch.isdigit() else per_rank
+    rows = config.rows or min(wanted, per_rank)
+    while True:
+        try:
+            return rows, measure_training(recipe.model, rows, config.steps, compiled, world, batches)
+        except torch.OutOfMemoryError:
+            if config.rows or rows == 1 or world.size > 1:  # the other ranks wait for this one
+                raise MemoryError(f"{rows} rows at once are too many; give fewer by --rows") from None
+        log.info("%d rows at once are too many for the memory; trying %d", rows, rows // 2)
+        rows //= 2
+        start_afresh(world.device)
+
+
+def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: World) -> dict:
+    """The recipe's step and run, from the parts of the step that was measured."""
+    context = recipe.model.context
+    passes = max(1, round(recipe.batch_rows / (rows * world.size)))
+    each = sum(found[f"{part}_ms"] for part in ("data_wait", "forward", "backward"))
+    ms = passes * each + found["optimizer_ms"]
+    speed = 1e3 * passes * rows * world.size * context / ms
+    share = speed / found["tokens_per_second"]  # the optimiser's step is paid for once, not at each pass
+    tokens = recipe.tokens
+    seconds = tokens / speed
+    price = dollars_per_hour(device_name(world.device), world.size)
+    return {
+        "case": f"{name} {passes}x{rows}x{context}", "provider": "hotlap",
+        "device": device_name(world.device), "gpus": world.size, "ms": ms,
+        "tokens_per_second": speed, "tokens_per_second_each": speed / world.size,
+        "tflops_each": found["tflops"] * share,
+        "mfu": found["mfu_nanochat"] and found["mfu_nanochat"] * share, "formula": "nanochat's",
+        "mfu_causal": found["mfu_causal"] and found["mfu_causal"] * share, "memory_gb": found["memory_gb"],
+        "tokens": tokens, "seconds": seconds, "dollars": price and price[0] * seconds / 3600,
+        "first_step_s": found["first_step_s"],
+    }  # fmt: skip
+
+
+def target_row(target: Target, ours: dict, shape: GPTConfig) -> dict:
+    """A record, and our ratio to it for each GPU: in tokens/s where the recipe is the same, and in FLOP/s, of
+    both by 6N where the record says nothing of its attention.
+    """
+    each = target.tokens_per_second / target.gpus
+    same = target.recipe and target.recipe == goal(ours["case"].split()[0])
+    flops = nanochat_flops(meta_model(shape))
+    theirs = target.flops_per_token
+    if target.formula == SIX_N:
+        flops = 6 * weights_in_products(shape)
+    elif target.nanochat_mfu:
+        theirs *= target.nanochat_mfu / target.mfu
+    return {
+        "case": ours["case"], "provider": f"{target.project} {target.name}", "device": target.device,
+        "gpus": target.gpus, "ms": target.ms_per_step, "tokens_per_second": target.tokens_per_second,
+        "tokens_per_second_each": each, "tflops_each": theirs * each / 1e12, "mfu": target.mfu,
+        "formula": target.formula, "tokens": target.tokens, "seconds": target.seconds,
+        "our_tokens_per_gpu": ours["tokens_per_second_each"] / each if same else None,
+        "our_flops_per_gpu": ours["tokens_per_second_each"] * flops / (each * theirs),
+        "our_seconds_for_its_tokens": target.tokens / ours["tokens_per_second"] if same else None,
+        "source": target.source,
+    }  # fmt: skip
+
+
+def expected(recipe: PretrainConfig, world: World) -> dict | None:
+    """What the records let us expect of these GPUs."""
+    found = throughput(device_name(world.device), world.size, nanochat_flops(meta_model(recipe.model)))
+    return found and dataclasses.asdict(found)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """The table for people, and what the projection assumes."""
+    columns = ["provider", "gpus", "ms", "tokens_per_second_each", "tflops_each", "mfu", "formula", "seconds"]
+    ratios = ("our_tokens_per_gpu", "our_flops_per_gpu")
+    columns += [ratio for ratio in ratios if any(row.get(ratio) for row in rows)]
+    ours = rows[0]
+    hours, name = ours["seconds"] / 3600, ours["case"].split()[0]
+    line = f"{ours['case']} on {ours['gpus']} x {ours['device']}: {hours:.3g} hours"
+    line += f" for its {ours['tokens'] / 1e6:,.0f}M tokens"
+    line += f" (goal: {GOALS[goal(name)]})" if goal(name) in GOALS else ""
+    line += f", about ${ours['dollars']:.2f}" if ours["dollars"] else ""
+    return [results.table(rows, columns), "", line, f"Assumed: {ASSUMES}."]
+
+
+def shard_batches(folder: Path) -> Batches:
+    """Batches from a folder of shards, of the tokenizer beside them or GPT-2's."""
+    from hotlap.model.tokenizer import Tokenizer
+    from hotlap.model.weights import TOKENIZER
+
+    paths, bos = shard_paths(folder, "train"), GPT2_BOS
+    if (folder / TOKENIZER).exists():
+        bos = Tokenizer.load(folder / TOKENIZER).bos
+
+    @contextlib.contextmanager
+    def batches(shape: GPTConfig, count: int, steps: int, world: World) -> Iterator[Iterator[list[Batch]]]:
+        shards = [partial(shard_documents, path, shape.vocab_size, bos) for path in paths]
+        rows = PackedRows(shards, shape.context, seed=0)
+        steps_ = step_batches(
+            rows, batch_rows=count * world.size, micro_rows=count, rank=world.rank, world=world.size
+        )
+        with contextlib.closing(prefetch(steps_)) as found:
+            yield found
+
+    return batches
+
+
+def bars(unit: str, figure: Any, rows: list[dict]) -> None:
+    """A bar for each row, ours on top: tokens/s of a GPU, or model TFLOP/s."""
+    name, scale = ("tokens_per_second_each", 1e3) if unit == "tokens/s" else ("tflops_each", 1.0)
+    figure.set_size_inches(9, 1.6 + 0.3 * len(rows))
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        value = row[name] / scale
+        axes.barh(place, value, color="C0" if place == 0 else "C7")
+        text = f" {value:.3g}" + (f", MFU {row['mfu']:.0%}" if row["mfu"] else "")
+        axes.text(value, place, text, va="center", fontsize=7)
+    labels = [f"{row['provider']} ({row['gpus']} x {row['device'].split(',')[0]})" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    largest = max(row[name] / scale for row in rows)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.25 * largest))
+    axes.set_xlabel("thousand tokens/s for each GPU" if scale > 1 else "model TFLOP/s for each GPU")
+    axes.set_title(rows[0]["case"], fontsize=9)
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap bench speedrun`."""
+    print(
+        "\n".join(summary(bench_speedrun(options.parse(SpeedrunConfig, arguments, command="bench speedrun"))))
+    )

@@ -1,0 +1,18 @@
+"""The log of hotlap."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+log = logging.getLogger("hotlap")
+
+
+def set_up_logging() -> None:
+    """Send the project's log to standard error, one line a record. Called by programs, never on import."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -1,0 +1,124 @@
+"""Which machine, with which versions, and when: what a measurement states beside its figures."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotlap.common.log import log
+
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
+# NVML's reasons for low clocks: hardware, heat as software and hardware see it, power brake
+SLOWED = 0x08 | 0x20 | 0x40 | 0x80
+BUSY = 0.15  # share of the processors that others may use before times are doubtful
+
+
+def device_name(device: torch.device) -> str:
+    """What the driver calls the device; for a CPU its model and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """With what a measurement is made."""
+    found = {"torch": torch.__version__}  # which names the build too
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    runtimes = {"cuda": torch.version.cuda, "rocm": torch.version.hip}
+    return found | {name: version for name, version in runtimes.items() if version}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
+    """Clocks, power, temperature and users of a GPU, and warnings where they would spoil a measurement. What
+    the driver does not tell is None.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return {}, []
+    try:
+        import pynvml
+    except ImportError:
+        return {}, ["nvidia-ml-py is missing, so clocks and other users of the GPU are not known"]
+    try:
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError as error:
+        return {}, [f"the GPU's state cannot be read: {error}"]
+
+    def ask(name: str, *more: object) -> Any:
+        try:
+            return getattr(pynvml, f"nvmlDeviceGet{name}")(handle, *more)
+        except (pynvml.NVMLError, AttributeError):  # not of this card, or not in this version
+            return None
+
+    def watts(name: str) -> float | None:
+        milliwatts = ask(name)
+        return None if milliwatts is None else milliwatts / 1e3
+
+    state = {
+        "driver": driver,
+        "sm_clock_mhz": ask("ClockInfo", pynvml.NVML_CLOCK_SM),
+        "sm_clock_max_mhz": ask("MaxClockInfo", pynvml.NVML_CLOCK_SM),
+        "power_w": watts("PowerUsage"),
+        "power_cap_w": watts("EnforcedPowerLimit"),
+        "power_cap_default_w": watts("PowerManagementDefaultLimit"),
+        "temperature_c": ask("Temperature", pynvml.NVML_TEMPERATURE_GPU),
+        "processes": len(ask("ComputeRunningProcesses") or ()),
+    }
+    warnings = []
+    if (ask("CurrentClocksEventReasons") or 0) & SLOWED:
+        warnings.append(f"the GPU is slowed by heat or power ({state['temperature_c']} C)")
+    cap, usual = state["power_cap_w"], state["power_cap_default_w"]
+    if cap and usual and cap < 0.95 * usual:
+        warnings.append(f"the GPU's power is capped at {cap:.0f} of {usual:.0f} W")
+    if state["processes"] > 1:
+        warnings.append(f"{state['processes'] - 1} other processes use the GPU")
+    return state, warnings
+
+
+def busy_share(seconds: float = 0.2) -> float | None:
+    """How much of the processors others use while we wait, or None where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # all, and those idle or waiting for a disk
+
+    before = ticks()
+    time.sleep(seconds)
+    whole, idle = (after - at for after, at in zip(ticks(), before, strict=True))
+    return 1 - idle / whole if whole else None
+
+
+def log_warnings(device: torch.device) -> None:
+    """Say what would spoil a measurement that is about to begin."""
+    warnings = device_state(device)[1]
+    share = busy_share() if device.type == "cpu" else None
+    if share and share > BUSY:
+        warnings.append(f"other processes use {share:.0%} of the processors, which spoils times")
+    for warning in warnings:
+        log.warning("warning: %s", warning)

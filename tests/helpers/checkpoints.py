@@ -1,0 +1,158 @@
+"""Models and optimiser state to save and load, whole or sharded over ranks, and what they hold."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers.ranks import Failed, in_world, run_ranks
+from helpers.tools import tiny_config
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hotlap.model.gpt import GPT
+from hotlap.model.tokenizer import train_characters
+from hotlap.model.weights import read_tensors, run_checkpoints, stored_tensors
+from hotlap.train.distributed.world import World
+from hotlap.train.run.checkpoint import Saver, verify_checkpoint
+from hotlap.train.run.folder import resume_from
+
+SHAPE = {"vocab_size": 67, "layers": 1, "width": 32, "heads": 1, "kv_heads": 1, "context": 16}  # 67 is prime
+TOKENIZER = train_characters("abc")
+
+
+class States:
+    """Stands in for the optimiser: state of each kind that it has, sharded like its parameters or on all
+    ranks.
+    """
+
+    def __init__(self, model: GPT):
+        self.tensors: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks."):
+                self.tensors[f"{name}/momentum"] = torch.zeros_like(parameter)
+                self.tensors[f"{name}/second_moment"] = torch.zeros(len(parameter), 1)
+            else:
+                self.tensors[f"{name}/exp_avg"] = torch.zeros_like(parameter)
+                self.tensors[f"{name}/step"] = torch.zeros(())
+
+    def named_state(self):
+        yield from self.tensors.items()
+
+
+def built(mesh: tuple[int, ...] = (), **fields) -> tuple[GPT, States]:
+    """A model and state; sharded where a mesh is given, over all its ranks or over its last dimension."""
+    model = GPT(tiny_config(**(SHAPE | fields))).init_weights()
+    if mesh:
+        ranks = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
+        for block in model.blocks:
+            fully_shard(block, mesh=ranks)
+        fully_shard(model, mesh=ranks)
+    return model, States(model)
+
+
+def everything(model: GPT, states: States) -> dict[str, Tensor]:
+    return model.state_dict() | states.tensors
+
+
+@torch.no_grad()
+def fill(model: GPT, states: States, seed: int) -> None:
+    """The same numbers wherever they lie."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, tensor in sorted(everything(model, states).items()):
+        whole = torch.randn(tensor.shape, generator=generator)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(whole)
+
+
+def digests(model: GPT, states: States) -> dict[str, str]:
+    """sha256 of each whole tensor."""
+    found = {}
+    for name, tensor in everything(model, states).items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = hashlib.sha256(whole.detach().numpy().tobytes()).hexdigest()
+    return found
+
+
+def save_steps(
+    world: World, run: Path, steps: tuple[int, ...], mesh: tuple[int, ...] = (), seed: int = 0
+) -> dict[int, dict[str, str]]:
+    """Save a checkpoint of other numbers at each step, and return what each holds."""
+    model, states = built(mesh)
+    held = {}
+    with Saver(run, world) as saver:
+        for step in steps:
+            fill(model, states, seed + step)
+            held[step] = digests(model, states)
+            saver.save(step, model, states, TOKENIZER, {"tokens": 10 * step})
+            fill(model, states, 0)  # training goes on while it is written
+    return held
+
+
+def load_newest(
+    world: World, run: Path, mesh: tuple[int, ...] = (), choice: str = "auto"
+) -> tuple[int, dict[str, str]]:
+    """Resume, and return the step and what is there then."""
+    model, states = built(mesh)
+    step, _ = resume_from(run, choice, model, states, world)
+    return step, digests(model, states)
+
+
+def saved(run: Path, *steps: int, size: int = 1, fault: str = "", **arguments) -> dict:
+    """`save_steps` on ranks of their own; sharded where there are several."""
+    mesh = arguments.pop("mesh", (size,) if size > 1 else ())
+    seed = arguments.pop("seed", 0)
+    return run_ranks(size, in_world, save_steps, run, steps, mesh, seed, env={"FAULT": fault}, **arguments)[0]
+
+
+def killed(run: Path, *steps: int, fault: str, size: int = 1, **arguments) -> Failed:
+    """`saved`, on ranks of which one is killed amid it."""
+    try:
+        saved(run, *steps, size=size, fault=fault, **arguments)
+    except Failed as failure:
+        assert "killed by signal 9" in failure.texts[int(fault.split(":")[1])], failure
+        return failure
+    raise AssertionError(f"no rank reached {fault}")
+
+
+def assert_all_whole(world: World, run: Path) -> None:
+    """Whatever has the name of a checkpoint is one."""
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    assert folders == run_checkpoints(run)
+    for folder in folders:
+        verify_checkpoint(folder, world)
+
+
+def draws() -> tuple[float, ...]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def draw_on(world: World, run: Path) -> tuple[float, ...]:
+    """Save, and return what each generator says next."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(world.rank)
+    draws()
+    save_steps(world, run, (1,), (world.size,))
+    return draws()
+
+
+def draw(world: World, run: Path) -> tuple[float, ...]:
+    """Resume, and return what each generator says next."""
+    load_newest(world, run, (world.size,))
+    return draws()
+
+
+def state_in(run: Path) -> dict[str, str]:
+    """sha256 of each tensor in the newest checkpoint of a run; files differ in the order of their headers."""
+    folder = run_checkpoints(run)[-1]
+    found = {}
+    for part in (folder, folder / "optimizer"):
+        stored = stored_tensors(part)
+        into = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+        read_tensors(part, into)
+        found |= {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in into.items()}
+    return found

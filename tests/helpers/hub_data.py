@@ -1,0 +1,75 @@
+"""Small public datasets in their real formats, for a hub on this machine."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from helpers.hub_server import HubServer
+
+from hotlap.model import tokenizer as tokenizers
+from hotlap.train.data import datasets, public
+from hotlap.train.data.shards import write_shard
+
+TEXTS = {  # of ClimbMix, some documents of each shard
+    name: [f"Document {i} of shard {n}: {i} and {i} is {2 * i}.\n" for i in range(300)]
+    for n, name in enumerate(datasets.CLIMBMIX.names(3))
+}
+
+
+def add_climbmix(server: HubServer, folder: Path) -> None:
+    """The validation shard and three training shards. Files are made in the folder, which stays as it is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, texts in TEXTS.items():
+        parquet.write_table(pyarrow.table({"text": texts}), folder / "made", row_group_size=128)
+        server.add(datasets.CLIMBMIX, name, (folder / "made").read_bytes())
+    (folder / "made").unlink()
+
+
+def add_fineweb(server: HubServer, folder: Path, monkeypatch, tokens: int = 20) -> None:
+    """The validation shard and two training shards, in tokens of a small tokenizer in place of GPT-2's."""
+    small = tokenizers.train_bpe(["of small things"] * 9, 290)
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: small)
+    monkeypatch.setattr(public, "GPT2_BOS", small.bos)
+    monkeypatch.setattr(public, "FINEWEB", dataclasses.replace(datasets.FINEWEB, pinned={}))
+    for i, name in enumerate(datasets.FINEWEB.names(2)):
+        write_shard(folder / name, np.arange(i, tokens + i) % 256, 50257)
+        server.add(datasets.FINEWEB, name, (folder / name).read_bytes())
+        (folder / name).unlink()
+
+
+def smoltalk_conversations(name: str) -> list[list[dict]]:
+    """What is in one of SmolTalk's files here: the last of each cannot be learned from."""
+    system = {"role": "system", "content": "Be brief."}
+    talks = [
+        [system] * (i % 3 == 0)
+        + [{"role": "user", "content": f"{i} of {name}?"}, {"role": "assistant", "content": f"It is {i}."}]
+        for i in range(20)
+    ]
+    return [*talks, talks[0][:2]]
+
+
+def write_talks(path: Path, conversations: list[list[dict]]) -> Path:
+    """A parquet file with SmolTalk's columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    message = pyarrow.struct([("content", pyarrow.string()), ("role", pyarrow.string())])
+    columns = {
+        "messages": pyarrow.array(conversations, pyarrow.list_(message)),
+        "source": ["smol-magpie-ultra"] * len(conversations),
+    }
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=8)
+    return path
+
+
+def add_smoltalk(server: HubServer, folder: Path) -> None:
+    """All files of SmolTalk, each with a few conversations. The folder stays as it is."""
+    for name in datasets.SMOLTALK.names(4):
+        server.add(
+            datasets.SMOLTALK,
+            name,
+            write_talks(folder / "made", smoltalk_conversations(name)).read_bytes(),
+        )
+    (folder / "made").unlink()

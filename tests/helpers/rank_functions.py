@@ -1,0 +1,114 @@
+"""What tests run on several ranks."""
+
+import torch
+from helpers.tools import tiny_config
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hotlap.model.gpt import GPT
+from hotlap.train.distributed.sharding import materialize, parallelize
+from hotlap.train.distributed.world import World, joined
+from hotlap.train.faults import fault
+from hotlap.train.optim import muon_adamw
+from hotlap.train.optim.exchange import Exchange
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+
+
+def agree(world: World) -> tuple:
+    with world.leader_first("a test"):
+        pass
+    return world.total(world.rank, 1.0), world.gather({"rank": world.rank})
+
+
+def fail_at(world: World, steps: int = 3) -> None:
+    """Steps that all ranks take together, with a fault where FAULT says so."""
+    for step in range(steps):
+        fault("step", world.rank, step)
+        world.total(1.0)
+
+
+def waits(timeout: float) -> None:
+    """As above, among ranks that wait so many seconds for each other."""
+    with joined(timeout) as world:
+        fail_at(world)
+
+
+def train_steps(
+    world: World, compute: str, recompute: str = "none", compile: bool = False, steps: int = 3
+) -> dict:
+    """Losses of steps of a small GPT that is spread over all ranks, and its weights after them."""
+    model = small_gpt(compute)
+    parallelize(model, world, recompute, compile)
+    materialize(model, world.device, seed=1)
+    optimizer = MuonAdamW(model, OptimConfig())
+    ids = torch.randint(0, 300, (steps, 12, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(steps):
+        rows = ids[step, world.rank :: world.size]
+        loss = model(rows[:, :-1], rows[:, 1:])
+        (loss / (12 * 16)).backward()
+        losses.append(world.total(loss.item())[0] / (12 * 16))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "losses": losses,
+        "weights": {name: whole(p).detach().float().numpy() for name, p in model.named_parameters()},
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with what all ranks hold of it; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def small_gpt(compute: str) -> GPT:
+    """On the meta device; rows of its matrices that no number of ranks divides, and a gate of one row."""
+    config = tiny_config(layers=3, width=80, heads=1, kv_heads=1, context=16, vocab_size=301)
+    with torch.device("meta"):
+        return GPT(config, getattr(torch, compute))
+
+
+def muon_steps(world: World, steps: int = 3) -> dict:
+    """Weights after steps of Muon and AdamW on random gradients, and what each rank did for them."""
+    model = small_gpt("float32")
+    parallelize(model, world, "none", compile=False)
+    materialize(model, world.device, seed=1)
+    optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
+    orthogonalized = 0
+
+    def counted(x, norm):
+        nonlocal orthogonalized
+        orthogonalized += len(x)
+        return orthogonalize(x, norm=norm)
+
+    orthogonalize, muon_adamw.orthogonalize = muon_adamw.orthogonalize, counted
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                where = parameter.device_mesh, parameter.placements
+                gradient = distribute_tensor(gradient, *where, src_data_rank=None)
+            parameter.grad = gradient
+        optimizer.step()
+    exchanges = [group["exchange"] for group in optimizer.param_groups if "exchange" in group]
+    return {
+        "weights": {name: whole(p).detach().numpy() for name, p in model.named_parameters()},
+        "orthogonalized": orthogonalized,
+        "moved": sum(exchange.moved for exchange in exchanges),
+        "least": steps * sum(map(least_bytes, exchanges)),
+    }
+
+
+def least_bytes(exchange: Exchange) -> int:
+    """What this rank has to send of one group: its rows to their owners in the replica, the rows of its own
+    matrices and their squares to the others there, and what the replica owns to the other replicas.
+    """
+    (M, N), mesh = exchange.shape, exchange.mesh
+    shards, m = mesh.size(mesh.ndim - 1), exchange.rows[exchange.shard]
+    mine = len(exchange.owned[exchange.shard])
+    here = sum(map(len, exchange.owned))
+    squares = max(M, N)
+    there = (here - mine) * m * N
+    back = mine * (M - m) * N + mine * squares * (shards - 1)
+    copies = (mesh.size() // shards - 1) * here * (m * N + squares)
+    return 4 * (there + back + copies)

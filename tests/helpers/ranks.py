@@ -1,0 +1,94 @@
+"""Functions on several ranks, forked from a server that has imported torch: that takes no seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from hotlap.train.distributed.world import joined
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "hotlap.train.pretrain", "hotlap.train.sft", "helpers.ranks"])
+
+
+GRACE = 8.0  # seconds in which all ranks have to end after one has failed
+
+
+class Failed(Exception):
+    """What some ranks raised; `texts` by rank, with tracebacks, and `seconds` until all had ended."""
+
+    def __init__(self, texts: dict[int, str], seconds: float):
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in sorted(texts.items())))
+        self.texts, self.seconds = texts, seconds
+
+
+def work(function: Callable, rank: int, size: int, port: int, env: dict, arguments: tuple, results) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        | env
+    )
+    if "STDERR" in env:  # the server's is that of whichever test came first
+        os.dup2(os.open(env["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    try:
+        results.put((rank, True, function(*arguments)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_ranks(
+    size: int, function: Callable, *arguments, env: dict | None = None, timeout: float = 60
+) -> list:
+    """What function(*arguments) returned on each of `size` ranks; Failed where one raised or was killed.
+
+    The function has to be importable by name, so it stands in a module of tests that holds no tests.
+    """
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # as torchrun's agent has it
+    results, began = CONTEXT.Queue(), time.monotonic()
+    good_until = began
+    ranks = [
+        CONTEXT.Process(target=work, args=(function, rank, size, store.port, env or {}, arguments, results))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    found: dict[int, object] = {}
+    failed: dict[int, str] = {}
+    try:
+        while len(found) + len(failed) < size:
+            try:
+                rank, good, value = results.get(timeout=0.05)
+                (found if good else failed)[rank] = value
+            except queue.Empty:
+                dead = [r for r, p in enumerate(ranks) if not p.is_alive() and p.exitcode and p.exitcode < 0]
+                failed |= {r: f"killed by signal {-ranks[r].exitcode}" for r in dead if r not in failed}
+                if not failed:
+                    good_until = time.monotonic()
+                if time.monotonic() - began > timeout or time.monotonic() - good_until > GRACE:
+                    failed |= {r: "did not end" for r in range(size) if r not in found and r not in failed}
+        seconds = time.monotonic() - began
+    finally:
+        for process in ranks:
+            if process.is_alive() and failed:
+                process.kill()
+            process.join()
+    if failed:
+        raise Failed(failed, seconds)
+    return [found[rank] for rank in range(size)]
+
+
+def in_world(function: Callable, *arguments, timeout: float = 20):
+    """function(world, *arguments) on a rank that has joined the others."""
+    with joined(timeout) as world:
+        return function(world, *arguments)

@@ -1,0 +1,108 @@
+"""Whole runs on several ranks, for tests: small pretrainings and fine-tunings, and what came of them."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from helpers.small_runs import small_run, write_conversations
+from safetensors import safe_open
+
+from hotlap.common.log import log
+from hotlap.model.weights import run_checkpoints
+from hotlap.train.data import public
+from hotlap.train.distributed.world import joined
+from hotlap.train.loop import LoopConfig
+from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig
+from hotlap.train.pretrain import pretrain
+from hotlap.train.sft import SFTConfig, fine_tune
+from hotlap.train.speedruns import track
+
+SCHEDULE = ScheduleConfig(warmup_steps=10)
+STAGES = ScheduleConfig(warmup_steps=10, stages=((1 / 3, 0.5), (2 / 3, 0.5), (1.0, 1.0)))
+# At the rates of a real run a model this narrow is chaotic: rounding errors grow tenfold in two steps.
+GENTLE = OptimConfig(matrix_lr=0.005, embedding_lr=0.03, head_lr=0.001, scalar_lr=0.05)
+
+
+def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **fields) -> list[str]:
+    """12 rows a step, saved every 4. Returns what the rank has logged."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    config = small_run(
+        Path(folder), batch_rows=12, loop=LoopConfig(steps, evaluate_every=steps, save_every=4),
+        schedule=SCHEDULE, optim=GENTLE,
+    )  # fmt: skip
+    loop = dataclasses.replace(config.loop, **fields.pop("loop", {}))
+    with joined(timeout):
+        pretrain(dataclasses.replace(config, out=Path(folder) / name, loop=loop, **fields))
+    return said
+
+
+def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) -> None:
+    """12 ragged rows a step, of which few targets carry loss."""
+    with joined(30):
+        fine_tune(
+            SFTConfig(
+                out=Path(folder) / name, base=Path(folder) / base, batch_rows=12, dtype="float32",
+                data=str(write_conversations(Path(folder) / f"{name}.jsonl", 100)), compile="off",
+                schedule=SCHEDULE, optim=GENTLE, loop=LoopConfig(steps, steps, steps), **fields,
+            )
+        )  # fmt: skip
+
+
+def racing(folder: str, name: str) -> dict:
+    """The main track with a model of one layer, on a shard that is there; what it came to on this rank."""
+    data = Path(folder) / "shards"
+    recipe = dataclasses.replace(
+        small_run(Path(folder), batch_rows=12, data=str(data), loop=LoopConfig(6, 3, 6)), schedule=STAGES
+    )
+    track.gpt2_124m = lambda: recipe
+    public.fineweb, public.download_plan = lambda *_: None, lambda *_: SimpleNamespace(missing={})
+    config = track.TrackConfig(Path(folder) / name, data, micro_batch="1", dtype="float32", yes=True)
+    return track.track_speedrun(config)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[str]:
+    """Bit for bit."""
+    return [float(line["loss"]).hex() for line in metrics(run)]
+
+
+def state_of(run: Path) -> dict[str, str]:
+    """sha256 of each rank's part of each tensor in the newest checkpoint."""
+    found = {}
+    newest = run_checkpoints(run)[-1]
+    for path in newest.rglob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                digest = hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest()
+                found[f"{path.relative_to(newest)} {name}"] = digest
+    return found
+
+
+def soak(folder: str, name: str, steps: int) -> list[tuple[int, int]]:
+    """Resident bytes and open files of the process during a pretraining, at each evaluation."""
+    seen = []
+
+    def look(*_) -> dict:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return {"validation_loss": 0.0, "validation_bpb": 0.0}
+
+    from hotlap.train import pretrain as module
+
+    module.validation = look
+    torch.set_num_threads(1)
+    pretraining(folder, name, steps=steps, loop={"evaluate_every": steps // 10, "save_every": steps // 10})
+    return seen

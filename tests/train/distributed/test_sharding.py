@@ -1,0 +1,70 @@
+"""A model that is spread over ranks trains as one that is not."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.rank_functions import small_gpt, train_steps, whole
+from helpers.ranks import in_world, run_ranks
+from torch.utils.flop_counter import FlopCounterMode
+
+from hotlap.model.gpt import GPT
+from hotlap.train.distributed.sharding import materialize, parallelize
+from hotlap.train.distributed.world import joined
+
+NODES_OF_TWO = {"LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_ranks(1, in_world, train_steps, "float32")[0]
+
+
+@pytest.mark.parametrize("size, env", [(2, {}), (3, {}), (4, {}), (4, NODES_OF_TWO)])
+def test_any_number_of_ranks_has_the_same_losses(alone, size, env):
+    for found in run_ranks(size, in_world, train_steps, "float32", env=env):
+        np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute, compile", [("block", False), ("selective", False), ("selective", True)])
+def test_recomputing_and_compiling_change_no_loss(alone, recompute, compile):
+    found = run_ranks(1, in_world, train_steps, "float32", recompute, compile)[0]
+    np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+
+
+def test_bfloat16_trains_to_about_the_same_loss(alone):
+    found = run_ranks(2, in_world, train_steps, "bfloat16")[0]
+    np.testing.assert_allclose(found["losses"], alone["losses"], rtol=0.01)
+    assert found["losses"] != alone["losses"]
+
+
+def test_a_sharded_model_starts_from_the_weights_of_a_whole_one():
+    with joined() as world:
+        model = small_gpt("float32")
+        parallelize(model, world, "none", compile=False)
+        materialize(model, world.device, seed=3)
+        expected = GPT(model.config).init_weights(3).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(whole(tensor), expected[name]), name
+
+
+def test_recomputing_keeps_less_and_selectively_computes_no_product_twice():
+    def measured(recompute: str) -> tuple[int, int]:
+        """Numbers that autograd keeps, and FLOPs of all products."""
+        kept = []
+        with joined() as world:
+            model = small_gpt("float32")
+            parallelize(model, world, recompute, compile=False)
+            materialize(model, world.device, seed=3)
+            ids = torch.zeros(2, 16, dtype=torch.int64)
+            keep = torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.numel()) or t, lambda t: t
+            )
+            with FlopCounterMode(display=False) as flops:
+                with keep:
+                    loss = model(ids, ids)
+                loss.backward()
+        return sum(kept), flops.get_total_flops()
+
+    (none, least), (block, most), (selective, same) = map(measured, ("none", "block", "selective"))
+    assert block < 0.5 * none and selective < 0.5 * none
+    assert least == same < most

@@ -1,0 +1,139 @@
+"""Muon and AdamW as one optimiser."""
+
+import pytest
+import torch
+from helpers.tools import tiny_config
+
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
+from hotlap.kernels.orthogonalize import orthogonalize
+from hotlap.model.gpt import GPT
+from hotlap.train.optim.muon_adamw import MUON_BETA2, MuonAdamW, OptimConfig
+
+
+def model_with_gradients(seed: int = 0, **fields) -> GPT:
+    model = GPT(tiny_config(**fields)).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter).normal_(0, 0.1, generator=generator)
+        parameter.data += torch.empty_like(parameter).normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("extras", [True, False])
+def test_every_parameter_is_in_one_group_under_its_name(extras):
+    fields = dict.fromkeys(("value_embeddings", "residual_scalars", "smear", "backout"), extras)
+    model = GPT(tiny_config(layers=3, kv_heads=1, **fields))
+    groups = MuonAdamW(model, OptimConfig()).param_groups
+    named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
+    assert sorted(name for name, _ in named) == sorted(name for name, _ in model.named_parameters())
+    assert all(dict(model.named_parameters())[name] is parameter for name, parameter in named)
+    for group in groups:
+        assert group["muon"] == all(name.startswith("blocks.") for name in group["names"])
+        assert not group["muon"] or len({p.shape for p in group["params"]}) == 1
+
+
+def test_the_state_is_whole_before_the_first_step_and_its_names_are_unique():
+    model = model_with_gradients()
+    optimizer = MuonAdamW(model, OptimConfig())
+    names = [name for name, _ in optimizer.named_state()]
+    before = dict(optimizer.named_state())
+    optimizer.step()
+    assert names == [name for name, _ in optimizer.named_state()] and len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names} == {name for name, _ in model.named_parameters()}
+    for name, tensor in optimizer.named_state():
+        assert tensor is before[name] or tensor.data_ptr() == before[name].data_ptr()
+        assert tensor.abs().sum() > 0, name  # what a step changes is what a checkpoint holds
+
+
+def test_a_step_with_no_learning_rate_changes_no_parameter():
+    model = model_with_gradients()
+    before = [p.clone() for p in model.parameters()]
+    optimizer = MuonAdamW(model, OptimConfig())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_group_of_matrices_is_updated_as_each_alone():
+    model = model_with_gradients(layers=3)
+    optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
+    groups = [group for group in optimizer.param_groups if group["muon"]]
+    assert any(len(group["params"]) > 1 for group in groups)
+    expected = {}
+    for group in groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            M, N = parameter.shape
+            weight, momentum = parameter.detach().clone()[None], torch.zeros(1, M, N)
+            second = torch.zeros((1, M, 1) if M >= N else (1, 1, N))
+            lr = torch.tensor(group["lr"] * max(1, M / N) ** 0.5)
+            for _ in range(3):
+                update = muon_momentum(parameter.grad[None], momentum, torch.tensor(0.95), torch.float32)
+                update = orthogonalize(update, norm=M**0.5)
+                factors = muon_factors(muon_squares(update), second, min(M, N), MUON_BETA2)
+                muon_apply(weight, update, factors, lr, torch.tensor(0.5))
+            expected[name] = weight[0]
+    for _ in range(3):
+        optimizer.step()
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            dict(model.named_parameters())[name].detach(), weight, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_the_adamw_half_is_torch_s_adamw():
+    model, twin = model_with_gradients(), model_with_gradients()
+    optimizer = MuonAdamW(model, OptimConfig())
+    named = dict(twin.named_parameters())
+    rules = [
+        {"params": [named[n] for n in g["names"]], "lr": g["lr"], "betas": g["betas"],
+         "weight_decay": g["weight_decay"], "eps": g["eps"]}
+        for g in optimizer.param_groups if not g["muon"]
+    ]  # fmt: skip
+    reference = torch.optim.AdamW(rules)
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+    for group in optimizer.param_groups:
+        if not group["muon"]:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                torch.testing.assert_close(parameter, named[name], rtol=1e-6, atol=1e-6)
+
+
+def test_rates_of_adamw_fall_with_the_root_of_the_width():
+    rate = {
+        width: {
+            g["names"][0]: g["lr"]
+            for g in MuonAdamW(GPT(tiny_config(width=width)), OptimConfig()).param_groups
+        }
+        for width in (64, 256)
+    }
+    assert rate[64]["head.weight"] == pytest.approx(2 * rate[256]["head.weight"])
+    assert rate[64]["blocks.0.mlp.fc.weight"] == rate[256]["blocks.0.mlp.fc.weight"]
+
+
+def test_a_few_steps_learn_a_sequence_by_heart():
+    model = GPT(tiny_config()).init_weights()
+    optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.0))
+    ids = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(30):
+        loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 5 and losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("field", ["matrix_lr", "embedding_lr", "head_lr", "scalar_lr"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_learning_rate_must_be_positive(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must be a positive number"):
+        OptimConfig(**{field: value}).validate()
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_weight_decay_must_be_zero_or_more(value):
+    with pytest.raises(ValueError, match="weight_decay"):
+        OptimConfig(weight_decay=value).validate()

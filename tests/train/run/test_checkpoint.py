@@ -1,0 +1,209 @@
+"""Checkpoints and resuming: bit for bit, or not at all."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkpoints import state_in
+from helpers.small_runs import small_run
+from helpers.tools import tiny_config
+
+from hotlap.common.errors import DataError, Interrupted
+from hotlap.common.files import file_sha256
+from hotlap.model.gpt import GPT
+from hotlap.model.weights import load_model, run_checkpoints
+from hotlap.train import pretrain
+from hotlap.train.distributed.world import joined
+from hotlap.train.loop import LoopConfig
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.run.checkpoint import Saver
+from hotlap.train.run.folder import open_run, resume_from, run_lock
+from hotlap.train.run.metrics import read_metrics
+
+
+def trained(seed: int = 0) -> tuple[GPT, MuonAdamW]:
+    """A model and optimiser after one step, so that all of their state says something."""
+    model = GPT(tiny_config(layers=1, context=16)).init_weights(seed)
+    optimizer = MuonAdamW(model, OptimConfig())
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(seed))
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def snapshot(model: GPT, optimizer: MuonAdamW) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in (*model.state_dict().items(), *optimizer.named_state())}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_checkpoint_gives_back_weights_optimizer_state_and_randomness(tmp_path, tiny_tokenizer):
+    model, optimizer = trained()
+    torch.manual_seed(7)
+    with joined() as world:
+        with Saver(tmp_path, world) as saver:
+            saver.save(5, model, optimizer, tiny_tokenizer, {"tokens": 80, "seconds": 0.1})
+        drawn = torch.rand(4)
+        other, other_optimizer = trained(seed=1)
+        assert not equal(snapshot(model, optimizer), snapshot(other, other_optimizer))
+        step, state = resume_from(tmp_path, "auto", other, other_optimizer, world)
+    assert equal(snapshot(model, optimizer), snapshot(other, other_optimizer))
+    assert step == 5 and state == {"tokens": 80, "seconds": 0.1} and torch.equal(torch.rand(4), drawn)
+    for_chat, tokenizer = load_model(tmp_path, torch.device("cpu"), torch.float32)
+    assert torch.equal(for_chat.head.weight, model.head.weight) and tokenizer.sha256 == tiny_tokenizer.sha256
+
+
+class PowerCut(BaseException):
+    """What nothing catches."""
+
+
+def die_in_step(number: int, patch, error: BaseException | None = None):
+    """Make the pretraining's data end with an error, or with a SIGTERM to this process, in a step."""
+    real = pretrain.prefetch
+
+    def prefetch(items):
+        for i, item in enumerate(real(items)):
+            if i == number and error:
+                raise error
+            if i == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    patch.setattr(pretrain, "prefetch", prefetch)
+
+
+def outcome(run: Path) -> tuple[dict, list]:
+    """Hashes of what the last checkpoint holds, and every loss, bit for bit."""
+    folder = run_checkpoints(run)[-1]
+    assert folder.name == "step-000012"
+    state = json.loads((folder / "state.json").read_text())
+    lines = read_metrics(run / "metrics.jsonl")
+    losses = [(m["step"], m["tokens"], float.hex(m["loss"]), m.get("validation_loss")) for m in lines]
+    return state_in(run) | {"tokens": state["tokens"]}, losses
+
+
+@pytest.mark.parametrize("end", ["crash", "SIGTERM"])
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, end):
+    straight = small_run(tmp_path, out=tmp_path / "straight")
+    pretrain.pretrain(straight)
+    config = small_run(tmp_path, out=tmp_path / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        die_in_step(7, patch, PowerCut() if end == "crash" else None)
+        with pytest.raises(PowerCut if end == "crash" else Interrupted):
+            pretrain.pretrain(config)
+    newest = run_checkpoints(config.out)[-1].name
+    assert newest == ("step-000006" if end == "crash" else "step-000008")
+    torch.manual_seed(123)  # what the new process starts with must not matter
+    pretrain.pretrain(dataclasses.replace(config, resume="auto"))
+    assert outcome(config.out) == outcome(straight.out)
+
+
+def test_a_run_that_is_complete_only_validates_when_it_is_resumed(tmp_path):
+    config = small_run(tmp_path)
+    last = pretrain.pretrain(config)
+    before = outcome(config.out)
+    again = pretrain.pretrain(dataclasses.replace(config, resume="auto"))
+    assert again["validation_loss"] == last["validation_loss"] and outcome(config.out) == before
+
+
+def test_another_configuration_is_refused_field_by_field(tmp_path):
+    config = small_run(tmp_path)
+    pretrain.pretrain(config)
+    other = dataclasses.replace(
+        config, resume="auto", seed=5, model=dataclasses.replace(config.model, layers=2),
+        loop=LoopConfig(13, evaluate_every=6, save_every=3),
+    )  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        pretrain.pretrain(other)
+    for line in (
+        "seed: saved 0, current 5",
+        "model.layers: saved 1, current 2",
+        "loop.steps: saved 12, current 13",
+    ):
+        assert line in str(caught.value)
+    assert str(caught.value).count("saved") == 3
+
+
+def test_other_data_under_the_same_name_is_refused_on_resuming(tmp_path):
+    config = small_run(tmp_path)
+    pretrain.pretrain(config)
+    shard = config.out / "data" / "train_000000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[1024 + 20] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(ValueError, match="other data"):
+        pretrain.pretrain(dataclasses.replace(config, resume="auto"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "run.lock")
+    return {str(p): file_sha256(p) for p in files}
+
+
+def test_an_existing_run_is_not_touched_without_resume(tmp_path):
+    config = small_run(tmp_path)
+    pretrain.pretrain(config)
+    before = contents(config.out)
+    with pytest.raises(FileExistsError, match="--resume"):
+        pretrain.pretrain(dataclasses.replace(config, seed=3))
+    assert contents(config.out) == before
+
+
+def test_a_start_that_failed_before_its_first_step_can_be_corrected(tmp_path):
+    config = small_run(tmp_path)
+    (tmp_path / "short.txt").write_text("abcdefgh" * 2)
+    with pytest.raises(DataError, match=r"model\.context=32"):
+        pretrain.pretrain(dataclasses.replace(config, data=str(tmp_path / "short.txt")))
+    pretrain.pretrain(config)
+    assert outcome(config.out)
+
+
+def test_a_file_cannot_be_a_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="cannot be a run's directory"), run_lock(tmp_path / "file"):
+        pass
+
+
+def test_a_spoilt_configuration_of_a_run_is_named(tmp_path):
+    open_run(tmp_path, OptimConfig(), resume=False)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json is not a run's configuration"):
+        open_run(tmp_path, OptimConfig(), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_something_else_in_it_is_refused_and_kept_as_it_is(tmp_path, resume):
+    config = small_run(tmp_path, resume=resume)
+    (config.out / "data").mkdir(parents=True)
+    (config.out / "data" / "train_000000.bin").write_bytes(b"mine")
+    (config.out / "config.json").write_text('{"mine": 1}')
+    before = contents(config.out)
+    with pytest.raises((FileExistsError, ValueError)):
+        pretrain.pretrain(config)
+    assert contents(config.out) == before
+    (config.out / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="holds data and no run"):
+        pretrain.pretrain(config)
+    assert (config.out / "data" / "train_000000.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("at", [6, 12])
+def test_a_kill_while_validating_loses_no_line_of_the_metrics(tmp_path, at, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    config = small_run(tmp_path, loop=LoopConfig(12, evaluate_every=at, save_every=3))
+    monkeypatch.setattr(pretrain, "validation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(config)
+    monkeypatch.undo()
+    last = pretrain.pretrain(dataclasses.replace(config, resume="auto"))
+    assert [m["step"] for m in read_metrics(config.out / "metrics.jsonl")] == list(range(12))
+    assert last["step"] == 11 and "validation_loss" in last

@@ -1,0 +1,235 @@
+"""The speedruns: plan, download, training, result."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+
+import pytest
+from helpers.commands import BAD_DATA, NO_INPUT, USAGE, assert_error
+from helpers.core_bundles import mixed_tasks, write_bundle
+from helpers.small_runs import MODEL, conversation, small_run
+from helpers.tools import tiny_config
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("huggingface_hub")
+from helpers.hub_data import add_climbmix, add_fineweb, add_smoltalk
+
+from hotlap.cli import main
+from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
+from hotlap.train.data import conversations, prepare
+from hotlap.train.data.datasets import SMOLTALK
+from hotlap.train.loop import LoopConfig
+from hotlap.train.presets import gpt2_124m, gpt2_grade
+from hotlap.train.pretrain import MOST_EPOCHS, pretrain
+from hotlap.train.speedruns import grade, minutes, track
+from hotlap.train.speedruns.minutes import BEST, best_shape
+
+TRACK = [
+    "speedrun",
+    "gpt2-124m",
+    "--out",
+    "runs",
+    "--data",
+    "data",
+    "--micro-batch",
+    "1",
+    "--dtype",
+    "float32",
+]
+
+
+@pytest.fixture
+def small_track(hub_server, tmp_path, monkeypatch):
+    """The main track with a model of one layer, on shards of 400 tokens."""
+    monkeypatch.chdir(tmp_path)
+    add_fineweb(hub_server, tmp_path, monkeypatch, tokens=280)
+    recipe = dataclasses.replace(
+        gpt2_124m(), batch_rows=3, model=tiny_config(**MODEL, vocab_size=320), compile="off",
+        loop=LoopConfig(6, evaluate_every=3, save_every=6), validation_tokens=200,
+    )  # fmt: skip
+    monkeypatch.setattr(track, "gpt2_124m", lambda: recipe)
+    monkeypatch.setattr(track, "SHARD_TOKENS", 200)  # two shards for its 384 tokens
+    return hub_server
+
+
+def test_the_track_goes_from_the_download_to_its_statistics(small_track, tmp_path, capsys):
+    from scipy.stats import t
+
+    assert main([*TRACK, "--runs", "3", "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert "3 files, 0.00 GB, for data" in printed.out and "384" not in printed.err.split("tokens")[0]
+    assert set(small_track.fetched()) == {
+        f"fineweb_{n}_00000{i}.bin" for n, i in (("val", 0), ("train", 1), ("train", 2))
+    }
+    result = json.loads((tmp_path / "runs/result.json").read_text())
+    losses = result["losses"]
+    assert len(set(losses)) == 3 and result["mean"] == pytest.approx(sum(losses) / 3)
+    sigma = (sum((loss - result["mean"]) ** 2 for loss in losses) / 2) ** 0.5
+    assert result["sigma"] == pytest.approx(sigma) and not result["reached"]
+    assert result["p"] == pytest.approx(t.cdf((result["mean"] - 3.28) / (sigma / 3**0.5), 2), abs=1e-9)
+    assert result["tokens"] == 32 * (2 * 1 + 2 * 2 + 2 * 3)  # the batch grows in thirds
+    assert (tmp_path / "runs/curves.png").exists() and "| mean |" in (tmp_path / "runs/report.md").read_text()
+
+    assert main([*TRACK, "--runs", "3", "--yes"]) == 0  # complete: nothing is trained or fetched again
+    assert "step 6/6" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs/result.json").read_text()) == result
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_is_done_before_somebody_agrees_to_the_plan(
+    small_track, tmp_path, monkeypatch, capsys, terminal
+):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    code = main(TRACK)
+    if terminal:
+        assert code == 0 and "cost" not in capsys.readouterr().out
+    else:
+        assert_error(capsys, code, USAGE, "--yes")
+    assert not small_track.fetched() and not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("losses", "reached"), [([3.279] * 3 + [3.278], True), ([3.27, 3.29, 3.275], False)])
+def test_a_record_needs_a_mean_that_is_surely_below(losses, reached):
+    runs = [{"validation_loss": loss, "seconds": 100.0, "tokens": 7} for loss in losses]
+    assert track.track_result(runs, track.one_sided_test())["reached"] is reached
+
+
+def test_one_run_alone_is_no_record():
+    alone = track.track_result([{"validation_loss": 3.0, "seconds": 1.0, "tokens": 7}], None)
+    assert alone["p"] is None and not alone["reached"]
+
+
+def test_the_recipes_are_as_long_as_they_are_said_to_be():
+    track, grade = gpt2_124m().validate(), gpt2_grade().validate()
+    assert 1.1e9 < track.tokens < 1.2e9 and track.validation_tokens == 20 * 524_288
+    counts = parameter_counts(meta_model(track.model))
+    assert counts["matrices"] + counts["head"] == pytest.approx(123.6e6, rel=1e-3)
+    assert grade.loop.steps == 5568 and grade.tokens == pytest.approx(5.84e9, rel=1e-3)
+    assert nanochat_flops(meta_model(grade.model)) == pytest.approx(4.78e9, rel=2e-2)
+
+
+def cached(hub_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    add_climbmix(hub_server, tmp_path)
+    for module in (prepare, minutes):
+        monkeypatch.setattr(module, "TOKENIZER_SHARDS", 1)
+    return hub_server
+
+
+def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
+    hub_server, tmp_path, monkeypatch, capsys
+):
+    cached(hub_server, tmp_path, monkeypatch)
+    monkeypatch.setattr(minutes, "VOCABULARY", 300)
+    monkeypatch.setattr(minutes, "trial_flops", lambda world, dtype: 1e9)
+    monkeypatch.setattr(minutes, "REFERENCE_BATCH", 20)
+    real = minutes.timed
+
+    def small(*arguments):
+        model = tiny_config(**MODEL, vocab_size=300)
+        return dataclasses.replace(real(*arguments), model=model, batch_rows=4, compile="off")
+
+    monkeypatch.setattr(minutes, "timed", small)
+    command = ["speedrun", "minutes", "--minutes", "0.02", "--out", "run", "--dtype", "float32", "--yes"]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert 0 < result["bpb"] < 9 and result["seconds"] > 0 and result["tokens"] > 0
+    assert (tmp_path / "data/climbmix-300/tokenizer.json").exists()
+    assert "0.02 minutes of training" in capsys.readouterr().out
+    monkeypatch.setattr(
+        minutes, "timed", real
+    )  # the device is measured otherwise: another shape, but for the run
+    assert main(command) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+
+
+def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
+    timed = LoopConfig(10**6, 10**6, 10**6, minutes=10.0)
+    last = pretrain(small_run(tmp_path, loop=timed))
+    rows = -(-last["tokens"] // (32 * 4)) * 4 / MOST_EPOCHS
+    text = (tmp_path / "text.txt").read_text()
+    assert rows * 32 == pytest.approx(len(text), rel=0.2)  # a token a character, of which some validate
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["lr_share"] < 0.2 and lines[-1]["seconds"] < 600
+
+
+@pytest.fixture
+def small_grade(hub_server, tmp_path, monkeypatch):
+    """The command of a small gpt2-grade run, but for its conversations, and its hub."""
+    cached(hub_server, tmp_path, monkeypatch)
+    add_smoltalk(hub_server, tmp_path)
+    (tmp_path / "bundle").mkdir()
+    bundle = write_bundle(tmp_path / "bundle", mixed_tasks(count=4, longest=4))
+    recipe = dataclasses.replace(
+        gpt2_grade(1), batch_rows=2, micro_batch="1", compile="off", loop=LoopConfig(4), validation_tokens=20,
+        model=tiny_config(vocab_size=300, context=256, layers=1, width=32, heads=1, kv_heads=1),
+    )  # fmt: skip
+    monkeypatch.setattr(grade, "gpt2_grade", lambda depth: recipe)
+    real = grade.gpt2_grade_sft
+    monkeypatch.setattr(
+        grade,
+        "gpt2_grade_sft",
+        lambda base, talks: dataclasses.replace(real(base, talks), dtype="float32", compile="off"),
+    )
+    sums = [conversation(f"{i} and {i}?", f"{2 * i}.") for i in range(60)]
+    monkeypatch.setattr(conversations, "documentation_tasks", lambda seed: sums)
+    command = ["speedrun", "gpt2-grade", "--depth", "1", "--out", "grade", "--data", "mix", "--yes",
+               "--core-bundle", str(bundle), "--micro-batch", "1"]  # fmt: skip
+    return command, hub_server
+
+
+def test_the_grade_is_scored_with_core_and_taught_to_converse(small_grade, tmp_path, capsys):
+    command, hub = small_grade
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert f"; 5 files, 0.00 GB, for {tmp_path}/cache/hotlap/smoltalk" in printed.out
+    assert set(SMOLTALK.names(4)) < set(hub.fetched())
+    result = json.loads((tmp_path / "grade/result.json").read_text())
+    assert (
+        set(result) == {"core", "interval", "reached", "bpb", "seconds", "tokens"} and not result["reached"]
+    )
+    talks, rows, epochs = re.search(
+        r"sft: (\d+) conversations in (\d+) rows, (\S+) epochs", printed.err
+    ).groups()
+    steps = sorted((tmp_path / "grade/sft/checkpoints").glob("step-*"))
+    assert 4 * 20 < int(talks) <= 4 * 20 + 60 and epochs == "1.0"  # all of SmolTalk's, most of the tasks
+    assert int(steps[-1].name.removeprefix("step-")) == math.ceil(int(rows) / 2)
+    assert main(command) == 0
+    assert json.loads((tmp_path / "grade/result.json").read_text()) == result
+
+
+def test_conversations_that_cannot_be_read_show_before_the_grade_is_trained(small_grade, tmp_path, capsys):
+    command, hub = small_grade
+    (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
+    assert_error(capsys, main([*command, "--talks", "talks.jsonl"]), BAD_DATA, "talks.jsonl:1: ")
+    assert_error(capsys, main([*command, "--talks", "smaltalk"]), NO_INPUT, "no conversations at smaltalk")
+    assert not hub.fetched() and not (tmp_path / "grade").exists()
+
+
+def test_more_work_gets_a_larger_model_and_the_table_s_own_where_it_has_it():
+    shapes = [best_shape(10.0**e) for e in range(10, 20)]
+    for smaller, larger in itertools.pairwise(shapes):
+        assert all(a <= b for a, b in zip(smaller, larger, strict=True))
+    for flops, *shape in BEST:
+        assert best_shape(flops) == tuple(shape)
+
+
+def test_the_trial_counts_the_work_of_its_steps(monkeypatch):
+    from hotlap.train.distributed.world import joined
+
+    clock = [0.0]
+
+    def now() -> float:
+        clock[0] += 0.5  # each step begins and ends
+        return clock[0]
+
+    monkeypatch.setattr(minutes.time, "perf_counter", now)
+    monkeypatch.setattr(minutes, "TRIAL", tiny_config(**MODEL))
+    with joined() as world:
+        rate = minutes.trial_flops(world, "float32")
+    assert rate == pytest.approx(nanochat_flops(meta_model(tiny_config(**MODEL))) * 4 * 32 / 0.5)

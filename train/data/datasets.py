@@ -1,0 +1,105 @@
+"""The public datasets that speedruns train on: where they are, and what is known of their files.
+
+What was published elsewhere is pinned: the revisions, and the size and sha256 of two files. The others are
+what the hub states of that revision when they are first downloaded, and stay so (`hub.json` beside them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hotlap.common.errors import DataError
+from hotlap.train.data.download import Content
+from hotlap.train.data.shards import read_shard
+
+LARGEST_ROW_GROUP = 1 << 30  # bytes; ClimbMix's hold 1024 documents, a few MB
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset repository whose files are numbered training shards and one validation shard.
+
+    check: raises DataError where a file is not in its format.
+    """
+
+    repo: str
+    revision: str
+    train: str
+    numbers: range
+    validation: str
+    check: Callable[[Path], object]
+    pinned: dict[str, Content]
+
+    def names(self, shards: int) -> list[str]:
+        """The files of the validation shard and of the first training shards."""
+        if not 1 <= shards <= len(self.numbers):
+            raise ValueError(f"shards={shards}, but {self.repo} has 1 to {len(self.numbers)} to train on")
+        return [self.validation, *(self.train.format(number) for number in self.numbers[:shards])]
+
+
+def check_parquet(path: Path, column: str) -> None:
+    """DataError where the file has no such column, or would grow too large in memory."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            footer = file.metadata
+            largest = max(
+                (footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0
+            )
+            columns = file.schema_arrow.names
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from error
+    if column not in columns or not footer.num_rows:
+        raise DataError(
+            f"{path} has {footer.num_rows} rows of {columns}; it needs some, with a column `{column}`"
+        )
+    if largest > LARGEST_ROW_GROUP:
+        raise DataError(
+            f"{path} has a row group of {largest:,} bytes; at most {LARGEST_ROW_GROUP:,} are read"
+        )
+
+
+# FineWeb, 10B sample, as GPT-2's tokens: 100M in each shard, fewer in the last. Sizes and hashes of the first
+# two are pinned; for the others, only the revision is.
+FINEWEB = Dataset(
+    repo="kjj0/fineweb10B-gpt2",
+    revision="889765ea1f903759787add96995d81171b632d0c",
+    train="fineweb_train_{:06d}.bin",
+    numbers=range(1, 104),
+    validation="fineweb_val_000000.bin",
+    check=partial(read_shard, vocab_size=50257),
+    pinned={
+        "fineweb_val_000000.bin": Content(
+            200_001_024, "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640"
+        ),
+        "fineweb_train_000001.bin": Content(
+            200_001_024, "771fa4a99b9fe0946ffb6e848b4ba5c6a9b0fe87860ebf03bc2c1c7e45f8178e"
+        ),
+    },
+)
+# ClimbMix, shuffled: 6,543 shards of about 250M characters, 100 MB; the last validates. Only the revision is
+# pinned.
+CLIMBMIX = Dataset(
+    repo="karpathy/climbmix-400b-shuffle",
+    revision="915333b4f8b8684f39aeaafea600fea6f43fb703",
+    train="shard_{:05d}.parquet",
+    numbers=range(6542),
+    validation="shard_06542.parquet",
+    check=partial(check_parquet, column="text"),
+    pinned={},
+)
+# SmolTalk in its version for small models: 460,341 conversations in four files (0.92 GB), and 24,229 that
+# validate (0.05 GB). Only the revision is pinned.
+SMOLTALK = Dataset(
+    repo="HuggingFaceTB/smol-smoltalk",
+    revision="f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+    train="data/train-{:05d}-of-00004.parquet",
+    numbers=range(4),
+    validation="data/test-00000-of-00001.parquet",
+    check=partial(check_parquet, column="messages"),
+    pinned={},
+)

@@ -1,0 +1,273 @@
+"""Public data, downloaded once and checked: files of datasets on the Hugging Face hub, and the questions of
+DCLM's CORE.
+
+A file is fetched under another name, checked, and only then put in its place: by its size and sha256, which
+are pinned or are what the hub states, and by its format. `hub.json` beside the data records both numbers
+of each file, and every later call compares with them. HF_ENDPOINT names a mirror of the hub, HF_TOKEN an
+account, HOTLAP_CORE_URL another address of CORE's archive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hotlap.common.errors import DataError
+from hotlap.common.files import file_sha256
+from hotlap.common.log import log
+from hotlap.train.data.datasets import Dataset
+from hotlap.train.data.download import (
+    Content,
+    check_content,
+    check_space,
+    data_package,
+    locked,
+    persistent,
+)
+
+RECORD, STAGING = "hub.json", ".hub"
+AT_ONCE = 4  # files that are fetched or hashed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download will fetch, and how many files and bytes of it are there already."""
+
+    missing: dict[str, Content]
+    files_there: int
+    bytes_there: int
+
+    @property
+    def bytes_missing(self) -> int:
+        return sum(content.bytes for content in self.missing.values())
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.missing)} files to download, {self.bytes_missing / 1e9:.2f} GB; "
+            f"{self.files_there} there, {self.bytes_there / 1e9:.2f} GB"
+        )
+
+
+def plan(dataset: Dataset, folder: Path, names: Iterable[str]) -> Plan:
+    """What `download` will fetch. The hub is asked about the files that are not in the folder."""
+    there = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    missing = expected(dataset, folder, [name for name in names if name not in there])
+    return Plan(missing, len(there), sum(there.values()))
+
+
+def download(dataset: Dataset, folder: Path, names: list[str]) -> None:
+    """Have these files of a dataset in the folder, whole and checked; no network where they are.
+
+    DataError: a file that the hub sends, or one that lay there, is not what it has to be. A file that was
+    downloaded and has changed is removed, and fetched again. OSError: the network or the disk. Called again,
+    it goes on with the files that are missing.
+    """
+    if not sound(dataset, folder, names):
+        with locked(folder):
+            if not sound(dataset, folder, names):
+                adopt(dataset, folder, [n for n in names if (folder / n).exists()])
+                fetch(dataset, folder, plan(dataset, folder, names).missing)
+
+
+def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
+    """Whether all files are there and recorded. Those that have changed since are removed."""
+    from tqdm import tqdm
+
+    record = read_record(dataset, folder)
+    known = [name for name in names if name in record and (folder / name).is_file()]
+    damaged = []
+
+    def check(name: str) -> None:
+        try:
+            check_content(folder / name, record[name])
+        except DataError as error:
+            damaged.append(name)
+            (folder / name).unlink()
+            log.warning("%s; removed, to be downloaded again", error)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        checks = pool.map(check, known)
+        for _ in tqdm(checks, f"checking {folder}", len(known), unit="file", disable=None, leave=False):
+            pass
+    return len(known) - len(damaged) == len(names)
+
+
+def adopt(dataset: Dataset, folder: Path, names: list[str]) -> None:
+    """Record files that lie in the folder and were not downloaded by this. DataError names one that is not
+    what the hub has.
+    """
+    record = read_record(dataset, folder)
+    for name, content in expected(dataset, folder, [n for n in names if n not in record]).items():
+        try:
+            check_content(folder / name, content)
+            dataset.check(folder / name)
+        except DataError as error:
+            raise DataError(f"{error}; it was not downloaded by this: move it away") from error
+        record[name] = Content(content.bytes, content.sha256 or file_sha256(folder / name))
+        write_record(dataset, folder, record)
+
+
+def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
+    """Download files into a folder inside, check them, and move each into its place."""
+    from tqdm import tqdm
+
+    total, done, record = sum(c.bytes for c in missing.values()), 0, read_record(dataset, folder)
+    staging, stop, pool = folder / STAGING, threading.Event(), ThreadPoolExecutor(AT_ONCE)
+    for part in staging.rglob("*.incomplete"):  # of a process that was killed; huggingface_hub begins anew
+        part.unlink()
+    check_space(folder, total)
+    log.info("%s: %d files, %.2f GB, to %s", dataset.repo, len(missing), total / 1e9, folder)
+    waiting = {pool.submit(fetch_file, dataset, name, c, staging, stop): name for name, c in missing.items()}
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar:
+            while waiting:
+                for ready in wait(waiting, 0.5, FIRST_COMPLETED).done:
+                    name, sha256 = waiting.pop(ready), ready.result()
+                    if (folder / name).exists():
+                        raise FileExistsError(f"{folder / name} has appeared meanwhile; try again")
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (staging / name).rename(folder / name)
+                    record[name] = Content(missing[name].bytes, sha256)
+                    write_record(dataset, folder, record)
+                    done += missing[name].bytes
+                    if bar.disable:
+                        log.info("%s: %s is whole, %.0f %%", folder, name, 100 * done / total)
+                bar.n = max(bar.n, min(total, done + folder_bytes(staging)))
+                bar.refresh()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def fetch_file(dataset: Dataset, name: str, content: Content, staging: Path, stop: threading.Event) -> str:
+    """Have a file in the staging folder, and return its sha256."""
+
+    def once() -> str:
+        path = Path(
+            ask_hub(
+                "hf_hub_download", dataset.repo, name, repo_type="dataset", revision=dataset.revision,
+                local_dir=staging, endpoint=endpoint(), tqdm_class=watched(name, content.bytes, stop),
+            )
+        )  # fmt: skip
+        try:
+            sha256 = check_content(path, content)
+            dataset.check(path)
+        except DataError as error:
+            path.unlink()
+            raise DataError(f"{error}; what {endpoint()} sent is removed") from error
+        return sha256
+
+    return persistent(once, f"{name} of {dataset.repo}", endpoint(), stop)
+
+
+def watched(name: str, limit: int, stop: threading.Event) -> type:
+    """The progress bar that huggingface_hub is to use: silent, and the end of a download that was told to
+    stop or does not end.
+    """
+    from tqdm import tqdm
+
+    class Watched(tqdm):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings | {"disable": True})
+            self.received = 0
+
+        def update(self, n=1):
+            self.received += n
+            if stop.is_set():
+                raise InterruptedError(f"{name}: told to stop")
+            if self.received > 4 * limit:  # the hub's own protocol, Xet, may send more than the file has
+                raise DataError(f"{name}: far more than its {limit:,} bytes arrive")
+
+    return Watched
+
+
+def expected(dataset: Dataset, folder: Path, names: list[str]) -> dict[str, Content]:
+    """What files have to be: what the hub states, which has to agree with what is pinned or recorded."""
+    known = read_record(dataset, folder) | dataset.pinned
+
+    def ask(name: str) -> Content:
+        url = ask_hub(
+            "hf_hub_url", dataset.repo, name, repo_type="dataset", revision=dataset.revision,
+            endpoint=endpoint(),
+        )  # fmt: skip
+        facts = persistent(
+            partial(ask_hub, "get_hf_file_metadata", url), f"{name} of {dataset.repo}", endpoint()
+        )
+        if facts.size is None or facts.commit_hash is None:
+            raise DataError(f"{endpoint()} is no hub: it states no size of {name}; check HF_ENDPOINT")
+        is_sha256 = re.fullmatch("[0-9a-f]{64}", facts.etag or "")  # else a file in git, of a few bytes
+        stated = Content(facts.size, facts.etag if is_sha256 else None)
+        needed = known.get(name, stated)
+        if stated.bytes != needed.bytes or stated.sha256 not in (None, needed.sha256):
+            raise DataError(f"{endpoint()} has {name} of {stated}, not {needed}; check HF_ENDPOINT")
+        return needed
+
+    found = {name: ask(name) for name in names[:1]}  # alone, so that a network that is away is one error
+    with ThreadPoolExecutor(2 * AT_ONCE) as pool:
+        return found | dict(zip(names[1:], pool.map(ask, names[1:]), strict=True))
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def ask_hub(function: str, *arguments, **settings):
+    """Call a function of huggingface_hub. A failed connection is a ConnectionError, whichever of its
+    libraries says so.
+    """
+    hub, errors = data_package("huggingface_hub"), data_package("huggingface_hub.errors")
+    try:
+        return getattr(hub, function)(*arguments, **settings)
+    except errors.OfflineModeIsEnabled as error:
+        raise ValueError(f"HF_HUB_OFFLINE is set, and {arguments[-1]} is not here; unset it") from error
+    except errors.HTTPError as error:  # of httpx
+        if isinstance(error, OSError):
+            raise
+        raise ConnectionError(str(error) or type(error).__name__) from error
+
+
+def read_record(dataset: Dataset, folder: Path) -> dict[str, Content]:
+    """What hub.json says of the files. DataError where it is of other data, or unreadable."""
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        source = fields["repo"], fields["revision"]
+        files = {name: Content(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged ({error!r}); remove it, and the files are checked anew"
+        ) from error
+    if source != (dataset.repo, dataset.revision):
+        raise DataError(f"{path} is of {' at '.join(source)}, not of {dataset.repo} at {dataset.revision}; "
+                        "name another folder")  # fmt: skip
+    return files
+
+
+def write_record(dataset: Dataset, folder: Path, record: dict[str, Content]) -> None:
+    files = {name: content._asdict() for name, content in sorted(record.items())}
+    fields = {"repo": dataset.repo, "revision": dataset.revision, "files": files}
+    part = folder / f"{RECORD}.partial"
+    part.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    part.replace(folder / RECORD)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder, some of which may vanish meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total

@@ -1,0 +1,111 @@
+"""What a run takes of each device's memory: said before the first step, and how many rows at once fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hotlap.model.flops import training_bytes
+from hotlap.model.gpt import GPT
+from hotlap.train.data.rows import Batch, check_rows
+from hotlap.train.distributed.sharding import replicas
+from hotlap.train.distributed.world import World
+from hotlap.train.losses import next_token_loss
+
+ROOM = 0.9  # share of the memory that a run may plan with
+GB = 1e9
+
+
+def device_bytes(world: World) -> int:
+    """Memory of a GPU, or this process's share of the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+
+
+def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
+    """Memory of a training step on one rank, by part, with `rows` rows at once: estimated from the shapes."""
+    shards = world.size // replicas(model)
+    return training_bytes(model, rows, model.config.context, shards, model.compute_dtype.itemsize)
+
+
+def check_memory(model: GPT, world: World, rows: int) -> dict[str, int]:
+    """rank_bytes, or a ValueError where what does not depend on the rows is already too much."""
+    parts, there = rank_bytes(model, world, rows), device_bytes(world)
+    fixed = sum(parts.values()) - parts["activations"]
+    if fixed > there:
+        raise ValueError(
+            f"the model takes {fixed / GB:.1f} GB on each rank without any activations, and {world.device} "
+            f"has {there / GB:.1f} GB; train on more GPUs, or a smaller --depth"
+        )
+    return parts
+
+
+def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
+    """Rows of a micro-batch, before the model is there; "auto" is found later, and counts as one row here."""
+    if choice == "all":
+        rows = max(1, batch_rows // world.size)
+    elif choice == "auto":
+        rows = 1
+    elif choice.isdecimal() and int(choice) > 0:
+        rows = int(choice)
+    else:
+        raise ValueError(f"micro_batch={choice!r} must be a number of rows, all (of the step's), or auto")
+    check_rows(batch_rows, rows, world.size)
+    return rows
+
+
+def largest_that_fits(model: GPT, batch_rows: int, world: World) -> int:
+    """The most rows at once that divide the step's and fit the memory, the same on all ranks.
+
+    On a GPU steps of one and of two rows are measured, and more are extrapolated from them, so that none runs
+    out of memory; on a CPU the estimate from the shapes decides.
+    """
+    per_rank = batch_rows // world.size
+    if world.device.type == "cuda" and per_rank > 1:
+        one, two = (measured_bytes(model, world, rows) for rows in (1, 2))
+        fixed, each = 2 * one - two, max(1, two - one)
+    else:
+        parts = rank_bytes(model, world, 1)
+        each = parts["activations"]
+        fixed = sum(parts.values()) - each
+    fit = max(1, int((ROOM * device_bytes(world) - fixed) / each))
+    fit = min(world.gather(fit))
+    return max(rows for rows in range(1, per_rank + 1) if per_rank % rows == 0 and rows <= fit)
+
+
+def measured_bytes(model: GPT, world: World, rows: int) -> int:
+    """Most memory that was in use during the gradient of a micro-batch of random tokens."""
+    ids = torch.randint(model.config.vocab_size, (rows, model.config.context), device=world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)
+    next_token_loss(model, Batch(ids, ids, torch.zeros_like(ids))).backward()
+    model.zero_grad()
+    return torch.cuda.max_memory_allocated(world.device)
+
+
+@contextmanager
+def out_of_memory_explained(world: World, rows: int) -> Iterator[None]:
+    """A MemoryError that says how much there was, and how many rows at once to try instead of `rows`."""
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "not enough memory" in str(error) or "can't allocate memory" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
+            raise
+        peak = ""
+        if world.device.type == "cuda":
+            peak = f" after a peak of {torch.cuda.max_memory_allocated(world.device) / GB:.1f} GB"
+        fewer = max((n for n in range(1, rows) if rows % n == 0), default=0)
+        hint = (
+            f"--micro-batch {fewer} or --micro-batch auto"
+            if fewer
+            else "--recompute block, or a smaller model"
+        )
+        raise MemoryError(
+            f"rank {world.rank} ran out of the {device_bytes(world) / GB:.1f} GB of {world.device}{peak}, "
+            f"with {rows} rows at once; try {hint}"
+        ) from error

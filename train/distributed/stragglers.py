@@ -1,0 +1,90 @@
+"""Ranks that hang or lag: which one it is, and where each of the others stands.
+
+Every rank writes down the step that it begins. Where a step does not end, the one that has not begun it is
+the one that the others wait for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import statistics
+import sys
+import threading
+import time
+
+from hotlap.common.log import log
+from hotlap.train.distributed.world import World
+
+PATIENCE = 0.6  # of the group's timeout, after which the ranks that hang are named
+REPORT = 50  # steps between looks at who is late
+LATE, NOTABLE = (
+    2.0,
+    0.05,
+)  # times the median of the others, and share of a step, from which it is worth a line
+
+
+class Watch:
+    """Of a rank, over its other ones. Alone it does nothing."""
+
+    def __init__(self, world: World):
+        self.world, self.step = world, -1
+        self.began = self.left = time.monotonic()
+        self.late = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+
+    def __enter__(self) -> Watch:
+        if self.world.size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def arrive(self, step: int) -> None:
+        """At the first thing that a step does with the others."""
+        self.step, self.began = step, time.monotonic()
+        self.late += self.began - self.left
+        if self.world.size > 1:
+            self.world.store.set(f"step/{self.world.rank}", str(step))
+
+    def leave(self) -> None:
+        """After the last."""
+        self.began = self.left = time.monotonic()
+
+    def report(self, step: int, seconds: float) -> None:
+        """Every REPORT steps, name the rank that keeps the others waiting. seconds: what a step takes."""
+        if self.world.size == 1 or (step + 1) % REPORT:
+            return
+        late = [total / REPORT for total in self.world.gather(self.late)]
+        self.late = 0.0
+        for rank, mine in enumerate(late):
+            others = statistics.median(late[:rank] + late[rank + 1 :])
+            if mine > LATE * others and mine - others > NOTABLE * seconds and self.world.leads:
+                log.warning(
+                    "rank %d comes to each step after %.3f s, the others after %.3f s (%.1f times): its data "
+                    "or its machine is slow", rank, mine, others, mine / max(others, 1e-9),
+                )  # fmt: skip
+
+    def _look(self) -> None:
+        patience, told = PATIENCE * self.world.timeout, -1
+        while not self._end.wait(patience / 10):
+            if time.monotonic() - self.began < patience or told == self.step:
+                continue
+            told = self.step
+            try:
+                steps = [self._step_of(rank) for rank in range(self.world.size)]
+            except RuntimeError:  # the store is gone, and with it the run
+                return
+            behind = [f"rank {rank} (at step {at})" for rank, at in enumerate(steps) if at < max(steps)]
+            who = f"waiting for {', '.join(behind)}" if behind else "no rank is behind"
+            log.warning(
+                "rank %d has waited %.0f s in step %d: %s; its stacks:", self.world.rank, patience, told, who
+            )
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+    def _step_of(self, rank: int) -> int:
+        key = f"step/{rank}"
+        return int(self.world.store.get(key)) if self.world.store.check([key]) else -1

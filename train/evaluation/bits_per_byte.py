@@ -1,0 +1,72 @@
+"""Loss and bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hotlap.kernels.cross_entropy import IGNORE
+from hotlap.model.gpt import GPT
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import TOKENIZER
+from hotlap.train.data.rows import PackedRows, packed_rows, validation_batches
+from hotlap.train.data.shards import documents_in
+from hotlap.train.data.sources import split_documents
+from hotlap.train.distributed.world import World
+
+BATCH_TOKENS = 16_384  # of the text that is read at a time
+
+
+@torch.no_grad()
+def validation(
+    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, world: World
+) -> dict[str, float]:
+    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens apart.
+
+    Over all rows, each rank taking its part; every rank has to ask.
+    """
+    device = world.device
+    sizes = torch.zeros(model.config.vocab_size, device=device)
+    sizes[: tokenizer.vocab_size] = torch.tensor(tokenizer.byte_counts(), dtype=torch.float32)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of text, bytes of text
+    for batch in validation_batches(rows, batch_rows, world.rank, world.size):
+        batch = batch.to(device)
+        losses = model(
+            batch.inputs, batch.targets, reduction="none", document_start=batch.document_start
+        ).double()
+        targets = batch.targets.flatten()
+        carries = targets != IGNORE
+        size = sizes[targets.clamp(min=0)] * carries
+        sums += torch.stack((losses.sum(), carries.sum(), (losses * (size > 0)).sum(), size.sum()))
+    nats, count, text_nats, text_bytes = world.total(*sums.tolist())
+    if not math.isfinite(nats):
+        raise FloatingPointError("the validation loss is not finite; the model's weights are spoilt")
+    return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
+
+
+def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
+    """What pretraining on a source would validate with, or its first `limit` tokens: shards of a folder, or a
+    part of the documents.
+    """
+    if source.is_dir() and any(source.glob("*.bin")):
+        beside = source / TOKENIZER
+        if beside.is_file() and Tokenizer.load(beside).sha256 != tokenizer.sha256:
+            raise ValueError(f"the shards in {source} were made with another tokenizer than the model's")
+        return packed_rows(source, "validation", tokenizer, context, limit=limit)
+    texts = split_documents(str(source))[1]
+    tokens = np.concatenate([[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)])
+    documents = documents_in(tokens, tokenizer.bos, limit)
+    return PackedRows([lambda: documents], context, 0, shuffle=False)
+
+
+def bits_per_byte(model: GPT, rows: PackedRows, tokenizer: Tokenizer, world: World) -> dict:
+    """validation(), and the number of rows that it read."""
+    batch_rows = max(1, BATCH_TOKENS // model.config.context)
+    scores = validation(model, rows, tokenizer, batch_rows, world)
+    return {
+        "bpb": scores["validation_bpb"], "loss": scores["validation_loss"],
+        "rows": rows.epoch_rows(), "context": model.config.context,
+    }  # fmt: skip

@@ -1,0 +1,187 @@
+"""What a model is worth: loss and bits per byte on held-out text, CORE, what it says, and the share of
+questions answered right.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hotlap.common import options
+from hotlap.common.files import cache_folder
+from hotlap.model.engine import Engine
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import open_model, stage
+from hotlap.train.distributed.world import World, joined
+from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
+from hotlap.train.evaluation.core import evaluate_core
+from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
+from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, greedy, load_engine, question
+
+OPENINGS = (  # letters and spaces alone, which a tokenizer of characters is likely to have
+    "The largest animal that lives in the sea is",
+    "Water freezes when",
+    "In the morning she opened the window and",
+    "A function returns",
+)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score a model: bits per byte of text, CORE, what it says, held-out questions of the built-in tasks."""
+
+    model: Path = Path("runs/tiny/sft")
+    """Run or model directory."""
+    tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
+    """Which of bpb, core and samples, and of a model that converses facts, arithmetic and spelling."""
+    data: Path | None = None
+    """For bpb: text, as for pretraining, or a folder of shards. What validates there is read."""
+    validation_tokens: int = 0
+    """For bpb: tokens that are read, from the start; 0 is all."""
+    core_bundle: Path | None = None
+    """For core: nanochat's folder eval_bundle. It is downloaded where none is named."""
+    max_per_task: int = 0
+    """For core: examples of each of its tasks, nanochat reads 500 while it trains; 0 is all."""
+    out: Path | None = None
+    """A JSON file for the scores, what was said and every wrong answer; it must not exist yet."""
+
+
+def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]]:
+    """The tokens of a few questions, or for a base model of texts to go on with."""
+    if converses:
+        return {text: question(text, tokenizer) for text in QUESTIONS}
+    return {text: [tokenizer.bos, *tokenizer.encode(text)] for text in OPENINGS}
+
+
+KNOWN = ("bpb", "core", "samples", *TASKS)
+
+
+def check(config: EvalConfig) -> None:
+    """Errors that show without the model."""
+    if unknown := [task for task in config.tasks if task not in KNOWN]:
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
+    if config.out and config.out.exists():
+        raise FileExistsError(f"{config.out} exists; name another file by --out")
+    if config.out and not config.out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
+    if "bpb" in config.tasks and config.data is None:
+        raise ValueError("bpb needs text; name it, or a folder of shards, by --data")
+    if config.validation_tokens < 0:
+        raise ValueError(f"validation_tokens={config.validation_tokens} must be 0 (all) or more")
+
+
+def check_stage(config: EvalConfig, trained_for: str | None) -> None:
+    questions = [task for task in config.tasks if task in TASKS]
+    if questions and trained_for == "pretrain":
+        raise ValueError(
+            f"{config.model} is a base model, which was never taught to converse, and {', '.join(questions)} "
+            "would ask it questions; try --tasks samples, bpb or core, or teach it with `hotlap sft`"
+        )
+
+
+def evaluate_model(config: EvalConfig) -> dict:
+    """Run the tasks that config names. Returns, and writes to config.out, scores, samples and wrong answers,
+    with what was measured when and where.
+
+    Data is read before the model is loaded, so that what is wrong with it shows first. Several ranks share
+    bpb and core, and the first does the rest.
+    """
+    began = time.perf_counter()
+    check(config)
+    folder, shape, tokenizer = open_model(config.model)
+    trained_for = stage(folder)
+    converses = trained_for != "pretrain"
+    check_stage(config, trained_for)
+    with joined() as world:
+        rows = (
+            held_out_rows(config.data, tokenizer, shape.context, config.validation_tokens)
+            if "bpb" in config.tasks
+            else None
+        )
+        core_tasks = open_bundle(config, world) if "core" in config.tasks else []
+        prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
+        engine = load_engine(folder, world.device)
+        scores: dict[str, dict] = {}
+        wrong: dict[str, list] = {}
+        samples: list[tuple[str, str]] = []
+        if rows:
+            scores["bpb"] = bits_per_byte(engine.model, rows, tokenizer, world)
+        if core_tasks:
+            scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
+        if world.leads:
+            for task in [task for task in TASKS if task in config.tasks]:
+                scores[task], wrong[task] = examine(engine, task)
+            if prompts:
+                said = greedy(engine, list(prompts.values()))
+                show = engine.spoken if converses else tokenizer.decode
+                samples = [(text, show(ids)) for text, ids in zip(prompts, said, strict=True)]
+        result = {
+            "model": str(config.model), "folder": str(folder), "stage": trained_for,
+            **circumstances(engine), "seconds": round(time.perf_counter() - began, 1),
+            "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
+        }  # fmt: skip
+        if config.out and world.leads:
+            config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def open_bundle(config: EvalConfig, world: World) -> list[Task]:
+    """CORE's tasks from the folder that was named, or from a download that one rank makes."""
+    folder = config.core_bundle
+    if folder is None:
+        with world.leader_first("CORE's bundle"):
+            folder = core_bundle(cache_folder())
+    return read_bundle(folder, config.max_per_task)
+
+
+def circumstances(engine: Engine) -> dict:
+    """When and with what a model is measured."""
+    device = engine.device
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": f"{device.type}, {name}",
+        "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
+        "versions": {
+            "hotlap": importlib.metadata.version("hotlap"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def as_table(result: dict) -> str:
+    """What evaluate_model found, to be read: a line for each score, and the samples."""
+    lines = [f"{result['folder']} on {result['device']}, {result['dtype']}", ""]
+    lines.append(f"{'':34}{'score':>8}{'95 %':>18}{'n':>8}{'centred':>9}")
+    for name, score in result["scores"].items():
+        if name == "bpb":
+            lines.append(f"{name:34}{score['bpb']:8.4f}{'':18}{score['rows']:>8} rows of {score['context']}")
+        elif name == "core":
+            lines.append(line(name, score["core"], score["interval"], len(score["tasks"])) + " tasks")
+            for label, part in score["tasks"].items():
+                shown = line(f"  {label}", part["accuracy"], part["interval"], part["n"])
+                lines.append(f"{shown}{part['centred']:9.4f}")
+        else:
+            lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
+    for text, said in result["samples"]:
+        lines += ["", f"> {text}", said.strip()]
+    return "\n".join(lines)
+
+
+def line(name: str, score: float, interval: list[float], n: int) -> str:
+    return f"{name:34}{score:8.4f}{'{:.4f} to {:.4f}'.format(*interval):>18}{n:>8}"
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap eval`."""
+    print(as_table(evaluate_model(options.parse(EvalConfig, arguments, command="eval"))))

@@ -1,0 +1,213 @@
+"""CORE, the metric of DCLM (arXiv:2406.11794): 22 tasks that a base model solves by reading on.
+
+Prompts, solved examples and decisions are those of nanochat's core_eval.py, so that numbers compare with its
+leaderboard. The tasks themselves are in core_tasks.py.
+"""
+# B rows of a batch, T tokens of a row, D width, V vocab, N tokens that are scored
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from hotlap.common.errors import DataError
+from hotlap.common.log import log
+from hotlap.model.gpt import GPT
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.train.data.rows import prefetch
+from hotlap.train.distributed.world import World
+from hotlap.train.evaluation.core_bundle import Task
+
+SHOTS_SEED = 1234  # nanochat's, on which the solved examples depend
+WINDOW = 256  # examples that are sorted by length at a time
+BATCH_TOKENS = 16_384  # of a batch, padding included
+SCORED_AT_ONCE = 2048  # tokens whose logits are in memory at a time
+Z = 1.959964  # standard deviations to each side of 95 %
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence that the model reads, of which the tokens from `start` to the end are scored."""
+
+    ids: list[int]
+    start: int
+
+
+def candidates(task: Task, example: dict) -> list[str]:
+    """The texts that an example may be: one for each option, or the one that it is."""
+    if task.kind == "multiple_choice":
+        return [f"{example['query']}{task.delimiter}{choice}" for choice in example["choices"]]
+    if task.kind == "schema":
+        end = task.delimiter + example["continuation"]
+        return [context + end for context in example["context_options"]]
+    return [f"{example['context'].strip()}{task.delimiter}{example['continuation']}"]
+
+
+def prompts(task: Task, index: int) -> list[str]:
+    """What the model reads for an example: solved others, then each of its candidates.
+
+    Of language modelling two texts, without and with the continuation, of which the first loses the space at
+    its end: there it would belong to the continuation's first token.
+    """
+    picked = random.Random(SHOTS_SEED + index).sample(range(len(task.examples) - 1), task.shots)
+    others = [task.examples[i + (i >= index)] for i in picked]  # of all but this one
+    opening = "".join(candidates(task, other)[other.get("gold", 0)] + "\n\n" for other in others)
+    example = task.examples[index]
+    if task.kind == "language_modeling":
+        before = (opening + example["context"].strip() + task.delimiter).strip()
+        return [before, opening + candidates(task, example)[0]]
+    return [opening + candidate for candidate in candidates(task, example)]
+
+
+def rows(task: Task, index: int, sequences: list[list[int]]) -> list[Row]:
+    """The sequences of an example's prompts, with where they are scored: after what all begin with, or of a
+    schema in what all end with.
+    """
+    if task.kind == "multiple_choice":
+        start = shared_length(sequences)
+        return [Row(ids, start) for ids in sequences]
+    if task.kind == "schema":
+        shared = shared_length([ids[::-1] for ids in sequences])
+        return [Row(ids, len(ids) - shared) for ids in sequences]
+    before, whole = sequences
+    if len(before) == len(whole) or whole[: len(before)] != before:
+        raise DataError(
+            f"{task.label}, example {index}: the tokens of the prompt do not begin those of prompt and "
+            f"continuation {task.examples[index]['continuation']!r}, so that none can be scored"
+        )
+    return [Row(whole, len(before))]
+
+
+def shared_length(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    for length, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return length
+    return min(map(len, sequences))
+
+
+def cropped(row: Row, context: int, task: Task) -> Row:
+    """The last tokens of a row, as many as the model can read; all that is scored has to be among them."""
+    extra = max(0, len(row.ids) - context)
+    if extra and row.start <= extra:
+        raise ValueError(
+            f"{task.label} scores {len(row.ids) - row.start} tokens of an example, which do not fit the "
+            f"model's context of {context}"
+        )
+    return Row(row.ids[extra:], row.start - extra)
+
+
+Example = tuple[int, list[Row]]  # its index in the task, and what the model reads for it
+
+
+def batches(
+    task: Task, tokenizer: Tokenizer, context: int, rank: int = 0, size: int = 1
+) -> Iterator[list[Example]]:
+    """This rank's examples in batches of similar length, the rows of an example in one batch."""
+    mine = range(rank, len(task.examples), size)
+    for first in range(0, len(mine), WINDOW):
+        texts = {index: prompts(task, index) for index in mine[first : first + WINDOW]}
+        encoded = iter(tokenizer.encode_batch([text for group in texts.values() for text in group]))
+        examples = []
+        for index, group in texts.items():
+            found = rows(task, index, [[tokenizer.bos, *next(encoded)] for _ in group])
+            examples.append((index, [cropped(row, context, task) for row in found]))
+        batch: list[Example] = []
+        held = 0
+        for example in sorted(examples, key=longest):
+            if batch and (held + len(example[1])) * longest(example) > BATCH_TOKENS:
+                yield batch
+                batch, held = [], 0
+            batch.append(example)
+            held += len(example[1])
+        yield batch
+
+
+def longest(example: Example) -> int:
+    return max(len(row.ids) for row in example[1])
+
+
+@torch.inference_mode()
+def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Tensor], list[Tensor]]:
+    """For each row, of the tokens that are scored, their losses in nats, and whether each was the likeliest.
+
+    FloatingPointError where a logit is not finite.
+    """
+    device = model.embedding.weight.device
+    T = max(len(row.ids) for row in read)
+    ids = torch.tensor([row.ids + [tokenizer.bos] * (T - len(row.ids)) for row in read], device=device)
+    places = [(b, t) for b, row in enumerate(read) for t in range(max(row.start, 1), len(row.ids))]
+    b, t = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 2).T
+    hidden, targets = model.hidden(ids)[b, t - 1], ids[b, t]  # (N, D), (N,)
+    losses, likeliest, finite = [], [], []
+    for part, target in zip(hidden.split(SCORED_AT_ONCE), targets.split(SCORED_AT_ONCE), strict=True):
+        logits = model.logits(part)[:, : tokenizer.vocab_size]  # (N, V); the table may be padded
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        likeliest.append(logits.argmax(-1) == target)
+        finite.append(logits.isfinite().all())
+    if not torch.stack(finite).all():
+        raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
+    counts = [len(row.ids) - max(row.start, 1) for row in read]
+    return list(torch.cat(losses).cpu().split(counts)), list(torch.cat(likeliest).cpu().split(counts))
+
+
+def is_right(task: Task, index: int, losses: list[Tensor], likeliest: list[Tensor]) -> bool:
+    if task.kind == "language_modeling":
+        return bool(likeliest[0].all())
+    # An option that only begins another leaves no token to score. Its mean is NaN, which wins where it is the
+    # first and never elsewhere: nanochat's rule by accident, kept because the numbers have to compare.
+    means = [loss.mean().item() for loss in losses]
+    return min(range(len(means)), key=means.__getitem__) == task.examples[index]["gold"]
+
+
+def count_right(model: GPT, tokenizer: Tokenizer, task: Task, world: World, bar: tqdm) -> int:
+    """How many examples of a task a model gets right, all ranks together."""
+    right = 0
+    for batch in prefetch(batches(task, tokenizer, model.config.context, world.rank, world.size)):
+        losses, likeliest = read_on(model, [row for _, read in batch for row in read], tokenizer)
+        first = 0
+        for index, read in batch:
+            part = slice(first, first + len(read))
+            right += is_right(task, index, losses[part], likeliest[part])
+            first += len(read)
+        bar.update(len(batch))
+    return int(world.total(right)[0])
+
+
+def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: World) -> dict:
+    """CORE, the mean over tasks of (accuracy - chance) / (1 - chance), and each task's accuracy, with 95 %
+    intervals: Wilson's of an accuracy, and of CORE the tasks' in quadrature, as if they were independent.
+
+    model: whole on each rank. Prompts that are longer than its context lose their beginning, as nanochat has
+    it for models that name a longest sequence.
+    """
+    total = sum(len(range(world.rank, len(task.examples), world.size)) for task in tasks)
+    scores: dict[str, dict] = {}
+    with tqdm(
+        total=total, unit="example", desc="CORE", dynamic_ncols=True, disable=None if world.leads else True
+    ) as bar:
+        for task in tasks:
+            score = counted(count_right(model, tokenizer, task, world, bar), len(task.examples))
+            centred = (score["accuracy"] - task.chance) / (1 - task.chance)
+            scores[task.label] = score | {"centred": centred, "chance": task.chance, "shots": task.shots}
+            bar.clear()
+            log.info("%s: %.2f %% of %d right", task.label, 100 * score["accuracy"], len(task.examples))
+    core = sum(score["centred"] for score in scores.values()) / len(scores)
+    halves = [(s["interval"][1] - s["interval"][0]) / 2 / (1 - s["chance"]) for s in scores.values()]
+    half = math.hypot(*halves) / len(halves)
+    return {"core": core, "interval": [core - half, core + half], "tasks": scores}
+
+
+def counted(right: int, n: int) -> dict:
+    """accuracy, its 95 % interval by Wilson (1927), and n."""
+    share, spread = right / n, Z * Z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)
+    return {"accuracy": share, "interval": [max(0.0, middle - half), min(1.0, middle + half)], "n": n}

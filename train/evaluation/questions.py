@@ -1,0 +1,82 @@
+"""Held-out questions of the built-in tasks, and the share of them that a model answers right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hotlap.common.log import log
+from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.conversation import render_prompt
+from hotlap.model.engine import Engine
+from hotlap.model.sampling import Sampling
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import load_model
+from hotlap.train.data.sources import split_documents
+from hotlap.train.data.tasks import arithmetic, facts, spelling
+from hotlap.train.evaluation.core import counted
+
+ANSWER_TOKENS = 96
+
+
+SUMS, SPELLINGS = 200, 100  # held-out questions
+
+
+QUESTIONS = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?", "How do you spell python?")
+
+
+def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """The likeliest continuations; FloatingPointError where the model's logits are not finite."""
+    longest = torch.tensor([max(prompts, key=len)], device=engine.device)
+    with torch.inference_mode():
+        if not engine.model(longest).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
+    return engine.complete(prompts, Sampling(temperature=0, max_tokens=ANSWER_TOKENS))
+
+
+def question(text: str, tokenizer: Tokenizer) -> list[int]:
+    return render_prompt([{"role": "user", "content": text}], tokenizer)
+
+
+def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float, list[tuple[str, str, str]]]:
+    """Share of questions whose greedy answer is the expected one, and (question, expected, answer) of the
+    others.
+    """
+    answers = greedy(engine, [question(text, engine.tokenizer) for text, _ in examples])
+    wrong = [
+        (text, expected, answer)
+        for (text, expected), answer in zip(examples, map(engine.spoken, answers), strict=True)
+        if " ".join(answer.split()) != " ".join(expected.split())
+    ]
+    return 1 - len(wrong) / len(examples), wrong
+
+
+TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "facts": facts.held_out,
+    "arithmetic": lambda: arithmetic.held_out(SUMS),
+    "spelling": lambda: spelling.held_out(spelling.words(split_documents("pydocs")[0]), SPELLINGS),
+}
+
+
+def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]]:
+    """Accuracy with its interval and n in one of the built-in tasks, and what was answered wrong."""
+    examples = TASKS[task]()
+    share, wrong = share_right(engine, examples)
+    log.info("%s: %.1f %% of %d right", task, 100 * share, len(examples))
+    return counted(len(examples) - len(wrong), len(examples)), wrong
+
+
+def evaluate_tasks(
+    engine: Engine, tasks: tuple[str, ...] = tuple(TASKS)
+) -> tuple[dict[str, float], dict[str, list]]:
+    """Share of held-out questions answered right for each task, and what was answered wrong."""
+    examined = {task: examine(engine, task) for task in tasks}
+    shares = {task: score["accuracy"] for task, (score, _) in examined.items()}
+    return shares, {task: wrong for task, (_, wrong) in examined.items()}
+
+
+def load_engine(path: Path, device: torch.device | None = None) -> Engine:
+    device = device or default_device()
+    return Engine(*load_model(path, device, fast_dtype(device.type)))

@@ -1,0 +1,231 @@
+"""Muon for the matrices of the blocks, AdamW for everything else, as one optimiser.
+
+Groups, rates and betas are nanochat's. Matrices of one shape are orthogonalised as one batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
+from hotlap.kernels.orthogonalize import orthogonalize
+from hotlap.model.gpt import GPT
+from hotlap.train.distributed.sharding import local
+from hotlap.train.optim.exchange import Exchange, assign_owners
+
+ADAM_EPS = 1e-10
+# While the blocks are still zero, scaling the residual changes nothing, and the scalars have no gradient but
+# rounding errors below 1e-8, which a smaller eps turns into full steps in random directions. A larger one
+# slows what they learn.
+SCALAR_EPS = 1e-8
+MUON_BETA2 = 0.9
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Peak learning rates and weight decay. `train.schedule` scales them over the run."""
+
+    matrix_lr: float = 0.02
+    """Muon, for the matrices of the blocks."""
+    embedding_lr: float = 0.3
+    """AdamW, for the token embedding; value embeddings take half of it."""
+    head_lr: float = 0.008
+    """AdamW, for the output head."""
+    scalar_lr: float = 0.5
+    """AdamW, for the x0 scalars; the residual scalars take a hundredth of it."""
+    weight_decay: float = 0.28
+    """Cautious weight decay of the matrices, as a share per unit of learning rate."""
+
+    def validate(self) -> OptimConfig:
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or more")
+        return self
+
+
+def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
+    """The parameters of the model by name, in the groups that share a rule."""
+    adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at 768 wide
+    groups: dict[str, dict] = {
+        "embedding": {
+            "lr": config.embedding_lr * adamw_rate,
+            "betas": (0.8, 0.995),
+            "weight_decay": 0.001,
+        },
+        "value_embeddings": {
+            "lr": config.embedding_lr / 2 * adamw_rate,
+            "betas": (0.8, 0.995),
+            "weight_decay": 0.01,
+        },
+        "head": {"lr": config.head_lr * adamw_rate, "betas": (0.8, 0.96), "weight_decay": 0.01},
+        "residual_scale": {
+            "lr": config.scalar_lr / 100,
+            "betas": (0.8, 0.95),
+            "weight_decay": 0.05,
+            "eps": SCALAR_EPS,
+        },
+        "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+    }
+    members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks."):
+            members[f"muon {tuple(parameter.shape)}"].append((name, parameter))
+        else:
+            members[next(key for key in groups if name.startswith(key))].append((name, parameter))
+    result = []
+    for key, named in members.items():
+        rule = groups.get(key) or {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+        names, parameters = zip(*named, strict=True)
+        result.append(
+            {
+                "params": list(parameters),
+                "names": names,
+                "muon": key.startswith("muon"),
+                "peak_lr": rule["lr"],
+                "peak_weight_decay": rule["weight_decay"],
+                "eps": ADAM_EPS,
+                **rule,
+            }
+        )
+    return result
+
+
+def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:
+    """part as this rank's share of a tensor that is sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One step of Muon or AdamW for each group. `momentum` applies to the Muon groups and may be changed.
+
+    Works on whole parameters, and on parameters that FSDP2 has sharded by rows: every rank keeps the state of
+    its rows, and orthogonalises the matrices that it owns (exchange.py). State is created here, not at the
+    first step, so that every rank and every checkpoint has the same keys.
+    """
+
+    def __init__(self, model: GPT, config: OptimConfig):
+        super().__init__(parameter_groups(model, config.validate()), {})
+        self.momentum = 0.95
+        self.dtype = model.compute_dtype  # of the orthogonalisation
+        for group in self.param_groups:
+            if group["muon"]:
+                self._add_muon_state(group)
+                continue
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros((), device=parameter.device)
+        self._plan_exchange()
+
+    def _add_muon_state(self, group: dict) -> None:
+        """One buffer a group: the batch is the state, and each parameter has a view of it."""
+        first = local(group["params"][0])
+        count, (M, N) = len(group["params"]), group["params"][0].shape
+        group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): rows of this rank
+        # of whole matrices, the same on all ranks
+        group["second_moment"] = first.new_zeros((count, M, 1) if M >= N else (count, 1, N))
+        for i, parameter in enumerate(group["params"]):
+            state = self.state[parameter]
+            state["momentum"] = sharded_like(parameter, group["momentum_buffer"][i])
+            state["second_moment"] = group["second_moment"][i]
+
+    def _plan_exchange(self) -> None:
+        groups = [group for group in self.param_groups if group["muon"]]
+        mesh = groups[0]["params"][0].device_mesh if isinstance(groups[0]["params"][0], DTensor) else None
+        if mesh is None or mesh.size() == 1:
+            return
+        shapes = [tuple(group["params"][0].shape) for group in groups]
+        owners = assign_owners(
+            [(len(g["params"]), *s) for g, s in zip(groups, shapes, strict=True)], mesh.size()
+        )
+        for group, shape, owned in zip(groups, shapes, owners, strict=True):
+            group["exchange"] = Exchange(shape, owned, mesh)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The matrices travel to their owners while AdamW works, and back while others are orthogonalised."""
+        muon = [group for group in self.param_groups if group["muon"]]
+        updates = {id(group): self._start(group) for group in muon}
+        for group in self.param_groups:
+            if not group["muon"]:
+                self._adamw(group)
+        returned = {id(group): self._orthogonalize(group, updates.pop(id(group))) for group in muon}
+        for group in muon:
+            self._apply(group, *returned.pop(id(group)))
+
+    def _start(self, group: dict) -> Tensor:
+        """The update (G, m, N) of this rank's rows, on its way where there are more ranks."""
+        grad = torch.stack([local(p.grad) for p in group["params"]])  # (G, m, N)
+        beta = torch.tensor(self.momentum, device=grad.device)
+        update = muon_momentum(grad, group["momentum_buffer"], beta, self.dtype)
+        if "exchange" in group:
+            group["exchange"].send(update)
+        return update
+
+    def _orthogonalize(self, group: dict, update: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The orthogonalised update and its squares; nothing yet where they are on their way back."""
+        norm = group["params"][0].shape[0] ** 0.5  # of rows of norm 1
+        if "exchange" not in group:
+            update = orthogonalize(update, norm=norm)
+            return update, muon_squares(update)
+        update = orthogonalize(group["exchange"].receive(), norm=norm)  # (k, M, N)
+        group["exchange"].send_back(update, muon_squares(update))
+        return None, None
+
+    def _apply(self, group: dict, update: Tensor | None, squares: Tensor | None) -> None:
+        if update is None:
+            update, squares = group["exchange"].receive_back()
+        weights = [local(p) for p in group["params"]]
+        M, N = group["params"][0].shape
+        factors = muon_factors(
+            squares.view_as(group["second_moment"]), group["second_moment"], min(M, N), MUON_BETA2
+        )
+        if M >= N and "exchange" in group:  # one a row: those of this rank's rows
+            first = group["exchange"].first_row
+            factors = factors[:, first : first + len(weights[0])]
+        stacked = torch.stack(weights)
+        lr, decay = (
+            torch.tensor(value, device=stacked.device)
+            for value in (group["lr"] * max(1, M / N) ** 0.5, group["weight_decay"])
+        )
+        muon_apply(stacked, update, factors, lr, decay)
+        torch._foreach_copy_(weights, list(stacked.unbind()))
+
+    def _adamw(self, group: dict) -> None:
+        states = [self.state[p] for p in group["params"]]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [local(p) for p in group["params"]],
+            [local(p.grad) for p in group["params"]],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every state tensor with a name that is stable over runs: `blocks.0.mlp.fc.weight/momentum`."""
+        for group in self.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, tensor in self.state[parameter].items():
+                    yield f"{name}/{key}", tensor

@@ -1,0 +1,88 @@
+"""report.md of a run, with its curves as PNG, from metrics.jsonl and config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotlap.common import options
+from hotlap.common.errors import DataError
+from hotlap.common.plots import new_figure
+from hotlap.train.run.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a run's report.md and curves again."""
+
+    run: Path = Path("runs/pretrain")
+    """Directory of the run."""
+
+
+def write_report(run: Path) -> Path:
+    """Write report.md and curves.png into a run's directory, and return the report's path."""
+    if not (run / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"no metrics.jsonl in {run}; name a run's directory")
+    metrics = read_metrics(run / "metrics.jsonl")
+    if not metrics:
+        raise DataError(f"{run / 'metrics.jsonl'} is empty; the run has not made a step yet")
+    last = metrics[-1]
+    evaluated = [m for m in metrics if "validation_loss" in m]
+    speed = sorted(m["tokens_per_second"] for m in metrics)[len(metrics) // 2]
+    utilisation = "n/a (unknown peak)" if last["mfu"] is None else f"{last['mfu']:.1%}"
+    rows = {
+        "steps": f"{last['step'] + 1:,}",
+        "tokens": f"{last['tokens']:,}",
+        "training time": f"{last['seconds']:.0f} s",
+        "tokens/s (median)": f"{speed:,.0f}",
+        "MFU (nanochat's formula)": utilisation,
+        "training loss": f"{last['loss']:.4f}",
+    }
+    if evaluated:
+        rows["validation loss"] = f"{evaluated[-1]['validation_loss']:.4f}"
+        rows["validation bits per byte"] = f"{evaluated[-1]['validation_bpb']:.4f}"
+    lines = [
+        f"# {run.name}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in rows.items()),
+        "",
+    ]
+    if draw_curves(metrics, evaluated, run / "curves.png"):
+        lines += ["![loss and throughput](curves.png)", ""]
+    config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
+    lines += ["## Configuration", "", "```json", config, "```", ""]
+    path = run / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def draw_curves(metrics: list[dict], evaluated: list[dict], path: Path) -> bool:
+    """Loss and tokens/s over the tokens seen; False, with a line in the log, where matplotlib is missing."""
+    figure = new_figure(figsize=(9, 3.4))
+    if figure is None:
+        return False
+    tokens = [m["tokens"] / 1e6 for m in metrics]
+    loss, speed = figure.subplots(1, 2)
+    loss.plot(tokens, [m["loss"] for m in metrics], lw=0.8, label="training")
+    loss.plot(
+        [m["tokens"] / 1e6 for m in evaluated],
+        [m["validation_loss"] for m in evaluated],
+        "o-",
+        label="validation",
+    )
+    loss.set(xlabel="tokens (millions)", ylabel="loss (nats a token)")
+    loss.legend()
+    speed.plot(tokens, [m["tokens_per_second"] / 1e3 for m in metrics], lw=0.8)
+    speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
+    for axes in (loss, speed):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap report`."""
+    print(write_report(options.parse(ReportConfig, arguments, command="report").run))

@@ -1,0 +1,100 @@
+"""What a speedrun will do, said before it does it: size, work, memory, disk, download, time and cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, training_bytes
+from hotlap.train.data import public
+from hotlap.train.data.hub import Plan
+from hotlap.train.distributed.memory import GB, device_bytes
+from hotlap.train.distributed.world import World
+from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.speedruns.records import dollars_per_hour, throughput
+
+
+def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> dict[str, str]:
+    """The plan of `runs` pretrainings, a line for each of its parts. download: what will be, in words."""
+    model = meta_model(config.model)
+    counts, flops = parameter_counts(model), nanochat_flops(model)
+    products = counts["matrices"] + counts["head"]
+    lines = {
+        "parameters": f"{counts['total'] / 1e6:,.1f}M, {products / 1e6:,.1f}M of them in products",
+        "model": f"{config.model.layers} layers of {config.model.width}, context of {config.model.context:,}",
+    }
+    where = f"{world.size} x {device_name(world)}" if world.size > 1 else device_name(world)
+    expected = throughput(device_name(world), world.size, flops)
+    if config.loop.minutes:
+        lines["length"] = f"{config.loop.minutes:g} minutes of training"
+        hours = config.loop.minutes / 60
+    else:
+        tokens = config.tokens
+        lines["length"] = (
+            f"{tokens / 1e6:,.1f}M tokens in {config.loop.steps:,} steps, {flops * tokens:.3g} FLOPs"
+        )
+        hours = tokens / expected.tokens_per_second / 3600 if expected else None
+    if runs > 1:
+        lines["length"] += f", {runs} times"
+    lines |= {"memory": memory(config, world), "disk": disk(config, runs), "download": download, "on": where}
+    if hours is None:
+        lines["time"] = "unknown for this device; hotlap bench speedrun measures it"
+    else:
+        shown = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
+        lines["time"] = f"about {shown}" + (f" each of {runs} runs" if runs > 1 else "")
+        if expected and not config.loop.minutes:
+            lines["time"] += f", at {expected.assumes}"
+    price = dollars_per_hour(device_name(world), world.size)
+    if price and hours is not None:
+        lines["cost"] = f"about ${price[0] * hours * runs:,.2f}, at ${price[0]:g} an hour ({price[1]})"
+    return lines
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def memory(config: PretrainConfig, world: World) -> str:
+    """Of each rank, with one row at once: how many more fit is seen when the model is there."""
+    size = 4 if config.dtype == "float32" else 2
+    parts = training_bytes(meta_model(config.model), 1, config.model.context, world.size, size)
+    row = parts.pop("activations")
+    return (
+        f"about {sum(parts.values()) / GB:.2f} GB and {row / GB:.2f} GB for each row at once, "
+        f"of {device_bytes(world) / GB:.1f} GB on each rank"
+    )
+
+
+def disk(config: PretrainConfig, runs: int) -> str:
+    parts = training_bytes(meta_model(config.model), 1, config.model.context)
+    return (
+        f"about {runs * 2 * (parts['parameters'] + parts['optimizer']) / GB:.2f} GB for two checkpoints"
+        + (" a run" if runs > 1 else "")
+    )
+
+
+def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:
+    """Print a plan, and whether to carry it out: it is agreed to already, or somebody agrees now."""
+    if not world.leads:
+        return True
+    print(f"{title}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()), flush=True)
+    if yes:
+        return True
+    if world.size > 1 or not sys.stdin.isatty():
+        raise ValueError("nobody is here to agree to this plan; give --yes to carry it out")
+    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def download_words(source: str, folder: Path, shards: int, world: World) -> str:
+    """What will be downloaded for `shards` shards to train on."""
+    if not world.leads:
+        return ""
+    return plan_words(public.download_plan(source, folder, shards), folder)
+
+
+def plan_words(found: Plan, folder: Path) -> str:
+    if not found.missing:
+        return f"nothing, {folder} has it"
+    return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, for {folder}"

@@ -1,0 +1,65 @@
+"""What a speedrun came to: result.json, report.md, and its curve beside the records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from hotlap.common.plots import new_figure
+from hotlap.train.run.metrics import read_metrics
+from hotlap.train.speedruns.records import Target
+
+
+def write_result(out: Path, title: str, result: dict) -> None:
+    """result.json, and report.md with the same numbers and the picture."""
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = [f"# {title[0].upper()}{title[1:]}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]
+    if (out / "curves.png").exists():
+        lines += ["", "![the run beside others](curves.png)"]
+    (out / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "n/a"}[value]
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def draw_comparison(runs: list[Path], records: list[Target], score: str, path: Path) -> bool:
+    """Validations of runs over tokens and over seconds of training, beside the records; False, with
+    a line in the log, where matplotlib is missing.
+
+    score: the metric, validation_loss or validation_bpb.
+    """
+    figure = new_figure(figsize=(9, 4))
+    if figure is None:
+        return False
+    for axes, axis in zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), strict=True):
+        for run in runs:
+            lines = [m for m in read_metrics(run / "metrics.jsonl") if score in m]
+            axes.plot([m[axis] for m in lines], [m[score] for m in lines], "o-", ms=3, label=run.name)
+        for record in records:
+            axes.plot(getattr(record, axis), record.score, "x", color="gray")
+            axes.annotate(record.name, (getattr(record, axis), record.score), fontsize=6, rotation=45)
+        axes.set(xlabel=axis, xscale="log" if records else "linear")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.axes[0].set(ylabel=score.replace("_", " "))
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def show_report(out: Path) -> None:
+    print(f"{(out / 'report.md').read_text()}\n{out / 'report.md'}")
+
+
+def talk_to(model: Path) -> int:
+    """Open a conversation with a model, where somebody sits at a terminal; the exit code of that."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return 0
+    return subprocess.call([sys.executable, "-m", "hotlap.cli", "chat", str(model)])

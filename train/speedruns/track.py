@@ -1,0 +1,108 @@
+"""The speedruns that people know, each from the download to the result with its statistics.
+
+The rules are those of their authors; each function says what they ask for. All ranks call it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotlap.common import options
+from hotlap.train.data import public
+from hotlap.train.distributed.sharding import Dtype
+from hotlap.train.distributed.world import joined
+from hotlap.train.presets import gpt2_124m
+from hotlap.train.pretrain import pretrain
+from hotlap.train.speedruns.plan import confirm, download_words, plan
+from hotlap.train.speedruns.records import with_a_loss
+from hotlap.train.speedruns.result import draw_comparison, show_report, write_result
+
+SHARD_TOKENS = 100_000_000  # of FineWeb
+TRACK_LOSS = 3.28
+TRACK_P = 0.01
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Train 124M parameters to a loss of 3.28 on FineWeb, by the rules of modded-nanogpt's main track."""
+
+    out: Path = Path("runs/gpt2-124m")
+    """Directory of the runs and their report."""
+    data: Path = Path("data/fineweb")
+    """Folder of FineWeb's shards in GPT-2's tokens; those that are missing are downloaded."""
+    runs: int = 1
+    """How many times, each with another seed: the rules want a mean below 3.28 with p < 0.01."""
+    micro_batch: str = "auto"
+    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    dtype: Dtype = "auto"
+    """What the model computes in."""
+    yes: bool = False
+    """Do not ask before it starts."""
+
+
+def track_speedrun(config: TrackConfig) -> dict:
+    """The main track of modded-nanogpt, and its result; {} where nobody agreed to the plan.
+
+    Its rules: the tokens of FineWeb's shards as they are; the loss on the first 10,485,760 that validate;
+    compiling and warming up before the clock starts, with the state restored; no clock during validations.
+    """
+    if config.runs < 1:
+        raise ValueError(f"runs={config.runs} must be at least 1")
+    test = one_sided_test() if config.runs > 1 else None
+    recipe = dataclasses.replace(
+        gpt2_124m(), data=str(config.data), micro_batch=config.micro_batch, dtype=config.dtype, resume="auto"
+    ).validate()
+    with joined() as world:
+        shards = math.ceil(recipe.tokens / SHARD_TOKENS)
+        download = download_words("fineweb", config.data, shards, world)
+        title = f"GPT-2 (124M) to a loss of {TRACK_LOSS} on FineWeb"
+        if not confirm(title, plan(recipe, world, download, config.runs), config.yes, world):
+            return {}
+        with world.leader_first("fineweb"):
+            if world.leads:
+                public.fineweb(config.data, shards)
+        folders = [config.out / f"run-{seed}" for seed in range(config.runs)]
+        runs = [
+            pretrain(dataclasses.replace(recipe, out=folder, seed=seed), warm_up=True)
+            for seed, folder in enumerate(folders)
+        ]
+        result = track_result(runs, test)
+        if world.leads:
+            draw_comparison(folders, with_a_loss("gpt2-124m"), "validation_loss", config.out / "curves.png")
+            write_result(config.out, title, result)
+    return result
+
+
+def one_sided_test():
+    try:
+        from scipy.stats import ttest_1samp
+    except ImportError as error:
+        raise ImportError("the p-value of several runs needs scipy: pip install 'hotlap[stats]'") from error
+    return ttest_1samp
+
+
+def track_result(runs: list[dict[str, float]], test) -> dict:
+    """Means over runs, and the p-value of the track's one-sided t-test that the mean loss is below 3.28."""
+    losses = [run["validation_loss"] for run in runs]
+    p = float(test(losses, TRACK_LOSS, alternative="less").pvalue) if len(runs) > 1 else None
+    return {
+        "runs": len(runs),
+        "losses": losses,
+        "mean": statistics.fmean(losses),
+        "sigma": statistics.stdev(losses) if len(runs) > 1 else None,
+        "p": p,
+        "reached": p is not None and p < TRACK_P,
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+        "tokens": runs[0]["tokens"],
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap speedrun gpt2-124m`."""
+    config = options.parse(TrackConfig, arguments, command="speedrun gpt2-124m")
+    if track_speedrun(config):
+        show_report(config.out)

@@ -1,0 +1,149 @@
+"""Whether a step may be taken: numbers that are not finite, and losses or gradients that jump.
+
+Every rank has the same loss and norm, so all of them judge alike without asking each other. Jumps are those
+of OLMo's skip-step: more than six standard deviations above the mean of the last 128 steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from typing import Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hotlap.common.errors import RankLost
+from hotlap.common.log import log
+from hotlap.kernels.cross_entropy import IGNORE
+from hotlap.model.gpt import GPT
+from hotlap.train.data.rows import Batch
+from hotlap.train.distributed.sharding import local, replicas
+from hotlap.train.distributed.world import World
+from hotlap.train.faults import fault
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.step import Outcome
+
+WINDOW, ENOUGH, SIGMAS = 128, 32, 6.0
+MOST_SKIPPED = 10  # steps in a row, after which the run is not worth going on with
+
+Policy = Literal["stop", "skip"]
+
+
+class Judge:
+    """Decides over steps. `recent`: losses and norms of the last steps, which a checkpoint keeps."""
+
+    def __init__(self, policy: Policy, recent: dict[str, list[float]]):
+        self.policy, self.recent = policy, recent
+        self.skipped_in_a_row = 0
+
+    def approves(self, world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> bool:
+        """Whether to update. FloatingPointError where the run has to stop; every rank has to ask."""
+        finite = math.isfinite(outcome.loss) and math.isfinite(outcome.norm)
+        problem = self.jump(step, outcome) if finite else blame(world, step, outcome, model, micro)
+        if finite and (not problem or self.policy == "stop"):
+            if problem:
+                log.warning("%s; --loop.bad-steps skip leaves such steps out", problem)
+            self.remember(outcome)
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        if self.policy == "stop" or self.skipped_in_a_row == MOST_SKIPPED:
+            often = f"; {MOST_SKIPPED} steps in a row were like that" if self.policy == "skip" else ""
+            raise FloatingPointError(
+                f"{problem}{often}; the last checkpoint is whole. Try a lower learning rate"
+                + ("" if often else ", or --loop.bad-steps skip")
+            )
+        log.warning("%s; the step is left out", problem)
+        return False
+
+    def jump(self, step: int, outcome: Outcome) -> str:
+        """What jumped, if anything did."""
+        for name, value in (("loss", outcome.loss), ("norm", outcome.norm)):
+            past = self.recent[name]
+            if len(past) < ENOUGH:
+                continue
+            mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+            if value > mean + SIGMAS * deviation:
+                what = "gradient norm" if name == "norm" else name
+                above = (value - mean) / max(deviation, 1e-30)
+                return (
+                    f"{what} {value:.4g} at step {step} is {above:.1f} standard deviations above the mean of "
+                    f"the last {len(past)} steps, {mean:.4g}"
+                )
+        return ""
+
+    def remember(self, outcome: Outcome) -> None:
+        for name, value in (("loss", outcome.loss), ("norm", outcome.norm)):
+            self.recent[name] = [*self.recent[name], value][-WINDOW:]
+
+
+def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> str:
+    """Which rank's loss, or part of the gradient, is not finite, and on which batch."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    finite = all(bool(g.isfinite().all()) for g in gradients)
+    found = world.gather({"loss": outcome.own, "finite": finite, "batch": batch_name(micro)})
+    guilty = [
+        f"rank {rank} has {what} on batch {report['batch']}"
+        for rank, report in enumerate(found)
+        for what in (
+            [f"loss {report['loss']}"] if not math.isfinite(report["loss"])
+            else ["a gradient that is not finite"] if not report["finite"] else []
+        )
+    ]  # fmt: skip
+    losses = [text for text in guilty if "loss" in text]
+    return f"loss {outcome.loss:.4g}, gradient norm {outcome.norm:.4g} at step {step}: " + ", ".join(
+        losses or guilty
+    )
+
+
+def batch_name(micro: list[Batch]) -> str:
+    """What is to be found again of a batch: the start of the sha256 of its ids, and how many carry loss."""
+    digest = hashlib.sha256()
+    for batch in micro:
+        digest.update(batch.inputs.cpu().numpy().tobytes())
+    targets = sum(int((batch.targets != IGNORE).sum()) for batch in micro)
+    return f"{digest.hexdigest()[:12]} ({targets} targets)"
+
+
+def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> None:
+    """RankLost, naming rank and tensor, where ranks that hold the same numbers hold different ones.
+
+    Those are the optimiser's that every rank keeps whole, the tables of the model, and between replicas every
+    row. A bit that flips in one copy shows nowhere else.
+    """
+    if world.size == 1:
+        return
+    tensors = dict(model.named_buffers()) | dict(optimizer.named_state()) | dict(model.named_parameters())
+    if replicas(model) == 1:
+        tensors = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    if fault("copies", world.rank, step) == "flip":
+        next(t for t in tensors.values() if not isinstance(t, DTensor)).view(-1)[0] += 1
+    mine = {name: (placed(tensor), checksum(local(tensor))) for name, tensor in tensors.items()}
+    found = world.gather(mine)
+    for name in mine:
+        copies: dict[int, dict[int, list[int]]] = {}  # by place and checksum, the ranks
+        for rank, theirs in enumerate(found):
+            place, value = theirs[name]
+            copies.setdefault(place, {}).setdefault(value, []).append(rank)
+        for values in copies.values():
+            if len(values) > 1:
+                odd = ", ".join(map(str, min(values.values(), key=len)))
+                raise RankLost(
+                    f"{name} is not the same on all ranks at step {step}: rank {odd} has another copy. Its "
+                    "memory is not to be trusted; go on from an earlier checkpoint without that machine"
+                )
+
+
+def placed(tensor: torch.Tensor) -> int:
+    """Which shard of a tensor this rank holds; 0 of one that all ranks hold."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    return tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1)
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Of the bits of a float32 tensor, sensitive to their order."""
+    bits = tensor.detach().reshape(-1).view(torch.int32).long()
+    return int((bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum())

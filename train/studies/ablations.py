@@ -1,0 +1,194 @@
+"""What each ingredient of the recipe is worth at small scale: the demo's model without it, or with another in
+its place, at equal time.
+
+`hotlap ablations --seconds 20 --seeds 3 --out DIR`, on a machine with nothing else to do.
+What has a field in the configuration is changed there. What has none is patched here while a variant trains.
+Nothing is tuned again for a variant but the learning rates of AdamW for the matrices, which Muon's says
+nothing of, and of a tied head: the best of their rows counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hotlap.common import options
+from hotlap.common.errors import known
+from hotlap.common.machine import device_name, log_warnings
+from hotlap.kernels.dispatch import default_device
+from hotlap.kernels.rotary import qk_norm_rotary
+from hotlap.model import gpt
+from hotlap.model.gpt import GPT
+from hotlap.train import pretrain
+from hotlap.train.optim import muon_adamw
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.presets import tiny
+from hotlap.train.studies import sweep
+from hotlap.train.studies.sweep import BASE, Variant
+
+FIELDS = {
+    "with value embeddings": "model.value_embeddings=true",
+    "no residual scalars": "model.residual_scalars=false",
+    "no smear": "model.smear=false",
+    "no backout": "model.backout=false",
+    "no softcap": "model.softcap=0.0",
+    "warmdown over 20 %": "schedule.warmdown=0.2",
+    "warmdown to 0": "schedule.final_lr=0.0",
+    "no learning-rate warm-up": "schedule.warmup_steps=0",
+    "momentum 0.95 throughout": "schedule.momentum=[0.95, 0.95, 0.95]",
+    "weight decay 0.28": "optim.weight_decay=0.28",
+    "batch in three stages": "schedule.stages=[[0.25, 1.0], [0.5, 1.0], [1.0, 1.0]]",
+}
+ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # for matrices
+TIED_RATES = (1, 5)  # of the one table, as multiples of the head's
+
+
+@dataclass(frozen=True)
+class AblationsConfig:
+    """Train the demo's base model without each ingredient of its recipe, at equal time on several seeds."""
+
+    seconds: float = 20
+    """Of training for each run."""
+    seeds: int = 3
+    only: tuple[str, ...] = ()
+    """Names of ingredients; all without."""
+    base: str = ""
+    """Assignments that hold for all runs: "loop.clip=1.0 model.layers=2"."""
+    out: Path = Path("runs/ingredients")
+    """Folder of the runs and of the table: sweep.json, sweep.md and sweep.png."""
+
+
+def ablate(config: AblationsConfig) -> list[dict]:
+    """Train them all, and return the rows of the table."""
+    variants = ingredients(options.merge(tiny(), sweep.assignments(config.base), "--base"))
+    chosen = [known(name, variants, "ingredient") for name in config.only] or list(variants)
+    variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}
+    device = default_device()
+    log_warnings(device)
+    return sweep.run_variants(variants, config.seconds, config.seeds, config.out, device_name(device))
+
+
+def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
+    """Every variant by name, the base first."""
+    variants = {BASE: Variant(base)}
+    for name, text in FIELDS.items():
+        variants[name] = Variant(options.merge(base, sweep.assignments(text), name))
+    for name, factor in (("half the batch", 0.5), ("twice the batch", 2)):
+        changed = dataclasses.replace(base, batch_rows=max(1, round(factor * base.batch_rows)))
+        variants[name] = Variant(changed)
+    for rate in ADAMW_RATES:
+        changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, matrix_lr=rate))
+        variants[f"AdamW at {rate:g} for the matrices"] = Variant(changed, adamw_for_matrices)
+    for factor in TIED_RATES:
+        rate = factor * base.optim.head_lr
+        changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, embedding_lr=rate))
+        tied = partial(replaced, pretrain, "GPT", TiedHead)
+        variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied)
+    return variants | {
+        "QK gain 1": Variant(base, partial(replaced, gpt, "QK_GAIN", 1.0)),
+        "random projections": Variant(base, partial(replaced, pretrain, "GPT", RandomProjections)),
+        "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
+        "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),
+        "no rotary": Variant(base, partial(replaced, gpt, "qk_norm_rotary", qk_norm_alone)),
+        "no document masks": Variant(base, partial(replaced, pretrain, "GPT", NoDocumentMasks)),
+    }
+
+
+@contextmanager
+def replaced(module: Any, name: str, other: object) -> Iterator[None]:
+    """What a module calls `name` is `other` for a while."""
+    before = getattr(module, name)
+    setattr(module, name, other)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def adamw_for_matrices() -> Iterator[None]:
+    """Train the matrices of the blocks like the head, by AdamW with betas (0.9, 0.95)."""
+
+    class AdamWForAll(MuonAdamW):
+        def _plan_exchange(self) -> None:
+            """No matrix is orthogonalised, so none travels."""
+
+    groups_of = muon_adamw.parameter_groups
+
+    def groups(*given: object) -> list[dict]:
+        found = groups_of(*given)
+        return [g | {"muon": False, "betas": (0.9, 0.95)} if g["muon"] else g for g in found]
+
+    with replaced(muon_adamw, "parameter_groups", groups), replaced(pretrain, "MuonAdamW", AdamWForAll):
+        yield
+
+
+class RandomProjections(GPT):
+    """Projections back to the residual stream start as GPT-2's, not at 0."""
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> GPT:
+        self.head.weight = self.embedding.weight  # parted where a model left the meta device
+        super().init_weights(seed)
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
+        deviation = 0.02 / (2 * self.config.layers) ** 0.5
+        for block in self.blocks:
+            block.attention.proj.weight.normal_(0, deviation, generator=generator)
+            block.mlp.proj.weight.normal_(0, deviation, generator=generator)
+        return self
+
+
+class NoDocumentMasks(GPT):
+    """Tokens see what lies before them in the row, of other documents too, in training and validation."""
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, *, document_start=None, **more) -> Tensor:
+        return super().forward(ids, targets, **more)
+
+
+class TiedHead(GPT):
+    """One table is embedding and head. It starts small, like a head, which the norm of the embedding does not
+    mind.
+    """
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> GPT:
+        self.head.weight = self.embedding.weight  # parted where a model left the meta device
+        super().init_weights(seed)
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
+        self.embedding.weight.normal_(0, 0.02, generator=generator)
+        return self
+
+
+def linear_gelu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, up.to(x.dtype))), down.to(x.dtype))
+
+
+def rotary_alone(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.cat((a * c + b * s, b * c - a * s), dim=-1).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def qk_norm_alone(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    return qk_norm_rotary(q, k, torch.ones_like(cos), torch.zeros_like(sin), gain)
+
+
+def main(arguments: list[str]) -> None:
+    """`hotlap ablations`."""
+    print(sweep.markdown(ablate(options.parse(AblationsConfig, arguments, command="ablations"))))

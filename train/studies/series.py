@@ -1,0 +1,61 @@
+"""Several runs of one series, one after the other: a shared corpus, and what is done is not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from hotlap.common.errors import Interrupted
+from hotlap.train.data.prepare import prepare
+from hotlap.train.distributed.world import World
+from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.run.folder import METRICS, open_run, run_lock
+from hotlap.train.run.metrics import read_metrics
+
+
+@contextmanager
+def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Path]:
+    """Own the folder of a series, and yield the folder of shards that its runs read: the one that config
+    names, or one that is made in `out` with config's tokenizer.
+    """
+    with ExitStack() as stack:
+        with world.leader_first(f"make the data of {out}"):
+            if world.leads:
+                stack.enter_context(run_lock(out))
+            _, folder = prepare(out, config.data, config.tokenizer, config.model.vocab_size)
+        yield folder
+
+
+def train_once(config: PretrainConfig, world: World, keep: bool) -> dict[str, float]:
+    """The last metrics of a run: from its folder where it is done, else trained, from where it stopped.
+
+    keep: its checkpoints. A ValueError where the folder is of a run with another configuration.
+    """
+    last = world.together(lambda: finished(config) if world.leads else None)[0]
+    if last is None:
+        try:
+            last = pretrain(dataclasses.replace(config, resume="auto"))
+        except Interrupted:
+            raise Interrupted(f"stopped and saved in {config.out}; the same command goes on") from None
+    if world.leads and not keep:
+        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    return last
+
+
+def finished(config: PretrainConfig) -> dict[str, float] | None:
+    """The last line of a run that made all its steps and validated; None where there is more to do."""
+    if not (config.out / METRICS).exists():
+        return None
+    open_run(config.out, dataclasses.replace(config, resume="auto"), resume=True)  # or it is of another
+    last = (read_metrics(config.out / METRICS) or [{}])[-1]
+    done = last.get("step") == config.loop.steps - 1 and last.get("validation_bpb") is not None
+    return last if done else None
+
+
+def step_seconds(run: Path, skip: int) -> list[float]:
+    """Seconds of each step of a run but its first ones."""
+    ends = [line["seconds"] for line in read_metrics(run / METRICS)]
+    return [after - before for before, after in zip(ends[skip - 1 :], ends[skip:], strict=False)]
