@@ -27,7 +27,7 @@ from hotlap.common.machine import device_name, log_warnings
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
-from hotlap.train.data.rows import Batch, PackedRows, prefetch, step_batches
+from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
 from hotlap.train.data.shards import shard_documents, shard_paths
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import PRETRAIN, gpt2_grade, weights_in_products
@@ -208,7 +208,7 @@ def shard_batches(folder: Path) -> Batches:
         steps_ = step_batches(
             rows, batch_rows=count * world.size, micro_rows=count, rank=world.rank, world=world.size
         )
-        with contextlib.closing(prefetch(steps_)) as found:
+        with contextlib.closing(made_ahead(steps_, world.device)) as found:
             yield found
 
     return batches

@@ -32,7 +32,7 @@ from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
-from hotlap.train.data.rows import Batch, PackedRows, prefetch, step_batches
+from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
 from hotlap.train.data.shards import shard_documents, write_shard
 from hotlap.train.distributed.sharding import accumulate, local, materialize, parallelize
 from hotlap.train.distributed.world import World, joined
@@ -181,7 +181,7 @@ def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> It
         write_shard(path, tokens, shape.vocab_size)
         rows = PackedRows([partial(shard_documents, path, shape.vocab_size, BOS)], shape.context, seed=0)
         steps_ = step_batches(rows, batch_rows=together, micro_rows=count, rank=world.rank, world=world.size)
-        with contextlib.closing(prefetch(steps_)) as batches:
+        with contextlib.closing(made_ahead(steps_, world.device)) as batches:
             yield batches
 
 
@@ -267,7 +267,7 @@ def step_seconds(
     watch.mark()
     for i, batch in enumerate(some):
         accumulate(model, i, micro)
-        loss = next_token_loss(model, batch) / tokens
+        loss = next_token_loss(model, batch)[0] / tokens
         watch.mark()
         loss.backward()
         watch.mark()

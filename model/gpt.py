@@ -8,6 +8,7 @@ it is built on any device, `meta` included, and `init_weights` fills it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -163,34 +164,56 @@ class GPT(nn.Module):
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             block.attention.window = min(window, -(-int(share * window) // 128) * 128)
 
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> GPT:
-        """Fill every parameter and table from `seed`, wherever the model lies, and return self."""
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """The first value of each parameter and table, whole, by name. A seed means them in this order."""
         c = self.config
-        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        device = self.embedding.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
         bound = 3**0.5 * c.width**-0.5  # uniform with standard deviation 1 / sqrt(width)
-        self.embedding.weight.normal_(0, 0.8, generator=generator)
-        self.head.weight.normal_(0, 0.001, generator=generator)
-        for block in self.blocks:
-            block.attention.qkv.weight.uniform_(-bound, bound, generator=generator)
-            block.attention.proj.weight.zero_()  # each block starts as the identity
-            block.mlp.fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
-            block.mlp.proj.weight.zero_()
-            if block.attention.value_gate is not None:
-                block.attention.value_gate.weight.uniform_(0, 0.02, generator=generator)
-        for table in self.value_embeddings.values():
-            table.weight.uniform_(-bound, bound, generator=generator)
+
+        def normal(parameter: Tensor, deviation: float) -> Tensor:
+            return torch.empty(parameter.shape, device=device).normal_(0, deviation, generator=generator)
+
+        def uniform(parameter: Tensor, low: float, high: float) -> Tensor:
+            return torch.empty(parameter.shape, device=device).uniform_(low, high, generator=generator)
+
+        yield "embedding.weight", normal(self.embedding.weight, 0.8)
+        yield "head.weight", normal(self.head.weight, 0.001)
+        for i, block in enumerate(self.blocks):
+            attention, mlp = block.attention, block.mlp
+            yield f"blocks.{i}.attention.qkv.weight", uniform(attention.qkv.weight, -bound, bound)
+            # projections start at zero, so that each block starts as the identity
+            yield f"blocks.{i}.attention.proj.weight", torch.zeros(attention.proj.weight.shape)
+            yield f"blocks.{i}.mlp.fc.weight", uniform(mlp.fc.weight, -0.4 * bound, 0.4 * bound)
+            yield f"blocks.{i}.mlp.proj.weight", torch.zeros(mlp.proj.weight.shape)
+            if attention.value_gate is not None:
+                yield f"blocks.{i}.attention.value_gate.weight", uniform(attention.value_gate.weight, 0, 0.02)
+        for layer, table in self.value_embeddings.items():
+            yield f"value_embeddings.{layer}.weight", uniform(table.weight, -bound, bound)
         if c.residual_scalars:
-            self.residual_scale.copy_(torch.linspace(1.15, 1.05, c.layers))
-            self.x0_scale.copy_(torch.linspace(0.20, 0.05, c.layers))
+            yield "residual_scale", torch.linspace(1.15, 1.05, c.layers)
+            yield "x0_scale", torch.linspace(0.20, 0.05, c.layers)
         if c.smear:
-            self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
-            self.smear_scale.zero_()
+            yield "smear_gate.weight", uniform(self.smear_gate.weight, 0, 0.02)
+            yield "smear_scale", torch.zeros(1)
         if c.backout:
-            self.backout_scale.fill_(0.2)
-        cos, sin = rotary_tables(c.context, c.head_dim, ROPE_BASE, self.cos.device)
-        self.cos.copy_(cos)
-        self.sin.copy_(sin)
+            yield "backout_scale", torch.tensor([0.2])
+        yield from zip(("cos", "sin"), rotary_tables(c.context, c.head_dim, ROPE_BASE, device), strict=True)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> GPT:
+        """Fill every parameter and table from `seed`, wherever the model lies, and return self.
+
+        write: puts a whole value into a parameter, of which a rank may hold some rows. ValueError names a
+        parameter without a first value.
+        """
+        given = set()
+        for name, whole in self.initial_weights(seed):
+            module, _, leaf = name.rpartition(".")
+            write(getattr(self.get_submodule(module), leaf), whole)
+            given.add(name)
+        if missing := {name for name, _ in (*self.named_parameters(), *self.named_buffers())} - given:
+            raise ValueError(f"{', '.join(sorted(missing))}: no first value; give one in initial_weights")
         return self
 
     def forward(

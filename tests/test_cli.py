@@ -22,7 +22,7 @@ from helpers.commands import (
 
 from hotlap.cli import COMMANDS, main
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train import pretrain
+from hotlap.train import pretrain, stage
 
 
 def test_alone_it_lists_the_commands(capsys):
@@ -223,28 +223,28 @@ def test_a_disk_that_is_too_small_is_named_with_both_numbers(work, capsys, monke
 
 def test_a_loss_that_explodes_names_the_step(work, capsys, monkeypatch):
     real = pretrain.next_token_loss
-    monkeypatch.setattr(pretrain, "next_token_loss", lambda *given: real(*given) * float("nan"))
+    monkeypatch.setattr(pretrain, "next_token_loss", lambda *given: (real(*given)[0] * float("nan"), {}))
     assert_error(capsys, pretrain_here(), 1, "loss nan", "at step 0", "lower learning rate")
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(work, capsys, monkeypatch):
-    real = pretrain.prefetch
+    real = stage.made_ahead
 
-    def stopped(items):
-        for i, item in enumerate(real(items)):
+    def stopped(items, device):
+        for i, item in enumerate(real(items, device)):
             if i == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "prefetch", stopped)
+        patch.setattr(stage, "made_ahead", stopped)
         assert pretrain_here() == INTERRUPTED
         last = capsys.readouterr().err.splitlines()[-1]
         assert "after step 2 of 4" in last and "--resume" in last
     assert pretrain_here("--resume", "auto") == 0
-    assert "going on after step 2" in capsys.readouterr().err
+    assert "resuming after step 2" in capsys.readouterr().err
 
 
 def test_a_plain_failure_of_ours_is_called_a_bug(work, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, "describe", lambda *given: {}["no such key"])
+    monkeypatch.setattr(stage, "describe", lambda *given: {}["no such key"])
     assert_error(capsys, pretrain_here(), 70, "KeyError", "a bug", "--debug")

@@ -1,4 +1,4 @@
-"""The one training loop. A stage is two values: an iterator of batches and a loss."""
+"""The one training loop, for any iterator of batches and any loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
@@ -19,15 +18,17 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.memory import out_of_memory_explained
-from hotlap.train.distributed.stragglers import Watch
+from hotlap.train.distributed.stragglers import Stragglers
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
+from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
 from hotlap.train.run.checkpoint import Saver, check_space
 from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
-from hotlap.train.step import rehearsed, take_step
+from hotlap.train.run.state import RunState
+from hotlap.train.step import Outcome, rehearsed, take_step
 from hotlap.train.step_checks import Judge, Policy, check_copies
 
 
@@ -68,106 +69,109 @@ def fit(
     optimizer: MuonAdamW,
     tokenizer: Tokenizer,
     batches: Iterator[list[Batch]],
-    loss_fn: Callable[[GPT, Batch], Tensor],
+    loss: Loss,
     *,
     world: World,
     run: Path,
-    start: int = 0,
-    state: dict | None = None,
+    state: RunState | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     profile: bool = False,
     warm_up: bool = False,
 ) -> dict[str, float]:
-    """Train from step `start` to the end, and return the last metrics.
+    """Train from where `state` is to the end, and return the last metrics.
 
-    batches: for each step, this rank's micro-batches. loss_fn: the sum of the loss over a micro-batch's
-    targets; gradients are those of the sum over the step, on all ranks, divided by all its targets. state:
-    kept in checkpoints, and grows by the seconds and tokens of training. A SIGINT, SIGTERM or SIGUSR1 to any
-    rank saves and raises Interrupted on all. warm_up: compile first, on steps that are undone; with
-    `minutes`, always.
+    batches: for each step from there on, this rank's micro-batches. loss: see losses.py. state: kept in
+    checkpoints. warm_up: compile first, on steps that are undone; with `minutes`, always. A SIGINT, SIGTERM
+    or SIGUSR1 to any rank saves and raises Interrupted on all.
     """
-    state = {"seconds": 0.0, "tokens": 0, "skipped": 0, "recent": {"loss": [], "norm": []}} | (state or {})
-    finished, clock = state.get("finished", start == config.steps), Clock(config)
+    state = state or RunState()
+    finished = state.finished or state.step == config.steps
+    clock, judge = Clock(config), Judge(config.bad_steps, state.recent)
+    metrics_of = step_metrics(model, world)
     if world.leads:
         check_space(run, model, optimizer)
-    judge = Judge(config.bad_steps, state["recent"])
-    flops, peak = nanochat_flops(model), peak_flops(world.device)
     with (
         Saver(run, world) as saver,
-        Progress(run, clock.steps, start, world.leads) as progress,
-        Watch(world) as watch,
+        Progress(run, clock.steps, state.step, world) as progress,
+        Stragglers(world) as stragglers,
         StopRequest() as stop,
         profiled(run if profile else None, world) as profile_step,
     ):
         if (warm_up or config.minutes) and not finished:
-            batches = rehearsed(model, optimizer, schedule, batches, loss_fn, world)
-        last = (progress.last or state["last"]) if start else {}
-        behind = start and world.leads and progress.last.get("step", -1) < start - 1
-        if world.total(behind)[0]:  # killed between its checkpoint and its line
-            evaluated = evaluate() if evaluate and finished else {}
-            progress.show(state["last"], evaluated, 1.0 * finished)
-            last = state["last"] | evaluated
-        for step in range(start, start if finished else config.steps):
+            batches = rehearsed(model, optimizer, schedule, batches, loss, world)
+        last = progress.resume(state, evaluate)
+        for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
             micro = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
             fault("step", world.rank, step)
-            watch.arrive(step)
+            stragglers.arrive(step)
             weight, tokens, stopping, seconds = world.total(
                 sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked,
-                state["seconds"] if world.leads else 0.0,
+                state.seconds if world.leads else 0.0,
             )  # fmt: skip
             share = set_schedule(model, optimizer, schedule, step, clock.over(step, seconds))
             done = clock.last(step, seconds)
             with out_of_memory_explained(world, len(micro[0].inputs)):
-                outcome = take_step(model, micro, loss_fn, weight, config.clip, world, step)
+                outcome = take_step(model, micro, loss, weight, config.clip, world, step)
                 good = judge.approves(world, step, outcome, model, micro)
                 if good:
                     optimizer.step()
             optimizer.zero_grad()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
-            watch.leave()
+            stragglers.leave()
             seconds = time.perf_counter() - began
-            state["seconds"] += seconds
-            state["tokens"] += int(tokens)
-            state["skipped"] += not good
-            last = {
-                "step": step,
-                "loss": outcome.loss,
-                "gradient_norm": outcome.norm,
-                "lr_share": share,
-                "tokens_per_second": tokens / seconds,
-                "mfu": mfu(flops, tokens / seconds / world.size, peak),
-                "data_wait": waited,
-                "skipped": state["skipped"],
-                "seconds": state["seconds"],
-                "tokens": state["tokens"],
-            }
-            state["last"], state["recent"] = last, judge.recent
-            watch.report(step, seconds)
+            state.step, state.finished, state.recent = step + 1, done, judge.recent
+            state.seconds, state.tokens = state.seconds + seconds, state.tokens + int(tokens)
+            state.skipped += not good
+            state.last = metrics_of(state, outcome, share, tokens / seconds, waited)
+            stragglers.report(step, seconds)
             profile_step()
-            state["finished"] = done
-            if done or (step + 1) % config.save_every == 0 or stopping:
+            if done or state.step % config.save_every == 0 or stopping:
                 check_copies(world, model, optimizer, step)
-                saver.save(step + 1, model, optimizer, tokenizer, state)
+                saver.save(model, optimizer, tokenizer, state)
             evaluated = {}
-            if evaluate and not stopping and (done or (step + 1) % config.evaluate_every == 0):
+            if evaluate and not stopping and (done or state.step % config.evaluate_every == 0):
                 if done:
                     saver.finish()  # before anything else can go wrong
                 evaluated = evaluate()
-                watch.leave()
-            progress.show(last, evaluated, clock.over(step + 1, state["seconds"]))
-            last = last | evaluated
+                stragglers.leave()
+            progress.show(state.last, evaluated, clock.over(state.step, state.seconds))
+            last = state.last | evaluated
             if done:
                 break
             if stopping:
                 saver.finish()
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {clock.steps or 'a timed run'}, saved in {run}; the "
+                    f"stopped after step {state.step} of {clock.steps or 'a timed run'}, saved in {run}; the "
                     "same command with --resume auto goes on (make demo needs no flag)"
                 )
-    return world.gather(last)[0]  # what rank 0 has counted
+    return world.gather(last)[0]  # as rank 0 has measured
+
+
+def step_metrics(model: GPT, world: World) -> Callable[..., dict[str, float]]:
+    """A function that makes the line of metrics.jsonl for a step."""
+    flops, peak = nanochat_flops(model), peak_flops(world.device)
+
+    def metrics_of(
+        state: RunState, outcome: Outcome, lr_share: float, tokens_per_second: float, waited: float
+    ) -> dict[str, float]:
+        return {
+            "step": state.step - 1,
+            "loss": outcome.loss,
+            **outcome.metrics,
+            "gradient_norm": outcome.norm,
+            "lr_share": lr_share,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu(flops, tokens_per_second / world.size, peak),
+            "data_wait": waited,
+            "skipped": state.skipped,
+            "seconds": state.seconds,
+            "tokens": state.tokens,
+        }
+
+    return metrics_of
 
 
 class Clock:

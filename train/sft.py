@@ -2,68 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import statistics
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from hotlap.common import options
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER, load_weights, open_model
+from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.train.data.conversations import (
     conversation_digests,
     conversation_rows,
     conversations_of,
     download_smoltalk,
 )
-from hotlap.train.data.rows import PackedRows, prefetch, step_batches
+from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.sources import SPLITS
-from hotlap.train.distributed.memory import check_memory, largest_that_fits, micro_batch_rows
-from hotlap.train.distributed.sharding import (
-    Recompute,
-    compiles,
-    compute_dtype,
-    materialize,
-    parallelize,
-    use_fp8,
-)
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
-from hotlap.train.loop import LoopConfig, fit
+from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
-from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all, rows_share, stage_rows
-from hotlap.train.run.folder import open_run, resume_from, run_lock
-from hotlap.train.run.report import write_report
+from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all, stage_rows
+from hotlap.train.stage import Stage, StageConfig, check_machine, opened, row_batches, train
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Teach a base model to converse."""
+class SFTConfig(StageConfig):
+    """Fine-tune a base model on conversations."""
 
     out: Path = Path("runs/sft")
-    """Directory of the run."""
     base: Path = Path("runs/pretrain")
     """Run or model directory to start from."""
     data: str = "tasks"
     """tasks (facts, sums, spelling, greetings), smoltalk (which is downloaded) with the tasks, or a .jsonl or
     .parquet file of {"messages": [...]} lines or rows."""
-    batch_rows: int = 16
-    """Rows of the model's context in a step."""
     epochs: float = 0.0
     """Passes over the conversations, at least: more steps than loop.steps where those are fewer passes."""
-    micro_batch: str = "all"
-    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
-    recompute: Recompute = "none"
-    """Activations that are computed again for the backward pass, to save memory."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
@@ -71,80 +49,41 @@ class SFTConfig:
         )
     )
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(500))
-    seed: int = 0
-    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
-    """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large products."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on a GPU always, on a CPU for runs long enough to earn it back."""
-    resume: str = "no"
-    """Go on with a run: auto (from its newest checkpoint that is whole), or the path of a checkpoint."""
 
     def validate(self) -> SFTConfig:
-        if self.batch_rows < 1:
-            raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
+        super().validate()
         if not 0 <= self.epochs < float("inf"):
             raise ValueError(f"epochs={self.epochs} must be 0 (loop.steps alone count) or more")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
-        self.optim.validate()
-        self.loop.validate()
-        self.schedule.validate(self.loop.minutes)
         return self
 
 
-def fine_tune(config: SFTConfig, profile: bool = False) -> dict[str, float]:
+def fine_tune(config: SFTConfig) -> dict[str, float]:
     """Run the fine-tuning that config describes, on all ranks, and return its last metrics."""
     config = config.validate()
-    with joined() as world, ExitStack() as stack:
-        common_rows = math.gcd(*stage_rows(config.schedule, config.batch_rows))
-        micro_rows = micro_batch_rows(config.micro_batch, common_rows, world)
-        dtype = compute_dtype(config.dtype, world.device)
+    with joined() as world:
+        check_machine(config, world)
         base, shape, tokenizer = open_model(config.base)
         if config.data == "smoltalk":
             with world.leader_first("smoltalk"):
                 if world.leads:
                     download_smoltalk()
-        rows, held_out_rows = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
-        train, held_out = conversation_digests(rows), conversation_digests(held_out_rows)
-        if same := len(set(train) & set(held_out)):
+        rows, held_out = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
+        trained, validated = conversation_digests(rows), conversation_digests(held_out)
+        if same := len(set(trained) & set(validated)):
             log.info("%d conversations are in training and in validation", same)
         rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
-        loop = replace(config.loop, steps=max(config.loop.steps, epoch_steps(config, rows)))
-        with world.leader_first(f"open {config.out}"):
-            if world.leads:
-                stack.enter_context(run_lock(config.out))
-                open_run(config.out, config, config.resume != "no")
-            check_tokenizer(config.out / TOKENIZER, tokenizer)
-        with torch.device("meta"):
-            model = GPT(shape, dtype)
-        use_fp8(model, config.dtype)
-        parallelize(model, world, config.recompute, compiles(config.compile, world.device, loop.steps))
-        check_memory(model, world, micro_rows)
-        materialize(model, world.device, config.seed)
-        load_weights(model, base)
-        optimizer = MuonAdamW(model, config.optim)
-        start, state = resume_from(config.out, config.resume, model, optimizer, world)
-        data_id = hashlib.sha256(b"".join(train)).hexdigest()
-        if state and state.get("data") != data_id:
-            raise ValueError(f"{config.out} was started on other conversations than {config.data} holds now")
-        if config.micro_batch == "auto":
-            micro_rows = largest_that_fits(model, common_rows, world)
-        epochs = rows_in_all(config.schedule, config.batch_rows, loop.steps) / rows.epoch_rows()
-        log.info(
-            "%s: %d conversations in %d rows, %.1f epochs", config.out, len(train), rows.epoch_rows(), epochs
-        )
-        evaluate = partial(validation, model, held_out_rows, tokenizer, micro_rows, world)
-        last = fit(
-            loop, config.schedule, model, optimizer, tokenizer,
-            prefetch(step_batches(rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start,
-                                  rank=world.rank, world=world.size,
-                                  share=rows_share(config.schedule, loop.steps))),
-            next_token_loss, world=world, run=config.out, start=start,
-            state=state | {"stage": "sft", "data": data_id}, evaluate=evaluate, profile=profile,
+        steps = max(config.loop.steps, epoch_steps(config, rows))
+        epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows.epoch_rows()
+        stage = Stage(
+            "sft", shape, tokenizer, next_token_loss,
+            batches=row_batches(rows, config, steps, world),
+            evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
+            data=hashlib.sha256(b"".join(trained)).hexdigest(), source=config.data,
+            about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {epochs:.1f} epochs",
+            loop=dataclasses.replace(config.loop, steps=steps), base=base,
         )  # fmt: skip
-        if world.leads:
-            write_report(config.out)
-        return last
+        with opened(config, world, lambda: check_tokenizer(config.out / TOKENIZER, tokenizer)):
+            return train(config, stage, world)
 
 
 def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> PackedRows:
@@ -165,13 +104,13 @@ def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """The run's tokenizer is the base model's, and stays so when the run goes on."""
+    """The run's tokenizer is the base model's, and stays so when the run is resumed."""
     if not path.exists():
         tokenizer.save(path)
     elif (saved := Tokenizer.load(path)).sha256 != tokenizer.sha256:
         raise ValueError(
             f"{path} has sha256 {saved.sha256[:12]}..., the base tokenizer {tokenizer.sha256[:12]}...; "
-            "a run goes on with the base that it started from"
+            "resume a run with the base that it started from"
         )
 
 

@@ -3,66 +3,72 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import accumulate, local, replicas
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
+from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
+
+REHEARSALS = 2  # of each stage: the second meets what the first has left, such as gradients that are None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Of a step, equal on all ranks but for `own`."""
 
-    loss: float  # mean over all targets
+    loss: float  # mean over the weight of the step
     norm: float  # of the gradient of that, before it is clipped
-    own: float  # sum of the loss over the targets of this rank
+    metrics: dict[str, float]  # means of what the loss returned besides
+    own: float  # sum of the loss on this rank
 
 
 def take_step(
     model: GPT,
     micro: list[Batch],
-    loss_fn: Callable[[GPT, Batch], Tensor],
+    loss: Loss,
     weight: float,
     clip: float,
     world: World,
     step: int = 0,
 ) -> Outcome:
-    """Gradients of the sum of the losses divided by weight, the number of targets on all ranks."""
+    """Gradients of the sum of the losses divided by weight, that of all batches on all ranks."""
     if weight == 0:
         raise ValueError("a step without a single target; every row of its batch is masked")
     own = torch.zeros((), device=world.device)
+    metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
         accumulate(model, i, len(micro))
-        loss = loss_fn(model, batch)
+        value, found = loss(model, batch)
         if i == 0 and fault("loss", world.rank, step) == "nan":
-            loss = loss * float("nan")
-        (loss / weight).backward()
-        own += loss.detach()
+            value = value * float("nan")
+        (value / weight).backward()
+        own += value.detach()
+        metrics = {name: metrics.get(name, 0) + tensor.detach() for name, tensor in found.items()}
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if action := fault("gradient", world.rank, step):
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
     norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows, which its replicas have too
-    sums = torch.stack((own.double(), norm.double().square() / replicas(model)))
+    sums = torch.stack(
+        [own.double(), norm.double().square() / replicas(model), *(m.double() for m in metrics.values())]
+    )
     if world.size > 1:
         dist.all_reduce(sums)
-    total, square, mine = torch.cat((sums, own.double()[None])).tolist()
+    *totals, mine = torch.cat((sums, own.double()[None])).tolist()
+    total, square, *means = totals
     norm = square**0.5
     if clip and norm > clip:
         torch._foreach_mul_(gradients, clip / norm)
-    return Outcome(total / weight, norm, mine)
-
-
-REHEARSALS = 2  # of each stage: the second meets what the first has left, such as gradients that are None
+    means = {name: mean / weight for name, mean in zip(metrics, means, strict=True)}
+    return Outcome(total / weight, norm, means, mine)
 
 
 @torch.no_grad()
@@ -71,11 +77,11 @@ def rehearsed(
     optimizer: MuonAdamW,
     schedule: ScheduleConfig,
     batches: Iterator[list[Batch]],
-    loss_fn: Callable[[GPT, Batch], Tensor],
+    loss: Loss,
     world: World,
 ) -> Iterator[list[Batch]]:
-    """Take steps of every stage of the schedule, with a real batch, and leave model, optimiser and batches as
-    they were: what it returns yields all batches, from the first on.
+    """Compile what the run will need before the clock starts: take steps of every stage of the schedule, with
+    a real batch, and undo them. What it returns yields all batches, from the first on.
     """
     tensors = [local(t) for t in itertools.chain(model.parameters(), (t for _, t in optimizer.named_state()))]
     before = [tensor.to("cpu", copy=True) for tensor in tensors]
@@ -86,7 +92,7 @@ def rehearsed(
         set_schedule(model, optimizer, schedule, 0, i / len(schedule.stages))
         for _ in range(REHEARSALS):
             with torch.enable_grad():
-                take_step(model, micro, loss_fn, weight, 0.0, world, step=-1)
+                take_step(model, micro, loss, weight, 0.0, world, step=-1)
             optimizer.step()
             optimizer.zero_grad()
     for tensor, value in zip(tensors, before, strict=True):

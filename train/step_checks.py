@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from hotlap.common.errors import RankLost
 from hotlap.common.log import log
-from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import local, replicas
@@ -99,12 +98,11 @@ def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Bat
 
 
 def batch_name(micro: list[Batch]) -> str:
-    """What is to be found again of a batch: the start of the sha256 of its ids, and how many carry loss."""
+    """What finds a batch again: the start of the sha256 of its ids, and its weight, that is its targets."""
     digest = hashlib.sha256()
     for batch in micro:
         digest.update(batch.inputs.cpu().numpy().tobytes())
-    targets = sum(int((batch.targets != IGNORE).sum()) for batch in micro)
-    return f"{digest.hexdigest()[:12]} ({targets} targets)"
+    return f"{digest.hexdigest()[:12]} (weight {sum(batch.weight for batch in micro):g})"
 
 
 def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> None:

@@ -12,6 +12,7 @@ from hotlap.train import pretrain
 from hotlap.train.distributed.world import joined
 from hotlap.train.run.checkpoint import Saver
 from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.state import RunState
 
 
 @pytest.mark.parametrize("point", ["made", "shards", "manifest", "rename"])
@@ -47,7 +48,7 @@ def test_a_checkpoint_that_is_being_written_is_not_lost_by_an_error_in_training(
     monkeypatch.setenv("FAULT", "checkpoint-manifest:0:3:sleep=0.3")
     with joined() as world:
         with pytest.raises(ZeroDivisionError), Saver(tmp_path, world) as saver:
-            saver.save(3, *built(), TOKENIZER, {})
+            saver.save(*built(), TOKENIZER, RunState(step=3))
             raise ZeroDivisionError
         assert_all_whole(world, tmp_path)
         assert load_newest(world, tmp_path)[0] == 3
@@ -84,8 +85,8 @@ def test_what_is_not_finite_is_not_published(tmp_path, kind, value):
         with torch.no_grad():
             tensors[name][-1, -1] = value
         saver = Saver(tmp_path, world)
-        saver.save(6, model, states, TOKENIZER, {})
+        saver.save(model, states, TOKENIZER, RunState(step=6))
         with pytest.raises(FloatingPointError, match=f"{name} is not finite after step 6"):
-            saver.save(9, model, states, TOKENIZER, {})
+            saver.save(model, states, TOKENIZER, RunState(step=9))
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
         assert load_newest(world, tmp_path) == (3, held[3])

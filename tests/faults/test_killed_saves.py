@@ -21,6 +21,7 @@ from hotlap.model.weights import run_checkpoints
 from hotlap.train.distributed.world import joined
 from hotlap.train.run import checkpoint
 from hotlap.train.run.checkpoint import Saver
+from hotlap.train.run.state import RunState
 
 BEFORE = ["checkpoint-made", "checkpoint-shards", "checkpoint-manifest", "checkpoint-rename"]
 AFTER = ["checkpoint-renamed", "checkpoint-retention"]
@@ -113,7 +114,7 @@ def test_wherever_the_power_is_cut_a_whole_checkpoint_is_the_newest(tmp_path):
                 done = cut_power_at(point, patch)
                 try:
                     with Saver(run, world) as saver:
-                        saver.save(9, model, states, TOKENIZER, {})
+                        saver.save(model, states, TOKENIZER, RunState(step=9))
                     survived = True
                 except PowerCut:
                     pass

@@ -19,6 +19,7 @@ from hotlap.model.weights import read_tensors, run_checkpoints, stored_tensors
 from hotlap.train.distributed.world import World
 from hotlap.train.run.checkpoint import Saver, verify_checkpoint
 from hotlap.train.run.folder import resume_from
+from hotlap.train.run.state import RunState
 
 SHAPE = {"vocab_size": 67, "layers": 1, "width": 32, "heads": 1, "kv_heads": 1, "context": 16}  # 67 is prime
 TOKENIZER = train_characters("abc")
@@ -88,7 +89,7 @@ def save_steps(
         for step in steps:
             fill(model, states, seed + step)
             held[step] = digests(model, states)
-            saver.save(step, model, states, TOKENIZER, {"tokens": 10 * step})
+            saver.save(model, states, TOKENIZER, RunState(step=step, tokens=10 * step))
             fill(model, states, 0)  # training goes on while it is written
     return held
 
@@ -98,8 +99,8 @@ def load_newest(
 ) -> tuple[int, dict[str, str]]:
     """Resume, and return the step and what is there then."""
     model, states = built(mesh)
-    step, _ = resume_from(run, choice, model, states, world)
-    return step, digests(model, states)
+    state = resume_from(run, choice, model, states, world)
+    return state.step, digests(model, states)
 
 
 def saved(run: Path, *steps: int, size: int = 1, fault: str = "", **arguments) -> dict:

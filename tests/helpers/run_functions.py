@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -20,6 +19,7 @@ from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.muon_adamw import OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.pretrain import pretrain
+from hotlap.train.run.metrics import read_metrics
 from hotlap.train.sft import SFTConfig, fine_tune
 from hotlap.train.speedruns import track
 
@@ -71,7 +71,7 @@ def racing(folder: str, name: str) -> dict:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / "metrics.jsonl")
 
 
 def losses(run: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """The training loop: one update whatever the micro-batches, and what stops it."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,8 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, lr_share
+from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.state import RunState
 from hotlap.train.step import REHEARSALS, Outcome, take_step
 from hotlap.train.step_checks import ENOUGH, MOST_SKIPPED, Judge
 
@@ -46,12 +47,15 @@ def ragged_batch() -> Batch:
     batch.targets[1, 3:] = IGNORE
     batch.targets[2] = IGNORE
     batch.targets[5, ::3] = IGNORE
-    return batch
+    return weighed(batch)
+
+
+def weighed(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, weight=int((batch.targets != IGNORE).sum()))
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:
-    parts = ([t[i : i + rows] for i in range(0, 8, rows)] for t in vars(batch).values())
-    return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+    return [weighed(batch.change(lambda t, i=i: t[i : i + rows])) for i in range(0, 8, rows)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -106,31 +110,45 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, tiny_toke
     def loss_fn(model, batch):
         weights.append([p.detach().clone() for p in model.parameters()])
         models.append(model)
-        loss = next_token_loss(model, batch)
+        loss, metrics = next_token_loss(model, batch)
         if len(weights) == 5:  # the first micro-batch of step 2
             if spoilt == "loss":
-                return loss * float("nan")
+                return loss * float("nan"), metrics
             loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
+        return loss, metrics
 
     models = []
     with pytest.raises(FloatingPointError, match="at step 2"):
         run_fit(tmp_path, tiny_tokenizer, loss_fn)
     assert len(weights) == 6
     assert all(torch.equal(a, b) for a, b in zip(weights[4], models[-1].parameters(), strict=True))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
 def test_metrics_have_a_line_of_json_for_each_step_and_null_for_what_is_unknown(tmp_path, tiny_tokenizer):
     _, last = run_fit(tmp_path, tiny_tokenizer, evaluate=lambda: {"validation_loss": math.inf})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(8))
     assert [line["tokens"] for line in lines] == [64 * (i + 1) for i in range(8)]
     assert [i for i, line in enumerate(lines) if "validation_loss" in line] == [3, 7]
     assert lines[7]["validation_loss"] is None and {line["mfu"] for line in lines} == {None}
     assert all(math.isfinite(line["loss"]) and line["tokens_per_second"] > 0 for line in lines)
     assert last["step"] == 7 and last["loss"] == lines[7]["loss"]
+
+
+def test_what_a_loss_returns_besides_is_logged_divided_by_the_weight_of_the_step(tmp_path, tiny_tokenizer):
+    weights = []
+
+    def loss_fn(model, batch):
+        weights.append(batch.weight)
+        return next_token_loss(model, batch)[0], {
+            "targets": torch.tensor(float(batch.weight)),
+            "ones": torch.ones(()),
+        }
+
+    run_fit(tmp_path, tiny_tokenizer, loss_fn)
+    for i, line in enumerate(read_metrics(tmp_path / "run" / "metrics.jsonl")):  # two micro-batches a step
+        assert line["targets"] == 1.0 and line["ones"] == pytest.approx(2 / sum(weights[2 * i : 2 * i + 2]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -148,8 +166,7 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, tiny_tokenizer, numbe
         run_fit(tmp_path, tiny_tokenizer, batches=batches(), evaluate=lambda: evaluated.append(1) or {})
     assert (tmp_path / "run" / "checkpoints" / "step-000006" / "manifest.json").exists()
     assert signal.getsignal(number) is before and len(evaluated) == 1
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 5
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 5
 
 
 def test_a_disk_that_cannot_hold_a_checkpoint_shows_before_the_first_step(
@@ -170,7 +187,7 @@ def judged(policy: str, values: list[tuple[float, float]], random_model) -> list
     model(batch.inputs, batch.targets).backward()
     with joined() as world:
         return [
-            judge.approves(world, step, Outcome(loss, norm, loss), model, [batch])
+            judge.approves(world, step, Outcome(loss, norm, {}, loss), model, [batch])
             for step, (loss, norm) in enumerate(values)
         ]
 
@@ -204,7 +221,7 @@ def test_a_run_whose_steps_are_all_left_out_stops(random_model):
 
 def test_what_stops_a_run_names_rank_and_batch(random_model):
     with pytest.raises(
-        FloatingPointError, match=r"at step 1: rank 0 has loss nan on batch [0-9a-f]{12} \(\d+ "
+        FloatingPointError, match=r"at step 1: rank 0 has loss nan on batch [0-9a-f]{12} \(weight \d+\)"
     ):
         judged("stop", [(3.0, 1.0), (math.nan, 1.0)], random_model)
 
@@ -230,7 +247,7 @@ def test_a_run_that_ends_by_the_clock_follows_it(tmp_path, tiny_tokenizer, monke
         loop={"minutes": 1.0},
         evaluate=lambda: evaluated.append(1) or {},
     )
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["seconds"] for line in lines] == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0] and last["step"] == 5
     expected = [lr_share(SCHEDULE, step, step / 6) for step in range(6)]
     assert [line["lr_share"] for line in lines] == pytest.approx(expected)
@@ -241,8 +258,8 @@ def test_a_run_that_has_ended_by_the_clock_has_ended(tmp_path, tiny_tokenizer):
     batches = iter(())  # it asks for none
     (tmp_path / "run").mkdir()
     _, last = run_fit(
-        tmp_path, tiny_tokenizer, batches=batches, steps=1000, loop={"minutes": 1.0}, start=6,
-        state={"finished": True, "last": {"step": 5, "loss": 1.0, "tokens_per_second": 1.0}},
+        tmp_path, tiny_tokenizer, batches=batches, steps=1000, loop={"minutes": 1.0},
+        state=RunState(step=6, finished=True, last={"step": 5, "loss": 1.0, "tokens_per_second": 1.0}),
     )  # fmt: skip
     assert last["step"] == 5
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,22 +70,37 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents. All (B, T) int64; target -1 carries no loss."""
+    """Rows of packed documents. Tensors are (B, T) int64; target -1 carries no loss.
+
+    weight: this batch's part of the number that a step's loss is divided by, here its targets. A stage whose
+    loss needs more than this has a batch that inherits from it, with more tensors of B rows.
+    """
 
     inputs: Tensor
     targets: Tensor
     document_start: Tensor
+    weight: float
 
-    @property
-    def weight(self) -> int:
-        """Number of targets."""
-        return int((self.targets != IGNORE).sum())
+    def change(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with each of its tensors changed."""
+        tensors = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
     def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        tensors = (self.inputs, self.targets, self.document_start)
-        return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in tensors))
+        """On a device; copied while the CPU works on, where the batch is pinned."""
+        return self if device.type == "cpu" else self.change(lambda t: t.to(device, non_blocking=True))
+
+    def repeated(self, times: int) -> Batch:
+        """Its rows several times: what more rows at once would take of the memory."""
+        tall = self.change(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
+        return dataclasses.replace(tall, weight=times * self.weight)
+
+
+def made_ahead(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same batches, made ahead of time by a thread, and pinned where they go to a GPU."""
+    if device.type == "cuda":
+        steps = ([batch.change(Tensor.pin_memory) for batch in micro] for micro in steps)
+    return prefetch(steps)
 
 
 class PackedRows:
@@ -143,13 +159,14 @@ class PackedRows:
                 s, n = start[piece], length[piece]
                 inputs[b, t : t + n] = documents.tokens[s : s + n]
                 targets[b, t : t + n] = documents.tokens[s + 1 : s + n + 1]
-                if documents.said is not None:
-                    targets[b, t : t + n][~documents.said[s + 1 : s + n + 1]] = IGNORE
+                if documents.loss_mask is not None:
+                    targets[b, t : t + n][~documents.loss_mask[s + 1 : s + n + 1]] = IGNORE
                 document_start[b, t : t + n] = t
                 t += n
             document_start[b, t:] = t  # padding is a document of its own
             first += 1
-        return Batch(*map(torch.from_numpy, (inputs, targets, document_start)))
+        tensors = map(torch.from_numpy, (inputs, targets, document_start))
+        return Batch(*tensors, weight=int((targets != IGNORE).sum()))
 
 
 def packed_rows(
@@ -206,7 +223,7 @@ def validation_batches(rows: PackedRows, B: int, rank: int = 0, world: int = 1) 
         yield batch
 
 
-def prefetch(items: Iterator, depth: int = 2) -> Iterator:
+def prefetch(items: Iterable, depth: int = 2) -> Iterator:
     """The same items, made ahead of time by a thread. An error there is raised here."""
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()

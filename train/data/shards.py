@@ -157,13 +157,13 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokens of many documents end to end, and where each starts. said: which of them carry loss; None is
-    all.
+    """Tokens of many documents end to end, and where each starts. loss_mask: which tokens carry loss as
+    targets; None is all.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
-    said: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
 
 
 def shard_documents(path: Path, vocab_size: int, bos: int, limit: int | None = None) -> Documents:

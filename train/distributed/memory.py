@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, check_rows
 from hotlap.train.distributed.sharding import replicas
 from hotlap.train.distributed.world import World
-from hotlap.train.losses import next_token_loss
+from hotlap.train.losses import Loss
 
 ROOM = 0.9  # share of the memory that a run may plan with
 GB = 1e9
@@ -59,15 +59,18 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
     return rows
 
 
-def largest_that_fits(model: GPT, batch_rows: int, world: World) -> int:
+def largest_that_fits(
+    model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch]
+) -> int:
     """The most rows at once that divide the step's and fit the memory, the same on all ranks.
 
-    On a GPU steps of one and of two rows are measured, and more are extrapolated from them, so that none runs
-    out of memory; on a CPU the estimate from the shapes decides.
+    On a GPU the gradients of one row and of two are measured, and more are extrapolated from them, so that
+    none runs out of memory; on a CPU the estimate from the shapes decides.
     """
     per_rank = batch_rows // world.size
     if world.device.type == "cuda" and per_rank > 1:
-        one, two = (measured_bytes(model, world, rows) for rows in (1, 2))
+        batch = one_row()
+        one, two = (measured_bytes(model, world, loss, batch.repeated(rows)) for rows in (1, 2))
         fixed, each = 2 * one - two, max(1, two - one)
     else:
         parts = rank_bytes(model, world, 1)
@@ -78,11 +81,10 @@ def largest_that_fits(model: GPT, batch_rows: int, world: World) -> int:
     return max(rows for rows in range(1, per_rank + 1) if per_rank % rows == 0 and rows <= fit)
 
 
-def measured_bytes(model: GPT, world: World, rows: int) -> int:
-    """Most memory that was in use during the gradient of a micro-batch of random tokens."""
-    ids = torch.randint(model.config.vocab_size, (rows, model.config.context), device=world.device)
+def measured_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
+    """Most memory that was in use during the gradient of a micro-batch."""
     torch.cuda.reset_peak_memory_stats(world.device)
-    next_token_loss(model, Batch(ids, ids, torch.zeros_like(ids))).backward()
+    loss(model, batch)[0].backward()
     model.zero_grad()
     return torch.cuda.max_memory_allocated(world.device)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -84,28 +83,22 @@ def sharded_modules(model: GPT) -> list[FSDPModule]:
 
 
 def materialize(model: GPT, device: torch.device, seed: int) -> None:
-    """Memory and first weights for a model on the meta device, sharded or not."""
-    model.to_empty(device=device)
-    with KeepRows():
-        model.init_weights(seed)
+    """Memory and first weights for a model on the meta device, sharded or not.
 
-
-class KeepRows(TorchFunctionMode):
-    """In it, a sharded tensor that is filled in place is filled whole, and keeps the rows of this rank.
-
-    Random numbers are thus the same whatever the number of ranks, at the memory of one whole tensor.
+    Every rank draws each parameter whole and keeps its rows, so that the numbers are the same whatever the
+    number of ranks, at the memory of one whole parameter.
     """
+    model.to_empty(device=device)
+    model.init_weights(seed, write=keep_rows)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        fills = getattr(function, "__name__", "") in ("normal_", "uniform_", "zero_", "fill_", "copy_")
-        if not fills or not isinstance(args[0], DTensor):
-            return function(*args, **(kwargs or {}))
-        target = args[0]
-        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        function(whole, *args[1:], **(kwargs or {}))
-        rows = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(rows.to_local())
-        return target
+
+def keep_rows(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole value into a parameter, or this rank's rows of it where the parameter is sharded."""
+    if isinstance(parameter, DTensor):
+        whole = whole.to(parameter.device)
+        rows = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter, whole = parameter.to_local(), rows.to_local()
+    parameter.copy_(whole)
 
 
 def recomputed(forward, selective: bool):

@@ -17,13 +17,10 @@ from hotlap.train.distributed.world import World
 
 PATIENCE = 0.6  # of the group's timeout, after which the ranks that hang are named
 REPORT = 50  # steps between looks at who is late
-LATE, NOTABLE = (
-    2.0,
-    0.05,
-)  # times the median of the others, and share of a step, from which it is worth a line
+LATE, NOTABLE = 2.0, 0.05  # times the others' median, and share of a step, from which it is worth a line
 
 
-class Watch:
+class Stragglers:
     """Of a rank, over its other ones. Alone it does nothing."""
 
     def __init__(self, world: World):
@@ -31,9 +28,9 @@ class Watch:
         self.began = self.left = time.monotonic()
         self.late = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._look, daemon=True, name="stragglers")
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Stragglers:
         if self.world.size > 1:
             self._thread.start()
         return self

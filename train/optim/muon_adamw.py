@@ -83,7 +83,10 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
         if name.startswith("blocks."):
             members[f"muon {tuple(parameter.shape)}"].append((name, parameter))
         else:
-            members[next(key for key in groups if name.startswith(key))].append((name, parameter))
+            key = next((key for key in groups if name.startswith(key)), None)
+            if key is None:
+                raise ValueError(f"no group of the optimiser takes {name}; name one in parameter_groups")
+            members[key].append((name, parameter))
     result = []
     for key, named in members.items():
         rule = groups.get(key) or {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
@@ -142,6 +145,8 @@ class MuonAdamW(torch.optim.Optimizer):
         group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): rows of this rank
         # of whole matrices, the same on all ranks
         group["second_moment"] = first.new_zeros((count, M, 1) if M >= N else (count, 1, N))
+        # filled at each step: making them there would copy from the CPU, for which a GPU has to wait
+        group["scalars"] = dict(zip(("momentum", "lr", "decay"), first.new_zeros(3).unbind(), strict=True))
         for i, parameter in enumerate(group["params"]):
             state = self.state[parameter]
             state["momentum"] = sharded_like(parameter, group["momentum_buffer"][i])
@@ -174,7 +179,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _start(self, group: dict) -> Tensor:
         """The update (G, m, N) of this rank's rows, on its way where there are more ranks."""
         grad = torch.stack([local(p.grad) for p in group["params"]])  # (G, m, N)
-        beta = torch.tensor(self.momentum, device=grad.device)
+        beta = group["scalars"]["momentum"].fill_(self.momentum)
         update = muon_momentum(grad, group["momentum_buffer"], beta, self.dtype)
         if "exchange" in group:
             group["exchange"].send(update)
@@ -202,10 +207,8 @@ class MuonAdamW(torch.optim.Optimizer):
             first = group["exchange"].first_row
             factors = factors[:, first : first + len(weights[0])]
         stacked = torch.stack(weights)
-        lr, decay = (
-            torch.tensor(value, device=stacked.device)
-            for value in (group["lr"] * max(1, M / N) ** 0.5, group["weight_decay"])
-        )
+        lr = group["scalars"]["lr"].fill_(group["lr"] * max(1, M / N) ** 0.5)
+        decay = group["scalars"]["decay"].fill_(group["weight_decay"])
         muon_apply(stacked, update, factors, lr, decay)
         torch._foreach_copy_(weights, list(stacked.unbind()))
 

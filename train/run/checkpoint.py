@@ -52,6 +52,7 @@ from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.random_state import random_state, set_random_state
+from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
 FOLDER, OPTIMIZER = "checkpoints", "optimizer"
@@ -88,8 +89,8 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def save(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer, state: dict) -> None:
-        """Begin to write checkpoints/step-N, once the one before is written. state: what JSON can hold."""
+    def save(self, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer, state: RunState) -> None:
+        """Begin to write checkpoints/step-N, once the one before is written."""
         self.finish()
         weights, states = (
             {name: self._copy(name, tensor) for name, tensor in tensors.items()}
@@ -98,8 +99,8 @@ class Saver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # until the copies are there
         snapshot = Snapshot(
-            step, weights, states, model.config, tokenizer,
-            {"step": step} | json.loads(json.dumps(state)), random_state(),
+            state.step, weights, states, model.config, tokenizer,
+            json.loads(json.dumps(dataclasses.asdict(state))), random_state(),
         )  # fmt: skip
         self.thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
         self.thread.start()
@@ -267,8 +268,8 @@ def verify_checkpoint(folder: Path, world: World) -> dict:
     return world.together(lambda: verify(folder, world.rank, world.size))[0]
 
 
-def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> dict:
-    """Fill model, optimiser and random state, and return the rest of the state. manifest: as verified.
+def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
+    """Fill model, optimiser and random state, and return the run's. manifest: as verified.
 
     DataError lists, as `saved X, current Y`, the fields and tensors that differ; nothing is filled then, and
     nothing is cast. At another number of ranks than it was saved by, the random state stays as it is.
@@ -293,7 +294,7 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
             "%s was saved by %d ranks, and there are %d: all is as it was but the random state",
             folder, manifest["world_size"], world.size,
         )  # fmt: skip
-    return json.loads((folder / STATE).read_text())
+    return RunState(**json.loads((folder / STATE).read_text()))
 
 
 def random_file(rank: int) -> str:

@@ -19,10 +19,13 @@ from hotlap.model.weights import TOKENIZER, model_folder, run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.checkpoint import load_checkpoint, remove_unfinished, set_aside, verify_checkpoint
+from hotlap.train.run.metrics import METRICS
+from hotlap.train.run.state import RunState
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG = "config.json"
 LOCK = "run.lock"
-CHANGEABLE = {"resume", "compile", "out", "micro_batch", "recompute"}  # what may differ when a run goes on
+# What may differ when a run is resumed.
+CHANGEABLE = {"resume", "compile", "out", "micro_batch", "recompute", "profile"}
 
 
 @contextmanager
@@ -80,8 +83,8 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
         )
 
 
-def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> tuple[int, dict]:
-    """Load the checkpoint that `choice` means on every rank, and return its step and state; or 0 and {}.
+def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
+    """Load the checkpoint that `choice` means on every rank, and return its state; or that of a new run.
 
     choice: "no"; "auto", the run's newest that is whole, or none where there is none yet; or the path of a
     checkpoint or run, which is taken as it is, or refused. Checkpoints of the run that are damaged, or later
@@ -95,11 +98,11 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
             raise FileExistsError(
                 f"{run} holds checkpoints already; go on by --resume auto, or name another --out"
             )
-        return 0, {}
+        return RunState()
     if choice == "auto":
         folder, manifest = newest_whole(found, world)
         if folder is None:
-            return 0, {}
+            return RunState()
     else:
         folder = world.together(lambda: model_folder(choice))[0]
         manifest = verify_checkpoint(folder, world)
@@ -107,10 +110,10 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     state = load_checkpoint(folder, manifest, model, optimizer, world)
     if world.leads:
         for later in found:
-            if int(later.name.removeprefix("step-")) >= state["step"] and not later.samefile(folder):
+            if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
                 log.warning("%s is set aside as %s", later, set_aside(later).name)
-    log.info("%s: going on after step %d, from %s", run, state["step"], folder)
-    return state.pop("step"), state
+    log.info("%s: resuming after step %d, from %s", run, state.step, folder)
+    return state
 
 
 def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:

@@ -1,45 +1,55 @@
-"""What a run says: lines for people, and metrics.jsonl for programs."""
+"""The metrics of a run: lines for people, and metrics.jsonl for programs."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+from hotlap.common import files
 from hotlap.common.log import log
+from hotlap.train.distributed.world import World
+from hotlap.train.run.state import RunState
+
+METRICS = "metrics.jsonl"
 
 
 class Metrics:
     """Appends one JSON object a step to metrics.jsonl. Values that are not finite become null."""
 
     def __init__(self, path: Path, first_step: int = 0):
-        """Go on with the file, without what an interrupted run wrote from `first_step` on."""
+        """Continue the file, without what an interrupted run wrote from `first_step` on."""
         lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
-        self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
-        self.last = lines[-1] if lines else None
-        for line in lines:
-            self.write(line)
+        files.write(path, "".join(map(as_line, lines)))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
+        self.last = lines[-1] if lines else {}
 
     def write(self, values: dict) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(as_line(values))
 
     def close(self) -> None:
         self._file.close()
 
 
-class Progress:
-    """A bar on a terminal, else a line in twenty, and metrics.jsonl: of the one rank that speaks."""
+def as_line(values: dict) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
 
-    def __init__(self, run: Path, steps: int | None, start: int, speaks: bool):
+
+class Progress:
+    """A bar on a terminal, else a line in twenty, and metrics.jsonl: on rank 0 alone."""
+
+    def __init__(self, run: Path, steps: int | None, start: int, world: World):
         """steps: of the whole run, where that is known before."""
         from tqdm import tqdm  # measuring and serving do without
 
-        self.name, self.of, self.twentieth = run.name, f"/{steps}" if steps else "", 0
-        self.metrics = Metrics(run / "metrics.jsonl", start) if speaks else None
+        self.world, self.name, self.of = world, run.name, f"/{steps}" if steps else ""
+        self.twentieth = 0
+        self.metrics = Metrics(run / METRICS, start) if world.leads else None
         self.bar = tqdm(
             total=steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True,
-            disable=None if speaks else True,
+            disable=None if world.leads else True,
         )  # fmt: skip
 
     def __enter__(self) -> Progress:
@@ -50,13 +60,19 @@ class Progress:
         if self.metrics:
             self.metrics.close()
 
-    @property
-    def last(self) -> dict:
-        """The last line that the file had when this opened it."""
-        return (self.metrics.last if self.metrics else None) or {}
+    def resume(self, state: RunState, evaluate: Callable[[], dict] | None) -> dict:
+        """The metrics of the last step before this one. Where a run was killed between a checkpoint and its
+        line, the line is written now; every rank has to call this.
+        """
+        last = self.metrics.last if self.metrics else state.last
+        if not self.world.total(state.step > 0 and last.get("step", -1) < state.step - 1)[0]:
+            return last
+        evaluated = evaluate() if evaluate and state.finished else {}
+        self.show(state.last, evaluated, float(state.finished))
+        return state.last | evaluated
 
     def show(self, values: dict, evaluated: dict, over: float) -> None:
-        """What a step came to, what was measured after it, and the share of the run that is over."""
+        """Write the metrics of a step and of the validation after it. over: share of the run that is over."""
         if not self.metrics:
             return
         line = f"{self.name}: step {values['step'] + 1}{self.of}  loss {values['loss']:.4f}"

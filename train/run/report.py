@@ -11,6 +11,9 @@ from hotlap.common.errors import DataError
 from hotlap.common.plots import new_figure
 from hotlap.train.run.metrics import read_metrics
 
+# How a report calls metrics; others by their own names.
+NAMES = {"validation_bpb": "validation bits per byte"}
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -28,7 +31,6 @@ def write_report(run: Path) -> Path:
     if not metrics:
         raise DataError(f"{run / 'metrics.jsonl'} is empty; the run has not made a step yet")
     last = metrics[-1]
-    evaluated = [m for m in metrics if "validation_loss" in m]
     speed = sorted(m["tokens_per_second"] for m in metrics)[len(metrics) // 2]
     utilisation = "n/a (unknown peak)" if last["mfu"] is None else f"{last['mfu']:.1%}"
     rows = {
@@ -39,9 +41,10 @@ def write_report(run: Path) -> Path:
         "MFU (nanochat's formula)": utilisation,
         "training loss": f"{last['loss']:.4f}",
     }
-    if evaluated:
-        rows["validation loss"] = f"{evaluated[-1]['validation_loss']:.4f}"
-        rows["validation bits per byte"] = f"{evaluated[-1]['validation_bpb']:.4f}"
+    validations = [{k: v for k, v in m.items() if k.startswith("validation")} for m in metrics]
+    for name, value in next(filter(None, reversed(validations)), {}).items():
+        shown = "n/a" if value is None else f"{value:.4f}"
+        rows[NAMES.get(name, name.replace("_", " "))] = shown
     lines = [
         f"# {run.name}",
         "",
@@ -50,7 +53,7 @@ def write_report(run: Path) -> Path:
         *(f"| {k} | {v} |" for k, v in rows.items()),
         "",
     ]
-    if draw_curves(metrics, evaluated, run / "curves.png"):
+    if draw_curves(metrics, run / "curves.png"):
         lines += ["![loss and throughput](curves.png)", ""]
     config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
     lines += ["## Configuration", "", "```json", config, "```", ""]
@@ -59,20 +62,18 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def draw_curves(metrics: list[dict], evaluated: list[dict], path: Path) -> bool:
+def draw_curves(metrics: list[dict], path: Path) -> bool:
     """Loss and tokens/s over the tokens seen; False, with a line in the log, where matplotlib is missing."""
     figure = new_figure(figsize=(9, 3.4))
     if figure is None:
         return False
     tokens = [m["tokens"] / 1e6 for m in metrics]
+    evaluated = [m for m in metrics if "validation_loss" in m]
     loss, speed = figure.subplots(1, 2)
     loss.plot(tokens, [m["loss"] for m in metrics], lw=0.8, label="training")
-    loss.plot(
-        [m["tokens"] / 1e6 for m in evaluated],
-        [m["validation_loss"] for m in evaluated],
-        "o-",
-        label="validation",
-    )
+    validated = [m["validation_loss"] for m in evaluated]
+    if evaluated:
+        loss.plot([m["tokens"] / 1e6 for m in evaluated], validated, "o-", label="validation")
     loss.set(xlabel="tokens (millions)", ylabel="loss (nats a token)")
     loss.legend()
     speed.plot(tokens, [m["tokens_per_second"] / 1e3 for m in metrics], lw=0.8)

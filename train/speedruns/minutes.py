@@ -55,10 +55,10 @@ def trial_flops(world: World, dtype: str) -> float:
     optimizer = MuonAdamW(model, OptimConfig())
     rows = 32 if world.device.type == "cuda" else 4
     ids = torch.randint(TRIAL.vocab_size, (rows, TRIAL.context), device=world.device)
-    batch, steps, seconds = Batch(ids, ids, torch.zeros_like(ids)), 0, 0.0
+    batch, steps, seconds = Batch(ids, ids, torch.zeros_like(ids), ids.numel()), 0, 0.0
     while seconds < TRIAL_SECONDS:
         began = time.perf_counter()
-        next_token_loss(model, batch).backward()
+        next_token_loss(model, batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         if world.device.type == "cuda":

@@ -28,7 +28,7 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.rotary import qk_norm_rotary
 from hotlap.model import gpt
 from hotlap.model.gpt import GPT
-from hotlap.train import pretrain
+from hotlap.train import pretrain, stage
 from hotlap.train.optim import muon_adamw
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.presets import tiny
@@ -91,15 +91,15 @@ def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
     for factor in TIED_RATES:
         rate = factor * base.optim.head_lr
         changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, embedding_lr=rate))
-        tied = partial(replaced, pretrain, "GPT", TiedHead)
+        tied = partial(replaced, stage, "GPT", TiedHead)
         variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied)
     return variants | {
         "QK gain 1": Variant(base, partial(replaced, gpt, "QK_GAIN", 1.0)),
-        "random projections": Variant(base, partial(replaced, pretrain, "GPT", RandomProjections)),
+        "random projections": Variant(base, partial(replaced, stage, "GPT", RandomProjections)),
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
         "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),
         "no rotary": Variant(base, partial(replaced, gpt, "qk_norm_rotary", qk_norm_alone)),
-        "no document masks": Variant(base, partial(replaced, pretrain, "GPT", NoDocumentMasks)),
+        "no document masks": Variant(base, partial(replaced, stage, "GPT", NoDocumentMasks)),
     }
 
 
@@ -128,23 +128,20 @@ def adamw_for_matrices() -> Iterator[None]:
         found = groups_of(*given)
         return [g | {"muon": False, "betas": (0.9, 0.95)} if g["muon"] else g for g in found]
 
-    with replaced(muon_adamw, "parameter_groups", groups), replaced(pretrain, "MuonAdamW", AdamWForAll):
+    with replaced(muon_adamw, "parameter_groups", groups), replaced(stage, "MuonAdamW", AdamWForAll):
         yield
 
 
 class RandomProjections(GPT):
     """Projections back to the residual stream start as GPT-2's, not at 0."""
 
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> GPT:
-        self.head.weight = self.embedding.weight  # parted where a model left the meta device
-        super().init_weights(seed)
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
         deviation = 0.02 / (2 * self.config.layers) ** 0.5
-        for block in self.blocks:
-            block.attention.proj.weight.normal_(0, deviation, generator=generator)
-            block.mlp.proj.weight.normal_(0, deviation, generator=generator)
-        return self
+        for name, value in super().initial_weights(seed):
+            if name.startswith("blocks.") and name.endswith("proj.weight"):
+                value = value.to(generator.device).normal_(0, deviation, generator=generator)
+            yield name, value
 
 
 class NoDocumentMasks(GPT):
@@ -163,13 +160,14 @@ class TiedHead(GPT):
         super().__init__(*given)
         self.head.weight = self.embedding.weight
 
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> GPT:
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         self.head.weight = self.embedding.weight  # parted where a model left the meta device
-        super().init_weights(seed)
         generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
-        self.embedding.weight.normal_(0, 0.02, generator=generator)
-        return self
+        for name, value in super().initial_weights(seed):
+            if name == "embedding.weight":
+                value.normal_(0, 0.02, generator=generator)
+            if name != "head.weight":
+                yield name, value
 
 
 def linear_gelu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from hotlap.common.errors import Interrupted
 from hotlap.train.data.prepare import prepare
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.run.folder import METRICS, open_run, run_lock
-from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.folder import open_run, run_lock
+from hotlap.train.run.metrics import METRICS, read_metrics
 
 
 @contextmanager

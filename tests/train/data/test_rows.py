@@ -50,7 +50,9 @@ def test_a_target_is_the_next_token_and_documents_start_where_they_start():
         return token > start and (token - start) % T == 0
 
     batch = rows.batch(0, rows.epoch_rows())
-    for inputs, targets, begins in zip(*(t.tolist() for t in vars(batch).values()), strict=True):
+    for inputs, targets, begins in zip(
+        batch.inputs.tolist(), batch.targets.tolist(), batch.document_start.tolist(), strict=True
+    ):
         for t in range(T):
             if targets[t] == IGNORE:
                 assert begins[t] <= t and all(x == IGNORE for x in targets[t:])  # padding comes last

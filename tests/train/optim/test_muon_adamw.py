@@ -32,6 +32,21 @@ def test_every_parameter_is_in_one_group_under_its_name(extras):
         assert not group["muon"] or len({p.shape for p in group["params"]}) == 1
 
 
+class WithMore(GPT):
+    """A model with a parameter that hotlap knows nothing of."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.my_bias = torch.nn.Parameter(torch.zeros(3))
+
+
+def test_a_parameter_that_no_group_takes_or_nothing_fills_is_refused_by_name():
+    with pytest.raises(ValueError, match="my_bias"):
+        MuonAdamW(WithMore(tiny_config()), OptimConfig())
+    with pytest.raises(ValueError, match="my_bias"):
+        WithMore(tiny_config()).init_weights()
+
+
 def test_the_state_is_whole_before_the_first_step_and_its_names_are_unique():
     model = model_with_gradients()
     optimizer = MuonAdamW(model, OptimConfig())

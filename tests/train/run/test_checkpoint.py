@@ -16,13 +16,14 @@ from hotlap.common.errors import DataError, Interrupted
 from hotlap.common.files import file_sha256
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import load_model, run_checkpoints
-from hotlap.train import pretrain
+from hotlap.train import pretrain, stage
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.run.checkpoint import Saver
 from hotlap.train.run.folder import open_run, resume_from, run_lock
 from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.state import RunState
 
 
 def trained(seed: int = 0) -> tuple[GPT, MuonAdamW]:
@@ -47,15 +48,16 @@ def equal(a: dict, b: dict) -> bool:
 def test_a_checkpoint_gives_back_weights_optimizer_state_and_randomness(tmp_path, tiny_tokenizer):
     model, optimizer = trained()
     torch.manual_seed(7)
+    saved = RunState(step=5, tokens=80, seconds=0.1)
     with joined() as world:
         with Saver(tmp_path, world) as saver:
-            saver.save(5, model, optimizer, tiny_tokenizer, {"tokens": 80, "seconds": 0.1})
+            saver.save(model, optimizer, tiny_tokenizer, saved)
         drawn = torch.rand(4)
         other, other_optimizer = trained(seed=1)
         assert not equal(snapshot(model, optimizer), snapshot(other, other_optimizer))
-        step, state = resume_from(tmp_path, "auto", other, other_optimizer, world)
+        state = resume_from(tmp_path, "auto", other, other_optimizer, world)
     assert equal(snapshot(model, optimizer), snapshot(other, other_optimizer))
-    assert step == 5 and state == {"tokens": 80, "seconds": 0.1} and torch.equal(torch.rand(4), drawn)
+    assert state == saved and torch.equal(torch.rand(4), drawn)
     for_chat, tokenizer = load_model(tmp_path, torch.device("cpu"), torch.float32)
     assert torch.equal(for_chat.head.weight, model.head.weight) and tokenizer.sha256 == tiny_tokenizer.sha256
 
@@ -66,17 +68,17 @@ class PowerCut(BaseException):
 
 def die_in_step(number: int, patch, error: BaseException | None = None):
     """Make the pretraining's data end with an error, or with a SIGTERM to this process, in a step."""
-    real = pretrain.prefetch
+    real = stage.made_ahead
 
-    def prefetch(items):
-        for i, item in enumerate(real(items)):
+    def failing(items, device):
+        for i, item in enumerate(real(items, device)):
             if i == number and error:
                 raise error
             if i == number:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield item
 
-    patch.setattr(pretrain, "prefetch", prefetch)
+    patch.setattr(stage, "made_ahead", failing)
 
 
 def outcome(run: Path) -> tuple[dict, list]:

@@ -9,7 +9,7 @@ from helpers.small_runs import small_run, write_conversations
 from helpers.tools import tiny_config
 
 from hotlap.cli import main
-from hotlap.train import pretrain
+from hotlap.train import stage
 from hotlap.train.evaluation import questions
 from hotlap.train.loop import LoopConfig
 from hotlap.train.sft import SFTConfig
@@ -39,23 +39,23 @@ def small_speedrun(tmp_path, monkeypatch) -> list[str]:
 
 
 def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path, small_speedrun, capsys):
-    real = pretrain.prefetch
+    real = stage.made_ahead
 
-    def failing(items):
-        for i, item in enumerate(real(items)):
+    def failing(items, device):
+        for i, item in enumerate(real(items, device)):
             if i == 8:
                 raise OSError("the power is gone")
             yield item
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "prefetch", failing)
+        patch.setattr(stage, "made_ahead", failing)
         assert main(small_speedrun) == 74
     assert not (tmp_path / "tiny" / "scores.json").exists()
     capsys.readouterr()
 
     assert main(small_speedrun) == 0
     printed = capsys.readouterr()
-    assert "going on after step 6" in printed.err and "# A model from nothing" in printed.out
+    assert "resuming after step 6" in printed.err and "# A model from nothing" in printed.out
     scores = json.loads((tmp_path / "tiny" / "scores.json").read_text())
     assert set(scores) == {"facts", "arithmetic", "spelling", "validation_bpb", "seconds"}
     report = (tmp_path / "tiny" / "report.md").read_text()

@@ -24,6 +24,7 @@ from hotlap.train.data.datasets import SMOLTALK
 from hotlap.train.loop import LoopConfig
 from hotlap.train.presets import gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import MOST_EPOCHS, pretrain
+from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns import grade, minutes, track
 from hotlap.train.speedruns.minutes import BEST, best_shape
 
@@ -154,7 +155,7 @@ def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
     rows = -(-last["tokens"] // (32 * 4)) * 4 / MOST_EPOCHS
     text = (tmp_path / "text.txt").read_text()
     assert rows * 32 == pytest.approx(len(text), rel=0.2)  # a token a character, of which some validate
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["lr_share"] < 0.2 and lines[-1]["seconds"] < 600
 
 

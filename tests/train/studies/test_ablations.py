@@ -10,7 +10,7 @@ from helpers.tools import tiny_config
 
 from hotlap.model import gpt
 from hotlap.model.gpt import GPT
-from hotlap.train import pretrain
+from hotlap.train import stage
 from hotlap.train.distributed.sharding import materialize, parallelize
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig
@@ -40,7 +40,7 @@ def test_all_variants_train_and_leave_nothing_changed(tmp_path, monkeypatch):
     base = small_run(tmp_path, loop=LoopConfig(3), schedule=tiny().schedule)
     base = dataclasses.replace(base, data=str(tmp_path / "texts.jsonl"))
     found = {name: v for name, v in ingredients(base).items() if name in PATCHED or name == BASE}
-    before = {m: dict(vars(m)) for m in (gpt, muon_adamw, pretrain)}
+    before = {m: dict(vars(m)) for m in (gpt, muon_adamw, stage)}
     monkeypatch.setattr(sweep, "draw", lambda *given: False)
     rows = run_variants(found, 0, 1, tmp_path / "out", "")
     assert all(vars(m) == names for m, names in before.items())
@@ -88,12 +88,12 @@ def test_a_tied_head_is_the_embedding_and_adamw_takes_all():
     with joined() as world:  # moving a model and sharding it is where tied weights part
         parallelize(model, world, "none", False)
         materialize(model, world.device, 0)
-        optimizer = pretrain.MuonAdamW(model, tiny().optim)
+        optimizer = stage.MuonAdamW(model, tiny().optim)
         model(torch.arange(8).view(1, -1), torch.arange(8).view(1, -1)).backward()
         optimizer.step()
     assert model.head.weight is model.embedding.weight and "head.weight" not in dict(model.named_parameters())
     with module.adamw_for_matrices():
-        groups = pretrain.MuonAdamW(GPT(tiny_config()).init_weights(), tiny().optim).param_groups
+        groups = stage.MuonAdamW(GPT(tiny_config()).init_weights(), tiny().optim).param_groups
     assert not any(group["muon"] for group in groups)
 
 
