@@ -196,7 +196,7 @@ def test_a_run_that_exists_is_not_overwritten(work, capsys):
     assert pretrain_here() == 0
     capsys.readouterr()
     assert_error(
-        capsys, pretrain_here(), CANNOT_CREATE, "base holds a run already", "--resume", "auto", "--out"
+        capsys, pretrain_here(), CANNOT_CREATE, "base already holds a run", "--resume", "auto", "--out"
     )
     code = pretrain_here("--resume", "auto", "--loop.steps", "6", "--model.layers", "2")
     assert_error(capsys, code, USAGE, "loop.steps: saved 4, current 6", "model.layers: saved 1, current 2")
@@ -211,7 +211,7 @@ def test_two_runs_in_one_directory(work, capsys):
 
 
 def test_a_run_where_a_file_is(work, capsys):
-    assert_error(capsys, pretrain_here("--out", "text.txt"), CANNOT_CREATE, "text.txt", "name another")
+    assert_error(capsys, pretrain_here("--out", "text.txt"), CANNOT_CREATE, "text.txt", "choose another")
 
 
 def test_a_disk_that_is_too_small_is_named_with_both_numbers(work, capsys, monkeypatch):

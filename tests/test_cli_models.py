@@ -96,7 +96,7 @@ def test_fine_tuning_on_a_file_of_messages(work, capsys, base):
     assert Path("sft/report.md").exists() and Path("sft/curves.png").exists()
     (work / "talks.jsonl").write_text("\n".join([GOOD] * 5))
     code = sft_here(base, "--resume", "auto")
-    assert_error(capsys, code, USAGE, "started on other conversations than talks.jsonl")
+    assert_error(capsys, code, USAGE, "started on other data than talks.jsonl")
 
 
 def test_a_run_goes_on_with_the_tokenizer_it_started_from(work, capsys, base):
@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_the_tokenizer_it_started_from(work, capsys, base):
 def test_conversations_on_both_sides_are_counted(work, capsys, base):
     (work / "talks.jsonl").write_text(GOOD)
     assert sft_here(base) == 0
-    assert "1 conversations are in training and in validation" in capsys.readouterr().err
+    assert "1 conversations are in both the training and the validation split" in capsys.readouterr().err
 
 
 # hotlap eval, report, and the whole way

@@ -1,8 +1,8 @@
-"""Faults for tests: with FAULT="POINT:RANK:STEP:ACTION" a rank fails at a named point; else nothing happens.
+"""Fault injection for tests: FAULT="POINT:RANK:STEP:ACTION" makes a rank fail at a named point.
 
-POINT names a call of `fault`. ACTION is kill9, stop (until it is continued or killed), raise, sleep=SECONDS,
-enospc, or a word that the caller acts on: nan, grow, flip. Several faults are separated by commas. After
-torchrun has restarted the ranks nothing happens any more.
+POINT names a call of `fault`. ACTION is kill9, stop (SIGSTOP), raise, sleep=SECONDS, enospc, or a word that
+the caller acts on: nan, grow, flip. Separate several faults with commas. Faults are off after torchrun has
+restarted the ranks, and without the variable.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 
 def fault(point: str, rank: int, step: int) -> str | None:
-    """Fail here, where the environment says so; the word of an action that the caller has to carry out."""
+    """Fail here if the environment says so. Returns the action if the caller has to carry it out."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return None
     for entry in filter(None, os.environ.get("FAULT", "").split(",")):

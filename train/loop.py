@@ -1,4 +1,4 @@
-"""The one training loop, for any iterator of batches and any loss."""
+"""The training loop, for any iterator of batches and any loss."""
 
 from __future__ import annotations
 
@@ -34,23 +34,22 @@ from hotlap.train.step_checks import Judge, Policy, check_copies
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Length of a run, and how often it stops to look."""
+    """Length of the run, validation, checkpoints, and what to do about bad steps."""
 
     steps: int
+    """Optimiser steps in the run."""
     evaluate_every: int = 250
     """Steps between validations; the last step always validates."""
     save_every: int = 250
     """Steps between checkpoints; the last step always saves."""
     clip: float = 0.0
-    """Largest gradient norm; 0 does not clip."""
+    """Clip gradients to this norm; 0 disables clipping."""
     bad_steps: Policy = "stop"
-    """What becomes of a step with a loss or gradient that is not finite, or jumps: stop at the former and
-    report the latter, or skip both.
-    """
+    """stop: stop the run on a NaN or infinite loss or gradient, and only log spikes.
+    skip: skip the step in both cases."""
     minutes: float = 0.0
-    """Minutes of training after which the run ends, if it has not by its steps; its schedules follow the
-    clock then. Start-up, compilation, validations and saving are not counted. 0 is no limit.
-    """
+    """Stop after this many minutes of training (compilation, validation, saving excluded); 0: no limit.
+    Schedules then follow elapsed time, not steps."""
 
     def validate(self) -> LoopConfig:
         for name in ("steps", "evaluate_every", "save_every"):
@@ -78,11 +77,11 @@ def fit(
     profile: bool = False,
     warm_up: bool = False,
 ) -> dict[str, float]:
-    """Train from where `state` is to the end, and return the last metrics.
+    """Train from `state` to the end of the run, and return the last metrics.
 
-    batches: for each step from there on, this rank's micro-batches. loss: see losses.py. state: kept in
-    checkpoints. warm_up: compile first, on steps that are undone; with `minutes`, always. A SIGINT, SIGTERM
-    or SIGUSR1 to any rank saves and raises Interrupted on all.
+    batches: this rank's micro-batches of each remaining step. loss: see losses.py. state: what checkpoints
+    keep; None starts a new run. warm_up: compile before the clock starts, on steps that are undone; always
+    on with `minutes`. On SIGINT, SIGTERM or SIGUSR1 to any rank, all ranks save and raise Interrupted.
     """
     state = state or RunState()
     finished = state.finished or state.step == config.steps
@@ -134,7 +133,7 @@ def fit(
             evaluated = {}
             if evaluate and not stopping and (done or state.step % config.evaluate_every == 0):
                 if done:
-                    saver.finish()  # before anything else can go wrong
+                    saver.finish()  # commit the last checkpoint before anything else can fail
                 evaluated = evaluate()
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.over(state.step, state.seconds))
@@ -144,14 +143,14 @@ def fit(
             if stopping:
                 saver.finish()
                 raise Interrupted(
-                    f"stopped after step {state.step} of {clock.steps or 'a timed run'}, saved in {run}; the "
-                    "same command with --resume auto goes on (make demo needs no flag)"
+                    f"stopped after step {state.step} of {clock.steps or 'a timed run'}, saved in {run}; "
+                    "rerun with --resume auto to continue (make demo needs no flag)"
                 )
-    return world.gather(last)[0]  # as rank 0 has measured
+    return world.gather(last)[0]  # rank 0's measurements
 
 
 def step_metrics(model: GPT, world: World) -> Callable[..., dict[str, float]]:
-    """A function that makes the line of metrics.jsonl for a step."""
+    """Return a function that computes a step's line of metrics.jsonl."""
     flops, peak = nanochat_flops(model), peak_flops(world.device)
 
     def metrics_of(
@@ -175,37 +174,37 @@ def step_metrics(model: GPT, world: World) -> Callable[..., dict[str, float]]:
 
 
 class Clock:
-    """How much of a run is over: by its steps, or by the seconds of training that rank 0 has counted."""
+    """Progress of a run, by steps or by rank 0's seconds of training."""
 
     def __init__(self, config: LoopConfig):
         self.most, self.limit = config.steps, 60 * config.minutes
-        self.steps = None if self.limit else self.most  # where they are known before
+        self.steps = None if self.limit else self.most  # None: not known in advance
 
     def over(self, step: int, seconds: float) -> float:
-        """Share of the run that is over before `step`, after so many seconds of training."""
+        """Fraction of the run completed before `step`, after this many seconds of training."""
         share = step / self.most
         return min(1.0, max(share, seconds / self.limit)) if self.limit else share
 
     def last(self, step: int, seconds: float) -> bool:
-        """Whether none comes after `step`, or none that ends within the limit, going by their mean."""
+        """Whether `step` is the last. In a timed run: whether another average step would exceed the limit."""
         return step + 1 == self.most or bool(self.limit and step and seconds * (1 + 2 / step) > self.limit)
 
 
 class StopRequest:
-    """While it is open, the first SIGINT, SIGTERM or SIGUSR1 only sets `asked`; a second one does what it
-    always did.
+    """A context in which the first SIGINT, SIGTERM or SIGUSR1 only sets `asked`. The second one is handled as
+    it was outside.
     """
 
     def __enter__(self) -> StopRequest:
         self.asked = False
         self._previous = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            if threading.current_thread() is threading.main_thread():  # it alone may set handlers
+            if threading.current_thread() is threading.main_thread():  # only it may set handlers
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: object) -> None:
-        log.info("\nstopping after this step, to save; again to stop at once")
+        log.info("\nsaving after this step, then stopping; interrupt again to stop at once")
         self.asked = True
         self.__exit__()
 

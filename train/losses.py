@@ -1,9 +1,9 @@
-"""Losses of training.
+"""Training losses.
 
-A loss takes the model and a batch, and returns the sum of the loss over the batch, with more sums to log. The
-loop divides all of them by the weight of the step, which is that of its batches together, on all ranks. A
-batch carries its weight, because all ranks have to know it before the first backward pass: gradients are
-divided in that pass, and need none of their own for it.
+A loss function takes the model and a batch, and returns the loss summed over the batch and further sums to
+log. The loop divides all of them by the weight of the step: the sum of its batches' weights over all ranks.
+Each batch carries its weight, because the backward pass divides by the step's weight, so all ranks must know
+it beforehand.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
 
-# The sum to minimise, and sums by name, without a gradient, each of no dimension and on the model's device.
+# The sum to minimise, and sums to log by name (detached). All are 0-d tensors on the model's device.
 Loss = Callable[[GPT, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the cross-entropy, in nats, over the targets of the batch, whose number is the weight."""
+    """Cross-entropy in nats, summed over the targets. The weight is the number of targets."""
     return model(batch.inputs, batch.targets, document_start=batch.document_start), {}

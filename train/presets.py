@@ -1,4 +1,4 @@
-"""Ready configurations: plain functions that return one."""
+"""Presets: functions that return a ready configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GPT2_PRODUCTS = 12 * 12 * 768**2 + 50304 * 768  # weights
 
 
 def shakespeare_char() -> PretrainConfig:
-    """Characters of Shakespeare on two cores: nanoGPT's CPU recipe, and a race with it."""
+    """A character model of Shakespeare for two cores: nanoGPT's CPU recipe, for comparison with nanoGPT."""
     model = GPTConfig(
         vocab_size=128, context=128, layers=4, width=128, heads=2, kv_heads=2, window_pattern="L",
         value_embeddings=False, residual_scalars=False, backout=False,
@@ -116,9 +116,9 @@ def gpt2_grade(depth: int = 24) -> PretrainConfig:
 
 
 def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
-    """The fine-tuning of that: once through the conversations. talks: as SFTConfig.data.
+    """Fine-tuning for gpt2_grade: one pass over the conversations. talks: as SFTConfig.data.
 
-    SmolTalk as in nanochat. What else is named is mostly small, and gets 500 steps of 16 rows at least.
+    SmolTalk is trained on as in nanochat. Other data is mostly small and gets at least 500 steps of 16 rows.
     """
     config = SFTConfig(
         out=Path("runs/gpt2-grade/sft"), base=base.out, data=talks, epochs=1,
@@ -126,19 +126,19 @@ def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
     )  # fmt: skip
     if talks != "smoltalk":
         return config
-    # The batch is the pretraining's: of SmolTalk's 0.4B tokens, 1M in each step make about 400 steps. The
-    # rates are 0.8 of those at the reference batch: nanochat scales them by the batch in pretraining only.
+    # The batch size is pretraining's: at 1M tokens a step, SmolTalk's 0.4B tokens take about 400 steps. The
+    # rates are 0.8 of those at the reference batch: nanochat scales them with the batch in pretraining only.
     return dataclasses.replace(
         config, batch_rows=base.batch_rows, optim=scaled(OptimConfig(), 0.8, decay=0.0),
         schedule=ScheduleConfig(
             warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum=(0.85, 0.95, 0.95), momentum_warmup_steps=300
         ),
-        loop=dataclasses.replace(config.loop, steps=1),  # the one pass alone says how many
+        loop=dataclasses.replace(config.loop, steps=1),  # epochs=1 determines the steps
     )  # fmt: skip
 
 
 def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> OptimConfig:
-    """The same with other learning rates, and another weight decay if one is given."""
+    """optim with its learning rates and weight decay multiplied by `share`. decay: replaces the latter."""
     rates = {name: getattr(optim, name) * share for name in RATES}
     return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
@@ -159,7 +159,7 @@ PRETRAIN = {
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`, which may start from a preset."""
+    """`hotlap pretrain`, with presets."""
     config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
     pretrain(config)
     print(f"{config.out}/report.md")

@@ -1,4 +1,4 @@
-"""Pretraining: from text to a base model."""
+"""Pretraining: train a base model on text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.schedule import rows_in_all
 from hotlap.train.stage import Stage, StageConfig, check_machine, opened, row_batches, train
 
-# Passes over little data after which a timed run ends: each is worth less (Muennighoff et al., 2023).
+# A timed run on little data ends after this many passes: each is worth less (Muennighoff et al., 2023).
 MOST_EPOCHS = 4
 
 
@@ -29,16 +29,16 @@ class PretrainConfig(StageConfig):
 
     out: Path = Path("runs/pretrain")
     data: str = "pydocs"
-    """pydocs (Python's own documentation), shakespeare, text or .jsonl files, or a folder of shards."""
+    """pydocs (Python's documentation), shakespeare, text or .jsonl files, or a folder of token shards."""
     tokenizer: str = "bpe"
-    """bpe (of `model.vocab_size`) or characters, trained on the data; gpt2; or a tokenizer.json."""
+    """bpe (with model.vocab-size tokens) or characters, trained on the data; gpt2; or a tokenizer.json."""
     model: GPTConfig = field(default_factory=GPTConfig)
     validation_tokens: int = 0
-    """Tokens that a validation reads, from the start of the split; 0 is all."""
+    """Tokens to validate on, from the start of the validation split; 0 means all."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run, if it ends by its steps."""
+        """Training tokens of the run, unless it ends by the clock."""
         return rows_in_all(self.schedule, self.batch_rows, self.loop.steps) * self.model.context
 
     def validate(self) -> PretrainConfig:
@@ -50,7 +50,7 @@ class PretrainConfig(StageConfig):
 
 
 def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
-    """Run the pretraining that config describes, on all ranks, and return its last metrics.
+    """Pretrain on all ranks, and return the last metrics.
 
     warm_up: compile before the clock starts, on steps that are undone.
     """
@@ -62,7 +62,7 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
             return prepare(config.out, config.data, config.tokenizer, config.model.vocab_size)
 
         with opened(config, world, data) as (tokenizer, folder):
-            vocab_size = -(-tokenizer.vocab_size // 64) * 64  # sizes that matmuls like
+            vocab_size = -(-tokenizer.vocab_size // 64) * 64  # padded: matmuls are faster
             shape = dataclasses.replace(config.model, vocab_size=vocab_size)
             rows, held_out = (
                 packed_rows(folder, split, tokenizer, shape.context, config.seed, limit)
@@ -70,10 +70,10 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
             )
             if len(rows.shards) == 1 and rows.epoch_rows() == 1:
                 raise DataError(
-                    f"{folder} has no more to train on than one row of model.context={shape.context} tokens; "
-                    "bring more text, or lower --model.context"
+                    f"the training split in {folder} fills only one row of model.context={shape.context} "
+                    "tokens; add more text, or lower --model.context"
                 )
-            rows.batch(0, 1)  # so that what is wrong with the data shows before the model is built
+            rows.batch(0, 1)  # find errors in the data before building the model
             loop = ended_by_data(config, rows)
             stage = Stage(
                 "pretrain", shape, tokenizer, next_token_loss,
@@ -86,7 +86,7 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
 
 
 def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
-    """The loop, which in a timed run ends after MOST_EPOCHS of a corpus of one shard, if not before."""
+    """config.loop; in a timed run on one shard, limited to MOST_EPOCHS epochs."""
     if not config.loop.minutes or len(rows.shards) > 1:
         return config.loop
     steps = math.ceil(MOST_EPOCHS * rows.epoch_rows() / config.batch_rows)
@@ -94,7 +94,7 @@ def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
 
 
 def length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) -> str:
-    """How long the run is, for people."""
+    """Length of the run, for the log."""
     if loop.minutes:
         return f"{loop.minutes:g} minutes or {loop.steps:,} steps"
     epochs = config.tokens / config.model.context / rows.epoch_rows() if len(rows.shards) == 1 else None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from a base model to one that answers."""
+"""Supervised fine-tuning: turn a base model into a chat model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class SFTConfig(StageConfig):
 
     out: Path = Path("runs/sft")
     base: Path = Path("runs/pretrain")
-    """Run or model directory to start from."""
+    """Base model to fine-tune: a run or model directory."""
     data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings), smoltalk (which is downloaded) with the tasks, or a .jsonl or
-    .parquet file of {"messages": [...]} lines or rows."""
+    """tasks (facts, sums, spelling, greetings), smoltalk (a download) with tasks, or a file.
+    The file is .jsonl or .parquet, with records {"messages": [...]}."""
     epochs: float = 0.0
-    """Passes over the conversations, at least: more steps than loop.steps where those are fewer passes."""
+    """Train for at least this many passes over the conversations, even beyond loop.steps."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
@@ -53,12 +53,12 @@ class SFTConfig(StageConfig):
     def validate(self) -> SFTConfig:
         super().validate()
         if not 0 <= self.epochs < float("inf"):
-            raise ValueError(f"epochs={self.epochs} must be 0 (loop.steps alone count) or more")
+            raise ValueError(f"epochs={self.epochs} must be 0 (only loop.steps count) or more")
         return self
 
 
 def fine_tune(config: SFTConfig) -> dict[str, float]:
-    """Run the fine-tuning that config describes, on all ranks, and return its last metrics."""
+    """Fine-tune on all ranks, and return the last metrics."""
     config = config.validate()
     with joined() as world:
         check_machine(config, world)
@@ -70,8 +70,8 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         rows, held_out = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
         trained, validated = conversation_digests(rows), conversation_digests(held_out)
         if same := len(set(trained) & set(validated)):
-            log.info("%d conversations are in training and in validation", same)
-        rows.batch(0, 1)  # so that what is wrong with the data shows before anything is made
+            log.info("%d conversations are in both the training and the validation split", same)
+        rows.batch(0, 1)  # find errors in the data before creating the run
         steps = max(config.loop.steps, epoch_steps(config, rows))
         epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows.epoch_rows()
         stage = Stage(
@@ -87,7 +87,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
 
 
 def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> PackedRows:
-    """The rows of a split of the conversations; those that are trained on are shuffled."""
+    """Packed rows of a split of the conversations; training rows are shuffled."""
     from tqdm import tqdm
 
     conversations = tqdm(
@@ -98,19 +98,19 @@ def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, worl
 
 
 def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:
-    """Steps in which each row is seen config.epochs times; stages count as long as they are."""
+    """Steps that cover every row config.epochs times, given the batch size of each schedule stage."""
     rows_a_step = statistics.fmean(stage_rows(config.schedule, config.batch_rows))
     return math.ceil(config.epochs * rows.epoch_rows() / rows_a_step)
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """The run's tokenizer is the base model's, and stays so when the run is resumed."""
+    """Save the base model's tokenizer in the run; a resumed run must have the same."""
     if not path.exists():
         tokenizer.save(path)
     elif (saved := Tokenizer.load(path)).sha256 != tokenizer.sha256:
         raise ValueError(
             f"{path} has sha256 {saved.sha256[:12]}..., the base tokenizer {tokenizer.sha256[:12]}...; "
-            "resume a run with the base that it started from"
+            "resume with the --base that the run started from"
         )
 
 
@@ -118,4 +118,4 @@ def main(arguments: list[str]) -> None:
     """`hotlap sft`."""
     config = options.parse(SFTConfig, arguments, command="sft")
     fine_tune(config)
-    print(f"talk to it: python chat.py {config.out}")
+    print(f"chat with it: python chat.py {config.out}")

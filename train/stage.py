@@ -1,7 +1,7 @@
-"""What every stage of training does alike: pretraining, fine-tuning, and those that come.
+"""What all training stages share: pretraining, fine-tuning, and stages still to come.
 
-A stage is a config that inherits from StageConfig, and a function that reads its data and hands a `Stage` to
-`train`. What differs between stages is in the `Stage`: its batches, its loss, its validation.
+A stage consists of a config that inherits from StageConfig and a function that reads the data and passes a
+`Stage` to `train`. The `Stage` holds what differs between stages: batches, loss and validation.
 """
 
 from __future__ import annotations
@@ -55,30 +55,29 @@ class StageConfig:
     """The fields that all stages share."""
 
     out: Path
-    """Directory of the run: configuration, metrics, checkpoints and report."""
+    """Run directory, for configuration, metrics, checkpoints and report."""
     batch_rows: int = 16
-    """Rows of the model's context in a step."""
+    """Rows per step over all ranks; a row is as long as the model's context."""
     micro_batch: str = "all"
-    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
     recompute: Recompute = "none"
-    """Activations to recompute in the backward pass, to save memory: none, of each block, or (selective) all
-    but matmuls and attention.
-    """
+    """Activation checkpointing: none, whole blocks (block), or all but matmuls and attention (selective)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(1000))
     seed: int = 0
+    """Random seed for initial weights and data order."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: bfloat16 where the device is fast at it. fp8: its large matmuls."""
+    """Compute dtype. auto: bfloat16 if the device is fast at it. fp8: for large matmuls, else bfloat16."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on a GPU always, on a CPU for runs long enough to earn it back."""
+    """Use torch.compile. auto: always on a GPU; on a CPU only for runs long enough to pay for it."""
     profile: bool = False
-    """Write a trace of a few steps, and on a GPU of its memory."""
+    """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
     resume: str = "no"
-    """Resume the run: auto (from its newest intact checkpoint), or the path of a checkpoint."""
+    """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
 
     def validate(self: T) -> T:
-        """Return self, or raise ValueError naming the first field that cannot work."""
+        """Return self, or raise ValueError naming the first invalid field."""
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
         if self.seed < 0:
@@ -91,43 +90,43 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage brings to training."""
+    """What a stage passes to `train`."""
 
     name: str
-    """As a checkpoint knows it: a base model (pretrain) is not asked questions."""
+    """Recorded in checkpoints: a model whose stage is pretrain is not asked questions."""
     shape: GPTConfig
     tokenizer: Tokenizer
     loss: Loss
     batches: Callable[[GPT, int, int], Iterator[list[Batch]]]
-    """Of the model, the first step and the rows of a micro-batch: this rank's micro-batches of each step."""
+    """(model, first step, rows of a micro-batch) -> this rank's micro-batches of each step."""
     evaluate: Callable[[GPT, int], dict[str, float]] | None
-    """Of the model and the rows that it reads at once: metrics that begin with validation_, of all ranks."""
+    """(model, rows per forward pass) -> metrics over all ranks, with names that begin with validation_."""
     data: str
-    """Identity of the data, which a resumed run has to have, too."""
+    """Fingerprint of the data; a resumed run must have the same."""
     source: str
-    """What the user calls the data."""
+    """The user's name for the data."""
     about: str
-    """What is trained on, for the log."""
+    """The data in a few words, for the log."""
     loop: LoopConfig
-    """config.loop, or what the data makes of it."""
+    """config.loop, with its steps adapted to the data."""
     base: Path | None = None
-    """Model directory to start from; None starts from the seed."""
+    """Model directory to start from; None starts from random weights."""
 
 
 def check_machine(config: StageConfig, world: World) -> None:
-    """ValueError where this machine or number of ranks cannot run the config, before anything is made."""
+    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing."""
     micro_batch_rows(config.micro_batch, common_rows(config), world)
     compute_dtype(config.dtype, world.device)
 
 
 def common_rows(config: StageConfig) -> int:
-    """Rows that micro-batches have to divide: those of the steps of all of the schedule's stages."""
+    """Rows that micro-batches must divide: the greatest common divisor over the schedule's stages."""
     return math.gcd(*stage_rows(config.schedule, config.batch_rows))
 
 
 @contextmanager
 def opened(config: StageConfig, world: World, prepare: Callable[[], T]) -> Iterator[T]:
-    """Own the run's directory, and yield what prepare() returns: on rank 0 first, then on the others."""
+    """Lock the run's directory and yield what prepare() returns. Rank 0 calls it first, then the others."""
     with ExitStack() as stack:
         with world.leader_first(f"open {config.out}"):
             if world.leads:
@@ -138,7 +137,7 @@ def opened(config: StageConfig, world: World, prepare: Callable[[], T]) -> Itera
 
 
 def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False) -> dict[str, float]:
-    """Build the model, train it in the opened run, write the report, and return the last metrics.
+    """Build the model, train it in an opened run, write the report, and return the last metrics.
 
     warm_up: compile before the clock starts, on steps that are undone.
     """
@@ -154,7 +153,10 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     optimizer = MuonAdamW(model, config.optim)
     state = resume_from(config.out, config.resume, model, optimizer, world)
     if state.step and state.data != stage.data:
-        raise ValueError(f"{config.out} was started on other data than {stage.source} holds now")
+        raise ValueError(
+            f"{config.out} was started on other data than {stage.source} holds now; restore that data, or "
+            "start a new run with another --out"
+        )
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:
@@ -177,7 +179,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
 def row_batches(
     rows: PackedRows, config: StageConfig, steps: int, world: World
 ) -> Callable[[GPT, int, int], Iterator[list[Batch]]]:
-    """Stage.batches of packed rows: made ahead of time by a thread. steps: of the whole run."""
+    """Stage.batches from packed rows, prefetched by a thread. steps: of the whole run."""
 
     def batches(model: GPT, start: int, micro_rows: int) -> Iterator[list[Batch]]:
         found = step_batches(
@@ -190,10 +192,10 @@ def row_batches(
 
 
 def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -> None:
-    """Log what is about to run: parameters, FLOPs, data, and the memory of each rank."""
+    """Log parameters, FLOPs, data, and the memory needed on each rank."""
     counts, T = parameter_counts(model), model.config.context
     log.info(
-        "%s: %.2fM parameters (%.2fM in matmuls), %.1f MFLOP a token (%.1f causal), %s, %s on %s%s",
+        "%s: %.2fM parameters (%.2fM in matmuls), %.1f MFLOP per token (%.1f causal), %s, %s on %s%s",
         out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
         nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, about,
         str(model.compute_dtype).removeprefix("torch."), f"{world.size} x " if world.size > 1 else "",
@@ -201,7 +203,7 @@ def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -
     )  # fmt: skip
     parts = rank_bytes(model, world, micro_rows)
     log.info(
-        "about %.2f of %.1f GB on each rank with %d rows at once: %s",
+        "estimated memory: %.2f of %.1f GB per rank with micro-batches of %d rows: %s",
         sum(parts.values()) / 1e9, device_bytes(world) / 1e9, micro_rows,
         ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
     )  # fmt: skip

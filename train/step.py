@@ -1,4 +1,4 @@
-"""The gradient of one step: micro-batches on every rank, and one mean over all of their targets."""
+"""One training step: gradients accumulated over micro-batches and ranks, averaged over the step's weight."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
 
-REHEARSALS = 2  # of each stage: the second meets what the first has left, such as gradients that are None
+REHEARSALS = 2  # per stage: the second step finds what the first has left, such as gradients that are None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step, equal on all ranks but for `own`."""
+    """Result of a step. All but `own` is equal on all ranks."""
 
-    loss: float  # mean over the weight of the step
-    norm: float  # of the gradient of that, before it is clipped
-    metrics: dict[str, float]  # means of what the loss returned besides
-    own: float  # sum of the loss on this rank
+    loss: float  # summed over all ranks, divided by the step's weight
+    norm: float  # of that loss's gradient, before clipping
+    metrics: dict[str, float]  # the loss function's other sums, divided by the weight
+    own: float  # this rank's sum of the loss
 
 
 def take_step(
@@ -40,9 +40,9 @@ def take_step(
     world: World,
     step: int = 0,
 ) -> Outcome:
-    """Gradients of the sum of the losses divided by weight, that of all batches on all ranks."""
+    """Compute the gradients of the summed loss divided by `weight`, that of all batches on all ranks."""
     if weight == 0:
-        raise ValueError("a step without a single target; every row of its batch is masked")
+        raise ValueError("this step has no targets: the loss mask excludes every row of its batch")
     own = torch.zeros((), device=world.device)
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
@@ -56,7 +56,7 @@ def take_step(
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if action := fault("gradient", world.rank, step):
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
-    norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows, which its replicas have too
+    norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows; its replicas hold the same
     sums = torch.stack(
         [own.double(), norm.double().square() / replicas(model), *(m.double() for m in metrics.values())]
     )
@@ -80,8 +80,8 @@ def rehearsed(
     loss: Loss,
     world: World,
 ) -> Iterator[list[Batch]]:
-    """Compile what the run will need before the clock starts: take steps of every stage of the schedule, with
-    a real batch, and undo them. What it returns yields all batches, from the first on.
+    """Compile everything before the clock starts: take steps on a real batch in every stage of the schedule,
+    then restore weights and optimiser state. Returns all batches, the one used here included.
     """
     tensors = [local(t) for t in itertools.chain(model.parameters(), (t for _, t in optimizer.named_state()))]
     before = [tensor.to("cpu", copy=True) for tensor in tensors]

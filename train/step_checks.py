@@ -1,7 +1,8 @@
-"""Whether a step may be taken: numbers that are not finite, and losses or gradients that jump.
+"""Checks for NaN or infinite losses and gradients, for spikes, and for copies that differ between ranks.
 
-Every rank has the same loss and norm, so all of them judge alike without asking each other. Jumps are those
-of OLMo's skip-step: more than six standard deviations above the mean of the last 128 steps.
+Loss and gradient norm are equal on all ranks, so all ranks decide alike without communication. A spike is
+defined as in OLMo's skip-step optimiser: more than six standard deviations above the mean of the last 128
+steps.
 """
 
 from __future__ import annotations
@@ -25,40 +26,40 @@ from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.step import Outcome
 
 WINDOW, ENOUGH, SIGMAS = 128, 32, 6.0
-MOST_SKIPPED = 10  # steps in a row, after which the run is not worth going on with
+MOST_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 Policy = Literal["stop", "skip"]
 
 
 class Judge:
-    """Decides over steps. `recent`: losses and norms of the last steps, which a checkpoint keeps."""
+    """Decides whether to take a step. `recent`: losses and norms of the last steps, updated in place."""
 
     def __init__(self, policy: Policy, recent: dict[str, list[float]]):
         self.policy, self.recent = policy, recent
         self.skipped_in_a_row = 0
 
     def approves(self, world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> bool:
-        """Whether to update. FloatingPointError where the run has to stop; every rank has to ask."""
+        """Whether to update the weights; collective. Raises FloatingPointError if the run must stop."""
         finite = math.isfinite(outcome.loss) and math.isfinite(outcome.norm)
         problem = self.jump(step, outcome) if finite else blame(world, step, outcome, model, micro)
         if finite and (not problem or self.policy == "stop"):
             if problem:
-                log.warning("%s; --loop.bad-steps skip leaves such steps out", problem)
+                log.warning("%s; --loop.bad-steps skip would skip it", problem)
             self.remember(outcome)
             self.skipped_in_a_row = 0
             return True
         self.skipped_in_a_row += 1
         if self.policy == "stop" or self.skipped_in_a_row == MOST_SKIPPED:
-            often = f"; {MOST_SKIPPED} steps in a row were like that" if self.policy == "skip" else ""
+            often = f"; {MOST_SKIPPED} bad steps in a row" if self.policy == "skip" else ""
             raise FloatingPointError(
-                f"{problem}{often}; the last checkpoint is whole. Try a lower learning rate"
+                f"{problem}{often}; the last checkpoint is intact. Try a lower learning rate"
                 + ("" if often else ", or --loop.bad-steps skip")
             )
-        log.warning("%s; the step is left out", problem)
+        log.warning("%s; skipping the step", problem)
         return False
 
     def jump(self, step: int, outcome: Outcome) -> str:
-        """What jumped, if anything did."""
+        """Describe a spike of the loss or the gradient norm; "" if there is none."""
         for name, value in (("loss", outcome.loss), ("norm", outcome.norm)):
             past = self.recent[name]
             if len(past) < ENOUGH:
@@ -79,7 +80,7 @@ class Judge:
 
 
 def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> str:
-    """Which rank's loss, or part of the gradient, is not finite, and on which batch."""
+    """Describe which ranks have a NaN or infinite loss or gradient, and on which batch."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     finite = all(bool(g.isfinite().all()) for g in gradients)
     found = world.gather({"loss": outcome.own, "finite": finite, "batch": batch_name(micro)})
@@ -98,7 +99,7 @@ def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Bat
 
 
 def batch_name(micro: list[Batch]) -> str:
-    """What finds a batch again: the start of the sha256 of its ids, and its weight, that is its targets."""
+    """Identify a batch: the first digits of the sha256 of its token ids, and its weight."""
     digest = hashlib.sha256()
     for batch in micro:
         digest.update(batch.inputs.cpu().numpy().tobytes())
@@ -106,10 +107,10 @@ def batch_name(micro: list[Batch]) -> str:
 
 
 def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> None:
-    """RankLost, naming rank and tensor, where ranks that hold the same numbers hold different ones.
+    """Raise RankLost, naming rank and tensor, if copies that should be equal differ between ranks.
 
-    Those are the optimiser's that every rank keeps whole, the tables of the model, and between replicas every
-    row. A bit that flips in one copy shows nowhere else.
+    Compares the optimiser state that every rank keeps whole, the model's buffers, and, between replicas,
+    every shard. Nothing else would reveal a flipped bit in one copy.
     """
     if world.size == 1:
         return
@@ -121,7 +122,7 @@ def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> N
     mine = {name: (placed(tensor), checksum(local(tensor))) for name, tensor in tensors.items()}
     found = world.gather(mine)
     for name in mine:
-        copies: dict[int, dict[int, list[int]]] = {}  # by place and checksum, the ranks
+        copies: dict[int, dict[int, list[int]]] = {}  # shard -> checksum -> ranks
         for rank, theirs in enumerate(found):
             place, value = theirs[name]
             copies.setdefault(place, {}).setdefault(value, []).append(rank)
@@ -129,19 +130,19 @@ def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> N
             if len(values) > 1:
                 odd = ", ".join(map(str, min(values.values(), key=len)))
                 raise RankLost(
-                    f"{name} is not the same on all ranks at step {step}: rank {odd} has another copy. Its "
-                    "memory is not to be trusted; go on from an earlier checkpoint without that machine"
+                    f"{name} differs between ranks at step {step}: rank {odd} holds another copy. Its memory "
+                    "cannot be trusted; resume from an earlier checkpoint without that machine"
                 )
 
 
 def placed(tensor: torch.Tensor) -> int:
-    """Which shard of a tensor this rank holds; 0 of one that all ranks hold."""
+    """Index of this rank's shard of a tensor; 0 if every rank holds it whole."""
     if not isinstance(tensor, DTensor):
         return 0
     return tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1)
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Of the bits of a float32 tensor, sensitive to their order."""
+    """Order-sensitive checksum of the bits of a float32 tensor."""
     bits = tensor.detach().reshape(-1).view(torch.int32).long()
     return int((bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum())

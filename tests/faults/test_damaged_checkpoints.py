@@ -91,12 +91,12 @@ def test_auto_takes_the_checkpoint_before_a_damaged_one_and_says_why(original, r
     raw = path.read_bytes()
     with joined() as world:
         assert load_newest(world, run) == (3, original[1][3])
-        assert name in caplog.text and "trying the checkpoint before it" in caplog.text
+        assert name in caplog.text and "trying the previous checkpoint" in caplog.text
         assert [p.name for p in run_checkpoints(run)] == ["step-000003"]
         save_steps(world, run, (6,))  # written again, not taken for whole
         verify_checkpoint(newest(run), world)
     aside = next((run / "checkpoints").glob("aside-step-000006-*"))
-    assert (aside / name).read_bytes() == raw and f"set aside as {aside.name}" in caplog.text
+    assert (aside / name).read_bytes() == raw and f"renamed to {aside.name}" in caplog.text
 
 
 @pytest.mark.parametrize("damaged", [1, 2])

@@ -99,7 +99,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_another(tmp_path):
 def test_a_run_with_checkpoints_does_not_start_over(tmp_path):
     with joined() as world:
         save_steps(world, tmp_path, (3,))
-        with pytest.raises(FileExistsError, match="holds checkpoints already; go on by --resume"):
+        with pytest.raises(FileExistsError, match="already holds checkpoints; resume with --resume auto"):
             load_newest(world, tmp_path, choice="no")
         (tmp_path / "new").mkdir()
         assert load_newest(world, tmp_path / "new", choice="no")[0] == 0

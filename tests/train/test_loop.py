@@ -79,7 +79,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model, 
 def test_a_step_without_a_target_is_an_error(world):
     batch = ragged_batch()
     batch.targets[:] = IGNORE
-    with pytest.raises(ValueError, match="without a single target"):
+    with pytest.raises(ValueError, match="no targets"):
         take_step(fresh()[0], [batch], next_token_loss, 0, 0.0, world)
 
 
@@ -215,7 +215,7 @@ def test_what_jumps_before_there_is_a_usual_is_no_jump(random_model, caplog):
 def test_a_run_whose_steps_are_all_left_out_stops(random_model):
     values = [(3.0, 1.0)] + [(math.nan, 1.0)] * (MOST_SKIPPED - 1)
     assert judged("skip", values, random_model) == [True] + [False] * (MOST_SKIPPED - 1)
-    with pytest.raises(FloatingPointError, match=f"{MOST_SKIPPED} steps in a row"):
+    with pytest.raises(FloatingPointError, match=f"{MOST_SKIPPED} bad steps in a row"):
         judged("skip", [*values, (math.nan, 1.0)], random_model)
 
 

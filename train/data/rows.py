@@ -1,4 +1,4 @@
-"""Packing of documents into rows, and batches as a pure function of the step."""
+"""Packing documents into rows, and batches as a pure function of the step."""
 # B rows of a batch, T tokens of a row
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def cut(documents: Documents, T: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of pieces of at most T tokens. Long documents are first cut after `shift` tokens."""
-    ends = np.append(documents.starts[1:], len(documents.tokens) - 1)  # the last token is a target only
+    """Starts and lengths of pieces of at most T tokens. The first cut of a long document is at `shift`."""
+    ends = np.append(documents.starts[1:], len(documents.tokens) - 1)  # the last token is only a target
     long = ends - documents.starts > T
     starts, stops = [documents.starts[~long]], [ends[~long]]
     for start, end in zip(documents.starts[long], ends[long], strict=True):
@@ -41,14 +41,14 @@ def cut(documents: Documents, T: int, shift: int) -> tuple[np.ndarray, np.ndarra
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
-    """Best-fit decreasing: rows of piece indices whose lengths sum to at most T.
+    """Best-fit decreasing bin packing: rows of piece indices whose lengths sum to at most T.
 
-    Each piece, longest first, goes where it leaves the least space. Nothing is cut and nothing dropped; on
-    text, whose documents are of all lengths, one or two tokens in a hundred of the rows stay empty.
+    Each piece, longest first, goes into the fullest row that has space. Nothing is cut or dropped; on text
+    with documents of all lengths, 1-2 % of the rows is padding.
     """
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(T + 1)]  # rows by the space that they have left
-    spaces: list[int] = []  # those that have rows, sorted
+    with_space: list[list[int]] = [[] for _ in range(T + 1)]  # rows by the space left
+    spaces: list[int] = []  # sorted sizes for which with_space has rows
     for piece in np.argsort(-lengths, kind="stable"):
         length = int(lengths[piece])
         fit = bisect.bisect_left(spaces, length)
@@ -70,10 +70,10 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents. Tensors are (B, T) int64; target -1 carries no loss.
+    """Rows of packed documents. Tensors are (B, T) int64; target -1 has no loss.
 
-    weight: this batch's part of the number that a step's loss is divided by, here its targets. A stage whose
-    loss needs more than this has a batch that inherits from it, with more tensors of B rows.
+    weight: the batch's contribution to the number that the step's loss is divided by; here, its number of
+    targets. A stage that needs more data derives a class with further tensors of B rows.
     """
 
     inputs: Tensor
@@ -82,43 +82,42 @@ class Batch:
     weight: float
 
     def change(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The same with each of its tensors changed."""
+        """A copy with `function` applied to each tensor."""
         tensors = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **tensors)
 
     def to(self, device: torch.device) -> Batch:
-        """On a device; copied while the CPU works on, where the batch is pinned."""
+        """The batch on a device; copied asynchronously if it is pinned."""
         return self if device.type == "cpu" else self.change(lambda t: t.to(device, non_blocking=True))
 
     def repeated(self, times: int) -> Batch:
-        """Its rows several times: what more rows at once would take of the memory."""
+        """Its rows repeated, for measuring the memory of larger batches."""
         tall = self.change(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
         return dataclasses.replace(tall, weight=times * self.weight)
 
 
 def made_ahead(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same batches, made ahead of time by a thread, and pinned where they go to a GPU."""
+    """The same batches, prefetched by a thread, and pinned if the device is a GPU."""
     if device.type == "cuda":
         steps = ([batch.change(Tensor.pin_memory) for batch in micro] for micro in steps)
     return prefetch(steps)
 
 
 class PackedRows:
-    """An endless sequence of rows over shards: row i is always the same, whoever asks, on any number of
-    ranks.
+    """An endless sequence of rows over shards. Row i is the same on every rank and for any number of ranks.
 
-    Every epoch goes through every shard, in an order of its own, and each token is a target once an epoch.
+    Each epoch visits every shard, in its own order, and each token is a target once per epoch.
     """
 
     def __init__(self, shards: list[Callable[[], Documents]], T: int, seed: int, shuffle: bool = True):
         if not shards:
-            raise ValueError("no shards to read; make some with `hotlap data`")
+            raise ValueError("no shards to read; create them with `hotlap data`")
         self.shards, self.T, self.seed, self.shuffle = shards, T, seed, shuffle
         self._counts: dict[tuple[int, int], int] = {}
         self._current: tuple[tuple[int, int], Documents, np.ndarray, np.ndarray, list] | None = None
 
     def _packed(self, epoch: int, position: int):
-        """Documents, piece starts, piece lengths and rows of the shard that is `position`-th in the epoch."""
+        """Documents, piece starts, piece lengths and rows of the epoch's `position`-th shard."""
         key = (epoch, position)
         if self._current is None or self._current[0] != key:
             random = np.random.default_rng((self.seed, epoch, position))
@@ -128,7 +127,7 @@ class PackedRows:
             start, length = cut(documents, self.T, shift)
             rows = pack(length, self.T)
             if not rows:
-                raise DataError("a shard has no token to predict; it needs at least two")
+                raise DataError("a shard has no token to predict; it needs at least two tokens")
             if self.shuffle:
                 random.shuffle(rows)
             self._counts[key] = len(rows)
@@ -144,7 +143,7 @@ class PackedRows:
         return sum(self.count(epoch, position) for position in range(len(self.shards)))
 
     def batch(self, first: int, count: int) -> Batch:
-        """Rows first to first + count - 1 of the endless sequence."""
+        """Rows `first` to `first + count - 1` of the endless sequence."""
         inputs = np.zeros((count, self.T), np.int64)
         targets = np.full((count, self.T), IGNORE, np.int64)
         document_start = np.zeros((count, self.T), np.int64)
@@ -172,7 +171,7 @@ class PackedRows:
 def packed_rows(
     folder: Path, split: str, tokenizer: Tokenizer, T: int, seed: int = 0, limit: int = 0
 ) -> PackedRows:
-    """The rows of a split, or of its first `limit` tokens; training rows are shuffled."""
+    """Rows of a split, or of its first `limit` tokens; training rows are shuffled."""
     shards = [
         partial(shard_documents, path, tokenizer.vocab_size, tokenizer.bos, count)
         for path, count in first_shards(shard_paths(folder, split), limit)
@@ -181,12 +180,16 @@ def packed_rows(
 
 
 def check_rows(batch_rows: int, micro_rows: int, world: int = 1) -> None:
-    """ValueError, listing what would do, where a step's rows do not divide into ranks and micro-batches."""
+    """Raise ValueError, listing valid values, if a step's rows do not divide into ranks x micro-batches."""
     if batch_rows % (micro_rows * world):
         valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
         raise ValueError(
             f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
-            f"micro_batch may be {', '.join(valid) or f'nothing: make batch_rows a multiple of {world}'}"
+            + (
+                f"micro_batch may be {', '.join(valid)}"
+                if valid
+                else f"make batch_rows a multiple of {world}"
+            )
         )
 
 
@@ -200,8 +203,10 @@ def step_batches(
     world: int = 1,
     share: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start` on, this rank's micro-batches. All ranks together see the `share(step)` of
-    batch_rows that come after those of the steps before, whatever the number of ranks."""
+    """This rank's micro-batches of each step from `start` on.
+
+    A step takes the next share(step) * batch_rows rows of the sequence, for any number of ranks.
+    """
     first = sum(round(batch_rows * share(step)) for step in range(start))
     for step in itertools.count(start):
         count = round(batch_rows * share(step))
@@ -212,8 +217,8 @@ def step_batches(
 
 
 def validation_batches(rows: PackedRows, B: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """This rank's part of the first epoch of rows, once, in batches of B. Every rank has as many, filled up
-    with rows without loss.
+    """This rank's part of the first epoch, in batches of B. All ranks have the same number of batches; rows
+    beyond the epoch have no loss.
     """
     total = rows.epoch_rows()
     for start in range(0, total, B * world):
@@ -224,7 +229,7 @@ def validation_batches(rows: PackedRows, B: int, rank: int = 0, world: int = 1) 
 
 
 def prefetch(items: Iterable, depth: int = 2) -> Iterator:
-    """The same items, made ahead of time by a thread. An error there is raised here."""
+    """The same items, produced ahead of time by a thread, whose errors are raised here."""
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
 

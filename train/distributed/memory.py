@@ -1,4 +1,4 @@
-"""What a run takes of each device's memory: said before the first step, and how many rows at once fit."""
+"""Memory of a run on each device: estimates before the first step, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hotlap.train.distributed.sharding import replicas
 from hotlap.train.distributed.world import World
 from hotlap.train.losses import Loss
 
-ROOM = 0.9  # share of the memory that a run may plan with
+ROOM = 0.9  # fraction of the memory to plan with
 GB = 1e9
 
 
 def device_bytes(world: World) -> int:
-    """Memory of a GPU, or this process's share of the machine's."""
+    """Memory of the GPU, or this process's share of the machine's memory."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -28,25 +28,25 @@ def device_bytes(world: World) -> int:
 
 
 def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
-    """Memory of a training step on one rank, by part, with `rows` rows at once: estimated from the shapes."""
+    """Estimated memory of a training step on one rank by part, from shapes. rows: of a micro-batch."""
     shards = world.size // replicas(model)
     return training_bytes(model, rows, model.config.context, shards, model.compute_dtype.itemsize)
 
 
 def check_memory(model: GPT, world: World, rows: int) -> dict[str, int]:
-    """rank_bytes, or a ValueError where what does not depend on the rows is already too much."""
+    """Return rank_bytes; raise ValueError if the model does not fit even without activations."""
     parts, there = rank_bytes(model, world, rows), device_bytes(world)
     fixed = sum(parts.values()) - parts["activations"]
     if fixed > there:
         raise ValueError(
-            f"the model takes {fixed / GB:.1f} GB on each rank without any activations, and {world.device} "
+            f"the model needs {fixed / GB:.1f} GB on each rank even without activations, and {world.device} "
             f"has {there / GB:.1f} GB; train on more GPUs, or a smaller --depth"
         )
     return parts
 
 
 def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
-    """Rows of a micro-batch, before the model is there; "auto" is found later, and counts as one row here."""
+    """Rows of a micro-batch. "auto" is one row here; largest_that_fits decides once the model exists."""
     if choice == "all":
         rows = max(1, batch_rows // world.size)
     elif choice == "auto":
@@ -54,7 +54,7 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
     elif choice.isdecimal() and int(choice) > 0:
         rows = int(choice)
     else:
-        raise ValueError(f"micro_batch={choice!r} must be a number of rows, all (of the step's), or auto")
+        raise ValueError(f"micro_batch={choice!r} must be a number of rows, all, or auto")
     check_rows(batch_rows, rows, world.size)
     return rows
 
@@ -62,10 +62,10 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
 def largest_that_fits(
     model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch]
 ) -> int:
-    """The most rows at once that divide the step's and fit the memory, the same on all ranks.
+    """Rows of the largest micro-batch that divides the step's rows and fits in memory, equal on all ranks.
 
-    On a GPU the gradients of one row and of two are measured, and more are extrapolated from them, so that
-    none runs out of memory; on a CPU the estimate from the shapes decides.
+    On a GPU, measures micro-batches of one and two rows and extrapolates, so that no trial runs out of
+    memory. On a CPU, uses the estimate from shapes.
     """
     per_rank = batch_rows // world.size
     if world.device.type == "cuda" and per_rank > 1:
@@ -82,7 +82,7 @@ def largest_that_fits(
 
 
 def measured_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
-    """Most memory that was in use during the gradient of a micro-batch."""
+    """Peak memory of a forward and backward pass."""
     torch.cuda.reset_peak_memory_stats(world.device)
     loss(model, batch)[0].backward()
     model.zero_grad()
@@ -91,7 +91,7 @@ def measured_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
 
 @contextmanager
 def out_of_memory_explained(world: World, rows: int) -> Iterator[None]:
-    """A MemoryError that says how much there was, and how many rows at once to try instead of `rows`."""
+    """Turn an out-of-memory error into a MemoryError that suggests a smaller micro-batch than `rows`."""
     try:
         yield
     except RuntimeError as error:
@@ -109,5 +109,5 @@ def out_of_memory_explained(world: World, rows: int) -> Iterator[None]:
         )
         raise MemoryError(
             f"rank {world.rank} ran out of the {device_bytes(world) / GB:.1f} GB of {world.device}{peak}, "
-            f"with {rows} rows at once; try {hint}"
+            f"with micro-batches of {rows} rows; try {hint}"
         ) from error

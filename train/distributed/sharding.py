@@ -1,11 +1,11 @@
-"""A model spread over ranks: recomputed activations, torch.compile and FSDP2, put around a finished GPT.
+"""Activation checkpointing, torch.compile and FSDP2, applied to a finished GPT.
 
-The order is fixed: recompute -> compile -> shard, block by block; then memory, and the weights, of which
-every rank draws each one whole and keeps its rows, so that any number of ranks starts from the same model.
-A rank that is alone has nothing to shard: FSDP2 would copy and cast all parameters and gradients for it.
+The order matters: each block is checkpointed, then compiled, then sharded. Then memory is allocated and
+weights are initialised: each rank generates every parameter whole and keeps its rows, so that any number of
+ranks starts from the same model. A single rank is not sharded: FSDP2 would only copy and cast parameters.
 
-Matrices of the blocks are gathered in the dtype that the model computes in. Embeddings, head and scalars stay
-float32, so that the gradients of frequent tokens are not sums of bfloat16. Gradients are summed in float32.
+Block matrices are gathered in the compute dtype. Embeddings, head and scalars stay float32, so that the
+gradients of frequent tokens are not summed in bfloat16. Gradients are reduced in float32.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from hotlap.train.distributed.world import World
 
 Recompute = Literal["none", "block", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
-MOST_GRAPHS = 64  # of the function of a block
-COMPILE_PAYS = 2000  # steps from which compiling for a CPU surely earns its time back
+MOST_GRAPHS = 64  # compiled variants of a block's forward
+COMPILE_PAYS = 2000  # steps after which compiling for a CPU pays off
 
 
 def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -> None:
-    """Prepare a model on the meta device, in place, for training on all ranks; it has no memory yet."""
-    if compile:  # layers x stages x (training, validation): beyond the limit, blocks would run as they are
+    """Prepare a model on the meta device for training on all ranks, in place."""
+    if compile:  # layers x stages x (training, validation): beyond the limit, blocks would run uncompiled
         torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         if recompute != "none":
@@ -52,9 +52,9 @@ def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -
 
 
 def mesh_of(world: World) -> DeviceMesh:
-    """The ranks of one node, or (replicate, shard) of several nodes: each node holds the whole model.
+    """("shard",) on one node; ("replicate", "shard") on several, so that each node holds the whole model.
 
-    So what every layer gathers stays within a node, and only gradients go between nodes.
+    All-gathers then stay within a node, and only gradients cross nodes (hybrid sharding).
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     nodes = world.size // local
@@ -64,7 +64,7 @@ def mesh_of(world: World) -> DeviceMesh:
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:
-    """FSDP2, a block at a time. The last block is needed again at once, so it stays whole."""
+    """Apply FSDP2 block by block. The last block stays gathered, because backward needs it first."""
     low = model.compute_dtype if model.compute_dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     for i, block in enumerate(model.blocks):
@@ -73,7 +73,7 @@ def shard(model: GPT, mesh: DeviceMesh) -> None:
     for table in model.value_embeddings.values():
         fully_shard(table, mesh=mesh, mp_policy=exact)
     fully_shard(model, mesh=mesh, mp_policy=exact)
-    for module in sharded_modules(model):  # the loop divides by the weight of the whole step
+    for module in sharded_modules(model):  # take_step divides by the weight of the whole step
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
@@ -83,17 +83,17 @@ def sharded_modules(model: GPT) -> list[FSDPModule]:
 
 
 def materialize(model: GPT, device: torch.device, seed: int) -> None:
-    """Memory and first weights for a model on the meta device, sharded or not.
+    """Allocate and initialise a model on the meta device, sharded or not.
 
-    Every rank draws each parameter whole and keeps its rows, so that the numbers are the same whatever the
-    number of ranks, at the memory of one whole parameter.
+    Each rank generates one whole parameter at a time and keeps its rows, so that the weights do not depend on
+    the number of ranks.
     """
     model.to_empty(device=device)
     model.init_weights(seed, write=keep_rows)
 
 
 def keep_rows(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole value into a parameter, or this rank's rows of it where the parameter is sharded."""
+    """Copy a whole value into a parameter; if it is sharded, only this rank's rows."""
     if isinstance(parameter, DTensor):
         whole = whole.to(parameter.device)
         rows = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -102,9 +102,7 @@ def keep_rows(parameter: Tensor, whole: Tensor) -> None:
 
 
 def recomputed(forward, selective: bool):
-    """forward, whose activations are computed again for the backward pass; where selective, products and
-    attention are kept.
-    """
+    """forward with activation checkpointing. selective: save the outputs of matmuls and attention."""
     options = {}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
@@ -115,25 +113,25 @@ KEPT = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "attention_blockwise", 
 
 
 def keep_products(ctx, operation, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what takes long to compute, and compute the rest again."""
+    """Save the results of expensive operations, and recompute the rest."""
     name = operation.name().split("::")[-1].split(".")[0]
     kept = name in KEPT or "dot_product" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compiles(choice: str, device: torch.device, steps: int) -> bool:
-    """Whether to compile: where it is asked for or pays, and can be done."""
+    """Whether to compile: if requested or worthwhile, and if there is a C++ compiler."""
     if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_PAYS):
         return False
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
-        log.info("no C++ compiler found: running without torch.compile")
+        log.info("running without torch.compile: no C++ compiler found")
         return False
     return True
 
 
 def accumulate(model: GPT, i: int, count: int) -> None:
-    """Before micro-batch i of count: parameters are gathered for the first alone, and gradients are summed
-    over ranks after the last alone.
+    """Call before micro-batch i of count: gather parameters only for the first, and reduce gradients only
+    after the last.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -145,18 +143,18 @@ def accumulate(model: GPT, i: int, count: int) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; of another, all."""
+    """This rank's shard of a tensor, or all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def replicas(model: GPT) -> int:
-    """How many ranks hold the same rows of each parameter."""
+    """How many ranks hold the same shard of each parameter."""
     mesh = getattr(model.head.weight, "device_mesh", None)
     return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The dtype of everything but fp8's products; a ValueError for fp8 on a device without."""
+    """The dtype of everything but fp8 matmuls. Raises ValueError for fp8 on a device without it."""
     if choice == "fp8":
         check_fp8(device)
         return torch.bfloat16
@@ -164,6 +162,6 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def use_fp8(model: GPT, dtype: str) -> None:
-    """Train in fp8 what is large enough for it, where it is asked for."""
+    """If dtype is fp8, use fp8 in the layers that are large enough to benefit."""
     if dtype == "fp8" and not model.use_fp8():
-        log.warning("fp8: no layer is large enough for it to pay; computing in bfloat16")
+        log.warning("fp8: no layer is large enough to benefit; computing in bfloat16")

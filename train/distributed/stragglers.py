@@ -1,7 +1,7 @@
-"""Ranks that hang or lag: which one it is, and where each of the others stands.
+"""Detects stragglers: names ranks that hang or lag, and dumps the stacks of the ranks that wait for them.
 
-Every rank writes down the step that it begins. Where a step does not end, the one that has not begun it is
-the one that the others wait for.
+Each rank records in the shared store which step it has started. If a step does not end, the others are
+waiting for the ranks that have not started it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import time
 from hotlap.common.log import log
 from hotlap.train.distributed.world import World
 
-PATIENCE = 0.6  # of the group's timeout, after which the ranks that hang are named
-REPORT = 50  # steps between looks at who is late
-LATE, NOTABLE = 2.0, 0.05  # times the others' median, and share of a step, from which it is worth a line
+PATIENCE = 0.6  # fraction of the group's timeout after which hanging ranks are named
+REPORT = 50  # steps between checks for lagging ranks
+LATE, NOTABLE = (
+    2.0,
+    0.05,
+)  # report a rank this many times later than the others' median, by this share of a step
 
 
 class Stragglers:
-    """Of a rank, over its other ones. Alone it does nothing."""
+    """One rank's view of the others. Does nothing on a single rank."""
 
     def __init__(self, world: World):
         self.world, self.step = world, -1
@@ -41,18 +44,18 @@ class Stragglers:
             self._thread.join()
 
     def arrive(self, step: int) -> None:
-        """At the first thing that a step does with the others."""
+        """Call before a step's first collective operation."""
         self.step, self.began = step, time.monotonic()
         self.late += self.began - self.left
         if self.world.size > 1:
             self.world.store.set(f"step/{self.world.rank}", str(step))
 
     def leave(self) -> None:
-        """After the last."""
+        """Call after a step's last collective operation."""
         self.began = self.left = time.monotonic()
 
     def report(self, step: int, seconds: float) -> None:
-        """Every REPORT steps, name the rank that keeps the others waiting. seconds: what a step takes."""
+        """Every REPORT steps, name ranks that keep the others waiting. seconds: duration of a step."""
         if self.world.size == 1 or (step + 1) % REPORT:
             return
         late = [total / REPORT for total in self.world.gather(self.late)]
@@ -61,8 +64,8 @@ class Stragglers:
             others = statistics.median(late[:rank] + late[rank + 1 :])
             if mine > LATE * others and mine - others > NOTABLE * seconds and self.world.leads:
                 log.warning(
-                    "rank %d comes to each step after %.3f s, the others after %.3f s (%.1f times): its data "
-                    "or its machine is slow", rank, mine, others, mine / max(others, 1e-9),
+                    "rank %d is a straggler: it starts each step after %.3f s, the others after %.3f s (%.1f "
+                    "times); its data or its machine is slow", rank, mine, others, mine / max(others, 1e-9),
                 )  # fmt: skip
 
     def _look(self) -> None:
@@ -73,7 +76,7 @@ class Stragglers:
             told = self.step
             try:
                 steps = [self._step_of(rank) for rank in range(self.world.size)]
-            except RuntimeError:  # the store is gone, and with it the run
+            except RuntimeError:  # the store is gone, so the run has ended
                 return
             behind = [f"rank {rank} (at step {at})" for rank, at in enumerate(steps) if at < max(steps)]
             who = f"waiting for {', '.join(behind)}" if behind else "no rank is behind"

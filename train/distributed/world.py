@@ -1,7 +1,7 @@
-"""The processes of a run: torchrun's, or one alone, which is a group of one. What they decide together.
+"""The processes of a run, started by torchrun or a single one, and the operations that they share.
 
-Gloo carries the few numbers that the CPUs agree on, NCCL the tensors of GPUs. On one node everything stays on
-the loopback interface, because torch.distributed trusts whoever connects.
+Gloo carries small values between CPUs, NCCL tensors between GPUs. On one node all traffic stays on the
+loopback interface, because torch.distributed trusts anyone who connects.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from hotlap.common.log import log
 from hotlap.kernels.dispatch import default_device
 
 T = TypeVar("T")
-PREPARATION = timedelta(hours=12)  # what one rank may take to download and tokenise while the others wait
-ROLL_CALL = 3.0  # seconds in which the ranks that are left notice that one is lost
+PREPARATION = timedelta(hours=12)  # how long the others wait while rank 0 downloads and tokenises
+ROLL_CALL = 3.0  # seconds for the surviving ranks to notice that one is lost
 LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's place among all those of a run. `store` is a dictionary of bytes that they share."""
+    """One process of a run. `store` is a key-value store that all of them share."""
 
     rank: int
     size: int
     device: torch.device
     store: dist.Store
-    timeout: float = 300  # seconds that the others wait for a rank
+    timeout: float = 300  # seconds to wait for another rank
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that does what is done once."""
+        """Whether this is rank 0, which does what only one process should do."""
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """Sums over all ranks of numbers that their CPUs have."""
+        """Sum each number over all ranks; collective, on the CPU."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -56,7 +56,7 @@ class World:
         return tensor.tolist()
 
     def gather(self, value: object, group: dist.ProcessGroup | None = None) -> list:
-        """What each rank gave, in the order of ranks."""
+        """Each rank's value, in rank order; collective."""
         if self.size == 1:
             return [value]
         found: list = [None] * self.size
@@ -64,8 +64,10 @@ class World:
         return found
 
     def together(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-        """What action() returned on each rank. Where it fails on one, that rank raises its error and the
-        others what it said: a DataError as such, anything else as RankLost. It must not itself wait for them.
+        """Return what action() returned on each rank; collective, though action must not be.
+
+        If it fails on one rank, that rank raises its error, and the others raise its message as DataError if
+        it was one, else as RankLost.
         """
         value = problem = raised = None
         try:
@@ -83,7 +85,7 @@ class World:
 
     @contextmanager
     def leader_first(self, what: str) -> Iterator[None]:
-        """The body runs on rank 0, and once it is done there, on the others. `what` names it, once a run."""
+        """Run the body on rank 0, then on the others. what: a name that is unique within the run."""
         key = f"done/{what}"
         if not self.leads:
             self.store.wait([key], PREPARATION)
@@ -99,15 +101,15 @@ class World:
         self.store.set(key, "")
 
 
-_world: World | None = None  # of this process, while it is part of a group
+_world: World | None = None  # this process's, while it is part of a group
 
 
 @contextmanager
 def joined(timeout: float = 300) -> Iterator[World]:
-    """Be one of the run's processes: torchrun's, or one alone. Within another `joined`, the same world.
+    """Join torchrun's process group, or a group of one. A nested `joined` yields the same world.
 
-    timeout: seconds after which a rank that does not answer is lost. Where that, or the failure of another
-    rank, shows here as a broken connection, RankLost says which rank it was, and what it said.
+    timeout: seconds after which a rank that does not answer is considered lost. If another rank is lost or
+    fails, and this one only sees a broken connection, RankLost names that rank and gives its error.
     """
     global _world
     if _world is not None:
@@ -138,12 +140,12 @@ def joined(timeout: float = 300) -> Iterator[World]:
         raise first_error(_world, error) from error
     finally:
         _world = None
-        if size == 1 or sys.exc_info()[0] is None:  # a broken group would wait for those that are gone
+        if size == 1 or sys.exc_info()[0] is None:  # destroying a broken group would wait for lost ranks
             dist.destroy_process_group()
 
 
 def stay_local() -> None:
-    """Keep the traffic of processes that are all on this machine on its loopback interface."""
+    """If all processes are on this machine, keep their traffic on its loopback interface."""
     environment = os.environ
     address = environment.get("MASTER_ADDR", "localhost")
     try:
@@ -158,7 +160,7 @@ def stay_local() -> None:
 
 
 def speak_as(world: World) -> None:
-    """Rank 0 speaks for all; what another says is a warning or worse, and carries its number."""
+    """Log everything on rank 0. Other ranks log only warnings and errors, prefixed with their rank."""
     if world.size > 1 and not world.leads:
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
@@ -166,7 +168,7 @@ def speak_as(world: World) -> None:
 
 
 def first_error(world: World, error: Exception) -> Exception:
-    """error itself, where it arose here; else what the first rank said that failed, or which rank is gone."""
+    """error if it arose on this rank; else RankLost with the first failed rank's error or the lost ranks."""
     broken = isinstance(error, RuntimeError) and LOST.search(str(error))
     try:
         if not broken:
@@ -182,10 +184,8 @@ def first_error(world: World, error: Exception) -> Exception:
         if world.store.check(["error"]):
             return RankLost(world.store.get("error").decode())
         missing = missing_ranks(world)
-    except RuntimeError:  # the store was rank 0's
-        return RankLost(
-            f"rank 0 was lost, as far as rank {world.rank} can see: it was killed, or its machine failed"
-        )
+    except RuntimeError:  # the store, which lives on rank 0, is gone
+        return RankLost(f"rank {world.rank} lost rank 0: it was killed, or its machine failed")
     if not missing:
         return error
     gone = ", ".join(map(str, missing))
@@ -193,5 +193,5 @@ def first_error(world: World, error: Exception) -> Exception:
 
 
 def missing_ranks(world: World) -> list[int]:
-    """Ranks that have not answered the roll call."""
+    """Ranks that have not answered the roll call yet."""
     return [rank for rank in range(world.size) if not world.store.check([f"alive/{rank}"])]

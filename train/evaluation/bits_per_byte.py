@@ -17,16 +17,16 @@ from hotlap.train.data.shards import documents_in
 from hotlap.train.data.sources import split_documents
 from hotlap.train.distributed.world import World
 
-BATCH_TOKENS = 16_384  # of the text that is read at a time
+BATCH_TOKENS = 16_384  # per forward pass
 
 
 @torch.no_grad()
 def validation(
     model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, world: World
 ) -> dict[str, float]:
-    """validation_loss: mean nats a token. validation_bpb: bits for each byte of text, special tokens apart.
+    """validation_loss in nats per token, and validation_bpb in bits per byte of text, without special tokens.
 
-    Over all rows, each rank taking its part; every rank has to ask.
+    Over all rows, divided among the ranks; collective.
     """
     device = world.device
     sizes = torch.zeros(model.config.vocab_size, device=device)
@@ -43,7 +43,7 @@ def validation(
         sums += torch.stack((losses.sum(), carries.sum(), (losses * (size > 0)).sum(), size.sum()))
     nats, count, text_nats, text_bytes = world.total(*sums.tolist())
     if not math.isfinite(nats):
-        raise FloatingPointError("the validation loss is not finite; the model's weights are spoilt")
+        raise FloatingPointError("the validation loss is not finite; the model's weights are corrupt")
     return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 
@@ -63,7 +63,7 @@ def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) 
 
 
 def bits_per_byte(model: GPT, rows: PackedRows, tokenizer: Tokenizer, world: World) -> dict:
-    """validation(), and the number of rows that it read."""
+    """Loss and bits per byte, with the number of rows and their length."""
     batch_rows = max(1, BATCH_TOKENS // model.config.context)
     scores = validation(model, rows, tokenizer, batch_rows, world)
     return {

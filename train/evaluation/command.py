@@ -1,6 +1,4 @@
-"""What a model is worth: loss and bits per byte on held-out text, CORE, what it says, and the share of
-questions answered right.
-"""
+"""`hotlap eval`: bits per byte on held-out text, CORE, samples, and accuracy on held-out questions."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
 from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, greedy, load_engine, question
 
-OPENINGS = (  # letters and spaces alone, which a tokenizer of characters is likely to have
+OPENINGS = (  # only letters and spaces, which a character tokenizer is likely to have
     "The largest animal that lives in the sea is",
     "Water freezes when",
     "In the morning she opened the window and",
@@ -35,26 +33,26 @@ OPENINGS = (  # letters and spaces alone, which a tokenizer of characters is lik
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Score a model: bits per byte of text, CORE, what it says, held-out questions of the built-in tasks."""
+    """Score a model: bits per byte, CORE, samples, and held-out questions of the built-in tasks."""
 
     model: Path = Path("runs/tiny/sft")
     """Run or model directory."""
     tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
-    """Which of bpb, core and samples, and of a model that converses facts, arithmetic and spelling."""
+    """What to score: bpb, core and samples; facts, arithmetic and spelling only for chat models."""
     data: Path | None = None
-    """For bpb: text, as for pretraining, or a folder of shards. What validates there is read."""
+    """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
     validation_tokens: int = 0
-    """For bpb: tokens that are read, from the start; 0 is all."""
+    """For bpb: tokens to read, from the start of the split; 0 means all."""
     core_bundle: Path | None = None
-    """For core: nanochat's folder eval_bundle. It is downloaded where none is named."""
+    """For core: nanochat's eval_bundle folder; downloaded if not given."""
     max_per_task: int = 0
-    """For core: examples of each of its tasks, nanochat reads 500 while it trains; 0 is all."""
+    """For core: examples per task (nanochat uses 500 during training); 0 means all."""
     out: Path | None = None
-    """A JSON file for the scores, what was said and every wrong answer; it must not exist yet."""
+    """JSON file for scores, samples and wrong answers; it must not exist yet."""
 
 
 def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]]:
-    """The tokens of a few questions, or for a base model of texts to go on with."""
+    """The tokens of a few questions; for a base model, of openings to continue."""
     if converses:
         return {text: question(text, tokenizer) for text in QUESTIONS}
     return {text: [tokenizer.bos, *tokenizer.encode(text)] for text in OPENINGS}
@@ -64,15 +62,15 @@ KNOWN = ("bpb", "core", "samples", *TASKS)
 
 
 def check(config: EvalConfig) -> None:
-    """Errors that show without the model."""
+    """Raise what is wrong with the config itself."""
     if unknown := [task for task in config.tasks if task not in KNOWN]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
     if config.out and config.out.exists():
-        raise FileExistsError(f"{config.out} exists; name another file by --out")
+        raise FileExistsError(f"{config.out} exists; choose another file with --out")
     if config.out and not config.out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
+        raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; create it first")
     if "bpb" in config.tasks and config.data is None:
-        raise ValueError("bpb needs text; name it, or a folder of shards, by --data")
+        raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
     if config.validation_tokens < 0:
         raise ValueError(f"validation_tokens={config.validation_tokens} must be 0 (all) or more")
 
@@ -81,17 +79,17 @@ def check_stage(config: EvalConfig, trained_for: str | None) -> None:
     questions = [task for task in config.tasks if task in TASKS]
     if questions and trained_for == "pretrain":
         raise ValueError(
-            f"{config.model} is a base model, which was never taught to converse, and {', '.join(questions)} "
-            "would ask it questions; try --tasks samples, bpb or core, or teach it with `hotlap sft`"
+            f"{config.model} is a base model, and {', '.join(questions)} need a chat model; try --tasks "
+            "samples, bpb or core, or fine-tune it with `hotlap sft`"
         )
 
 
 def evaluate_model(config: EvalConfig) -> dict:
-    """Run the tasks that config names. Returns, and writes to config.out, scores, samples and wrong answers,
-    with what was measured when and where.
+    """Score the model. Returns, and writes to config.out, scores, samples and wrong answers, with the device,
+    versions and date.
 
-    Data is read before the model is loaded, so that what is wrong with it shows first. Several ranks share
-    bpb and core, and the first does the rest.
+    Reads the data before loading the model, to find errors early. All ranks share the work of bpb and core;
+    rank 0 does the rest.
     """
     began = time.perf_counter()
     check(config)
@@ -133,7 +131,7 @@ def evaluate_model(config: EvalConfig) -> dict:
 
 
 def open_bundle(config: EvalConfig, world: World) -> list[Task]:
-    """CORE's tasks from the folder that was named, or from a download that one rank makes."""
+    """CORE's tasks from config.core_bundle, or from a download by rank 0."""
     folder = config.core_bundle
     if folder is None:
         with world.leader_first("CORE's bundle"):
@@ -160,7 +158,7 @@ def circumstances(engine: Engine) -> dict:
 
 
 def as_table(result: dict) -> str:
-    """What evaluate_model found, to be read: a line for each score, and the samples."""
+    """The result of evaluate_model as text: a line per score, then the samples."""
     lines = [f"{result['folder']} on {result['device']}, {result['dtype']}", ""]
     lines.append(f"{'':34}{'score':>8}{'95 %':>18}{'n':>8}{'centred':>9}")
     for name, score in result["scores"].items():

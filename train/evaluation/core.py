@@ -1,7 +1,7 @@
-"""CORE, the metric of DCLM (arXiv:2406.11794): 22 tasks that a base model solves by reading on.
+"""CORE, the metric of DCLM (arXiv:2406.11794): 22 in-context learning tasks for base models.
 
-Prompts, solved examples and decisions are those of nanochat's core_eval.py, so that numbers compare with its
-leaderboard. The tasks themselves are in core_tasks.py.
+Prompts, few-shot examples and scoring are those of nanochat's core_eval.py, so that scores are comparable
+with its leaderboard. core_bundle.py reads the tasks.
 """
 # B rows of a batch, T tokens of a row, D width, V vocab, N tokens that are scored
 
@@ -25,23 +25,23 @@ from hotlap.train.data.rows import prefetch
 from hotlap.train.distributed.world import World
 from hotlap.train.evaluation.core_bundle import Task
 
-SHOTS_SEED = 1234  # nanochat's, on which the solved examples depend
-WINDOW = 256  # examples that are sorted by length at a time
-BATCH_TOKENS = 16_384  # of a batch, padding included
+SHOTS_SEED = 1234  # nanochat's; it selects the few-shot examples
+WINDOW = 256  # examples sorted by length at a time
+BATCH_TOKENS = 16_384  # tokens of a batch, including padding
 SCORED_AT_ONCE = 2048  # tokens whose logits are in memory at a time
-Z = 1.959964  # standard deviations to each side of 95 %
+Z = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence that the model reads, of which the tokens from `start` to the end are scored."""
+    """A sequence for the model to read; its tokens from `start` on are scored."""
 
     ids: list[int]
     start: int
 
 
 def candidates(task: Task, example: dict) -> list[str]:
-    """The texts that an example may be: one for each option, or the one that it is."""
+    """The texts of an example: one per answer option; only one for language modelling."""
     if task.kind == "multiple_choice":
         return [f"{example['query']}{task.delimiter}{choice}" for choice in example["choices"]]
     if task.kind == "schema":
@@ -51,13 +51,13 @@ def candidates(task: Task, example: dict) -> list[str]:
 
 
 def prompts(task: Task, index: int) -> list[str]:
-    """What the model reads for an example: solved others, then each of its candidates.
+    """The prompts for an example: few-shot examples followed by each of its candidates.
 
-    Of language modelling two texts, without and with the continuation, of which the first loses the space at
-    its end: there it would belong to the continuation's first token.
+    Language modelling has two prompts, without and with the continuation. The first is stripped of its
+    trailing space, which tokenizers merge into the continuation's first token.
     """
     picked = random.Random(SHOTS_SEED + index).sample(range(len(task.examples) - 1), task.shots)
-    others = [task.examples[i + (i >= index)] for i in picked]  # of all but this one
+    others = [task.examples[i + (i >= index)] for i in picked]  # any but this one
     opening = "".join(candidates(task, other)[other.get("gold", 0)] + "\n\n" for other in others)
     example = task.examples[index]
     if task.kind == "language_modeling":
@@ -67,8 +67,8 @@ def prompts(task: Task, index: int) -> list[str]:
 
 
 def rows(task: Task, index: int, sequences: list[list[int]]) -> list[Row]:
-    """The sequences of an example's prompts, with where they are scored: after what all begin with, or of a
-    schema in what all end with.
+    """The tokens of an example's prompts and where scoring starts: after the common prefix, or for a schema
+    at the common suffix.
     """
     if task.kind == "multiple_choice":
         start = shared_length(sequences)
@@ -79,14 +79,14 @@ def rows(task: Task, index: int, sequences: list[list[int]]) -> list[Row]:
     before, whole = sequences
     if len(before) == len(whole) or whole[: len(before)] != before:
         raise DataError(
-            f"{task.label}, example {index}: the tokens of the prompt do not begin those of prompt and "
-            f"continuation {task.examples[index]['continuation']!r}, so that none can be scored"
+            f"{task.label}, example {index}: the prompt's tokens are not a prefix of those with the "
+            f"continuation {task.examples[index]['continuation']!r}, so it cannot be scored"
         )
     return [Row(whole, len(before))]
 
 
 def shared_length(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences begin with."""
+    """Length of the common prefix of all sequences."""
     for length, tokens in enumerate(zip(*sequences, strict=False)):
         if len(set(tokens)) > 1:
             return length
@@ -94,23 +94,23 @@ def shared_length(sequences: list[list[int]]) -> int:
 
 
 def cropped(row: Row, context: int, task: Task) -> Row:
-    """The last tokens of a row, as many as the model can read; all that is scored has to be among them."""
+    """The last `context` tokens of a row. Raises ValueError if that would drop scored tokens."""
     extra = max(0, len(row.ids) - context)
     if extra and row.start <= extra:
         raise ValueError(
-            f"{task.label} scores {len(row.ids) - row.start} tokens of an example, which do not fit the "
+            f"{task.label} scores {len(row.ids) - row.start} tokens of an example, which do not fit in the "
             f"model's context of {context}"
         )
     return Row(row.ids[extra:], row.start - extra)
 
 
-Example = tuple[int, list[Row]]  # its index in the task, and what the model reads for it
+Example = tuple[int, list[Row]]  # index in the task, and its rows
 
 
 def batches(
     task: Task, tokenizer: Tokenizer, context: int, rank: int = 0, size: int = 1
 ) -> Iterator[list[Example]]:
-    """This rank's examples in batches of similar length, the rows of an example in one batch."""
+    """This rank's examples in batches of similar length. All rows of an example are in the same batch."""
     mine = range(rank, len(task.examples), size)
     for first in range(0, len(mine), WINDOW):
         texts = {index: prompts(task, index) for index in mine[first : first + WINDOW]}
@@ -136,9 +136,9 @@ def longest(example: Example) -> int:
 
 @torch.inference_mode()
 def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Tensor], list[Tensor]]:
-    """For each row, of the tokens that are scored, their losses in nats, and whether each was the likeliest.
+    """For each row: the losses of its scored tokens in nats, and whether each token was the most likely one.
 
-    FloatingPointError where a logit is not finite.
+    Raises FloatingPointError if a logit is not finite.
     """
     device = model.embedding.weight.device
     T = max(len(row.ids) for row in read)
@@ -148,12 +148,12 @@ def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Ten
     hidden, targets = model.hidden(ids)[b, t - 1], ids[b, t]  # (N, D), (N,)
     losses, likeliest, finite = [], [], []
     for part, target in zip(hidden.split(SCORED_AT_ONCE), targets.split(SCORED_AT_ONCE), strict=True):
-        logits = model.logits(part)[:, : tokenizer.vocab_size]  # (N, V); the table may be padded
+        logits = model.logits(part)[:, : tokenizer.vocab_size]  # (N, V), without padding
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         likeliest.append(logits.argmax(-1) == target)
         finite.append(logits.isfinite().all())
     if not torch.stack(finite).all():
-        raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
+        raise FloatingPointError("the model's logits are not finite; its weights are corrupt")
     counts = [len(row.ids) - max(row.start, 1) for row in read]
     return list(torch.cat(losses).cpu().split(counts)), list(torch.cat(likeliest).cpu().split(counts))
 
@@ -161,14 +161,14 @@ def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Ten
 def is_right(task: Task, index: int, losses: list[Tensor], likeliest: list[Tensor]) -> bool:
     if task.kind == "language_modeling":
         return bool(likeliest[0].all())
-    # An option that only begins another leaves no token to score. Its mean is NaN, which wins where it is the
-    # first and never elsewhere: nanochat's rule by accident, kept because the numbers have to compare.
+    # An option that is a prefix of all others has no token to score. Its mean is NaN, which wins if it comes
+    # first and loses otherwise. nanochat does this by accident; we keep it so that scores are comparable.
     means = [loss.mean().item() for loss in losses]
     return min(range(len(means)), key=means.__getitem__) == task.examples[index]["gold"]
 
 
 def count_right(model: GPT, tokenizer: Tokenizer, task: Task, world: World, bar: tqdm) -> int:
-    """How many examples of a task a model gets right, all ranks together."""
+    """How many of a task's examples the model gets right, over all ranks; collective."""
     right = 0
     for batch in prefetch(batches(task, tokenizer, model.config.context, world.rank, world.size)):
         losses, likeliest = read_on(model, [row for _, read in batch for row in read], tokenizer)
@@ -182,11 +182,11 @@ def count_right(model: GPT, tokenizer: Tokenizer, task: Task, world: World, bar:
 
 
 def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: World) -> dict:
-    """CORE, the mean over tasks of (accuracy - chance) / (1 - chance), and each task's accuracy, with 95 %
-    intervals: Wilson's of an accuracy, and of CORE the tasks' in quadrature, as if they were independent.
+    """CORE, the mean over tasks of (accuracy - chance) / (1 - chance), and each task's accuracy; collective.
 
-    model: whole on each rank. Prompts that are longer than its context lose their beginning, as nanochat has
-    it for models that name a longest sequence.
+    95 % intervals are Wilson's for accuracies; for CORE, the tasks' are added in quadrature, as if
+    independent. model: whole on each rank. Prompts longer than its context lose their beginning, as in
+    nanochat.
     """
     total = sum(len(range(world.rank, len(task.examples), world.size)) for task in tasks)
     scores: dict[str, dict] = {}
@@ -198,7 +198,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: Wo
             centred = (score["accuracy"] - task.chance) / (1 - task.chance)
             scores[task.label] = score | {"centred": centred, "chance": task.chance, "shots": task.shots}
             bar.clear()
-            log.info("%s: %.2f %% of %d right", task.label, 100 * score["accuracy"], len(task.examples))
+            log.info("%s: %.2f %% of %d correct", task.label, 100 * score["accuracy"], len(task.examples))
     core = sum(score["centred"] for score in scores.values()) / len(scores)
     halves = [(s["interval"][1] - s["interval"][0]) / 2 / (1 - s["chance"]) for s in scores.values()]
     half = math.hypot(*halves) / len(halves)
@@ -206,7 +206,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: Wo
 
 
 def counted(right: int, n: int) -> dict:
-    """accuracy, its 95 % interval by Wilson (1927), and n."""
+    """Accuracy, its 95 % interval (Wilson, 1927), and n."""
     share, spread = right / n, Z * Z / n
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)

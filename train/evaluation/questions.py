@@ -1,4 +1,4 @@
-"""Held-out questions of the built-in tasks, and the share of them that a model answers right."""
+"""Accuracy on held-out questions of the built-in tasks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from hotlap.train.data.tasks import arithmetic, facts, spelling
 from hotlap.train.evaluation.core import counted
 
 ANSWER_TOKENS = 96
-
-
 SUMS, SPELLINGS = 200, 100  # held-out questions
-
-
 QUESTIONS = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?", "How do you spell python?")
 
 
@@ -41,8 +37,8 @@ def question(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float, list[tuple[str, str, str]]]:
-    """Share of questions whose greedy answer is the expected one, and (question, expected, answer) of the
-    others.
+    """Accuracy of greedy answers by exact match up to whitespace, and the wrong ones as (question, expected,
+    answer).
     """
     answers = greedy(engine, [question(text, engine.tokenizer) for text, _ in examples])
     wrong = [
@@ -61,17 +57,17 @@ TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 
 
 def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]]:
-    """Accuracy with its interval and n in one of the built-in tasks, and what was answered wrong."""
+    """Accuracy on a built-in task with its interval and n, and the wrong answers."""
     examples = TASKS[task]()
     share, wrong = share_right(engine, examples)
-    log.info("%s: %.1f %% of %d right", task, 100 * share, len(examples))
+    log.info("%s: %.1f %% of %d correct", task, 100 * share, len(examples))
     return counted(len(examples) - len(wrong), len(examples)), wrong
 
 
 def evaluate_tasks(
     engine: Engine, tasks: tuple[str, ...] = tuple(TASKS)
 ) -> tuple[dict[str, float], dict[str, list]]:
-    """Share of held-out questions answered right for each task, and what was answered wrong."""
+    """Accuracy on each task's held-out questions, and the wrong answers."""
     examined = {task: examine(engine, task) for task in tasks}
     shares = {task: score["accuracy"] for task, (score, _) in examined.items()}
     return shares, {task: wrong for task, (_, wrong) in examined.items()}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run on several nodes of a SLURM cluster, on a file system that all of them share:
+# One run on several nodes of a SLURM cluster with a shared file system:
 #     sbatch --nodes 2 train/launch/slurm.sh --depth 24 --data data/climbmix --out runs/d24
-# Five minutes before its time is up the run saves and stops; the same command goes on with it. So does SLURM by
-# itself after it took the nodes away.
+# Five minutes before the time limit the run saves and stops; submit it again to resume. After a preemption
+# SLURM requeues the job by itself.
 #SBATCH --job-name=hotlap
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,9 +1,8 @@
-"""Muon over ranks: each matrix, of which every rank holds some rows, is orthogonalised by one rank.
+"""Distributed Muon: matrices are sharded by rows, and each is orthogonalised by one rank, its owner.
 
-A rank sends its rows of each matrix to that matrix's owner and gets its rows of the result back, in one
-all-to-all each way for each group of matrices of one shape. Owners are spread over all ranks by cost. Where
-replicas hold the same rows (hybrid sharding), a matrix is owned in one of them, which sends its result to the
-others in a second all-to-all.
+Ranks send their rows of a matrix to its owner and receive their rows of the result, in one all-to-all each
+way per group of matrices of one shape. Owners are balanced over ranks by cost. With hybrid sharding, one
+replica owns the matrix and sends the result to the other replicas in a second all-to-all.
 """
 # G matrices of one shape, M rows, N columns, m rows of them on this rank
 
@@ -18,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def chunk_rows(rows: int, parts: int) -> list[int]:
-    """How many rows each part holds where FSDP2 shards them: as many as torch.chunk gives, the last fewer."""
+    """Rows of each shard under FSDP2, which splits like torch.chunk: the last shards may be smaller."""
     size = -(-rows // parts)
     return [max(0, min(size, rows - part * size)) for part in range(parts)]
 
 
 def assign_owners(groups: Sequence[tuple[int, int, int]], ranks: int) -> list[list[int]]:
-    """The rank that owns each matrix of each group (G, M, N): the costliest first, to the least busy rank."""
+    """The owner of each matrix of each group (G, M, N): costliest first, to the least busy rank."""
     cost = [min(M, N) ** 2 * max(M, N) for _, M, N in groups]
     busy = [0] * ranks
     owners: list[list[int]] = [[] for _ in groups]
@@ -37,14 +36,14 @@ def assign_owners(groups: Sequence[tuple[int, int, int]], ranks: int) -> list[li
 
 
 class Exchange:
-    """The way of one group's matrices of shape (M, N) to their owners and back, on one rank.
+    """Sends one group's matrices of shape (M, N) to their owners and back.
 
-    owners: a rank for each matrix, counted over the mesh row by row. `moved`: bytes sent to other ranks.
+    owners: each matrix's rank, in the row-major order of the mesh. `moved`: bytes sent to other ranks.
     """
 
     def __init__(self, shape: tuple[int, int], owners: list[int], mesh: DeviceMesh):
         self.shape, self.owners, self.mesh = shape, owners, mesh
-        self.last = mesh.ndim - 1  # the dimension along which rows are sharded
+        self.last = mesh.ndim - 1  # the mesh dimension that rows are sharded over
         self.shard, shards = mesh.get_local_rank(self.last), mesh.size(self.last)
         replica = mesh.get_local_rank(0) if self.last else 0
         self.rows = chunk_rows(shape[0], shards)  # of a matrix, on each rank of a replica
@@ -56,7 +55,7 @@ class Exchange:
         return [matrix for matrix, owner in enumerate(self.owners) if owner == rank]
 
     def _swap(self, parts: list[Tensor], sizes: list[int], dimension: int) -> tuple[Tensor, dist.Work]:
-        """Send part i to rank i of a dimension of the mesh; what comes, of these sizes, end to end."""
+        """Send part i to rank i of a mesh dimension; receive parts of these sizes, concatenated."""
         inputs = torch.cat([part.reshape(-1) for part in parts])
         output = inputs.new_empty(sum(sizes))
         splits = [part.numel() for part in parts]
@@ -68,13 +67,13 @@ class Exchange:
         return output, work
 
     def send(self, update: Tensor) -> None:
-        """Start sending update (G, m, N), this rank's rows, to the owners."""
+        """Start sending this rank's rows, update (G, m, N), to the owners."""
         N = self.shape[1]
         sizes = [len(self.owned[self.shard]) * rows * N for rows in self.rows]
         self._coming = self._swap([update[owned] for owned in self.owned], sizes, self.last), sizes
 
     def receive(self) -> Tensor:
-        """The whole matrices that this rank owns: (k, M, N)."""
+        """Receive the whole matrices that this rank owns: (k, M, N)."""
         (flat, work), sizes = self._coming
         work.wait()
         k, N = len(self.owned[self.shard]), self.shape[1]
@@ -82,8 +81,8 @@ class Exchange:
         return torch.cat([part.view(k, rows, N) for part, rows in parts], 1)
 
     def send_back(self, update: Tensor, squares: Tensor) -> None:
-        """Start returning the rows of the owned matrices (k, M, N) to where they belong, each with its
-        squares, L numbers in float32.
+        """Start sending the rows of the owned matrices (k, M, N) back to their ranks, each matrix with its
+        squares (L float32 numbers).
         """
         tail = squares.flatten(1).contiguous().view(update.dtype)
         parts = [
@@ -95,7 +94,7 @@ class Exchange:
         self._width = width
 
     def receive_back(self) -> tuple[Tensor, Tensor]:
-        """This rank's rows (G, m, N) of all orthogonalised matrices, and their squares (G, L)."""
+        """Receive this rank's rows (G, m, N) of all orthogonalised matrices, and their squares (G, L)."""
         (flat, work), _ = self._coming
         work.wait()
         order = [matrix for owned in self.owned for matrix in owned]
@@ -107,7 +106,7 @@ class Exchange:
         return found[:, : m * N].view(len(found), m, N), found[:, m * N :].contiguous().view(torch.float32)
 
     def _share(self, flat: Tensor, order: list[int]) -> tuple[Tensor, list[int]]:
-        """What all replicas have, and the matrices that it is of."""
+        """Collect the results of all replicas, and the order of their matrices."""
         replicas, shards = self.mesh.size(0), self.mesh.size(1)
         orders = [
             [matrix for shard in range(shards) for matrix in self._owned(replica * shards + shard)]

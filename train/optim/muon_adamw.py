@@ -1,6 +1,6 @@
-"""Muon for the matrices of the blocks, AdamW for everything else, as one optimiser.
+"""Muon for the block matrices and AdamW for everything else, as one optimiser.
 
-Groups, rates and betas are nanochat's. Matrices of one shape are orthogonalised as one batch.
+Parameter groups, learning rates and betas are nanochat's. Matrices of one shape are orthogonalised together.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from hotlap.train.distributed.sharding import local
 from hotlap.train.optim.exchange import Exchange, assign_owners
 
 ADAM_EPS = 1e-10
-# While the blocks are still zero, scaling the residual changes nothing, and the scalars have no gradient but
-# rounding errors below 1e-8, which a smaller eps turns into full steps in random directions. A larger one
-# slows what they learn.
+# While the blocks' outputs are still zero, scaling the residual changes nothing, so the scalars' gradients
+# are rounding errors below 1e-8. A smaller eps would turn them into full steps in random directions; a larger
+# one slows learning.
 SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Peak learning rates and weight decay. `train.schedule` scales them over the run."""
+    """Peak learning rates and weight decay; the schedule scales them over the run."""
 
     matrix_lr: float = 0.02
-    """Muon, for the matrices of the blocks."""
+    """Muon's learning rate for the block matrices."""
     embedding_lr: float = 0.3
-    """AdamW, for the token embedding; value embeddings take half of it."""
+    """AdamW's learning rate for the token embedding; value embeddings use half of it."""
     head_lr: float = 0.008
-    """AdamW, for the output head."""
+    """AdamW's learning rate for the output head."""
     scalar_lr: float = 0.5
-    """AdamW, for the x0 scalars; the residual scalars take a hundredth of it."""
+    """AdamW's learning rate for the x0 scalars; residual scalars use a hundredth of it."""
     weight_decay: float = 0.28
-    """Cautious weight decay of the matrices, as a share per unit of learning rate."""
+    """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
 
     def validate(self) -> OptimConfig:
         for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr"):
@@ -54,8 +54,8 @@ class OptimConfig:
 
 
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
-    """The parameters of the model by name, in the groups that share a rule."""
-    adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at 768 wide
+    """The model's parameters with their names, in groups that share hyperparameters."""
+    adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at width 768
     groups: dict[str, dict] = {
         "embedding": {
             "lr": config.embedding_lr * adamw_rate,
@@ -85,7 +85,7 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
         else:
             key = next((key for key in groups if name.startswith(key)), None)
             if key is None:
-                raise ValueError(f"no group of the optimiser takes {name}; name one in parameter_groups")
+                raise ValueError(f"no parameter group matches {name}; add one to parameter_groups")
             members[key].append((name, parameter))
     result = []
     for key, named in members.items():
@@ -106,7 +106,7 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
 
 
 def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:
-    """part as this rank's share of a tensor that is sharded as the parameter is."""
+    """Wrap `part` as this rank's shard of a tensor that is sharded like the parameter."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -116,11 +116,11 @@ def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """One step of Muon or AdamW for each group. `momentum` applies to the Muon groups and may be changed.
+    """Muon for some groups, AdamW for the others. `momentum` is Muon's; the schedule sets it.
 
-    Works on whole parameters, and on parameters that FSDP2 has sharded by rows: every rank keeps the state of
-    its rows, and orthogonalises the matrices that it owns (exchange.py). State is created here, not at the
-    first step, so that every rank and every checkpoint has the same keys.
+    Parameters may be whole or sharded by rows with FSDP2: each rank keeps the state of its rows, and
+    orthogonalises the matrices that it owns (exchange.py). State is created at construction, so that every
+    rank and every checkpoint has the same keys.
     """
 
     def __init__(self, model: GPT, config: OptimConfig):
@@ -139,13 +139,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self._plan_exchange()
 
     def _add_muon_state(self, group: dict) -> None:
-        """One buffer a group: the batch is the state, and each parameter has a view of it."""
+        """One buffer per group; each parameter's state is a view of it."""
         first = local(group["params"][0])
         count, (M, N) = len(group["params"]), group["params"][0].shape
-        group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): rows of this rank
-        # of whole matrices, the same on all ranks
+        group["momentum_buffer"] = first.new_zeros(count, *first.shape)  # (G, m, N): this rank's rows
+        # of whole matrices, equal on all ranks
         group["second_moment"] = first.new_zeros((count, M, 1) if M >= N else (count, 1, N))
-        # filled at each step: making them there would copy from the CPU, for which a GPU has to wait
+        # filled at each step; creating them there would copy from the CPU, which a GPU has to wait for
         group["scalars"] = dict(zip(("momentum", "lr", "decay"), first.new_zeros(3).unbind(), strict=True))
         for i, parameter in enumerate(group["params"]):
             state = self.state[parameter]
@@ -166,7 +166,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """The matrices travel to their owners while AdamW works, and back while others are orthogonalised."""
+        """Matrices are sent to their owners during AdamW, and back while others are orthogonalised."""
         muon = [group for group in self.param_groups if group["muon"]]
         updates = {id(group): self._start(group) for group in muon}
         for group in self.param_groups:
@@ -177,7 +177,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self._apply(group, *returned.pop(id(group)))
 
     def _start(self, group: dict) -> Tensor:
-        """The update (G, m, N) of this rank's rows, on its way where there are more ranks."""
+        """The update (G, m, N) of this rank's rows; if sharded, start sending it."""
         grad = torch.stack([local(p.grad) for p in group["params"]])  # (G, m, N)
         beta = group["scalars"]["momentum"].fill_(self.momentum)
         update = muon_momentum(grad, group["momentum_buffer"], beta, self.dtype)
@@ -186,7 +186,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return update
 
     def _orthogonalize(self, group: dict, update: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The orthogonalised update and its squares; nothing yet where they are on their way back."""
+        """The orthogonalised update and its squares; None if they are being sent back."""
         norm = group["params"][0].shape[0] ** 0.5  # of rows of norm 1
         if "exchange" not in group:
             update = orthogonalize(update, norm=norm)
@@ -203,7 +203,7 @@ class MuonAdamW(torch.optim.Optimizer):
         factors = muon_factors(
             squares.view_as(group["second_moment"]), group["second_moment"], min(M, N), MUON_BETA2
         )
-        if M >= N and "exchange" in group:  # one a row: those of this rank's rows
+        if M >= N and "exchange" in group:  # one factor per row: select this rank's rows
             first = group["exchange"].first_row
             factors = factors[:, first : first + len(weights[0])]
         stacked = torch.stack(weights)
@@ -227,7 +227,7 @@ class MuonAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every state tensor with a name that is stable over runs: `blocks.0.mlp.fc.weight/momentum`."""
+        """Every state tensor with a name that is stable across runs: `blocks.0.mlp.fc.weight/momentum`."""
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 for key, tensor in self.state[parameter].items():

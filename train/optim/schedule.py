@@ -1,5 +1,5 @@
-"""Learning rate, Muon's momentum, weight decay, batch and attention windows as pure functions of the place in
-a run: its step, and the share of it that is over (nanochat's shapes; stages as in modded-nanogpt).
+"""Learning rate, Muon's momentum, weight decay, batch size and attention windows, as pure functions of the
+step and the completed fraction of the run. The shapes are nanochat's, the stages modded-nanogpt's.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from hotlap.train.optim.muon_adamw import MuonAdamW
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Shape of a run's schedule. Rates are multiples of their peaks."""
+    """Learning rate, momentum, batch size and attention windows over the run."""
 
     warmup_steps: int = 40
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps of linear learning-rate warmup."""
     warmdown: float = 0.65
-    """Last share of the run over which the learning rate falls linearly."""
+    """Fraction of the run, at its end, over which the learning rate decays linearly."""
     final_lr: float = 0.05
-    """Share of the peak learning rate at the end."""
+    """Final learning rate, as a fraction of the peak."""
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
-    """Muon's momentum at the start, after its warm-up, and at the end of the warmdown."""
+    """Muon's momentum at the start, after its warmup, and at the end of the warmdown."""
     momentum_warmup_steps: int = 400
+    """Steps of linear warmup of Muon's momentum."""
     stages: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
-    """Equal parts of the run: the share of the step's rows, and of the attention windows, in each. Rates are
-    multiplied by the square root of the former.
-    """
+    """Batch size and attention windows in equal parts of the run, as fractions of the full ones.
+    Learning rates scale with the square root of the batch size."""
 
     def validate(self, minutes: float = 0.0) -> ScheduleConfig:
-        """Return self, or raise ValueError naming what cannot work. minutes: of a run that ends by them."""
+        """Return self, or raise ValueError naming the invalid field. minutes: LoopConfig's."""
         if not 0 <= self.warmdown <= 1 or not 0 <= self.final_lr <= 1:
             raise ValueError(f"warmdown={self.warmdown} and final_lr={self.final_lr} must be from 0 to 1")
         if self.warmup_steps < 0 or self.momentum_warmup_steps < 1:
@@ -41,51 +41,53 @@ class ScheduleConfig:
         if not self.stages or not all(0 < share <= 1 for stage in self.stages for share in stage):
             raise ValueError(f"stages={self.stages} must be pairs of numbers above 0, up to 1")
         if self.stages[-1] != (1.0, 1.0):
-            raise ValueError(f"stages={self.stages} must end with (1, 1), the whole batch and whole windows")
+            raise ValueError(f"stages={self.stages} must end with (1, 1), the full batch and full windows")
         if minutes and any(rows != 1 for rows, _ in self.stages):
             raise ValueError(
-                "a run that ends by its minutes has steps of one size; stages may change windows"
+                "with minutes, all steps must have the same batch size; stages may only change windows"
             )
         return self
 
 
 def stage_at(config: ScheduleConfig, done: float) -> tuple[float, float]:
-    """Shares of the step's rows and of the windows, where a share `done` of the run is over."""
+    """Batch size and windows, as fractions, at the completed fraction `done` of the run."""
     return config.stages[min(int(done * len(config.stages)), len(config.stages) - 1)]
 
 
 def stage_rows(config: ScheduleConfig, batch_rows: int) -> list[int]:
-    """Rows of a step in each stage, or a ValueError where that is no whole number."""
+    """Rows of a step in each stage. Raises ValueError if that is not a whole number."""
     rows = [round(batch_rows * share) for share, _ in config.stages]
     if any(abs(n - batch_rows * share) > 0.01 * n for n, (share, _) in zip(rows, config.stages, strict=True)):
-        raise ValueError(f"batch_rows={batch_rows} has no such shares as stages={config.stages} want")
+        raise ValueError(
+            f"batch_rows={batch_rows} times the fractions in stages={config.stages} must be whole"
+        )
     return rows
 
 
 def rows_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The share of the batch's rows that a step takes, in a run of so many steps."""
+    """Return a function of the step: the fraction of batch_rows that it takes. steps: of the whole run."""
     return lambda step: stage_at(config, step / steps)[0]
 
 
 def rows_in_all(config: ScheduleConfig, batch_rows: int, steps: int) -> int:
-    """Rows of all steps of a run together."""
+    """Rows of all steps of a run."""
     return sum(round(batch_rows * share) for share in map(rows_share(config, steps), range(steps)))
 
 
 def lr_share(config: ScheduleConfig, step: int, done: float) -> float:
-    """Share of the peak learning rate at `step`, where a share `done` of the run is over."""
+    """Fraction of the peak learning rate at `step` and the completed fraction `done` of the run."""
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     fall = config.final_lr + (1 - config.final_lr) * left_of_warmdown(config, done)
     return rise * fall * stage_at(config, done)[0] ** 0.5
 
 
 def left_of_warmdown(config: ScheduleConfig, done: float) -> float:
-    """1 before the warmdown, falling linearly to 0 at the end of the run."""
+    """1 before the warmdown, then falling linearly to 0 at the end of the run."""
     return min(1.0, (1 - done) / config.warmdown) if config.warmdown else 1.0
 
 
 def momentum_at(config: ScheduleConfig, step: int, done: float) -> float:
-    """Muon's momentum: a linear rise, then a linear fall along with the learning rate."""
+    """Muon's momentum: linear warmup, then linear decay during the warmdown."""
     first, top, last = config.momentum
     rising = first + (top - first) * min(1.0, step / config.momentum_warmup_steps)
     falling = last + (top - last) * left_of_warmdown(config, done)
@@ -93,12 +95,12 @@ def momentum_at(config: ScheduleConfig, step: int, done: float) -> float:
 
 
 def decay_share(done: float) -> float:
-    """Share of the peak weight decay: half a cosine, from 1 to 0."""
+    """Fraction of the peak weight decay: cosine decay from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_schedule(model: GPT, optimizer: MuonAdamW, config: ScheduleConfig, step: int, done: float) -> float:
-    """Set model and optimiser up for `step`, and return the share of the peak learning rate."""
+    """Set model and optimiser up for `step`, and return the fraction of the peak learning rate."""
     share = lr_share(config, step, done)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share

@@ -1,8 +1,8 @@
-"""Checkpoints that a crash cannot spoil: safetensors and JSON, hashed, published by one rename.
+"""Sharded checkpoints: safetensors and JSON, written in the background, hashed, committed by a rename.
 
-A checkpoint is a model directory (see `hotlap.model.weights`) with state.json, manifest.json and a subfolder
-optimizer/, which also holds the random state of each rank. Each rank writes its shards; any number of ranks
-can read them. All is written under another name, the manifest last, and renamed when it is on the disk.
+A checkpoint is a model directory (see `hotlap.model.weights`) plus state.json, manifest.json and a subfolder
+optimizer/, which also holds each rank's random state. Each rank writes its shards; any number of ranks can
+load them. Files are written to a temporary folder, the manifest last, then synced and renamed.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
 FOLDER, OPTIMIZER = "checkpoints", "optimizer"
-KEEP = 2  # newest checkpoints of a run
-PATIENCE = timedelta(minutes=10)  # of ranks that wait for another's part of a checkpoint
+KEEP = 2  # checkpoints of a run
+PATIENCE = timedelta(minutes=10)  # how long ranks wait for each other while saving
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What training was at a step, in memory that training does not change any more."""
+    """A copy of the training state at a step, which training no longer changes."""
 
     step: int
     weights: dict[str, Tensor]
@@ -74,30 +74,30 @@ class Snapshot:
 
 
 class Saver:
-    """Writes the checkpoints of a run while training goes on; a context, which every rank enters.
+    """Writes a run's checkpoints in the background; a context manager that every rank enters.
 
-    `save` copies to CPU memory and returns. One thread writes the copy, and talks with the other ranks'
-    threads over a process group of its own. What fails there, on whichever rank, is raised on all of them by
-    the next `save`, by `finish`, or at the end of the context.
+    `save` copies the state to CPU memory and returns. A thread writes the copy and communicates with the
+    other ranks' threads over its own process group. If saving fails on any rank, the next `save`, `finish` or
+    the end of the context raises the error on all ranks.
     """
 
     def __init__(self, run: Path, world: World):
         self.run, self.world = run, world
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.meshes: dict[DeviceMesh, DeviceMesh] = {}  # the CPUs of a mesh of GPUs
-        self.memory: dict[str, Tensor] = {}  # for the copies, used again by each
+        self.meshes: dict[DeviceMesh, DeviceMesh] = {}  # GPU mesh -> CPU mesh of the same ranks
+        self.memory: dict[str, Tensor] = {}  # buffers for the copies, reused by each save
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def save(self, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer, state: RunState) -> None:
-        """Begin to write checkpoints/step-N, once the one before is written."""
+        """Start writing checkpoints/step-N, after waiting for the previous save."""
         self.finish()
         weights, states = (
             {name: self._copy(name, tensor) for name, tensor in tensors.items()}
             for tensors in (model.state_dict(), optimizer_tensors(optimizer))
         )
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # until the copies are there
+            torch.cuda.synchronize()  # wait for the copies
         snapshot = Snapshot(
             state.step, weights, states, model.config, tokenizer,
             json.loads(json.dumps(dataclasses.asdict(state))), random_state(),
@@ -107,7 +107,7 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor, or this rank's shard of one, in memory of the CPU; on its way there from a GPU."""
+        """Copy a tensor, or this rank's shard of one, to CPU memory; asynchronously from a GPU."""
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if name not in self.memory:
             self.memory[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
@@ -127,7 +127,7 @@ class Saver:
         return self.meshes[mesh]
 
     def finish(self) -> None:
-        """Wait until what was saved is published; raise what kept it from that."""
+        """Wait until the last save is committed, and raise its error if it failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -140,11 +140,11 @@ class Saver:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            self.finish()  # also amid another error: what was begun is not lost by it
+            self.finish()  # even after an error in training: keep the checkpoint that is being written
         except Exception as error:
             if kind is None:
                 raise
-            log.error("the last checkpoint could not be written either: %s", error)
+            log.error("the last checkpoint was not saved either: %s", error)
 
     def _work(self, snapshot: Snapshot) -> None:
         try:
@@ -153,7 +153,7 @@ class Saver:
             self.error = error
 
     def _publish(self, snapshot: Snapshot) -> None:
-        """Every rank calls this, and in it every rank does the same as far as others wait for it."""
+        """Write and commit a checkpoint; collective over the saver's group."""
         step, rank = snapshot.step, self.world.rank
         partial = self._together(lambda: self._begin(snapshot))[0]
         if partial is None:
@@ -177,14 +177,14 @@ class Saver:
         return self.world.together(action, self.group)
 
     def _begin(self, snapshot: Snapshot) -> Path | None:
-        """Refuse what is not worth saving, and on rank 0 make the folder; None where the step is saved."""
+        """Check the snapshot; on rank 0, create the temporary folder, unless the step is already saved."""
         check_finite(snapshot)
         if not self.world.leads:
             return None
         folder = self.run / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"step-{snapshot.step:06d}"
-        if (final / MANIFEST).exists():  # by this process, or the one that this one goes on from
+        if (final / MANIFEST).exists():  # saved by this process or the one it resumed from
             return None
         if final.exists():
             set_aside(final)
@@ -197,25 +197,25 @@ class Saver:
         fault("checkpoint-made", self.world.rank, step)
         if not partial.is_dir():
             raise ValueError(
-                f"rank {self.world.rank} does not see {partial}; a run's folder has to be on a file system "
-                "that all nodes share"
+                f"rank {self.world.rank} does not see {partial}; put the run's folder on a file system that "
+                "all nodes share"
             )
 
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """This rank's shards, in a file of its own."""
+        """Write this rank's shards to its own file."""
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        writer.per_thread_copy_ahead = 0  # of a GPU's tensors: there are none, and its stream is training's
+        writer.per_thread_copy_ahead = 0  # the copies are on the CPU; keep off training's CUDA stream
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
-        except dcp.CheckpointException as error:  # with what went wrong on each rank
+        except dcp.CheckpointException as error:  # holds the failures by rank
             rank, (cause, _) = min(error.failures.items())
             if self.world.rank in error.failures:
                 raise error.failures[self.world.rank][0] from None
             raise RankLost(f"rank {rank}: {cause}") from None
 
     def _write_rest(self, partial: Path, snapshot: Snapshot) -> dict[str, dict]:
-        """What is not a tensor; then size and hash of every file that this rank wrote, by name."""
-        number = f"{self.world.rank + 1:05d}"  # as torch counts the shards
+        """Write everything but tensors; return size and hash of each of this rank's files, by name."""
+        number = f"{self.world.rank + 1:05d}"  # torch numbers shards from 1
         (partial / random_file(self.world.rank)).write_text(json.dumps(snapshot.random) + "\n")
         mine = [partial / random_file(self.world.rank), *partial.rglob(f"shard-{number}-*")]
         if self.world.leads:
@@ -230,7 +230,7 @@ class Saver:
         }
 
     def _complete(self, partial: Path, snapshot: Snapshot, files: dict[str, dict]) -> None:
-        """On rank 0: the manifest, the name that makes it a checkpoint, and an end to the oldest."""
+        """On rank 0: write the manifest, rename the folder to its final name, delete old checkpoints."""
         if not self.world.leads:
             return
         step, folder = snapshot.step, partial.parent
@@ -243,12 +243,14 @@ class Saver:
         sync(folder)
         fault("checkpoint-renamed", 0, step)
         for old in run_checkpoints(self.run)[:-KEEP]:
-            gone = old.rename(folder / f".tmp-{old.name}-{secrets.token_hex(4)}")  # no half of it looks whole
+            gone = old.rename(
+                folder / f".tmp-{old.name}-{secrets.token_hex(4)}"
+            )  # a half-deleted one is none
             fault("checkpoint-retention", 0, step)
             shutil.rmtree(gone)
 
     def _about(self, snapshot: Snapshot) -> dict:
-        """What the manifest says of a checkpoint as a whole."""
+        """The manifest, without its list of files."""
         configuration = self.run / CONFIG
         return {
             "format": FORMAT,
@@ -262,17 +264,17 @@ class Saver:
 
 
 def verify_checkpoint(folder: Path, world: World) -> dict:
-    """Its manifest, once the ranks have read and hashed every file, a share each. DataError, on all ranks,
-    names what is missing or has changed.
+    """Hash all files, divided among the ranks, and return the manifest. Raises DataError on all ranks, naming
+    a file that is missing or has changed.
     """
     return world.together(lambda: verify(folder, world.rank, world.size))[0]
 
 
 def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
-    """Fill model, optimiser and random state, and return the run's. manifest: as verified.
+    """Load model, optimiser and random state in place, and return the run's state. manifest: as verified.
 
-    DataError lists, as `saved X, current Y`, the fields and tensors that differ; nothing is filled then, and
-    nothing is cast. At another number of ranks than it was saved by, the random state stays as it is.
+    Raises DataError, before changing anything, that lists fields and tensors that differ as `saved X, current
+    Y`; nothing is cast. The random state is restored only on the same number of ranks.
     """
 
     def fill() -> None:
@@ -291,7 +293,7 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
     world.together(fill)
     if manifest["world_size"] != world.size:
         log.info(
-            "%s was saved by %d ranks, and there are %d: all is as it was but the random state",
+            "%s was saved by %d ranks, this run has %d: everything is restored but the random state",
             folder, manifest["world_size"], world.size,
         )  # fmt: skip
     return RunState(**json.loads((folder / STATE).read_text()))
@@ -302,39 +304,39 @@ def random_file(rank: int) -> str:
 
 
 def optimizer_tensors(optimizer: MuonAdamW) -> dict[str, Tensor]:
-    """The optimiser's state by name, in tensors that share its memory; those of no dimension as one of 1."""
+    """The optimiser's state by name, sharing its memory; 0-d tensors are given one dimension."""
     return {name: t.reshape(1) if t.ndim == 0 else t for name, t in optimizer.named_state()}
 
 
 def check_finite(snapshot: Snapshot) -> None:
-    """FloatingPointError where a weight or state of the optimiser on this rank is NaN or infinite."""
+    """Raise FloatingPointError if a weight or optimiser state on this rank is NaN or infinite."""
     for name, tensor in (snapshot.weights | snapshot.optimizer).items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not local.isfinite().all():
             raise FloatingPointError(
-                f"{name} is not finite after step {snapshot.step}; that is not saved, and the checkpoint "
-                "before it is whole. Try a lower learning rate"
+                f"{name} is not finite after step {snapshot.step}, so it was not saved; the previous "
+                "checkpoint is intact. Try a lower learning rate"
             )
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete what interrupted saves left. Only for the one process that holds the run's lock."""
+    """Delete leftovers of interrupted saves. The caller must hold the run's lock."""
     for path in (run / FOLDER).glob(".tmp-step-*"):
         shutil.rmtree(path)
 
 
 def set_aside(folder: Path) -> Path:
-    """Take from a folder the name of a checkpoint, and return its new one."""
+    """Rename a checkpoint so that it no longer counts as one, and return its new path."""
     return folder.rename(folder.with_name(f"aside-{folder.name}-{secrets.token_hex(4)}"))
 
 
 def check_space(folder: Path, model: GPT, optimizer: MuonAdamW) -> None:
-    """OSError with the numbers where a checkpoint does not fit on the disk of an existing folder."""
+    """Raise OSError if a checkpoint does not fit on the folder's disk."""
     require_space(folder, checkpoint_bytes(model.state_dict(), optimizer_tensors(optimizer)))
 
 
 def checkpoint_bytes(*tensors: dict[str, Tensor]) -> int:
-    """A bound on the size of a checkpoint of these tensors, all ranks' parts of them together."""
+    """Upper bound on the size of a checkpoint of these tensors, over all ranks."""
     return int(1.1 * sum(t.numel() * t.element_size() for part in tensors for t in part.values())) + (1 << 20)
 
 
@@ -342,14 +344,14 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"a checkpoint in {folder} needs {needed:,} bytes, and {free:,} are free; make room, or name "
-            "another --out"
+            f"a checkpoint in {folder} needs {needed:,} bytes, and {free:,} are free; free up space, or "
+            "choose another --out"
         )
 
 
 @contextmanager
 def naming_space(folder: Path, needed: int) -> Iterator[None]:
-    """Let the error of a full disk say where and how much."""
+    """Make the error of a full disk say where, how much is needed, and how much is free."""
     try:
         yield
     except OSError as error:
@@ -357,6 +359,6 @@ def naming_space(folder: Path, needed: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OSError(
-            f"the disk is full: {folder} needs {needed:,} bytes, and {free:,} are free; make room, and go on "
-            "from the checkpoint before it"
+            f"the disk is full: {folder} needs {needed:,} bytes, and {free:,} are free; free up space, and "
+            "resume from the previous checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""A run's directory: one owner at a time, its configuration, and where to go on."""
+"""A run's directory: its lock, its configuration, and where to resume."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from hotlap.train.run.state import RunState
 
 CONFIG = "config.json"
 LOCK = "run.lock"
-# What may differ when a run is resumed.
+# Fields that may change when a run is resumed.
 CHANGEABLE = {"resume", "compile", "out", "micro_batch", "recompute", "profile"}
 
 
 @contextmanager
 def run_lock(run: Path):
-    """Own the run's directory, or raise ValueError naming who does."""
+    """Lock the run's directory, or raise ValueError naming the process that holds the lock."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"{run} cannot be a run's directory ({error.strerror}); name another") from None
+        raise FileExistsError(
+            f"{run} cannot be a run's directory ({error.strerror}); choose another"
+        ) from None
     with open(run / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,15 +50,15 @@ def run_lock(run: Path):
 
 
 def open_run(run: Path, config: Any, resume: bool) -> None:
-    """Start a new run, or check that a resumed one has the configuration that it was started with.
+    """Start a new run, or check that a resumed run has its original configuration.
 
-    FileExistsError for a folder that holds a run, or anything else, and is not to be resumed: nothing in it
-    is overwritten. A run that failed before its first step is started anew.
+    Raises FileExistsError if the folder holds a run that is not being resumed, or anything else: nothing is
+    overwritten. A run that failed before its first step is started afresh.
     """
     path, text = run / CONFIG, to_json(config)
     if not path.exists():
         if others := sorted(p.name for p in run.iterdir() if p.name != LOCK):
-            raise FileExistsError(f"{run} holds {others[0]} and no run; name a new folder by --out")
+            raise FileExistsError(f"{run} holds {others[0]} and no run; choose a new folder with --out")
         path.write_text(text, encoding="utf-8")
         return
     try:
@@ -67,10 +69,10 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     if not resume:
         if (run / METRICS).exists() or not ours:
             raise FileExistsError(
-                f"{run} holds a run already; go on with it by --resume auto, or name another by --out"
+                f"{run} already holds a run; resume it with --resume auto, or choose another --out"
             )
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
-            made.unlink(missing_ok=True)  # from what the failed start named
+            made.unlink(missing_ok=True)  # left by the failed start
         path.write_text(text, encoding="utf-8")
         return
     for name in CHANGEABLE:
@@ -79,16 +81,16 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     if changed := differences(saved, current):
         raise ValueError(
             f"{run} was started with another configuration: {'; '.join(changed)}; "
-            "name another run, or give the values that it was started with"
+            "choose another --out, or restore the original values"
         )
 
 
 def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
-    """Load the checkpoint that `choice` means on every rank, and return its state; or that of a new run.
+    """Load a checkpoint on all ranks and return its state, or the state of a new run.
 
-    choice: "no"; "auto", the run's newest that is whole, or none where there is none yet; or the path of a
-    checkpoint or run, which is taken as it is, or refused. Checkpoints of the run that are damaged, or later
-    than the chosen one, lose their name as such (aside-step-...), so that the run writes them anew.
+    choice: "no"; "auto", the run's newest intact checkpoint, if it has any; or the path of a checkpoint or
+    run, which is loaded or refused, never replaced by another. Damaged or later checkpoints of the run are
+    renamed to aside-step-..., so that the run writes them again.
     """
     if world.leads:
         remove_unfinished(run)
@@ -96,7 +98,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     if choice == "no":
         if found:
             raise FileExistsError(
-                f"{run} holds checkpoints already; go on by --resume auto, or name another --out"
+                f"{run} already holds checkpoints; resume with --resume auto, or choose another --out"
             )
         return RunState()
     if choice == "auto":
@@ -111,29 +113,29 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     if world.leads:
         for later in found:
             if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
-                log.warning("%s is set aside as %s", later, set_aside(later).name)
-    log.info("%s: resuming after step %d, from %s", run, state.step, folder)
+                log.warning("%s is renamed to %s", later, set_aside(later).name)
+    log.info("%s: resuming after step %d from %s", run, state.step, folder)
     return state
 
 
 def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
-    """The newest checkpoint that is not damaged, and its manifest. DataError where all are."""
+    """The newest intact checkpoint and its manifest. Raises DataError if all are damaged."""
     for folder in reversed(found):
         try:
             return folder, verify_checkpoint(folder, world)
         except DataError as error:
-            log.warning("%s; trying the checkpoint before it", error)
+            log.warning("%s; trying the previous checkpoint", error)
     if found:
-        raise DataError(f"all checkpoints in {found[-1].parent} are damaged; start another run")
+        raise DataError(f"all checkpoints in {found[-1].parent} are damaged; start a new run")
     return None, {}
 
 
 def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
-    """DataError where the run has another tokenizer than the checkpoint that it is to go on from."""
+    """Raise DataError if the run and the checkpoint have different tokenizers."""
     if (run / TOKENIZER).exists():
         current = Tokenizer.load(run / TOKENIZER).sha256
         if current != manifest["tokenizer"]:
             raise DataError(
-                f"{folder} is of another tokenizer: saved sha256 {manifest['tokenizer'][:12]}..., current "
+                f"{folder} has another tokenizer: saved sha256 {manifest['tokenizer'][:12]}..., current "
                 f"{current[:12]}..."
             )

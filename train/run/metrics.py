@@ -1,4 +1,4 @@
-"""The metrics of a run: lines for people, and metrics.jsonl for programs."""
+"""A run's metrics: progress on the terminal, and metrics.jsonl for programs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends one JSON object a step to metrics.jsonl. Values that are not finite become null."""
+    """Appends one JSON object per step to metrics.jsonl. NaN and infinity become null."""
 
     def __init__(self, path: Path, first_step: int = 0):
-        """Continue the file, without what an interrupted run wrote from `first_step` on."""
+        """Append to the file, after dropping what an interrupted run wrote from `first_step` on."""
         lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
         files.write(path, "".join(map(as_line, lines)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
@@ -38,11 +38,11 @@ def as_line(values: dict) -> str:
 
 
 class Progress:
-    """A bar on a terminal, else a line in twenty, and metrics.jsonl: on rank 0 alone."""
+    """On rank 0: metrics.jsonl, and a progress bar on a terminal, else a log line every 5 % of the run."""
 
     def __init__(self, run: Path, steps: int | None, start: int, world: World):
-        """steps: of the whole run, where that is known before."""
-        from tqdm import tqdm  # measuring and serving do without
+        """steps: of the whole run; None if not known in advance."""
+        from tqdm import tqdm  # benchmarks and chat run without it
 
         self.world, self.name, self.of = world, run.name, f"/{steps}" if steps else ""
         self.twentieth = 0
@@ -61,8 +61,8 @@ class Progress:
             self.metrics.close()
 
     def resume(self, state: RunState, evaluate: Callable[[], dict] | None) -> dict:
-        """The metrics of the last step before this one. Where a run was killed between a checkpoint and its
-        line, the line is written now; every rank has to call this.
+        """Return the metrics of the last step; collective. If the run was killed between saving a checkpoint
+        and writing that step's line, write the line now.
         """
         last = self.metrics.last if self.metrics else state.last
         if not self.world.total(state.step > 0 and last.get("step", -1) < state.step - 1)[0]:
@@ -72,7 +72,7 @@ class Progress:
         return state.last | evaluated
 
     def show(self, values: dict, evaluated: dict, over: float) -> None:
-        """Write the metrics of a step and of the validation after it. over: share of the run that is over."""
+        """Log a step's metrics and those of the validation after it. over: completed fraction of the run."""
         if not self.metrics:
             return
         line = f"{self.name}: step {values['step'] + 1}{self.of}  loss {values['loss']:.4f}"
@@ -90,7 +90,7 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of metrics.jsonl, without any that a kill cut short."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""`--profile`: where the time of a few steps goes, and on a GPU the memory, as files of the run."""
+"""`--profile`: a trace of a few steps, and on a GPU a memory snapshot, in the run's directory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WAIT, WARMUP, ACTIVE = 3, 1, 3  # steps
 
 @contextmanager
 def profiled(run: Path | None, world: World) -> Iterator[Callable[[], None]]:
-    """Call what this gives after each step. Writes run/profile/trace-rank-R.json, for ui.perfetto.dev, and on
-    a GPU memory-rank-R.pickle, for pytorch.org/memory_viz. run: None profiles nothing.
+    """Yields a function to call after each step. Writes run/profile/trace-rank-R.json for ui.perfetto.dev,
+    and on a GPU memory-rank-R.pickle for pytorch.org/memory_viz. run: None disables profiling.
     """
     if run is None:
         yield lambda: None
@@ -30,7 +30,7 @@ def profiled(run: Path | None, world: World) -> Iterator[Callable[[], None]]:
     def write(profiler: profile) -> None:
         trace = folder / f"trace-rank-{world.rank}.json"
         profiler.export_chrome_trace(str(trace))
-        log.info("%s: open it at https://ui.perfetto.dev", trace)
+        log.info("%s: open it in https://ui.perfetto.dev", trace)
         if on_gpu:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory-rank-{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)

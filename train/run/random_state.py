@@ -1,4 +1,4 @@
-"""The random state of a process, as JSON can hold it."""
+"""The random state of a process, as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def random_state() -> dict:
-    """Where Python's, NumPy's and torch's generators are, and that of this process's GPU."""
+    """State of Python's, NumPy's and torch's generators, and of this process's GPU."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """The inverse. A GPU's generator is left alone where either side has none."""
+    """Restore what random_state returned. Skips the GPU if the state or this process has none."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))

@@ -1,4 +1,4 @@
-"""report.md of a run, with its curves as PNG, from metrics.jsonl and config.json."""
+"""A run's report.md and curves.png, from metrics.jsonl and config.json."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from hotlap.common.errors import DataError
 from hotlap.common.plots import new_figure
 from hotlap.train.run.metrics import read_metrics
 
-# How a report calls metrics; others by their own names.
+# Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a run's report.md and curves again."""
+    """Rewrite a run's report.md and curves.png."""
 
     run: Path = Path("runs/pretrain")
-    """Directory of the run."""
+    """Run directory."""
 
 
 def write_report(run: Path) -> Path:
     """Write report.md and curves.png into a run's directory, and return the report's path."""
     if not (run / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"no metrics.jsonl in {run}; name a run's directory")
+        raise FileNotFoundError(f"no metrics.jsonl in {run}; give a run's directory")
     metrics = read_metrics(run / "metrics.jsonl")
     if not metrics:
-        raise DataError(f"{run / 'metrics.jsonl'} is empty; the run has not made a step yet")
+        raise DataError(f"{run / 'metrics.jsonl'} is empty; the run has not completed a step yet")
     last = metrics[-1]
     speed = sorted(m["tokens_per_second"] for m in metrics)[len(metrics) // 2]
     utilisation = "n/a (unknown peak)" if last["mfu"] is None else f"{last['mfu']:.1%}"
@@ -63,7 +63,7 @@ def write_report(run: Path) -> Path:
 
 
 def draw_curves(metrics: list[dict], path: Path) -> bool:
-    """Loss and tokens/s over the tokens seen; False, with a line in the log, where matplotlib is missing."""
+    """Plot loss and tokens/s over the tokens seen. Returns False, and logs why, without matplotlib."""
     figure = new_figure(figsize=(9, 3.4))
     if figure is None:
         return False
@@ -74,7 +74,7 @@ def draw_curves(metrics: list[dict], path: Path) -> bool:
     validated = [m["validation_loss"] for m in evaluated]
     if evaluated:
         loss.plot([m["tokens"] / 1e6 for m in evaluated], validated, "o-", label="validation")
-    loss.set(xlabel="tokens (millions)", ylabel="loss (nats a token)")
+    loss.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
     loss.legend()
     speed.plot(tokens, [m["tokens_per_second"] / 1e3 for m in metrics], lw=0.8)
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""What a run has come to, beside its weights."""
+"""The state of a run besides its weights and the optimiser's state."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RunState:
-    """What a run keeps from process to process, as state.json of a checkpoint holds it."""
+    """What a checkpoint keeps in state.json."""
 
     stage: str = ""
     """pretrain, sft, ..."""
     data: str = ""
-    """Identity of what is trained on."""
+    """Fingerprint of the training data."""
     step: int = 0
-    """Steps that are done."""
+    """Completed steps."""
     seconds: float = 0.0
-    """Of training; start-up, compilation, validation and saving are not counted."""
+    """Of training, without start-up, compilation, validation and saving."""
     tokens: int = 0
     skipped: int = 0
-    """Steps that were left out."""
+    """Steps skipped as bad."""
     recent: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "norm": []})
-    """Losses and gradient norms of the last steps, by which a jump is seen."""
+    """Losses and gradient norms of the last steps, for detecting spikes."""
     last: dict[str, float] = field(default_factory=dict)
     """Metrics of the last step."""
     finished: bool = False

@@ -159,9 +159,7 @@ def test_a_chat_model_s_samples_are_answers(tmp_path, engine, monkeypatch):
 
 
 def test_a_base_model_is_not_asked_questions(base):
-    with pytest.raises(
-        ValueError, match="base model, which was never taught to converse, and facts, spelling"
-    ):
+    with pytest.raises(ValueError, match="a base model, and facts, spelling need a chat model"):
         evaluate_model(EvalConfig(base, ("core", "facts", "spelling")))
 
 
@@ -170,7 +168,7 @@ def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkey
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(questions, "load_model", loaded)
-    with pytest.raises(ValueError, match="bpb needs text; name it, or a folder of shards, by --data"):
+    with pytest.raises(ValueError, match="bpb needs text; give it, or a folder of shards, with --data"):
         evaluate_model(EvalConfig(base, ("bpb",)))
     with pytest.raises(FileNotFoundError, match="no input files match"):
         evaluate_model(EvalConfig(base, ("bpb",), tmp_path / "none.txt"))

@@ -244,14 +244,14 @@ def test_what_is_scored_has_to_fit_the_context(tmp_path):
     write_bundle(tmp_path, {"choice": ("multiple_choice", 0, None, 25, examples)})
     tokenizer = letters()
     assert scores_of(NextLetter(tokenizer, 9), tokenizer, tmp_path)["tasks"]["choice"]["n"] == 1
-    with pytest.raises(ValueError, match=r"choice scores 8 tokens .* do not fit the model's context of 8"):
+    with pytest.raises(ValueError, match=r"choice scores 8 tokens .* do not fit in the model's context of 8"):
         scores_of(NextLetter(tokenizer, 8), tokenizer, tmp_path)
 
 
 def test_a_prompt_whose_tokens_do_not_begin_the_whole_is_refused(tmp_path, tiny_tokenizer):
     examples = [{"context": "the do", "continuation": "g"}]  # " dog" is a token
     write_bundle(tmp_path, {"lm": ("language_modeling", 0, "", 0, examples)})
-    with pytest.raises(DataError, match="lm, example 0: the tokens of the prompt do not begin those of"):
+    with pytest.raises(DataError, match="lm, example 0: the prompt's tokens are not a prefix of"):
         scores_of(NextLetter(letters()), tiny_tokenizer, tmp_path)
 
 

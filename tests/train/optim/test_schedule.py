@@ -104,7 +104,7 @@ def test_stages_are_equal_parts_of_a_run():
     assert stage_rows(STAGES, 16) == [4, 8, 16]
     assert rows_in_all(STAGES, 16, 9) == 3 * (4 + 8 + 16)
     assert lr_share(STAGES, 0, 0.0) == 0.5 * lr_share(STAGES, 8, 0.0 + 1 / 3) / 0.5**0.5
-    with pytest.raises(ValueError, match="no such shares"):
+    with pytest.raises(ValueError, match="must be whole"):
         stage_rows(STAGES, 6)
 
 
@@ -120,6 +120,6 @@ def test_windows_grow_with_the_stages_and_end_whole():
 
 
 def test_a_timed_run_has_steps_of_one_size():
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same batch size"):
         STAGES.validate(minutes=1.0)
     ScheduleConfig(stages=((1.0, 0.5), (1.0, 1.0))).validate(minutes=1.0)

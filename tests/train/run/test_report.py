@@ -56,5 +56,5 @@ def test_a_run_without_steps_has_no_report(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(DataError, match="has not made a step"):
+    with pytest.raises(DataError, match="has not completed a step"):
         write_report(tmp_path)
