@@ -24,7 +24,8 @@ from hotlap.train.faults import fault
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
-from hotlap.train.run.checkpoint import Saver, check_space
+from hotlap.train.run.checkpoint import Saver
+from hotlap.train.run.disk_space import checkpoint_bytes, require_space
 from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
 from hotlap.train.run.state import RunState
@@ -88,7 +89,7 @@ def fit(
     clock, judge = Clock(config), Judge(config.bad_steps, state.recent)
     metrics_of = step_metrics(model, world)
     if world.leads:
-        check_space(run, model, optimizer)
+        require_space(run, checkpoint_bytes(model.state_dict(), dict(optimizer.named_state())))
     with (
         Saver(run, world) as saver,
         Progress(run, clock.steps, state.step, world) as progress,
@@ -105,12 +106,12 @@ def fit(
             waited = time.perf_counter() - began
             fault("step", world.rank, step)
             stragglers.arrive(step)
-            weight, tokens, stopping, seconds = world.total(
+            weight, tokens, stopping, elapsed = world.total(
                 sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked,
                 state.seconds if world.leads else 0.0,
             )  # fmt: skip
-            share = set_schedule(model, optimizer, schedule, step, clock.over(step, seconds))
-            done = clock.last(step, seconds)
+            share = set_schedule(model, optimizer, schedule, step, clock.over(step, elapsed))
+            done = clock.last(step, elapsed)
             with out_of_memory_explained(world, len(micro[0].inputs)):
                 outcome = take_step(model, micro, loss, weight, config.clip, world, step)
                 good = judge.approves(world, step, outcome, model, micro)
@@ -121,13 +122,11 @@ def fit(
                 torch.cuda.synchronize()
             stragglers.leave()
             seconds = time.perf_counter() - began
-            state.step, state.finished, state.recent = step + 1, done, judge.recent
-            state.seconds, state.tokens = state.seconds + seconds, state.tokens + int(tokens)
-            state.skipped += not good
+            state.advance(int(tokens), seconds, skipped=not good, finished=done)
             state.last = metrics_of(state, outcome, share, tokens / seconds, waited)
             stragglers.report(step, seconds)
             profile_step()
-            if done or state.step % config.save_every == 0 or stopping:
+            if done or stopping or state.step % config.save_every == 0:
                 check_copies(world, model, optimizer, step)
                 saver.save(model, optimizer, tokenizer, state)
             evaluated = {}

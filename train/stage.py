@@ -44,8 +44,9 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
-from hotlap.train.run.folder import open_run, resume_from, run_lock
+from hotlap.train.run.folder import open_run, run_lock
 from hotlap.train.run.report import write_report
+from hotlap.train.run.resume import resume_from
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from hotlap.common.files import file_sha256
 from hotlap.model.manifest import manifest_text, read_manifest
 from hotlap.model.weights import load_model, run_checkpoints
 from hotlap.train.distributed.world import joined
-from hotlap.train.run.checkpoint import load_checkpoint, verify_checkpoint
+from hotlap.train.run.resume import load_checkpoint, verify_checkpoint
 
 CPU = torch.device("cpu")
 

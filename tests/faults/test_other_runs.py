@@ -10,8 +10,8 @@ from hotlap.common.errors import DataError
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import run_checkpoints
 from hotlap.train.distributed.world import joined
-from hotlap.train.run.checkpoint import load_checkpoint, verify_checkpoint
-from hotlap.train.run.folder import resume_from, run_lock
+from hotlap.train.run.folder import run_lock
+from hotlap.train.run.resume import load_checkpoint, resume_from, verify_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import read_tensors, run_checkpoints, stored_tensors
 from hotlap.train.distributed.world import World
-from hotlap.train.run.checkpoint import Saver, verify_checkpoint
-from hotlap.train.run.folder import resume_from
+from hotlap.train.run.checkpoint import Saver
+from hotlap.train.run.resume import resume_from, verify_checkpoint
 from hotlap.train.run.state import RunState
 
 SHAPE = {"vocab_size": 67, "layers": 1, "width": 32, "heads": 1, "kv_heads": 1, "context": 16}  # 67 is prime

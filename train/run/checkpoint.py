@@ -8,14 +8,11 @@ load them. Files are written to a temporary folder, the manifest last, then sync
 from __future__ import annotations
 
 import dataclasses
-import errno
-import importlib.metadata
 import json
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,29 +26,20 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hotlap.common.errors import DataError, RankLost
+from hotlap.common.errors import RankLost
 from hotlap.common.files import file_sha256, sync
 from hotlap.common.log import log
-from hotlap.common.options import differences
+from hotlap.common.machine import versions
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
-from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text, verify
+from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import (
-    CONFIG,
-    STATE,
-    TOKENIZER,
-    listed,
-    load_config,
-    read_tensors,
-    run_checkpoints,
-    save_description,
-    tensor_differences,
-)
+from hotlap.model.weights import CONFIG, STATE, TOKENIZER, run_checkpoints, save_description
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
-from hotlap.train.run.random_state import random_state, set_random_state
+from hotlap.train.run.disk_space import checkpoint_bytes, naming_space, require_space
+from hotlap.train.run.random_state import random_state
 from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
@@ -256,47 +244,11 @@ class Saver:
             "format": FORMAT,
             "step": snapshot.step,
             "world_size": self.world.size,
-            "versions": {"hotlap": importlib.metadata.version("hotlap"), "torch": torch.__version__},
+            "versions": versions(),
             "run": json.loads(configuration.read_text()) if configuration.exists() else None,
             "tokenizer": snapshot.tokenizer.sha256,
             "data": snapshot.state.get("data"),
         }
-
-
-def verify_checkpoint(folder: Path, world: World) -> dict:
-    """Hash all files, divided among the ranks, and return the manifest. Raises DataError on all ranks, naming
-    a file that is missing or has changed.
-    """
-    return world.together(lambda: verify(folder, world.rank, world.size))[0]
-
-
-def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
-    """Load model, optimiser and random state in place, and return the run's state. manifest: as verified.
-
-    Raises DataError, before changing anything, that lists fields and tensors that differ as `saved X, current
-    Y`; nothing is cast. The random state is restored only on the same number of ranks.
-    """
-
-    def fill() -> None:
-        weights, states = model.state_dict(), optimizer_tensors(optimizer)
-        saved, current = dataclasses.asdict(load_config(folder)), dataclasses.asdict(model.config)
-        found = differences(saved, current, "model.") or (
-            tensor_differences(folder, weights) + tensor_differences(folder / OPTIMIZER, states)
-        )
-        if found:
-            raise DataError(f"{folder} does not fit this run: {listed(found)}")
-        read_tensors(folder, weights)
-        read_tensors(folder / OPTIMIZER, states)
-        if manifest["world_size"] == world.size:
-            set_random_state(json.loads((folder / random_file(world.rank)).read_text()))
-
-    world.together(fill)
-    if manifest["world_size"] != world.size:
-        log.info(
-            "%s was saved by %d ranks, this run has %d: everything is restored but the random state",
-            folder, manifest["world_size"], world.size,
-        )  # fmt: skip
-    return RunState(**json.loads((folder / STATE).read_text()))
 
 
 def random_file(rank: int) -> str:
@@ -319,46 +271,6 @@ def check_finite(snapshot: Snapshot) -> None:
             )
 
 
-def remove_unfinished(run: Path) -> None:
-    """Delete leftovers of interrupted saves. The caller must hold the run's lock."""
-    for path in (run / FOLDER).glob(".tmp-step-*"):
-        shutil.rmtree(path)
-
-
 def set_aside(folder: Path) -> Path:
     """Rename a checkpoint so that it no longer counts as one, and return its new path."""
     return folder.rename(folder.with_name(f"aside-{folder.name}-{secrets.token_hex(4)}"))
-
-
-def check_space(folder: Path, model: GPT, optimizer: MuonAdamW) -> None:
-    """Raise OSError if a checkpoint does not fit on the folder's disk."""
-    require_space(folder, checkpoint_bytes(model.state_dict(), optimizer_tensors(optimizer)))
-
-
-def checkpoint_bytes(*tensors: dict[str, Tensor]) -> int:
-    """Upper bound on the size of a checkpoint of these tensors, over all ranks."""
-    return int(1.1 * sum(t.numel() * t.element_size() for part in tensors for t in part.values())) + (1 << 20)
-
-
-def require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"a checkpoint in {folder} needs {needed:,} bytes, and {free:,} are free; free up space, or "
-            "choose another --out"
-        )
-
-
-@contextmanager
-def naming_space(folder: Path, needed: int) -> Iterator[None]:
-    """Make the error of a full disk say where, how much is needed, and how much is free."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OSError(
-            f"the disk is full: {folder} needs {needed:,} bytes, and {free:,} are free; free up space, and "
-            "resume from the previous checkpoint"
-        ) from error

@@ -1,4 +1,4 @@
-"""A run's directory: its lock, its configuration, and where to resume."""
+"""A run's directory: its lock and its configuration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hotlap.common.errors import DataError
-from hotlap.common.log import log
 from hotlap.common.options import differences, to_json
-from hotlap.model.gpt import GPT
-from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER, model_folder, run_checkpoints
-from hotlap.train.distributed.world import World
-from hotlap.train.optim.muon_adamw import MuonAdamW
-from hotlap.train.run.checkpoint import load_checkpoint, remove_unfinished, set_aside, verify_checkpoint
+from hotlap.model.weights import TOKENIZER
 from hotlap.train.run.metrics import METRICS
-from hotlap.train.run.state import RunState
 
 CONFIG = "config.json"
 LOCK = "run.lock"
@@ -83,59 +76,3 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
             f"{run} was started with another configuration: {'; '.join(changed)}; "
             "choose another --out, or restore the original values"
         )
-
-
-def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
-    """Load a checkpoint on all ranks and return its state, or the state of a new run.
-
-    choice: "no"; "auto", the run's newest intact checkpoint, if it has any; or the path of a checkpoint or
-    run, which is loaded or refused, never replaced by another. Damaged or later checkpoints of the run are
-    renamed to aside-step-..., so that the run writes them again.
-    """
-    if world.leads:
-        remove_unfinished(run)
-    found = world.together(lambda: run_checkpoints(run))[0]
-    if choice == "no":
-        if found:
-            raise FileExistsError(
-                f"{run} already holds checkpoints; resume with --resume auto, or choose another --out"
-            )
-        return RunState()
-    if choice == "auto":
-        folder, manifest = newest_whole(found, world)
-        if folder is None:
-            return RunState()
-    else:
-        folder = world.together(lambda: model_folder(choice))[0]
-        manifest = verify_checkpoint(folder, world)
-    same_tokenizer(run, folder, manifest)
-    state = load_checkpoint(folder, manifest, model, optimizer, world)
-    if world.leads:
-        for later in found:
-            if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
-                log.warning("%s is renamed to %s", later, set_aside(later).name)
-    log.info("%s: resuming after step %d from %s", run, state.step, folder)
-    return state
-
-
-def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
-    """The newest intact checkpoint and its manifest. Raises DataError if all are damaged."""
-    for folder in reversed(found):
-        try:
-            return folder, verify_checkpoint(folder, world)
-        except DataError as error:
-            log.warning("%s; trying the previous checkpoint", error)
-    if found:
-        raise DataError(f"all checkpoints in {found[-1].parent} are damaged; start a new run")
-    return None, {}
-
-
-def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
-    """Raise DataError if the run and the checkpoint have different tokenizers."""
-    if (run / TOKENIZER).exists():
-        current = Tokenizer.load(run / TOKENIZER).sha256
-        if current != manifest["tokenizer"]:
-            raise DataError(
-                f"{folder} has another tokenizer: saved sha256 {manifest['tokenizer'][:12]}..., current "
-                f"{current[:12]}..."
-            )

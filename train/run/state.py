@@ -25,3 +25,11 @@ class RunState:
     last: dict[str, float] = field(default_factory=dict)
     """Metrics of the last step."""
     finished: bool = False
+
+    def advance(self, tokens: int, seconds: float, skipped: bool, finished: bool) -> None:
+        """Count one more step."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.skipped += skipped
+        self.finished = finished

@@ -21,8 +21,9 @@ from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.run.checkpoint import Saver
-from hotlap.train.run.folder import open_run, resume_from, run_lock
+from hotlap.train.run.folder import open_run, run_lock
 from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
 
 

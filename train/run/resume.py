@@ -1,0 +1,128 @@
+"""Resuming a run: finds its newest intact checkpoint, verifies it and loads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from hotlap.common.errors import DataError
+from hotlap.common.log import log
+from hotlap.common.options import differences
+from hotlap.model.gpt import GPT
+from hotlap.model.manifest import verify
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.weights import (
+    STATE,
+    TOKENIZER,
+    listed,
+    load_config,
+    model_folder,
+    read_tensors,
+    run_checkpoints,
+    tensor_differences,
+)
+from hotlap.train.distributed.world import World
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.run.checkpoint import FOLDER, OPTIMIZER, optimizer_tensors, random_file, set_aside
+from hotlap.train.run.random_state import set_random_state
+from hotlap.train.run.state import RunState
+
+
+def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
+    """Load a checkpoint on all ranks and return its state, or the state of a new run.
+
+    choice: "no"; "auto", the run's newest intact checkpoint, if it has any; or the path of a checkpoint or
+    run, which is loaded or refused, never replaced by another. Damaged or later checkpoints of the run are
+    renamed to aside-step-..., so that the run writes them again.
+    """
+    if world.leads:
+        remove_unfinished(run)
+    found = world.together(lambda: run_checkpoints(run))[0]
+    if choice == "no":
+        if found:
+            raise FileExistsError(
+                f"{run} already holds checkpoints; resume with --resume auto, or choose another --out"
+            )
+        return RunState()
+    if choice == "auto":
+        folder, manifest = newest_whole(found, world)
+        if folder is None:
+            return RunState()
+    else:
+        folder = world.together(lambda: model_folder(choice))[0]
+        manifest = verify_checkpoint(folder, world)
+    same_tokenizer(run, folder, manifest)
+    state = load_checkpoint(folder, manifest, model, optimizer, world)
+    if world.leads:
+        for later in found:
+            if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
+                log.warning("%s is renamed to %s", later, set_aside(later).name)
+    log.info("%s: resuming after step %d from %s", run, state.step, folder)
+    return state
+
+
+def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
+    """The newest intact checkpoint and its manifest. Raises DataError if all are damaged."""
+    for folder in reversed(found):
+        try:
+            return folder, verify_checkpoint(folder, world)
+        except DataError as error:
+            log.warning("%s; trying the previous checkpoint", error)
+    if found:
+        raise DataError(f"all checkpoints in {found[-1].parent} are damaged; start a new run")
+    return None, {}
+
+
+def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
+    """Raise DataError if the run and the checkpoint have different tokenizers."""
+    if (run / TOKENIZER).exists():
+        current = Tokenizer.load(run / TOKENIZER).sha256
+        if current != manifest["tokenizer"]:
+            raise DataError(
+                f"{folder} has another tokenizer: saved sha256 {manifest['tokenizer'][:12]}..., current "
+                f"{current[:12]}..."
+            )
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete leftovers of interrupted saves. The caller must hold the run's lock."""
+    for path in (run / FOLDER).glob(".tmp-step-*"):
+        shutil.rmtree(path)
+
+
+def verify_checkpoint(folder: Path, world: World) -> dict:
+    """Hash all files, divided among the ranks, and return the manifest. Raises DataError on all ranks, naming
+    a file that is missing or has changed.
+    """
+    return world.together(lambda: verify(folder, world.rank, world.size))[0]
+
+
+def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
+    """Load model, optimiser and random state in place, and return the run's state. manifest: as verified.
+
+    Raises DataError, before changing anything, that lists fields and tensors that differ as `saved X, current
+    Y`; nothing is cast. The random state is restored only on the same number of ranks.
+    """
+
+    def fill() -> None:
+        weights, states = model.state_dict(), optimizer_tensors(optimizer)
+        saved, current = dataclasses.asdict(load_config(folder)), dataclasses.asdict(model.config)
+        found = differences(saved, current, "model.") or (
+            tensor_differences(folder, weights) + tensor_differences(folder / OPTIMIZER, states)
+        )
+        if found:
+            raise DataError(f"{folder} does not fit this run: {listed(found)}")
+        read_tensors(folder, weights)
+        read_tensors(folder / OPTIMIZER, states)
+        if manifest["world_size"] == world.size:
+            set_random_state(json.loads((folder / random_file(world.rank)).read_text()))
+
+    world.together(fill)
+    if manifest["world_size"] != world.size:
+        log.info(
+            "%s was saved by %d ranks, this run has %d: everything is restored but the random state",
+            folder, manifest["world_size"], world.size,
+        )  # fmt: skip
+    return RunState(**json.loads((folder / STATE).read_text()))
