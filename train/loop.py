@@ -17,7 +17,7 @@ from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.rows import Batch
-from hotlap.train.distributed.memory import out_of_memory_explained
+from hotlap.train.distributed.memory import explain_out_of_memory
 from hotlap.train.distributed.stragglers import Stragglers
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
@@ -29,8 +29,8 @@ from hotlap.train.run.disk_space import checkpoint_bytes, require_space
 from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
 from hotlap.train.run.state import RunState
-from hotlap.train.step import Outcome, rehearsed, take_step
-from hotlap.train.step_checks import Judge, Policy, check_copies
+from hotlap.train.step import Outcome, take_step, take_warmup_steps
+from hotlap.train.step_checks import Policy, StepChecker, check_copies
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def fit(
     """
     state = state or RunState()
     finished = state.finished or state.step == config.steps
-    clock, judge = Clock(config), Judge(config.bad_steps, state.recent)
+    clock, checker = Clock(config), StepChecker(config.bad_steps, state.recent)
     metrics_of = step_metrics(model, world)
     if world.leads:
         require_space(run, checkpoint_bytes(model.state_dict(), dict(optimizer.named_state())))
@@ -98,7 +98,7 @@ def fit(
         profiled(run if profile else None, world) as profile_step,
     ):
         if (warm_up or config.minutes) and not finished:
-            batches = rehearsed(model, optimizer, schedule, batches, loss, world)
+            batches = take_warmup_steps(model, optimizer, schedule, batches, loss, world)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
@@ -110,19 +110,19 @@ def fit(
                 sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked,
                 state.seconds if world.leads else 0.0,
             )  # fmt: skip
-            share = set_schedule(model, optimizer, schedule, step, clock.over(step, elapsed))
-            done = clock.last(step, elapsed)
-            with out_of_memory_explained(world, len(micro[0].inputs)):
+            share = set_schedule(model, optimizer, schedule, step, clock.fraction(step, elapsed))
+            done = clock.is_last(step, elapsed)
+            with explain_out_of_memory(world, len(micro[0].inputs)):
                 outcome = take_step(model, micro, loss, weight, config.clip, world, step)
-                good = judge.approves(world, step, outcome, model, micro)
-                if good:
+                accepted = checker.accepts(world, step, outcome, model, micro)
+                if accepted:
                     optimizer.step()
             optimizer.zero_grad()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             stragglers.leave()
             seconds = time.perf_counter() - began
-            state.advance(int(tokens), seconds, skipped=not good, finished=done)
+            state.advance(int(tokens), seconds, skipped=not accepted, finished=done)
             state.last = metrics_of(state, outcome, share, tokens / seconds, waited)
             stragglers.report(step, seconds)
             profile_step()
@@ -135,7 +135,7 @@ def fit(
                     saver.finish()  # commit the last checkpoint before anything else can fail
                 evaluated = evaluate()
                 stragglers.leave()
-            progress.show(state.last, evaluated, clock.over(state.step, state.seconds))
+            progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))
             last = state.last | evaluated
             if done:
                 break
@@ -176,17 +176,18 @@ class Clock:
     """Progress of a run, by steps or by rank 0's seconds of training."""
 
     def __init__(self, config: LoopConfig):
-        self.most, self.limit = config.steps, 60 * config.minutes
-        self.steps = None if self.limit else self.most  # None: not known in advance
+        self.max_steps, self.limit = config.steps, 60 * config.minutes  # seconds; 0 is no limit
+        self.steps = None if self.limit else self.max_steps  # None: not known in advance
 
-    def over(self, step: int, seconds: float) -> float:
+    def fraction(self, step: int, seconds: float) -> float:
         """Fraction of the run completed before `step`, after this many seconds of training."""
-        share = step / self.most
+        share = step / self.max_steps
         return min(1.0, max(share, seconds / self.limit)) if self.limit else share
 
-    def last(self, step: int, seconds: float) -> bool:
+    def is_last(self, step: int, seconds: float) -> bool:
         """Whether `step` is the last. In a timed run: whether another average step would exceed the limit."""
-        return step + 1 == self.most or bool(self.limit and step and seconds * (1 + 2 / step) > self.limit)
+        over_limit = self.limit and step and seconds * (1 + 2 / step) > self.limit
+        return step + 1 == self.max_steps or bool(over_limit)
 
 
 class StopRequest:

@@ -74,18 +74,18 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
                     "tokens; add more text, or lower --model.context"
                 )
             rows.batch(0, 1)  # find errors in the data before building the model
-            loop = ended_by_data(config, rows)
+            loop = limit_epochs(config, rows)
             stage = Stage(
                 "pretrain", shape, tokenizer, next_token_loss,
                 batches=row_batches(rows, config, loop.steps, world),
                 evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
                 data=fingerprint([*shard_paths(folder, "train"), *shard_paths(folder, "validation")]),
-                source=str(folder), about=length(config, loop, rows), loop=loop,
+                source=str(folder), about=describe_length(config, loop, rows), loop=loop,
             )  # fmt: skip
             return train(config, stage, world, warm_up)
 
 
-def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
+def limit_epochs(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
     """config.loop; in a timed run on one shard, limited to MOST_EPOCHS epochs."""
     if not config.loop.minutes or len(rows.shards) > 1:
         return config.loop
@@ -93,7 +93,7 @@ def ended_by_data(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
     return dataclasses.replace(config.loop, steps=min(config.loop.steps, steps))
 
 
-def length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) -> str:
+def describe_length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) -> str:
     """Length of the run, for the log."""
     if loop.minutes:
         return f"{loop.minutes:g} minutes or {loop.steps:,} steps"

@@ -26,17 +26,17 @@ from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
     device_bytes,
-    largest_that_fits,
+    largest_micro_batch,
     micro_batch_rows,
     rank_bytes,
 )
 from hotlap.train.distributed.sharding import (
     Dtype,
     Recompute,
-    compiles,
     compute_dtype,
     materialize,
     parallelize,
+    should_compile,
     use_fp8,
 )
 from hotlap.train.distributed.world import World
@@ -146,7 +146,8 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     with torch.device("meta"):
         model = GPT(stage.shape, compute_dtype(config.dtype, world.device))
     use_fp8(model, config.dtype)
-    parallelize(model, world, config.recompute, compiles(config.compile, world.device, stage.loop.steps))
+    compile = should_compile(config.compile, world.device, stage.loop.steps)
+    parallelize(model, world, config.recompute, compile)
     check_memory(model, world, micro_rows)
     materialize(model, world.device, config.seed)
     if stage.base is not None:
@@ -163,7 +164,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
         def one_row() -> Batch:
             return next(stage.batches(model, state.step, 1))[0].to(world.device)
 
-        micro_rows = largest_that_fits(model, common_rows(config), world, stage.loss, one_row)
+        micro_rows = largest_micro_batch(model, common_rows(config), world, stage.loss, one_row)
     describe(model, config.out, stage.about, world, micro_rows)
     last = fit(
         stage.loop, config.schedule, model, optimizer, stage.tokenizer,

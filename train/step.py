@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
-from hotlap.train.distributed.sharding import accumulate, local, replicas
+from hotlap.train.distributed.sharding import accumulate, local, replica_count
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
 
-REHEARSALS = 2  # per stage: the second step finds what the first has left, such as gradients that are None
+WARMUP_STEPS = 2  # per stage: the second step finds what the first has left, such as gradients that are None
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Outcome:
     loss: float  # summed over all ranks, divided by the step's weight
     norm: float  # of that loss's gradient, before clipping
     metrics: dict[str, float]  # the loss function's other sums, divided by the weight
-    own: float  # this rank's sum of the loss
+    own_loss: float  # this rank's sum of the loss
 
 
 def take_step(
@@ -58,7 +58,7 @@ def take_step(
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
     norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows; its replicas hold the same
     sums = torch.stack(
-        [own.double(), norm.double().square() / replicas(model), *(m.double() for m in metrics.values())]
+        [own.double(), norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
     )
     if world.size > 1:
         dist.all_reduce(sums)
@@ -72,7 +72,7 @@ def take_step(
 
 
 @torch.no_grad()
-def rehearsed(
+def take_warmup_steps(
     model: GPT,
     optimizer: MuonAdamW,
     schedule: ScheduleConfig,
@@ -90,7 +90,7 @@ def rehearsed(
     (weight,) = world.total(sum(batch.weight for batch in micro))
     for i in range(len(schedule.stages)):
         set_schedule(model, optimizer, schedule, 0, i / len(schedule.stages))
-        for _ in range(REHEARSALS):
+        for _ in range(WARMUP_STEPS):
             with torch.enable_grad():
                 take_step(model, micro, loss, weight, 0.0, world, step=-1)
             optimizer.step()

@@ -19,38 +19,41 @@ from hotlap.common.errors import RankLost
 from hotlap.common.log import log
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
-from hotlap.train.distributed.sharding import local, replicas
+from hotlap.train.distributed.sharding import local, replica_count
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.step import Outcome
 
-WINDOW, ENOUGH, SIGMAS = 128, 32, 6.0
-MOST_SKIPPED = 10  # consecutive skipped steps after which the run stops
+WINDOW, MIN_HISTORY, SIGMAS = 128, 32, 6.0
+MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 Policy = Literal["stop", "skip"]
 
 
-class Judge:
+class StepChecker:
     """Decides whether to take a step. `recent`: losses and norms of the last steps, updated in place."""
 
     def __init__(self, policy: Policy, recent: dict[str, list[float]]):
         self.policy, self.recent = policy, recent
         self.skipped_in_a_row = 0
 
-    def approves(self, world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> bool:
+    def accepts(self, world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> bool:
         """Whether to update the weights; collective. Raises FloatingPointError if the run must stop."""
         finite = math.isfinite(outcome.loss) and math.isfinite(outcome.norm)
-        problem = self.jump(step, outcome) if finite else blame(world, step, outcome, model, micro)
+        if finite:
+            problem = self.spike(step, outcome)
+        else:
+            problem = describe_nonfinite(world, step, outcome, model, micro)
         if finite and (not problem or self.policy == "stop"):
             if problem:
                 log.warning("%s; --loop.bad-steps skip would skip it", problem)
-            self.remember(outcome)
+            self._record(outcome)
             self.skipped_in_a_row = 0
             return True
         self.skipped_in_a_row += 1
-        if self.policy == "stop" or self.skipped_in_a_row == MOST_SKIPPED:
-            often = f"; {MOST_SKIPPED} bad steps in a row" if self.policy == "skip" else ""
+        if self.policy == "stop" or self.skipped_in_a_row == MAX_SKIPPED:
+            often = f"; {MAX_SKIPPED} bad steps in a row" if self.policy == "skip" else ""
             raise FloatingPointError(
                 f"{problem}{often}; the last checkpoint is intact. Try a lower learning rate"
                 + ("" if often else ", or --loop.bad-steps skip")
@@ -58,11 +61,11 @@ class Judge:
         log.warning("%s; skipping the step", problem)
         return False
 
-    def jump(self, step: int, outcome: Outcome) -> str:
+    def spike(self, step: int, outcome: Outcome) -> str:
         """Describe a spike of the loss or the gradient norm; "" if there is none."""
         for name, value in (("loss", outcome.loss), ("norm", outcome.norm)):
             past = self.recent[name]
-            if len(past) < ENOUGH:
+            if len(past) < MIN_HISTORY:
                 continue
             mean, deviation = statistics.fmean(past), statistics.pstdev(past)
             if value > mean + SIGMAS * deviation:
@@ -74,17 +77,17 @@ class Judge:
                 )
         return ""
 
-    def remember(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         for name, value in (("loss", outcome.loss), ("norm", outcome.norm)):
             self.recent[name] = [*self.recent[name], value][-WINDOW:]
 
 
-def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> str:
+def describe_nonfinite(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> str:
     """Describe which ranks have a NaN or infinite loss or gradient, and on which batch."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     finite = all(bool(g.isfinite().all()) for g in gradients)
-    found = world.gather({"loss": outcome.own, "finite": finite, "batch": batch_name(micro)})
-    guilty = [
+    found = world.gather({"loss": outcome.own_loss, "finite": finite, "batch": batch_name(micro)})
+    reports = [
         f"rank {rank} has {what} on batch {report['batch']}"
         for rank, report in enumerate(found)
         for what in (
@@ -92,9 +95,9 @@ def blame(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Bat
             else ["a gradient that is not finite"] if not report["finite"] else []
         )
     ]  # fmt: skip
-    losses = [text for text in guilty if "loss" in text]
+    losses = [text for text in reports if "loss" in text]
     return f"loss {outcome.loss:.4g}, gradient norm {outcome.norm:.4g} at step {step}: " + ", ".join(
-        losses or guilty
+        losses or reports
     )
 
 
@@ -115,11 +118,11 @@ def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> N
     if world.size == 1:
         return
     tensors = dict(model.named_buffers()) | dict(optimizer.named_state()) | dict(model.named_parameters())
-    if replicas(model) == 1:
+    if replica_count(model) == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     if fault("copies", world.rank, step) == "flip":
         next(t for t in tensors.values() if not isinstance(t, DTensor)).view(-1)[0] += 1
-    mine = {name: (placed(tensor), checksum(local(tensor))) for name, tensor in tensors.items()}
+    mine = {name: (shard_index(tensor), checksum(local(tensor))) for name, tensor in tensors.items()}
     found = world.gather(mine)
     for name in mine:
         copies: dict[int, dict[int, list[int]]] = {}  # shard -> checksum -> ranks
@@ -135,7 +138,7 @@ def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> N
                 )
 
 
-def placed(tensor: torch.Tensor) -> int:
+def shard_index(tensor: torch.Tensor) -> int:
     """Index of this rank's shard of a tensor; 0 if every rank holds it whole."""
     if not isinstance(tensor, DTensor):
         return 0

@@ -23,8 +23,8 @@ from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, lr_share
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.run.state import RunState
-from hotlap.train.step import REHEARSALS, Outcome, take_step
-from hotlap.train.step_checks import ENOUGH, MOST_SKIPPED, Judge
+from hotlap.train.step import WARMUP_STEPS, Outcome, take_step
+from hotlap.train.step_checks import MAX_SKIPPED, MIN_HISTORY, StepChecker
 
 SCHEDULE = ScheduleConfig(warmup_steps=2)
 CONFIG = tiny_config(layers=1, context=16)
@@ -182,12 +182,12 @@ def test_a_disk_that_cannot_hold_a_checkpoint_shows_before_the_first_step(
 
 def judged(policy: str, values: list[tuple[float, float]], random_model) -> list[bool]:
     """What a judge says to steps with these losses and norms."""
-    judge, model = Judge(policy, {"loss": [], "norm": []}), random_model(CONFIG)
+    checker, model = StepChecker(policy, {"loss": [], "norm": []}), random_model(CONFIG)
     batch = ragged_batch()
     model(batch.inputs, batch.targets).backward()
     with joined() as world:
         return [
-            judge.approves(world, step, Outcome(loss, norm, {}, loss), model, [batch])
+            checker.accepts(world, step, Outcome(loss, norm, {}, loss), model, [batch])
             for step, (loss, norm) in enumerate(values)
         ]
 
@@ -198,24 +198,25 @@ def steady(count: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("jump", [(9.0, 1.0), (3.0, 50.0)])
 def test_a_jump_of_loss_or_gradient_is_reported_or_left_out(jump, random_model, caplog):
-    values = [*steady(ENOUGH), jump, *steady(3)]
+    values = [*steady(MIN_HISTORY), jump, *steady(3)]
     assert all(judged("stop", values, random_model))
     what = "loss" if jump[0] > 3 else "gradient norm"
     assert (
-        f"{what} {max(jump):.4g} at step {ENOUGH}" in caplog.text and "--loop.bad-steps skip" in caplog.text
+        f"{what} {max(jump):.4g} at step {MIN_HISTORY}" in caplog.text
+        and "--loop.bad-steps skip" in caplog.text
     )
-    assert judged("skip", values, random_model) == [True] * ENOUGH + [False] + [True] * 3
+    assert judged("skip", values, random_model) == [True] * MIN_HISTORY + [False] + [True] * 3
 
 
 def test_what_jumps_before_there_is_a_usual_is_no_jump(random_model, caplog):
-    assert all(judged("skip", [*steady(ENOUGH - 1), (90.0, 90.0)], random_model))
+    assert all(judged("skip", [*steady(MIN_HISTORY - 1), (90.0, 90.0)], random_model))
     assert "standard deviations" not in caplog.text
 
 
 def test_a_run_whose_steps_are_all_left_out_stops(random_model):
-    values = [(3.0, 1.0)] + [(math.nan, 1.0)] * (MOST_SKIPPED - 1)
-    assert judged("skip", values, random_model) == [True] + [False] * (MOST_SKIPPED - 1)
-    with pytest.raises(FloatingPointError, match=f"{MOST_SKIPPED} bad steps in a row"):
+    values = [(3.0, 1.0)] + [(math.nan, 1.0)] * (MAX_SKIPPED - 1)
+    assert judged("skip", values, random_model) == [True] + [False] * (MAX_SKIPPED - 1)
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} bad steps in a row"):
         judged("skip", [*values, (math.nan, 1.0)], random_model)
 
 
@@ -278,7 +279,7 @@ def test_warming_up_leaves_no_trace(tmp_path, tiny_tokenizer):
         model, last = run_fit(folder, tiny_tokenizer, loss_fn, warm_up=warm_up)
         results.append((model, last["loss"], counted))
     (model, loss, counted), (same_model, same_loss, more) = results
-    assert loss == same_loss and len(more) == len(counted) + 2 * REHEARSALS
+    assert loss == same_loss and len(more) == len(counted) + 2 * WARMUP_STEPS
     for (name, one), (_, other) in zip(model.named_parameters(), same_model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
 

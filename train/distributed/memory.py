@@ -11,11 +11,11 @@ import torch
 from hotlap.model.flops import training_bytes
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, check_rows
-from hotlap.train.distributed.sharding import replicas
+from hotlap.train.distributed.sharding import replica_count
 from hotlap.train.distributed.world import World
 from hotlap.train.losses import Loss
 
-ROOM = 0.9  # fraction of the memory to plan with
+USABLE = 0.9  # fraction of the memory to plan with
 GB = 1e9
 
 
@@ -29,24 +29,24 @@ def device_bytes(world: World) -> int:
 
 def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
     """Estimated memory of a training step on one rank by part, from shapes. rows: of a micro-batch."""
-    shards = world.size // replicas(model)
+    shards = world.size // replica_count(model)
     return training_bytes(model, rows, model.config.context, shards, model.compute_dtype.itemsize)
 
 
 def check_memory(model: GPT, world: World, rows: int) -> dict[str, int]:
     """Return rank_bytes; raise ValueError if the model does not fit even without activations."""
-    parts, there = rank_bytes(model, world, rows), device_bytes(world)
+    parts, available = rank_bytes(model, world, rows), device_bytes(world)
     fixed = sum(parts.values()) - parts["activations"]
-    if fixed > there:
+    if fixed > available:
         raise ValueError(
             f"the model needs {fixed / GB:.1f} GB on each rank even without activations, and {world.device} "
-            f"has {there / GB:.1f} GB; train on more GPUs, or a smaller --depth"
+            f"has {available / GB:.1f} GB; train on more GPUs, or a smaller --depth"
         )
     return parts
 
 
 def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
-    """Rows of a micro-batch. "auto" is one row here; largest_that_fits decides once the model exists."""
+    """Rows of a micro-batch. "auto" is one row here; largest_micro_batch decides once the model exists."""
     if choice == "all":
         rows = max(1, batch_rows // world.size)
     elif choice == "auto":
@@ -59,7 +59,7 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
     return rows
 
 
-def largest_that_fits(
+def largest_micro_batch(
     model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch]
 ) -> int:
     """Rows of the largest micro-batch that divides the step's rows and fits in memory, equal on all ranks.
@@ -70,18 +70,18 @@ def largest_that_fits(
     per_rank = batch_rows // world.size
     if world.device.type == "cuda" and per_rank > 1:
         batch = one_row()
-        one, two = (measured_bytes(model, world, loss, batch.repeated(rows)) for rows in (1, 2))
+        one, two = (measure_bytes(model, world, loss, batch.repeated(rows)) for rows in (1, 2))
         fixed, each = 2 * one - two, max(1, two - one)
     else:
         parts = rank_bytes(model, world, 1)
         each = parts["activations"]
         fixed = sum(parts.values()) - each
-    fit = max(1, int((ROOM * device_bytes(world) - fixed) / each))
+    fit = max(1, int((USABLE * device_bytes(world) - fixed) / each))
     fit = min(world.gather(fit))
     return max(rows for rows in range(1, per_rank + 1) if per_rank % rows == 0 and rows <= fit)
 
 
-def measured_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
+def measure_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
     """Peak memory of a forward and backward pass."""
     torch.cuda.reset_peak_memory_stats(world.device)
     loss(model, batch)[0].backward()
@@ -90,7 +90,7 @@ def measured_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
 
 
 @contextmanager
-def out_of_memory_explained(world: World, rows: int) -> Iterator[None]:
+def explain_out_of_memory(world: World, rows: int) -> Iterator[None]:
     """Turn an out-of-memory error into a MemoryError that suggests a smaller micro-batch than `rows`."""
     try:
         yield

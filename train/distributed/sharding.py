@@ -34,14 +34,14 @@ from hotlap.train.distributed.world import World
 
 Recompute = Literal["none", "block", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
-MOST_GRAPHS = 64  # compiled variants of a block's forward
-COMPILE_PAYS = 2000  # steps after which compiling for a CPU pays off
+MAX_GRAPHS = 64  # compiled variants of a block's forward
+COMPILE_MIN_STEPS = 2000  # steps after which compiling for a CPU pays off
 
 
 def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -> None:
     """Prepare a model on the meta device for training on all ranks, in place."""
     if compile:  # layers x stages x (training, validation): beyond the limit, blocks would run uncompiled
-        torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         if recompute != "none":
             block.forward = recomputed(block.forward, recompute == "selective")
@@ -89,10 +89,10 @@ def materialize(model: GPT, device: torch.device, seed: int) -> None:
     the number of ranks.
     """
     model.to_empty(device=device)
-    model.init_weights(seed, write=keep_rows)
+    model.init_weights(seed, write=write_rows)
 
 
-def keep_rows(parameter: Tensor, whole: Tensor) -> None:
+def write_rows(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole value into a parameter; if it is sharded, only this rank's rows."""
     if isinstance(parameter, DTensor):
         whole = whole.to(parameter.device)
@@ -105,23 +105,23 @@ def recomputed(forward, selective: bool):
     """forward with activation checkpointing. selective: save the outputs of matmuls and attention."""
     options = {}
     if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, save_matmuls)
     return functools.partial(checkpoint, forward, use_reentrant=False, **options)
 
 
-KEPT = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "attention_blockwise", "linear_relu2")  # operations
+SAVED_OPS = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "attention_blockwise", "linear_relu2")
 
 
-def keep_products(ctx, operation, *args, **kwargs) -> CheckpointPolicy:
+def save_matmuls(ctx, operation, *args, **kwargs) -> CheckpointPolicy:
     """Save the results of expensive operations, and recompute the rest."""
     name = operation.name().split("::")[-1].split(".")[0]
-    kept = name in KEPT or "dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    saved = name in SAVED_OPS or "dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compiles(choice: str, device: torch.device, steps: int) -> bool:
+def should_compile(choice: str, device: torch.device, steps: int) -> bool:
     """Whether to compile: if requested or worthwhile, and if there is a C++ compiler."""
-    if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_PAYS):
+    if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_MIN_STEPS):
         return False
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         log.info("running without torch.compile: no C++ compiler found")
@@ -147,7 +147,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def replicas(model: GPT) -> int:
+def replica_count(model: GPT) -> int:
     """How many ranks hold the same shard of each parameter."""
     mesh = getattr(model.head.weight, "device_mesh", None)
     return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1

@@ -15,12 +15,9 @@ import time
 from hotlap.common.log import log
 from hotlap.train.distributed.world import World
 
-PATIENCE = 0.6  # fraction of the group's timeout after which hanging ranks are named
-REPORT = 50  # steps between checks for lagging ranks
-LATE, NOTABLE = (
-    2.0,
-    0.05,
-)  # report a rank this many times later than the others' median, by this share of a step
+HUNG_AFTER = 0.6  # fraction of the group's timeout after which hanging ranks are named
+REPORT_EVERY = 50  # steps between checks for lagging ranks
+MIN_RATIO, MIN_SHARE = 2.0, 0.05  # lateness that is reported: x the others' median, and share of a step
 
 
 class Stragglers:
@@ -30,8 +27,8 @@ class Stragglers:
         self.world, self.step = world, -1
         self.began = self.left = time.monotonic()
         self.late = 0.0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="stragglers")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="stragglers")
 
     def __enter__(self) -> Stragglers:
         if self.world.size > 1:
@@ -39,7 +36,7 @@ class Stragglers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end.set()
+        self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -55,25 +52,25 @@ class Stragglers:
         self.began = self.left = time.monotonic()
 
     def report(self, step: int, seconds: float) -> None:
-        """Every REPORT steps, name ranks that keep the others waiting. seconds: duration of a step."""
-        if self.world.size == 1 or (step + 1) % REPORT:
+        """Every REPORT_EVERY steps, name ranks that keep the others waiting. seconds: duration of a step."""
+        if self.world.size == 1 or (step + 1) % REPORT_EVERY:
             return
-        late = [total / REPORT for total in self.world.gather(self.late)]
+        late = [total / REPORT_EVERY for total in self.world.gather(self.late)]
         self.late = 0.0
         for rank, mine in enumerate(late):
             others = statistics.median(late[:rank] + late[rank + 1 :])
-            if mine > LATE * others and mine - others > NOTABLE * seconds and self.world.leads:
+            if mine > MIN_RATIO * others and mine - others > MIN_SHARE * seconds and self.world.leads:
                 log.warning(
                     "rank %d is a straggler: it starts each step after %.3f s, the others after %.3f s (%.1f "
                     "times); its data or its machine is slow", rank, mine, others, mine / max(others, 1e-9),
                 )  # fmt: skip
 
-    def _look(self) -> None:
-        patience, told = PATIENCE * self.world.timeout, -1
-        while not self._end.wait(patience / 10):
-            if time.monotonic() - self.began < patience or told == self.step:
+    def _watch(self) -> None:
+        limit, reported = HUNG_AFTER * self.world.timeout, -1
+        while not self._stop.wait(limit / 10):
+            if time.monotonic() - self.began < limit or reported == self.step:
                 continue
-            told = self.step
+            reported = self.step
             try:
                 steps = [self._step_of(rank) for rank in range(self.world.size)]
             except RuntimeError:  # the store is gone, so the run has ended
@@ -81,7 +78,7 @@ class Stragglers:
             behind = [f"rank {rank} (at step {at})" for rank, at in enumerate(steps) if at < max(steps)]
             who = f"waiting for {', '.join(behind)}" if behind else "no rank is behind"
             log.warning(
-                "rank %d has waited %.0f s in step %d: %s; its stacks:", self.world.rank, patience, told, who
+                "rank %d has waited %.0f s in step %d: %s; its stacks:", self.world.rank, limit, reported, who
             )
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 

@@ -27,9 +27,9 @@ from hotlap.common.log import log
 from hotlap.kernels.dispatch import default_device
 
 T = TypeVar("T")
-PREPARATION = timedelta(hours=12)  # how long the others wait while rank 0 downloads and tokenises
+PREPARATION_TIMEOUT = timedelta(hours=12)  # how long the others wait while rank 0 downloads and tokenises
 ROLL_CALL = 3.0  # seconds for the surviving ranks to notice that one is lost
-LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store", re.IGNORECASE)
+CONNECTION_ERRORS = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class World:
         """Run the body on rank 0, then on the others. what: a name that is unique within the run."""
         key = f"done/{what}"
         if not self.leads:
-            self.store.wait([key], PREPARATION)
+            self.store.wait([key], PREPARATION_TIMEOUT)
             if problem := self.store.get(key).decode():
                 raise RankLost(f"rank 0: {problem}")
             yield
@@ -131,7 +131,7 @@ def joined(timeout: float = 300) -> Iterator[World]:
         timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
     _world = World(rank, size, device, dist.PrefixStore("hotlap", store), timeout)
-    speak_as(_world)
+    set_log_rank(_world)
     try:
         yield _world
     except Exception as error:
@@ -159,7 +159,7 @@ def stay_local() -> None:
         environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
-def speak_as(world: World) -> None:
+def set_log_rank(world: World) -> None:
     """Log everything on rank 0. Other ranks log only warnings and errors, prefixed with their rank."""
     if world.size > 1 and not world.leads:
         log.setLevel(logging.WARNING)
@@ -169,7 +169,7 @@ def speak_as(world: World) -> None:
 
 def first_error(world: World, error: Exception) -> Exception:
     """error if it arose on this rank; else RankLost with the first failed rank's error or the lost ranks."""
-    broken = isinstance(error, RuntimeError) and LOST.search(str(error))
+    broken = isinstance(error, RuntimeError) and CONNECTION_ERRORS.search(str(error))
     try:
         if not broken:
             if not isinstance(error, RankLost):

@@ -54,7 +54,7 @@ class Exchange:
     def _owned(self, rank: int) -> list[int]:
         return [matrix for matrix, owner in enumerate(self.owners) if owner == rank]
 
-    def _swap(self, parts: list[Tensor], sizes: list[int], dimension: int) -> tuple[Tensor, dist.Work]:
+    def _all_to_all(self, parts: list[Tensor], sizes: list[int], dimension: int) -> tuple[Tensor, dist.Work]:
         """Send part i to rank i of a mesh dimension; receive parts of these sizes, concatenated."""
         inputs = torch.cat([part.reshape(-1) for part in parts])
         output = inputs.new_empty(sum(sizes))
@@ -70,11 +70,11 @@ class Exchange:
         """Start sending this rank's rows, update (G, m, N), to the owners."""
         N = self.shape[1]
         sizes = [len(self.owned[self.shard]) * rows * N for rows in self.rows]
-        self._coming = self._swap([update[owned] for owned in self.owned], sizes, self.last), sizes
+        self._pending = self._all_to_all([update[owned] for owned in self.owned], sizes, self.last), sizes
 
     def receive(self) -> Tensor:
         """Receive the whole matrices that this rank owns: (k, M, N)."""
-        (flat, work), sizes = self._coming
+        (flat, work), sizes = self._pending
         work.wait()
         k, N = len(self.owned[self.shard]), self.shape[1]
         parts = zip(flat.split(sizes), self.rows, strict=True)
@@ -90,28 +90,28 @@ class Exchange:
         ]  # each (k, m N + the squares)
         width = self.rows[self.shard] * self.shape[1] + tail.shape[1]
         sizes = [len(owned) * width for owned in self.owned]
-        self._coming = self._swap(parts, sizes, self.last), sizes
+        self._pending = self._all_to_all(parts, sizes, self.last), sizes
         self._width = width
 
     def receive_back(self) -> tuple[Tensor, Tensor]:
         """Receive this rank's rows (G, m, N) of all orthogonalised matrices, and their squares (G, L)."""
-        (flat, work), _ = self._coming
+        (flat, work), _ = self._pending
         work.wait()
         order = [matrix for owned in self.owned for matrix in owned]
         if self.last:
-            flat, order = self._share(flat, order)
+            flat, order = self._share_between_replicas(flat, order)
         found = flat.view(len(order), self._width)
         found = found[torch.tensor(order, device=flat.device).argsort()]
         m, N = self.rows[self.shard], self.shape[1]
         return found[:, : m * N].view(len(found), m, N), found[:, m * N :].contiguous().view(torch.float32)
 
-    def _share(self, flat: Tensor, order: list[int]) -> tuple[Tensor, list[int]]:
+    def _share_between_replicas(self, flat: Tensor, order: list[int]) -> tuple[Tensor, list[int]]:
         """Collect the results of all replicas, and the order of their matrices."""
         replicas, shards = self.mesh.size(0), self.mesh.size(1)
         orders = [
             [matrix for shard in range(shards) for matrix in self._owned(replica * shards + shard)]
             for replica in range(replicas)
         ]
-        output, work = self._swap([flat] * replicas, [len(o) * self._width for o in orders], 0)
+        output, work = self._all_to_all([flat] * replicas, [len(o) * self._width for o in orders], 0)
         work.wait()
         return output, [matrix for o in orders for matrix in o]

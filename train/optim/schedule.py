@@ -77,11 +77,11 @@ def rows_in_all(config: ScheduleConfig, batch_rows: int, steps: int) -> int:
 def lr_share(config: ScheduleConfig, step: int, done: float) -> float:
     """Fraction of the peak learning rate at `step` and the completed fraction `done` of the run."""
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    fall = config.final_lr + (1 - config.final_lr) * left_of_warmdown(config, done)
+    fall = config.final_lr + (1 - config.final_lr) * warmdown_factor(config, done)
     return rise * fall * stage_at(config, done)[0] ** 0.5
 
 
-def left_of_warmdown(config: ScheduleConfig, done: float) -> float:
+def warmdown_factor(config: ScheduleConfig, done: float) -> float:
     """1 before the warmdown, then falling linearly to 0 at the end of the run."""
     return min(1.0, (1 - done) / config.warmdown) if config.warmdown else 1.0
 
@@ -90,7 +90,7 @@ def momentum_at(config: ScheduleConfig, step: int, done: float) -> float:
     """Muon's momentum: linear warmup, then linear decay during the warmdown."""
     first, top, last = config.momentum
     rising = first + (top - first) * min(1.0, step / config.momentum_warmup_steps)
-    falling = last + (top - last) * left_of_warmdown(config, done)
+    falling = last + (top - last) * warmdown_factor(config, done)
     return min(rising, falling)
 
 

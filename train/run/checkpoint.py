@@ -38,14 +38,14 @@ from hotlap.model.weights import CONFIG, STATE, TOKENIZER, run_checkpoints, save
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
-from hotlap.train.run.disk_space import checkpoint_bytes, naming_space, require_space
+from hotlap.train.run.disk_space import checkpoint_bytes, explain_full_disk, require_space
 from hotlap.train.run.random_state import random_state
 from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
-FOLDER, OPTIMIZER = "checkpoints", "optimizer"
+CHECKPOINTS, OPTIMIZER = "checkpoints", "optimizer"
 KEEP = 2  # checkpoints of a run
-PATIENCE = timedelta(minutes=10)  # how long ranks wait for each other while saving
+SAVE_TIMEOUT = timedelta(minutes=10)  # how long ranks wait for each other while saving
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Saver:
 
     def __init__(self, run: Path, world: World):
         self.run, self.world = run, world
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.meshes: dict[DeviceMesh, DeviceMesh] = {}  # GPU mesh -> CPU mesh of the same ranks
         self.memory: dict[str, Tensor] = {}  # buffers for the copies, reused by each save
         self.thread: threading.Thread | None = None
@@ -90,7 +90,7 @@ class Saver:
             state.step, weights, states, model.config, tokenizer,
             json.loads(json.dumps(dataclasses.asdict(state))), random_state(),
         )  # fmt: skip
-        self.thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
         self.thread.start()
 
     @torch.no_grad()
@@ -134,28 +134,28 @@ class Saver:
                 raise
             log.error("the last checkpoint was not saved either: %s", error)
 
-    def _work(self, snapshot: Snapshot) -> None:
+    def _run(self, snapshot: Snapshot) -> None:
         try:
-            self._publish(snapshot)
+            self._write(snapshot)
         except BaseException as error:
             self.error = error
 
-    def _publish(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         """Write and commit a checkpoint; collective over the saver's group."""
         step, rank = snapshot.step, self.world.rank
-        partial = self._together(lambda: self._begin(snapshot))[0]
+        partial = self._together(lambda: self._create_folder(snapshot))[0]
         if partial is None:
             return
         needed = checkpoint_bytes(snapshot.weights, snapshot.optimizer)
         try:
-            with naming_space(partial, needed):
-                self._together(lambda: self._see(partial, step))
+            with explain_full_disk(partial, needed):
+                self._together(lambda: self._check_visible(partial, step))
                 self._write_tensors(partial, snapshot.weights)
                 self._together(lambda: fault("checkpoint-shards", rank, step))
                 self._write_tensors(partial / OPTIMIZER, snapshot.optimizer)
-                parts = self._together(lambda: self._write_rest(partial, snapshot))
+                parts = self._together(lambda: self._write_files(partial, snapshot))
                 files = {name: entry for part in parts for name, entry in sorted(part.items())}
-                self._together(lambda: self._complete(partial, snapshot, files))
+                self._together(lambda: self._commit(partial, snapshot, files))
         except BaseException:
             if self.world.leads:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -164,24 +164,24 @@ class Saver:
     def _together(self, action: Callable[[], T]) -> list[T]:
         return self.world.together(action, self.group)
 
-    def _begin(self, snapshot: Snapshot) -> Path | None:
+    def _create_folder(self, snapshot: Snapshot) -> Path | None:
         """Check the snapshot; on rank 0, create the temporary folder, unless the step is already saved."""
         check_finite(snapshot)
         if not self.world.leads:
             return None
-        folder = self.run / FOLDER
+        folder = self.run / CHECKPOINTS
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"step-{snapshot.step:06d}"
         if (final / MANIFEST).exists():  # saved by this process or the one it resumed from
             return None
         if final.exists():
-            set_aside(final)
+            move_aside(final)
         require_space(folder, checkpoint_bytes(snapshot.weights, snapshot.optimizer))
         partial = folder / f".tmp-{final.name}-{secrets.token_hex(4)}"
         (partial / OPTIMIZER).mkdir(parents=True)
         return partial
 
-    def _see(self, partial: Path, step: int) -> None:
+    def _check_visible(self, partial: Path, step: int) -> None:
         fault("checkpoint-made", self.world.rank, step)
         if not partial.is_dir():
             raise ValueError(
@@ -201,7 +201,7 @@ class Saver:
                 raise error.failures[self.world.rank][0] from None
             raise RankLost(f"rank {rank}: {cause}") from None
 
-    def _write_rest(self, partial: Path, snapshot: Snapshot) -> dict[str, dict]:
+    def _write_files(self, partial: Path, snapshot: Snapshot) -> dict[str, dict]:
         """Write everything but tensors; return size and hash of each of this rank's files, by name."""
         number = f"{self.world.rank + 1:05d}"  # torch numbers shards from 1
         (partial / random_file(self.world.rank)).write_text(json.dumps(snapshot.random) + "\n")
@@ -217,13 +217,13 @@ class Saver:
             for path in mine
         }
 
-    def _complete(self, partial: Path, snapshot: Snapshot, files: dict[str, dict]) -> None:
+    def _commit(self, partial: Path, snapshot: Snapshot, files: dict[str, dict]) -> None:
         """On rank 0: write the manifest, rename the folder to its final name, delete old checkpoints."""
         if not self.world.leads:
             return
         step, folder = snapshot.step, partial.parent
         fault("checkpoint-manifest", 0, step)
-        (partial / MANIFEST).write_text(manifest_text(self._about(snapshot) | {"files": files}))
+        (partial / MANIFEST).write_text(manifest_text(self._manifest(snapshot) | {"files": files}))
         for path in (partial / MANIFEST, partial / OPTIMIZER, partial):
             sync(path)
         fault("checkpoint-rename", 0, step)
@@ -237,7 +237,7 @@ class Saver:
             fault("checkpoint-retention", 0, step)
             shutil.rmtree(gone)
 
-    def _about(self, snapshot: Snapshot) -> dict:
+    def _manifest(self, snapshot: Snapshot) -> dict:
         """The manifest, without its list of files."""
         configuration = self.run / CONFIG
         return {
@@ -271,6 +271,6 @@ def check_finite(snapshot: Snapshot) -> None:
             )
 
 
-def set_aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
     """Rename a checkpoint so that it no longer counts as one, and return its new path."""
     return folder.rename(folder.with_name(f"aside-{folder.name}-{secrets.token_hex(4)}"))

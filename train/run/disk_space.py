@@ -27,7 +27,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def naming_space(folder: Path, needed: int) -> Iterator[None]:
+def explain_full_disk(folder: Path, needed: int) -> Iterator[None]:
     """Make the error of a full disk say where, how much is needed, and how much is free."""
     try:
         yield

@@ -25,7 +25,7 @@ from hotlap.model.weights import (
 )
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
-from hotlap.train.run.checkpoint import FOLDER, OPTIMIZER, optimizer_tensors, random_file, set_aside
+from hotlap.train.run.checkpoint import CHECKPOINTS, OPTIMIZER, move_aside, optimizer_tensors, random_file
 from hotlap.train.run.random_state import set_random_state
 from hotlap.train.run.state import RunState
 
@@ -58,7 +58,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     if world.leads:
         for later in found:
             if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
-                log.warning("%s is renamed to %s", later, set_aside(later).name)
+                log.warning("%s is renamed to %s", later, move_aside(later).name)
     log.info("%s: resuming after step %d from %s", run, state.step, folder)
     return state
 
@@ -88,7 +88,7 @@ def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Delete leftovers of interrupted saves. The caller must hold the run's lock."""
-    for path in (run / FOLDER).glob(".tmp-step-*"):
+    for path in (run / CHECKPOINTS).glob(".tmp-step-*"):
         shutil.rmtree(path)
 
 
