@@ -1,4 +1,4 @@
-"""Conversations to token ids, and which of them the model is trained to say.
+"""Conversations to token ids and their loss mask, and answers back to messages.
 
 A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's
 message may carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message
@@ -68,21 +68,21 @@ def tool_expression(message: dict, index: int) -> str:
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of a whole conversation, and for each whether the assistant said it, so that it carries loss.
+    """Ids of a whole conversation and its loss mask: True for what the model is trained to say.
 
-    The assistant says its text, its tool calls and the end of its turn; not the mark that opens its turn, nor
-    a tool's result. Raises DataError for a conversation that is out of order.
+    That is the assistant's text, its tool calls and the end of its turn; not the mark that opens its turn,
+    nor a tool's result. Raises DataError for a conversation that is out of order.
     """
-    ids, said = [tokenizer.bos], [False]
+    ids, loss_mask = [tokenizer.bos], [False]
 
     def mark(name: str, by_assistant: bool = False) -> None:
         ids.append(tokenizer.special[f"<|{name}|>"])
-        said.append(by_assistant)
+        loss_mask.append(by_assistant)
 
     def text(content: str, by_assistant: bool = False) -> None:
         new = tokenizer.encode(content)
         ids.extend(new)
-        said.extend([by_assistant] * len(new))
+        loss_mask.extend([by_assistant] * len(new))
 
     for i, message in enumerate(check_messages(messages)):
         role, content = message["role"], message.get("content") or ""
@@ -104,7 +104,7 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
                 mark("tool_end", by_assistant=True)
             else:
                 mark("assistant_end", by_assistant=True)
-    return ids, said
+    return ids, loss_mask
 
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
