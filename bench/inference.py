@@ -96,12 +96,12 @@ def measure_decoding(
     def prefill(_: int) -> None:
         cache.lengths[:1] = 0
         cache.use(every[:1], prompt)
-        model.logits(model.hidden(ids, cache=cache)[:, -1:])
+        model(ids, cache=cache, last=True)
 
     def decode(_: int) -> None:
         cache.lengths.fill_(prompt)
         cache.use(every, 1)
-        model.logits(model.hidden(ids[:, :1].expand(batch, 1), cache=cache))
+        model(ids[:, :1].expand(batch, 1), cache=cache)
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()

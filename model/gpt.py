@@ -224,16 +224,17 @@ class GPT(nn.Module):
         reduction: str = "sum",
         document_start: Tensor | None = None,
         cache: Cache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
 
         ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B *
         T,). document_start: (B, T), for rows that pack documents. cache: continue the sequences that it
-        holds.
+        holds. last: logits of the last token alone, (B, 1, V).
         """
         x = self.hidden(ids, document_start, cache)
         if targets is None:
-            return self.logits(x)
+            return self.logits(x[:, -1:] if last else x)
         return linear_cross_entropy(
             x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, reduction
         )

@@ -16,6 +16,7 @@ import torch
 
 from hotlap.common import options
 from hotlap.common.files import cache_folder
+from hotlap.model.conversation import spoken
 from hotlap.model.engine import Engine
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
@@ -119,9 +120,9 @@ def evaluate_model(config: EvalConfig) -> dict:
             for task in [task for task in TASKS if task in config.tasks]:
                 scores[task], wrong[task] = examine(engine, task)
             if prompts:
-                said = greedy(engine, list(prompts.values()))
-                show = engine.spoken if converses else tokenizer.decode
-                samples = [(text, show(ids)) for text, ids in zip(prompts, said, strict=True)]
+                answers = greedy(engine, list(prompts.values()))
+                shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
+                samples = list(zip(prompts, shown, strict=True))
         result = {
             "model": str(config.model), "folder": str(folder), "stage": trained_for,
             **circumstances(engine), "seconds": round(time.perf_counter() - began, 1),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import options
-from hotlap.model.conversation import render_prompt
+from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.train.evaluation.questions import QUESTIONS, evaluate_tasks, load_engine
@@ -56,7 +56,7 @@ def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
     """Questions and the model's greedy answers."""
     prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in QUESTIONS]
     answers = engine.complete(prompts, Sampling(temperature=0, max_tokens=96))
-    return [(q, engine.spoken(ids)) for q, ids in zip(QUESTIONS, answers, strict=True)]
+    return [(q, spoken(ids, engine.tokenizer)) for q, ids in zip(QUESTIONS, answers, strict=True)]
 
 
 def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, str]]) -> None:
