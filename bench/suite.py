@@ -221,6 +221,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, help="folder for what Triton and Inductor compile")
     parser.add_argument("--minutes", type=float, default=0, help="time for everything")
     parser.add_argument("--phases", nargs="*", default=(), help="names of the phases to run; by default all")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
     return run_suite(given.call, SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases)))
 
@@ -239,4 +240,4 @@ def figures(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     set_up_logging()
-    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug=False))
+    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -150,7 +150,7 @@ def test_the_statistics_are_those_of_a_t_test():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--variants", "model.smaer=false"], "did you mean 'smear'?"),
+        (["--variants", "model.smaer=false"], "did you mean 'model.smear'?"),
         (["--variants", "model.vocab_size=999"], "share"),
         (["--variants", "data='other.txt'"], "share"),
         (["--variants", "batch_rows=0"], "batch_rows"),
