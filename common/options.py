@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import re
 import sys
@@ -86,7 +85,7 @@ def read_toml(path: Path) -> dict:
 
 
 def merge(config: Config, values: dict, where: str) -> Config:
-    """config with the values of a TOML table in place of its own. where: what the table is from, for errors."""
+    """config with a TOML table's values in place of its own. where: what the table is from, for errors."""
     fields = flat(dataclasses.asdict(config))
     for key, value in flat(values).items():
         name = known(key.replace("-", "_"), fields, f"key in {where}")
@@ -122,9 +121,10 @@ def words(value: Any) -> list[str]:
 
 
 def unboxed(text: str) -> str:
-    """The first paragraph of what tyro prints in a box."""
-    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
-    return " ".join(itertools.takewhile(lambda line: line.strip("─-+"), lines))
+    """The first paragraph of what tyro prints in a box, below the box's title."""
+    _, _, paragraphs = text.partition("\n")
+    found = (part.replace("│", " ").split() for part in re.split("[─-]{9,}", paragraphs))
+    return " ".join(next(filter(None, found), []))
 
 
 def to_json(config: Any) -> str:
