@@ -25,6 +25,7 @@ from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.training import TrainingConfig, bench_training
 from hotlap.bench.tune import TuneConfig
 from hotlap.bench.tune import main as tune
+from hotlap.common import files
 from hotlap.common.machine import device_name
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.tiles import tuned_file
@@ -112,7 +113,7 @@ def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> 
     if not failed and failures.exists():  # the tests were cut off
         lines = failures.read_text(encoding="utf-8").splitlines()
         failed = [f"FAILED {line[3:160]}" for line in lines if line.startswith("== ")]
-    results.write(folder / "note.txt", "\n".join([*(line.strip("= ") for line in text[-1:]), *failed]) + "\n")
+    files.write(folder / "note.txt", "\n".join([*(line.strip("= ") for line in text[-1:]), *failed]) + "\n")
     return code
 
 

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
-from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
+from hotlap.kernels.tiles import Tile, fitting_tiles
 
 MODULES = (
     "rms_norm",
@@ -148,7 +148,7 @@ def examine(job: Job) -> dict[str, Any]:
     kernel, arguments = getattr(module, name), case.arguments_of(tile)
     identity = repr((job, arguments, tile, kernel.cache_key, triton.__version__))
     digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
-    stored = user_cache() / "static" / f"{digest}.json"
+    stored = files.cache_folder() / "static" / f"{digest}.json"
     if stored.exists():
         return json.loads(stored.read_text())
     row = {
@@ -164,9 +164,7 @@ def examine(job: Job) -> dict[str, Any]:
         text = " ".join(str(error).split())[:200]
         return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
     stored.parent.mkdir(parents=True, exist_ok=True)
-    part = stored.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(row))
-    part.replace(stored)
+    files.write(stored, json.dumps(row))
     return row
 
 

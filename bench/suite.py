@@ -25,6 +25,7 @@ from typing import NamedTuple
 from hotlap.bench import phases, results
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
+from hotlap.common import files
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging
 
@@ -204,7 +205,7 @@ def short(row: dict) -> str:
 
 def pack(out: Path, page: str) -> None:
     """Write the page, and everything in the folder, to one file beside it."""
-    results.write(out / "summary.txt", page + "\n")
+    files.write(out / "summary.txt", page + "\n")
     part = out.parent / f".{out.name}.tar.gz.part"
     with tarfile.open(part, "w:gz", compresslevel=3) as archive:
         archive.add(out, out.name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import logging
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from hotlap.bench import timing
 from hotlap.bench.static import MODULES
 from hotlap.bench.timing import Call
 from hotlap.common import options
+from hotlap.common.log import log
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
 from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps
@@ -41,8 +41,6 @@ from hotlap.kernels.tiles import (
     tuned_tiles,
     write_tuned,
 )
-
-log = logging.getLogger("hotlap")
 
 GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below, the Gram form has no fewer FLOPs
 MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less is noise

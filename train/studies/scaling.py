@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.plots import new_figure
@@ -299,10 +299,10 @@ def write(
         "laws": {axis: dataclasses.asdict(law) for axis, law in laws.items()},
         "peers": [dataclasses.asdict(p) for p in peers],
     }
-    (out / "scaling.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write(out / "scaling.json", json.dumps(content, indent=1) + "\n")
     if draw(points, laws, peers, out / "scaling.png"):
         lines = [*lines, "", "![scaling](scaling.png)"]
-    (out / "scaling.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write(out / "scaling.md", "\n".join(lines) + "\n")
 
 
 def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path: Path) -> bool:

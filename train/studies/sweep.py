@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
@@ -196,7 +196,7 @@ def seconds_per_step(
     share = saved.get(BASE, now[BASE]) / now[BASE]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
     if world.leads:
-        path.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(speeds, indent=1) + "\n")
     return speeds
 
 
@@ -263,11 +263,11 @@ def write(out: Path, rows: list[dict], device: str, seconds: float, base: Pretra
         "base": json.loads(json.dumps(dataclasses.asdict(base), default=str)),
         "rows": rows,
     }
-    (out / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
     lines = [f"{device}, each run {equal}.", "", markdown(rows), "", EXPLAINED, ""]
     if draw(rows, out / "sweep.png", equal):
         lines += ["![differences](sweep.png)", ""]
-    (out / "sweep.md").write_text("\n".join(lines), encoding="utf-8")
+    files.write(out / "sweep.md", "\n".join(lines))
 
 
 EXPLAINED = (
