@@ -8,7 +8,7 @@ import torch
 
 from hotlap.bench.timing import measure
 from hotlap.kernels.dispatch import fast_dtype
-from hotlap.model.flops import of_card, peak_flops
+from hotlap.model.flops import of_card
 
 # Memory bandwidth on paper in bytes/s, by words of the driver's name; the first match counts. Sources: the
 # makers' data sheets of each card.
@@ -72,7 +72,3 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         2 * size**3 / timings["product"].median,
         str(dtype).removeprefix("torch."),
     )
-
-
-def paper_peaks(device: torch.device) -> dict[str, float | None]:
-    return {"flops": peak_flops(device), "bandwidth": peak_bandwidth(device)}

@@ -34,7 +34,6 @@ POLAR_EXPRESS: tuple[Polynomial, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-NEWTON_SCHULZ: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 SAFETY = 1.01
 EPS = 1e-6
 RESTART = 2  # steps of the Gram form before G is computed anew: in float16, one is too few and three too many
@@ -61,11 +60,6 @@ def _frobenius(x: Tensor) -> Tensor:
     """(..., 1, 1), in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
-
-
-def gram_matrix_ref(x: Tensor) -> Tensor:
-    """The specification of the symmetric product. x: (..., M, N)."""
-    return x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
 
 
 @jit
@@ -168,15 +162,6 @@ def _runs_kernels(x: Tensor) -> bool:
 
 def _as_batch(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
-
-
-def gram_matrix(x: Tensor) -> Tensor:
-    """X X^T of each matrix of x (..., M, N), or X^T X where it is tall: (..., n, n), exactly symmetric."""
-    if not _runs_kernels(x):
-        return gram_matrix_ref(x)
-    batch = _as_batch(x)
-    gram = _symmetric_product(batch, batch, x.shape[-2] > x.shape[-1])
-    return gram.view(*x.shape[:-2], *gram.shape[1:])
 
 
 def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: float) -> Tensor:

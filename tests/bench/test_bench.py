@@ -18,6 +18,7 @@ from hotlap.bench.kernels import KernelsConfig, bench_kernels
 from hotlap.bench.timing import Budget, Timing, measure
 from hotlap.cli import main
 from hotlap.common import machine
+from hotlap.model.flops import peak_flops
 from hotlap.train.distributed.world import joined
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_a_timing_is_the_median_and_its_quantiles():
 
 
 def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
-    assert peaks.paper_peaks(CPU) == {"flops": None, "bandwidth": None}
+    assert peak_flops(CPU) is None and peaks.peak_bandwidth(CPU) is None
     found = peaks.measure_ceilings(CPU)
     assert 1e8 < found.copy < 1e13 and 1e9 < found.product < 1e15
 
@@ -70,7 +71,8 @@ def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
 )
 def test_a_card_has_the_peaks_of_its_own_name(name, bandwidth, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peaks.paper_peaks(torch.device("cuda")) == {"flops": flops, "bandwidth": bandwidth}
+    gpu = torch.device("cuda")
+    assert (peaks.peak_bandwidth(gpu), peak_flops(gpu)) == (bandwidth, flops)
 
 
 class NVMLError(Exception):
