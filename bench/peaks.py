@@ -35,15 +35,15 @@ PEAK_BANDWIDTH = (
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured in the run: bytes/s of a copy, read and written, and FLOP/s of a large product in `dtype`."""
+    """Measured in the run: bytes/s of a copy, read and written, and FLOP/s of a large matmul in `dtype`."""
 
     copy: float
-    product: float
+    matmul: float
     dtype: str
 
     def in_tera(self) -> tuple[float, float]:
         """TB/s and TFLOP/s."""
-        return self.copy / 1e12, self.product / 1e12
+        return self.copy / 1e12, self.matmul / 1e12
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
@@ -54,7 +54,7 @@ def peak_bandwidth(device: torch.device) -> float | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """A copy of a buffer far larger than any cache, and a product of random matrices (never zeros: they run
+    """A copy of a buffer far larger than any cache, and a matmul of random matrices (never zeros: they run
     faster).
     """
     large = device.type == "cuda"
@@ -64,11 +64,11 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     timings = measure(
-        {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b, out=out)}, device
+        {"copy": lambda _: target.copy_(source), "matmul": lambda _: torch.mm(a, b, out=out)}, device
     )
     copied = 2 * source.numel() * source.element_size()
     return Ceilings(
         copied / timings["copy"].median,
-        2 * size**3 / timings["product"].median,
+        2 * size**3 / timings["matmul"].median,
         str(dtype).removeprefix("torch."),
     )

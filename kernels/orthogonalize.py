@@ -13,8 +13,8 @@ bfloat16, and symmetry to the last bit. The kernels bring X, by a norm in float3
 matrix, n^0.5, and divide the first polynomial's coefficients by the rest: at a norm of 1, what lies beside
 the diagonal of G would be below float16's normal range.
 
-Bound by products. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
-torch; 15 alpha + 5 where the symmetric products compute one half; 6 alpha + 17 in the Gram form.
+Bound by matmuls. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
+torch; 15 alpha + 5 where the symmetric matmuls compute one half; 6 alpha + 17 in the Gram form.
 """
 # n the shorter side of a matrix, K the longer
 
@@ -67,7 +67,7 @@ def _symmetric_kernel(
     x, y, added, out, scale, weight, diagonal, n, K,
     TALL: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # One tile, on or below the diagonal, of a product that is known to be symmetric, and its mirror image.
+    # One tile, on or below the diagonal, of a matmul whose result is symmetric, and its mirror image.
     scale, weight = tl.cast(scale, tl.float32), tl.cast(weight, tl.float32)
     diagonal = tl.cast(diagonal, tl.float32)
     tiles = tl.cdiv(n, TILE)
@@ -157,7 +157,7 @@ _symmetric_product = kernel_op("symmetric_product", _symmetric, _fake)
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return use_triton(x) and x.dtype != torch.float32  # which is for machines without 16-bit products
+    return use_triton(x) and x.dtype != torch.float32  # which is for machines without 16-bit matmuls
 
 
 def _as_batch(x: Tensor) -> Tensor:

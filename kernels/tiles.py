@@ -59,7 +59,7 @@ class Case:
     without: tuple[str, ...] = ()  # targets of the static gate that lack what it needs
     # arguments that other forms of the kernel take instead, of a tile, by name; None: all forms take the same
     forms: dict[str, Callable[[Tile], dict[str, Any]]] | None = None
-    small: bool = False  # its products have too few rows for the tensor-core instructions of the newest GPUs
+    small: bool = False  # its matmuls have too few rows for the tensor-core instructions of the newest GPUs
 
     def arguments_of(self, tile: Tile) -> dict[str, Any] | None:
         """For the form of the kernel that a tile is for; None where the form does not take this case."""

@@ -42,7 +42,7 @@ def test_a_timing_is_the_median_and_its_quantiles():
 def test_unknown_devices_have_no_peak_and_measured_ceilings_are_plausible():
     assert peak_flops(CPU) is None and peaks.peak_bandwidth(CPU) is None
     found = peaks.measure_ceilings(CPU)
-    assert 1e8 < found.copy < 1e13 and 1e9 < found.product < 1e15
+    assert 1e8 < found.copy < 1e13 and 1e9 < found.matmul < 1e15
 
 
 @pytest.mark.parametrize(

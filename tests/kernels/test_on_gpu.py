@@ -348,6 +348,6 @@ def test_facts_of_the_device_are_sane():
 def test_tuning_measures_every_tile_that_fits_and_chooses_none_by_itself():
     case, facts = module.cases(torch.bfloat16)[0], device_facts(DEVICE)
     chosen = dict(tuned_tiles(facts.name))
-    times = tune.measure(case, 0.01, DEVICE)
+    times = tune.measure_tiles(case, 0.01, DEVICE)
     assert len(times) == len(fitting_tiles(case.table, case.size, facts)) and min(times.values()) > 0
     assert tuned_tiles(facts.name) == chosen

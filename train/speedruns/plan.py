@@ -19,9 +19,8 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
     """The plan of `runs` pretrainings, a line for each of its parts. download: what will be, in words."""
     model = meta_model(config.model)
     counts, flops = parameter_counts(model), nanochat_flops(model)
-    products = counts["matrices"] + counts["head"]
     lines = {
-        "parameters": f"{counts['total'] / 1e6:,.1f}M, {products / 1e6:,.1f}M of them in products",
+        "parameters": f"{counts['total'] / 1e6:,.1f}M, {counts['matmul'] / 1e6:,.1f}M of them in matmuls",
         "model": f"{config.model.layers} layers of {config.model.width}, context of {config.model.context:,}",
     }
     device = device_name(world.device)

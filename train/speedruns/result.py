@@ -10,7 +10,7 @@ from pathlib import Path
 from hotlap.common import files
 from hotlap.common.plots import new_figure
 from hotlap.train.run.metrics import read_metrics
-from hotlap.train.speedruns.records import Target
+from hotlap.train.speedruns.records import Record
 
 
 def write_result(out: Path, title: str, result: dict) -> None:
@@ -31,7 +31,7 @@ def shown(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def draw_comparison(runs: list[Path], records: list[Target], score: str, path: Path) -> bool:
+def draw_comparison(runs: list[Path], records: list[Record], score: str, path: Path) -> bool:
     """Validations of runs over tokens and over seconds of training, beside the records; False, with
     a line in the log, where matplotlib is missing.
 
