@@ -1,4 +1,4 @@
-"""What a device could do: its peaks on paper, the ceilings that it reaches, and the state that it is in."""
+"""What a device can do: the ceilings that it reaches in a copy and in a large matmul."""
 
 from __future__ import annotations
 
@@ -8,29 +8,6 @@ import torch
 
 from hotlap.bench.timing import measure
 from hotlap.kernels.dispatch import fast_dtype
-from hotlap.model.flops import of_card
-
-# Memory bandwidth on paper in bytes/s, by words of the driver's name; the first match counts. Sources: the
-# makers' data sheets of each card.
-PEAK_BANDWIDTH = (
-    ("B200", 8.0e12),
-    ("H200", 4.8e12),
-    ("GH200 144G", 4.9e12),
-    ("GH200 480GB", 4.0e12),
-    ("H100 PCIe", 2.0e12),
-    ("H100 NVL", 3.9e12),
-    ("H100", 3.35e12),
-    (r"A100-SXM4?-80GB", 2.04e12),
-    ("A100 80GB", 1.94e12),
-    (r"A100-(SXM4?|PCIE)-40GB", 1.56e12),
-    ("L40S", 0.864e12),
-    ("L4", 0.3e12),
-    ("A10G", 0.6e12),
-    ("RTX 5090", 1.79e12),
-    ("RTX 4090", 1.008e12),
-    ("RTX 3090", 0.936e12),
-    ("MI300X", 5.3e12),
-)
 
 
 @dataclass(frozen=True)
@@ -44,13 +21,6 @@ class Ceilings:
     def in_tera(self) -> tuple[float, float]:
         """TB/s and TFLOP/s."""
         return self.copy / 1e12, self.matmul / 1e12
-
-
-def peak_bandwidth(device: torch.device) -> float | None:
-    """Paper peak of the memory in bytes/s, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    return of_card(PEAK_BANDWIDTH, torch.cuda.get_device_name(device))
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

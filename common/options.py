@@ -30,7 +30,6 @@ def parse(
     arguments: list[str],
     *,
     command: str,
-    default: Config | None = None,
     presets: dict[str, Callable[[], Config]] | None = None,
     depth: Callable[[int], Config] | None = None,
 ) -> Config:
@@ -52,11 +51,11 @@ def parse(
     chosen, rest = first.parse_known_args(arguments)
     if getattr(chosen, "preset", None) and getattr(chosen, "depth", None):
         raise ValueError("--preset and --depth exclude each other; give one of them")
+    start = kind()
     if getattr(chosen, "preset", None):
-        default = presets[known(chosen.preset, presets, "preset")]()
+        start = presets[known(chosen.preset, presets, "preset")]()
     if getattr(chosen, "depth", None) is not None:
-        default = depth(chosen.depth)
-    start = default if default is not None else kind()
+        start = depth(chosen.depth)
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     description = f"{(kind.__doc__ or '').strip()}\n\n" + "\n".join(notes)
