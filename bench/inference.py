@@ -56,7 +56,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights().eval()
     for parameter in model.parameters():
-        if not parameter.any():  # as many are before training; products of zeros take less power, and time
+        if not parameter.any():  # as many are before training; matmuls of zeros take less power, and time
             parameter.normal_(0, shape.width**-0.5)
     ceilings = measure_ceilings(device)
     rows: list[dict] = []
@@ -129,7 +129,7 @@ def measure_decoding(
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:
-    """The least that a decoding step must read: the weights of the products as they are stored, and the keys
+    """The least that a decoding step must read: the weights of the matmuls as they are stored, and the keys
     and values that each layer's window sees."""
     counts, c = parameter_counts(model), model.config
     weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()

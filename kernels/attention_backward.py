@@ -6,7 +6,7 @@ With p = 2^(s - lse) computed again from q and k, and the gradient dy of y (Flas
 
 The first kernel holds a block of queries, as the forward one does, and writes delta on its way; the second
 holds a block of keys and goes over the queries that see any of them, of every head that shares them, so that
-grouped heads are summed in float32 registers. That is seven products where one kernel with atomics does five,
+grouped heads are summed in float32 registers. That is seven matmuls where one kernel with atomics does five,
 for results that are the same at every run.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys

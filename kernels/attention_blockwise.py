@@ -1,4 +1,4 @@
-"""Causal attention in plain products over blocks of queries, each with only the keys that it may see.
+"""Causal attention in plain matmuls over blocks of queries, each with only the keys that it may see.
 
 For CPUs: half of the square is never computed, nor what a window or documents hide, so that cost and memory
 grow with the tokens times the keys that a query sees. The backward pass computes the weights again:
@@ -6,7 +6,7 @@ grow with the tokens times the keys that a query sees. The backward pass compute
     w = softmax(scale q k^T)    dw = dy v^T    ds = w (dw - sum(w dw))
     dv = w^T dy    dq = scale ds k    dk = scale ds^T q
 
-Scores and weights are in the dtype of the inputs; products and softmax sum in float32. It is an operation
+Scores and weights are in the dtype of the inputs; matmuls and softmax sum in float32. It is an operation
 that compilers do not look into: where documents start decides what is computed, which no graph can hold, and
 a graph of every block takes long to compile.
 """

@@ -4,11 +4,11 @@ The results are those of attention_forward.py. It is in Gluon, the lower level o
 barriers and the work of each warp are explicit. One warp of a program, the producer, does nothing but have
 the TMA copy blocks into shared memory: the queries once, keys and values into rings of STAGES buffers, each
 of which it fills again when it was given back. Two warpgroups, the consumers, hold half of the M queries
-each. At the j-th block of keys a consumer starts two products, and works on the first while the second runs:
+each. At the j-th block of keys a consumer starts two matmuls, and works on the first while the second runs:
 
     s = q k[j]^T    a += p v[j - 1]    then m' = max(m, max s), p = 2^(s - m'), and a *= 2^(m - m')
 
-Consumers start their products in turns, so that while one computes exponentials, the tensor cores work for
+Consumers start their matmuls in turns, so that while one computes exponentials, the tensor cores work for
 the other. The masked blocks come first and the whole ones after them, in two loops.
 
 Descriptors of the tensors, (B, T, H, C) each, are made by the host: a program would have to write them to

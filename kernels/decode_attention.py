@@ -4,7 +4,7 @@ The keys and values of the new tokens are appended to the cache; then query t of
 stands at n + t and sees the cache up to there, or its last `window` keys, its own included (flash-attn's
 window of (window - 1, 0)). Lengths are a tensor that nothing reads back, so that one CUDA graph serves all.
 
-The heads that share keys, times the new tokens, are the rows of one product. The live keys of a sequence are
+The heads that share keys, times the new tokens, are the rows of one matmul. The live keys of a sequence are
 split among programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
 2023). Bound by memory: 2 n K C e bytes a sequence, for elements of e bytes.
 """

@@ -1,7 +1,7 @@
-"""Linear layers whose products run in fp8: e4m3 forward, e5m2 for gradients.
+"""Linear layers whose matmuls run in fp8: e4m3 forward, e5m2 for gradients.
 
 Each tensor has one scale, 448 / max |x| (57344 for e5m2), computed anew each time (tensorwise dynamic
-scaling; Micikevicius et al., "FP8 formats for deep learning", 2022). A product wants its first operand by
+scaling; Micikevicius et al., "FP8 formats for deep learning", 2022). A matmul wants its first operand by
 rows and its second by columns, so that over forward and backward every tensor is needed both ways. Three
 kernels do that: one leaves the largest values that its programs have seen; one, from the end, of which most
 is still in the cache, reads the tensor again and writes it in fp8; and one transposes that. In an MLP they
@@ -27,14 +27,14 @@ from hotlap.kernels.relu2 import relu2_ref
 from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# Of N K / (N + K): what products save grows with N K, what the passes over their tensors take with N + K.
+# Of N K / (N + K): what matmuls save grows with N K, what the passes over their tensors take with N + K.
 # nanochat found its d12 slower in fp8 (its largest layer has 614) and its d26 faster (its smallest has 832).
 SMALLEST = 700
 NOTHING = 1e-30  # where the largest value is less, all are zero; also keeps the scale finite
 
 
 def check_fp8(device: torch.device) -> None:
-    """ValueError where products in fp8 have no hardware."""
+    """ValueError where matmuls in fp8 have no hardware."""
     need = "fp8 needs an NVIDIA GPU of compute capability 8.9 or later"
     if device.type != "cuda" or torch.version.hip is not None:
         raise ValueError(f"{need}, and not {device}; use bfloat16")
@@ -44,7 +44,7 @@ def check_fp8(device: torch.device) -> None:
 
 
 def fp8_pays(outputs: int, inputs: int) -> bool:
-    """Whether a layer is large enough to be faster in fp8, and of a size that its products take."""
+    """Whether a layer is large enough to be faster in fp8, and of a size that its matmuls take."""
     large = outputs * inputs >= SMALLEST * (outputs + inputs)
     return large and outputs % 16 == 0 and inputs % 16 == 0
 
@@ -224,7 +224,7 @@ def scaled_product(a: Quantized, b: Quantized, dtype: torch.dtype, fast: bool = 
 
 
 class LinearFP8(torch.autograd.Function):
-    """x W^T; what a compiler sees are the quantising operations and torch's products."""
+    """x W^T; what a compiler sees are the quantising operations and torch's matmuls."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def linear_fp8_ref(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T with products in fp8. x: (..., K) in bfloat16 or float16, weight: (N, K); (..., N) like x.
+    """x weight^T with matmuls in fp8. x: (..., K) in bfloat16 or float16, weight: (N, K); (..., N) like x.
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
@@ -285,7 +285,7 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`linear_relu2` with products in fp8. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
+    """`linear_relu2` with matmuls in fp8. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """

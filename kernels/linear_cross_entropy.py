@@ -1,4 +1,4 @@
-"""The head's product and the cross-entropy of its softcapped logits in one operation.
+"""The head's matmul and the cross-entropy of its softcapped logits in one operation.
 
 The logits, which at 32768 words take more memory than the rest of a model's activations together, exist only
 a chunk of rows at a time. For a sum or mean of the losses, the gradients of a chunk are computed while its
@@ -6,7 +6,7 @@ logits are at hand, and the backward pass only scales them: 6 N D V FLOPs as wit
 the tokens themselves, whose gradients depend on what comes, it computes the logits again: 8 N D V.
 
 The shares of dW are added up in float32: 8 D V bytes a chunk, so that chunks are as large as memory allows.
-Compilers take the whole as it is. They would copy what it overwrites, and know no product of bfloat16 that
+Compilers take the whole as it is. They would copy what it overwrites, and know no matmul of bfloat16 that
 adds to float32.
 """
 # N tokens, D width, V vocab
@@ -27,7 +27,7 @@ from hotlap.kernels.cross_entropy import (
 from hotlap.kernels.dispatch import kernel_op, use_triton
 
 # Of logits: what stays in a CPU's cache; and 4096 rows of 32768 words, where adding up the shares of dW takes
-# 8 % of the products' time on an H100: calculated, not measured. Twice as many took more than a fifth of the
+# 8 % of the matmuls' time on an H100: calculated, not measured. Twice as many took more than a fifth of the
 # memory that a compiled loss over all logits takes (0.89 of 4.4 GB for 16384 rows, on an H100).
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
@@ -41,7 +41,7 @@ def linear_cross_entropy_ref(
     z_loss: float = 0.0,
     ignore_index: int = IGNORE,
 ) -> Tensor:
-    """The specification: all logits at once, in float32 after the product."""
+    """The specification: all logits at once, in float32 after the matmul."""
     return cross_entropy_ref(F.linear(x, head.to(x.dtype)), targets, softcap, reduction, z_loss, ignore_index)
 
 
@@ -89,7 +89,7 @@ def _losses_and_gradient(
 def _grown(dw: Tensor | None, grad: Tensor, part: Tensor) -> Tensor:
     """dw (V, D) + grad^T part, in float32 or wider: dw itself, which is overwritten. None is zero."""
     if not grad.is_cuda or grad.dtype == torch.float32 or torch.version.hip is not None:
-        share = grad.T @ part  # in bfloat16 rounded before it is added, where there is no other product
+        share = grad.T @ part  # in bfloat16 rounded before it is added, where there is no other matmul
         return share.to(torch.promote_types(share.dtype, torch.float32)) if dw is None else dw.add_(share)
     if dw is None:
         return torch.mm(grad.T, part, out_dtype=torch.float32)

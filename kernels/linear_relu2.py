@@ -1,20 +1,20 @@
-"""The MLP relu(x W_in^T)^2 W_out^T, with the activation in the epilogue of the first product.
+"""The MLP relu(x W_in^T)^2 W_out^T, with the activation in the epilogue of the first matmul.
 
 With p = x W_in^T and a = relu(p)^2, only a is written forward: its root is relu(p), so that backward
 
     da = dy W_out    dp = 2 sqrt(a) da    dx = dp W_in    dW_in = dp^T x    dW_out = dy^T a
 
-where dp leaves the product da in its epilogue. The root of an a that was rounded to bfloat16 is off by 2^-9
-at most. All other products stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
-products and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
+where dp leaves the matmul da in its epilogue. The root of an a that was rounded to bfloat16 is off by 2^-9
+at most. All other matmuls stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
+matmuls and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
 
-The product has three forms. The plain one reads by pointers, a tile of the result to each program. One for
+The matmul has three forms. The plain one reads by pointers, a tile of the result to each program. One for
 devices with a TMA has as many programs as processors, which take tile after tile and leave all addresses to
-tensor descriptors. The third is torch's product and a pass over the result in place: 2 M N e bytes more
-forward and 3 M N e backward, for a product that may be faster than ours. Which is used, `hotlap bench tune`
+tensor descriptors. The third is torch's matmul and a pass over the result in place: 2 M N e bytes more
+forward and 3 M N e backward, for a matmul that may be faster than ours. Which is used, `hotlap bench tune`
 measures.
 """
-# M tokens, D width, N hidden width; K inner dimension of a product
+# M tokens, D width, N hidden width; K inner dimension of a matmul
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from hotlap.kernels.dispatch import (
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, type_name
 
-# Up to here what the epilogue saves, 4 N bytes a token at 3 TB/s, is more than what Triton's product loses to
+# Up to here what the epilogue saves, 4 N bytes a token at 3 TB/s, is more than what Triton's matmul loses to
 # cuBLAS's, 2 N D FLOPs at 600 instead of 750 TFLOP/s: calculated for an H100. On one it was so at 1536 wide,
 # where the TMA form ran at 697 TFLOP/s; wider was not measured.
 FUSED_WIDTH = 2048
@@ -272,7 +272,7 @@ def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """relu(x w_in^T)^2 w_out^T of x (..., D), w_in (N, D) and w_out (D, N), in the dtype of x: (..., D).
 
     The weights are cast to it. float32 on a GPU, where it has no tensor cores, and widths from FUSED_WIDTH
-    on are products and an elementwise kernel.
+    on are matmuls and an elementwise kernel.
     """
     D = x.shape[-1]
     if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:

@@ -2,7 +2,7 @@
 
 Before: momentum, Nesterov, and rows scaled to a common norm (MuonEq), which is 1 here: the orthogonalisation
 does not see a factor of the whole matrix. So a row needs nothing but itself, which is read once and written
-in the 16 bits that the products take, and the norm of all is known: M^0.5, less rows of zeros.
+in the 16 bits that the matmuls take, and the norm of all is known: M^0.5, less rows of zeros.
 
 After: NorMuon's second moment (Li et al., 2025) with the update's norm kept, cautious weight decay (only
 where update and weight agree in sign; Liang et al., 2024), and the step itself. Both norms of the whole, of

@@ -13,8 +13,8 @@ bfloat16, and symmetry to the last bit. The kernels bring X, by a norm in float3
 matrix, n^0.5, and divide the first polynomial's coefficients by the rest: at a norm of 1, what lies beside
 the diagonal of G would be below float16's normal range.
 
-Bound by products. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
-torch; 15 alpha + 5 where the symmetric products compute one half; 6 alpha + 17 in the Gram form.
+Bound by matmuls. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
+torch; 15 alpha + 5 where the symmetric matmuls compute one half; 6 alpha + 17 in the Gram form.
 """
 # n the shorter side of a matrix, K the longer
 
@@ -34,7 +34,6 @@ POLAR_EXPRESS: tuple[Polynomial, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-NEWTON_SCHULZ: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 SAFETY = 1.01
 EPS = 1e-6
 RESTART = 2  # steps of the Gram form before G is computed anew: in float16, one is too few and three too many
@@ -63,17 +62,12 @@ def _frobenius(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
 
 
-def gram_matrix_ref(x: Tensor) -> Tensor:
-    """The specification of the symmetric product. x: (..., M, N)."""
-    return x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
-
-
 @jit
 def _symmetric_kernel(
     x, y, added, out, scale, weight, diagonal, n, K,
     TALL: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # One tile, on or below the diagonal, of a product that is known to be symmetric, and its mirror image.
+    # One tile, on or below the diagonal, of a matmul whose result is symmetric, and its mirror image.
     scale, weight = tl.cast(scale, tl.float32), tl.cast(weight, tl.float32)
     diagonal = tl.cast(diagonal, tl.float32)
     tiles = tl.cdiv(n, TILE)
@@ -163,20 +157,11 @@ _symmetric_product = kernel_op("symmetric_product", _symmetric, _fake)
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return use_triton(x) and x.dtype != torch.float32  # which is for machines without 16-bit products
+    return use_triton(x) and x.dtype != torch.float32  # which is for machines without 16-bit matmuls
 
 
 def _as_batch(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
-
-
-def gram_matrix(x: Tensor) -> Tensor:
-    """X X^T of each matrix of x (..., M, N), or X^T X where it is tall: (..., n, n), exactly symmetric."""
-    if not _runs_kernels(x):
-        return gram_matrix_ref(x)
-    batch = _as_batch(x)
-    gram = _symmetric_product(batch, batch, x.shape[-2] > x.shape[-1])
-    return gram.view(*x.shape[:-2], *gram.shape[1:])
 
 
 def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: float) -> Tensor:

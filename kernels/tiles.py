@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotlap.common import files
+from hotlap.common.log import log
 from hotlap.kernels.dispatch import Device, triton
-
-log = logging.getLogger("hotlap")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Case:
     without: tuple[str, ...] = ()  # targets of the static gate that lack what it needs
     # arguments that other forms of the kernel take instead, of a tile, by name; None: all forms take the same
     forms: dict[str, Callable[[Tile], dict[str, Any]]] | None = None
-    small: bool = False  # its products have too few rows for the tensor-core instructions of the newest GPUs
+    small: bool = False  # its matmuls have too few rows for the tensor-core instructions of the newest GPUs
 
     def arguments_of(self, tile: Tile) -> dict[str, Any] | None:
         """For the form of the kernel that a tile is for; None where the form does not take this case."""
@@ -71,14 +69,9 @@ class Case:
         return form and self.arguments | form(tile)
 
 
-def user_cache() -> Path:
-    """The user's folder for what can be measured or computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
-
-
 def tuned_file(name: str) -> Path:
     """Where the tiles of a device that were measured here lie."""
-    return user_cache() / "tiles" / _slug(name)
+    return files.cache_folder() / "tiles" / _slug(name)
 
 
 def shipped_file(name: str) -> Path:
@@ -135,9 +128,7 @@ def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> P
         "tiles": {key: asdict(tile) for key, tile in tiles.items()},
         "choices": choices,
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(text, indent=1))
-    part.replace(path)
+    files.write(path, json.dumps(text, indent=1))
     _tuned.cache_clear()
     pick_tile.cache_clear()
     return path

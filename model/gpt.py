@@ -23,7 +23,7 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
-from hotlap.model.config import MLP_RATIO, QK_GAIN, ROPE_BASE, GPTConfig
+from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
 
 GATE_CHANNELS = 12  # of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         if self.value_gate is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, c.kv_heads, c.head_dim)
-        q, k = qk_norm_rotary(q, k, cos, sin, QK_GAIN)
+        q, k = qk_norm_rotary(q, k, cos, sin, c.qk_gain)
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:

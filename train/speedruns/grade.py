@@ -46,7 +46,7 @@ class GradeConfig:
     micro_batch: str = "auto"
     """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
     fp8: bool = False
-    """Large products in fp8."""
+    """Run large matmuls in fp8."""
     yes: bool = False
     """Do not ask before it starts."""
 

@@ -30,7 +30,6 @@ HELD_OUT_PHRASINGS = (
     "Can you work out {a} {sign} {b}?",
     "Tell me what {a} {word} {b} is.",
 )
-LARGEST = 999
 HELD_OUT_SHARE = 10  # one pair of numbers in ten is never trained on
 
 
