@@ -159,7 +159,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked `messages` of each line or row of a file, after their place: path:line or path:row."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"no conversations at {path}; name tasks, smoltalk, or a .jsonl or .parquet file"
+            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
         )
     if path.suffix == ".parquet":
         for number, messages in enumerate(parquet_column(path, "messages"), 1):
@@ -237,7 +237,7 @@ def conversation_rows(
         ids.extend(tokens)
         said.extend(mask)
     if dropped:
-        log.info("skipped %d of %d conversations: longer than %d tokens", dropped, total, T)
+        log.info("%d of %d conversations are longer than %d tokens; skipped", dropped, total, T)
     if not starts:
         raise DataError(
             f"no conversation fits the model's context of {T} tokens; shorten them, or train a longer one"

@@ -172,7 +172,7 @@ def fetch_url(url: str, path: Path, limit: int) -> None:
         )
 
 
-def unpack(archive: Path, top: str, folder: Path, limit: int) -> Path:
+def unpack(archive: Path, top: str, folder: Path, limit: int) -> None:
     """Unpack the folder `top` of a zip archive into a folder, completely or not at all. DataError if the
     archive is damaged, has more than `limit` bytes of files, or contains links or paths that lead elsewhere.
     """
@@ -192,4 +192,3 @@ def unpack(archive: Path, top: str, folder: Path, limit: int) -> Path:
             (Path(part) / top).rename(folder / top)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise DataError(f"{archive} is damaged, or not a zip archive ({error})") from error
-    return folder / top

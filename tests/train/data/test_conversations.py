@@ -67,7 +67,7 @@ def test_only_what_the_assistant_says_is_a_target(tiny_tokenizer):
 def test_what_is_longer_than_a_row_is_dropped_and_counted(tiny_tokenizer, caplog):
     talks = [conversation("Hi", "Hi."), conversation("long " * 50, "Hi.")]
     rows = conversation_rows(talks, tiny_tokenizer, T=64, seed=0, shuffle=False)
-    assert "skipped 1 of 2 conversations: longer than 64 tokens" in caplog.text
+    assert "1 of 2 conversations are longer than 64 tokens; skipped" in caplog.text
     assert rows.epoch_rows() == 1 and rows.batch(0, 1).weight == len(tiny_tokenizer.encode("Hi.")) + 1
     with pytest.raises(DataError, match="no conversation fits the model's context of 64"):
         conversation_rows(talks[1:], tiny_tokenizer, 64, 0, False)

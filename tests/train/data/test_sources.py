@@ -15,7 +15,7 @@ from helpers.small_runs import write_text
 from hotlap.common.errors import DataError
 from hotlap.train.data import shakespeare, sources
 from hotlap.train.data.download import Content
-from hotlap.train.data.sources import documents, documents_of, split_documents
+from hotlap.train.data.sources import documents, documents_of, shard_folder, split_documents
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,13 @@ def test_what_names_no_text_says_what_a_data_string_may_be(tmp_path):
         split_documents(f"{tmp_path}/*.text")
     with pytest.raises(FileNotFoundError, match="no folder climbmix; run `hotlap data --source climbmix`"):
         split_documents("climbmix")
+
+
+def test_a_folder_is_one_of_shards_if_it_has_some(tmp_path):
+    write_text(tmp_path / "text.txt")
+    assert [shard_folder(data) for data in (str(tmp_path), f"{tmp_path}/*", "pydocs")] == [None] * 3
+    (tmp_path / "train_000000.bin").write_bytes(b"")
+    assert shard_folder(str(tmp_path)) == tmp_path
 
 
 def test_files_without_text_are_refused(tmp_path):
