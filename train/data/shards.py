@@ -1,7 +1,7 @@
-"""Token shards: files of tokens, as llm.c and modded-nanogpt have them.
+"""Token shards, in the .bin format of llm.c and modded-nanogpt.
 
-A shard is a .bin: 256 int32 (magic, version, count), then the tokens as uint16 (version 1) or uint32 (version
-2), each document opened by the beginning-of-document token.
+A shard is a header of 256 int32 (magic, version, count) and the tokens, as uint16 (version 1) or uint32
+(version 2). Each document starts with the beginning-of-document token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # benchmarks read shards where the tokenizer's libraries are 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
-CHARACTERS_AT_ONCE = 1 << 21  # of the documents in a batch that is encoded
+CHARACTERS_AT_ONCE = 1 << 21  # in a batch of documents to encode
 TOKEN_TYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by version
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write tokens as a shard, whole or not at all."""
+    """Write a shard, completely or not at all."""
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, version(vocab_size), len(tokens)
     partial = path.with_suffix(".partial")
@@ -45,12 +45,12 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def version(vocab_size: int) -> int:
-    """Of the shard format, the one with the smallest type that holds the ids."""
+    """The version of the shard format with the smallest type that holds all ids."""
     return 1 if vocab_size <= 1 << 16 else 2
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a shard, mapped from the file; DataError where it is damaged or for a larger
+    """The tokens of a shard (count,), memory-mapped. DataError if it is damaged or has ids beyond the
     vocabulary.
     """
     size = path.stat().st_size
@@ -78,8 +78,8 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer) -> int:
-    """Encode documents into shards split_000000.bin, ... of at most 100M tokens or one document; returns the
-    tokens.
+    """Encode documents into shards split_000000.bin, ..., each filled until it has 100M tokens. Returns the
+    number of tokens.
     """
     shards = total = held = 0
     parts: list[np.ndarray] = []
@@ -105,8 +105,8 @@ def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Toke
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document's tokens, opened by the beginning-of-document one, as shards hold them. The tokenizer's
-    threads encode a batch of documents at once.
+    """The tokens of each document, in a shard's type, after a beginning-of-document token. The tokenizer
+    encodes batches of documents on several threads.
     """
     dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
     batch: list[str] = []
@@ -122,7 +122,7 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """The shards of a split in a folder, in order; llm.c's and modded-nanogpt's names for it count too."""
+    """The shards of a split in a folder, in order, also those with llm.c's and modded-nanogpt's names."""
     also = {"train": "train", "validation": "val"}[split]
     found = sorted({*folder.glob(f"{split}_*.bin"), *folder.glob(f"*_{also}_*.bin")})
     if not found:
@@ -131,7 +131,7 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 
 
 def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]:
-    """The first shards that hold `limit` targets, and how many of each count: None is all; limit 0 is all."""
+    """The first shards with `limit` targets in all (0: no limit), and how many to use of each (None: all)."""
     if not limit:
         return [(path, None) for path in paths]
     found = []
@@ -141,12 +141,12 @@ def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]
             found.append((path, limit if limit < targets else None))
             limit -= targets
     if limit > 0:
-        raise DataError(f"{paths[0].parent} has {limit:,} tokens fewer to validate on than are asked for")
+        raise DataError(f"{paths[0].parent} has {limit:,} tokens fewer to validate on than requested")
     return found
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """sha256 over names, sizes and headers of shards: enough to see that a run goes on with other data."""
+    """sha256 of names, sizes and first bytes of shards: enough to detect that a run resumes on other data."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -172,9 +172,9 @@ def shard_documents(path: Path, vocab_size: int, bos: int, limit: int | None = N
 
 
 def documents_in(tokens: np.ndarray, bos: int, limit: int | None = None) -> Documents:
-    """The documents of tokens: each opens with `bos`; what lies before the first one counts as one too.
+    """Split tokens into documents, which start with `bos`. Tokens before the first `bos` are one too.
 
-    limit: leave what comes after so many targets.
+    limit: use only the first `limit` targets.
     """
     tokens = tokens[: limit + 1 if limit else None]
     starts = np.flatnonzero(tokens == bos)

@@ -8,7 +8,7 @@ from pathlib import Path
 from hotlap.common.machine import device_name
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, training_bytes
 from hotlap.train.data import public
-from hotlap.train.data.hub import Plan
+from hotlap.train.data.hub import DownloadPlan
 from hotlap.train.distributed.memory import GB, device_bytes
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig
@@ -89,7 +89,7 @@ def download_words(source: str, folder: Path, shards: int, world: World) -> str:
     return plan_words(public.download_plan(source, folder, shards), folder)
 
 
-def plan_words(found: Plan, folder: Path) -> str:
+def plan_words(found: DownloadPlan, folder: Path) -> str:
     if not found.missing:
         return f"nothing, {folder} has it"
     return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, for {folder}"
