@@ -73,6 +73,9 @@ def package_index() -> str:
     """
     index = os.environ.get("PIP_INDEX_URL")
     if not index:
-        command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-        index = subprocess.run(command, capture_output=True, text=True).stdout.strip()  # empty if not set
+        listed = subprocess.run(
+            [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+        )
+        found = re.search(r"^global\.index-url='(.*)'$", listed.stdout, re.MULTILINE)
+        index = found and found[1]
     return (index or "https://pypi.org/simple").rstrip("/")
