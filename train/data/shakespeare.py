@@ -73,9 +73,7 @@ def package_index() -> str:
     """
     index = os.environ.get("PIP_INDEX_URL")
     if not index:
-        listed = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
-        )
-        found = re.search(r"^global\.index-url='(.*)'$", listed.stdout, re.MULTILINE)
-        index = found and found[1]
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout
+        index = "".join(re.findall(r"^global\.index-url='(.*)'$", listed, re.MULTILINE))
     return (index or "https://pypi.org/simple").rstrip("/")
