@@ -67,12 +67,6 @@ def attention_ref(
     return without_blind((weights @ v).transpose(1, 2), S, document_start)
 
 
-def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """document_start (1, tokens) of a row of packed documents; cu_seqlens: their starts, and the end."""
-    t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None]
-
-
 def _unit(x: Tensor) -> Tensor:
     """x with unit stride over C, and token strides that a kernel can multiply in 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 23 else x.contiguous()
@@ -274,9 +268,9 @@ def attention(
 
     q: (B, T, H, C); k, v: (B, S, K, C) with H a multiple of K; any strides. window: keys that a query sees,
     including its own; None is all. document_start: (B, T) integers that do not decrease along T, the position
-    at which each query's document starts; None is one document a row (`document_starts` makes it of
-    cu_seqlens). softcap: scores s become softcap tanh(s / softcap). scale: of the scores; None is C^-1/2.
-    backend: "auto" or one of BACKENDS. Returns (B, T, H, C) in q's dtype.
+    at which each query's document starts; None is one document a row. softcap: scores s become
+    softcap tanh(s / softcap). scale: of the scores; None is C^-1/2. backend: "auto" or one of BACKENDS.
+    Returns (B, T, H, C) in q's dtype.
     """
     check_arguments(q, k, v, window, document_start, softcap, scale, backend)
     T, H, C = q.shape[1:]

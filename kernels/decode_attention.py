@@ -51,7 +51,7 @@ def decode_attention_ref(
     scale = C**-0.5 if scale is None else scale
     on_cpu = q.device.type == "cpu"
     end = int(lengths.max()) + T if on_cpu and B else k_cache.shape[1]
-    k, v = (rows(cache, slots)[:, :end] for cache in (k_cache, v_cache))  # (B, S, K, C)
+    k, v = (rows(cache[:, :end], slots) for cache in (k_cache, v_cache))  # (B, S, K, C)
     if on_cpu and T > 1 and B and bool((lengths == lengths[0]).all()):  # a prompt: no T x S matrix needed
         return attention(q, k, v, window, None, softcap, scale)
     position = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)

@@ -62,11 +62,6 @@ def _frobenius(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
 
 
-def gram_matrix_ref(x: Tensor) -> Tensor:
-    """The specification of the symmetric matmul. x: (..., M, N)."""
-    return x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
-
-
 @jit
 def _symmetric_kernel(
     x, y, added, out, scale, weight, diagonal, n, K,
@@ -167,15 +162,6 @@ def _runs_kernels(x: Tensor) -> bool:
 
 def _as_batch(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
-
-
-def gram_matrix(x: Tensor) -> Tensor:
-    """X X^T of each matrix of x (..., M, N), or X^T X if it is tall: (..., n, n), exactly symmetric."""
-    if not _runs_kernels(x):
-        return gram_matrix_ref(x)
-    batch = _as_batch(x)
-    gram = _symmetric_product(batch, batch, x.shape[-2] > x.shape[-1])
-    return gram.view(*x.shape[:-2], *gram.shape[1:])
 
 
 def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: float) -> Tensor:

@@ -70,14 +70,9 @@ class Case:
         return form and self.arguments | form(tile)
 
 
-def user_cache() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
-
-
 def tuned_file(name: str) -> Path:
     """The file with the tiles measured on a device of this machine."""
-    return user_cache() / "tiles" / _slug(name)
+    return files.cache_folder() / "tiles" / _slug(name)
 
 
 def shipped_file(name: str) -> Path:

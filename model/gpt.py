@@ -165,9 +165,8 @@ class GPT(nn.Module):
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             block.attention.window = min(window, -(-int(share * window) // 128) * 128)
 
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> GPT:
-        """Fill every parameter and table from `seed`, on any device, and return self."""
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """The first value of each parameter and table, whole, by name. A seed means them in this order."""
         c = self.config
         device = self.embedding.weight.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -231,7 +230,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
 
         ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B *
-        T,). document_start: (B, T), for rows that pack documents. cache: continue its sequences.
+        T,). document_start: (B, T), for rows that pack documents. cache: continue its sequences. last: only
+        the logits of the last token, (B, 1, V).
         """
         x = self.hidden(ids, document_start, cache)
         if targets is None:
