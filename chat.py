@@ -16,7 +16,7 @@ import tyro
 
 from hotlap.common.errors import BAD_DATA, guarded
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
-from hotlap.model.conversation import parse_answer, render_prompt
+from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
@@ -61,16 +61,11 @@ class Chat:
             prompt, dropped = self.fitting_prompt()
             if dropped:
                 yield f"[the context is full: the first {dropped} questions and answers are forgotten]\n"
-            decoder, hidden = StreamDecoder(self.engine.tokenizer), False
-            for step in self.engine.generate([prompt], self.sampling):
-                for _, token in step:
-                    ids.append(token)
-                    if token == self.engine.tool_start:
-                        hidden = True
-                    elif token == self.engine.result_end:
-                        hidden = False
-                    elif not hidden:
-                        yield decoder.push(token)
+            decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
+            for token in self.engine.generate(prompt, self.sampling):
+                ids.append(token)
+                if parts.push(token) == "text":
+                    yield decoder.push(token)
             yield decoder.finish()
         finally:
             said = parse_answer(ids, self.engine.tokenizer)
@@ -106,9 +101,8 @@ class Continuation:
         tokenizer = self.engine.tokenizer
         prompt = [tokenizer.bos, *tokenizer.encode(text)][-(self.engine.model.config.context * 3 // 4) :]
         decoder = StreamDecoder(tokenizer)
-        for step in self.engine.generate([prompt], self.sampling):
-            for _, token in step:
-                yield decoder.push(token)
+        for token in self.engine.generate(prompt, self.sampling):
+            yield decoder.push(token)
         yield decoder.finish()
 
 
@@ -213,7 +207,7 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
         path = found[-1] if found else Path("runs")
     folder = model_folder(path)
     device = default_device()
-    engine = Engine(*load_model(folder, device, fast_dtype(device.type)))
+    engine = Engine(*load_model(folder, device, fast_dtype(device.type)), slots=1)
     kernel_choice(device.type)  # logs which now, and not amid the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)

@@ -25,7 +25,7 @@ FEWEST_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Expected:
+class RightAnswer:
     """What is right, at some inputs, and how far from it each result may be."""
 
     operation: Operation  # with as many rows as are compared
@@ -34,13 +34,13 @@ class Expected:
     limits: list[float]  # relative, in the Frobenius norm
 
 
-def expected(operation: Operation, device: torch.device) -> Expected:
+def right_answer(operation: Operation, device: torch.device) -> RightAnswer:
     """Of an operation at its size, or at the largest whose float64 fits the memory."""
     rows = operation.rows if device.type == "cuda" else min(operation.rows, CPU_ROWS)
     while True:
         small = operation if rows == operation.rows else operation.with_rows(rows)
         try:
-            return _expected(small)
+            return _right_answer(small)
         except torch.OutOfMemoryError:
             if rows <= FEWEST_ROWS:
                 raise
@@ -54,21 +54,21 @@ def fewer_rows(rows: int) -> int:
     return max(CONTEXT, rows // 2 // CONTEXT * CONTEXT) if rows > CONTEXT else rows // 2
 
 
-def _expected(operation: Operation) -> Expected:
+def _right_answer(operation: Operation) -> RightAnswer:
     torch.manual_seed(0)
     tensors = operation.tensors()
     wide = tuple(t.double() if t.is_floating_point() else t for t in tensors)
-    exact = outcome(operation, operation.reference, wide)
+    exact = outputs_and_gradients(operation, operation.reference, wide)
     floor = max(SMALLEST_ERROR[tensors[0].dtype], operation.rounding)
-    off = distances(outcome(operation, operation.reference, tensors), exact)
-    return Expected(operation, tensors, exact, [max(floor, ERROR_FACTOR * error) for error in off])
+    off = distances(outputs_and_gradients(operation, operation.reference, tensors), exact)
+    return RightAnswer(operation, tensors, exact, [max(floor, ERROR_FACTOR * error) for error in off])
 
 
-def fault(right: Expected, provider: str) -> str:
+def mistake(right: RightAnswer, provider: str) -> str:
     """How a provider is wrong, or nothing. Raises what the provider raises."""
     operation = right.operation
     with poisoned_memory() if provider.startswith("hotlap") else contextlib.nullcontext():
-        found = outcome(operation, operation.providers[provider], right.tensors)
+        found = outputs_and_gradients(operation, operation.providers[provider], right.tensors)
     off = distances(found, right.exact)
     for i, (error, most) in enumerate(zip(off, right.limits, strict=True)):
         if not error <= most:
@@ -107,7 +107,9 @@ def distances(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
-def outcome(operation: Operation, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+def outputs_and_gradients(
+    operation: Operation, function: Function, tensors: tuple[Tensor, ...]
+) -> list[Tensor]:
     """The outputs and the gradients, for output gradients that are the same whoever computes them."""
     inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
     outputs = as_tuple(function(*inputs))

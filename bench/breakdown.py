@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from hotlap.bench import results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.training import UNTIMED, made, random_batches, step_seconds
+from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.train.distributed.world import joined
 
@@ -75,7 +76,7 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         table += [{"case": case, "provider": kind, "ms": ms} for kind, ms in by_kind(found)]
         results.save(path, table, world.device)
         lines = [f"{ms:10.3f} ms {count:6} x  {name[:150]}" for name, (ms, count) in by_time(found)]
-        results.write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
+        files.write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
         trace = path.with_name("trace.json")
         profiler.export_chrome_trace(str(trace))
         with open(trace, "rb") as plain, gzip.open(f"{trace}.gz", "wb", compresslevel=3) as packed:

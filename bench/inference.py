@@ -56,7 +56,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights().eval()
     for parameter in model.parameters():
-        if not parameter.any():  # as many are before training; products of zeros take less power, and time
+        if not parameter.any():  # as many are before training; matmuls of zeros take less power, and time
             parameter.normal_(0, shape.width**-0.5)
     ceilings = measure_ceilings(device)
     rows: list[dict] = []
@@ -96,12 +96,12 @@ def measure_decoding(
     def prefill(_: int) -> None:
         cache.lengths[:1] = 0
         cache.use(every[:1], prompt)
-        model.logits(model.hidden(ids, cache=cache)[:, -1:])
+        model(ids, cache=cache, last=True)
 
     def decode(_: int) -> None:
         cache.lengths.fill_(prompt)
         cache.use(every, 1)
-        model.logits(model.hidden(ids[:, :1].expand(batch, 1), cache=cache))
+        model(ids[:, :1].expand(batch, 1), cache=cache)
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
@@ -129,7 +129,7 @@ def measure_decoding(
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:
-    """The least that a decoding step must read: the weights of the products as they are stored, and the keys
+    """The least that a decoding step must read: the weights of the matmuls as they are stored, and the keys
     and values that each layer's window sees."""
     counts, c = parameter_counts(model), model.config
     weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()

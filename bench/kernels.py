@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.accuracy import as_tuple, expected, fault
+from hotlap.bench.accuracy import as_tuple, mistake, right_answer
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, measure_ceilings
 from hotlap.bench.plots import draw_kernels
@@ -94,7 +94,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
     before = results.load(path, device)["rows"] if path.exists() else []
     log_warnings(device)
     ceilings = measure_ceilings(device)
-    log.info("measured ceilings: copy %.4g TB/s, product %.4g TFLOP/s", *ceilings.in_tera())
+    log.info("measured ceilings: copy %.4g TB/s, matmul %.4g TFLOP/s", *ceilings.in_tera())
     run = Run(path, device, ceilings, [row for row in before if row.get("note") != NO_TIME])
     for operation in todo:
         if run.holds(operation):
@@ -188,13 +188,13 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
     if not config.compile:
         names = [name for name in names if name != "compile"]
     run.begin(operation, ALL)
-    right = run.attempt(operation, ALL, "", partial(expected, operation, run.device))
+    right = run.attempt(operation, ALL, "", partial(right_answer, operation, run.device))
     if right is None:
         return
     good = []
     for name in names:
         run.begin(operation, name)
-        note = run.attempt(operation, name, "", partial(fault, right, name))
+        note = run.attempt(operation, name, "", partial(mistake, right, name))
         if note:
             log.error("%s by %s: %s", operation.case(), name, note)
             run.add(operation.case(), name, note)
@@ -309,7 +309,7 @@ def row_of(
         "ms_high": 1e3 * timing.high,
         "tb_per_s": moved / timing.median / 1e12 if moved else None,
         "tflops": flops / timing.median / 1e12 if flops else None,
-        "share_of_ceiling": (moved / ceilings.copy if moved else flops / ceilings.product) / timing.median,
+        "share_of_ceiling": (moved / ceilings.copy if moved else flops / ceilings.matmul) / timing.median,
         "best_other_over_this": min(others) / timing.median if others else None,
     }
 

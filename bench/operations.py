@@ -89,7 +89,7 @@ def relu2_at(size: str, width: int, rows: int, device: torch.device, dtype: torc
 
 
 def linear_relu2_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    product = 2 * rows * width * 4 * width
+    matmul = 2 * rows * width * 4 * width
     weight = normal(device, dtype)
     return Operation(
         "linear_relu2", f"{size} {rows}x{width}x{4 * width}",
@@ -98,7 +98,7 @@ def linear_relu2_at(size: str, width: int, rows: int, device: torch.device, dtyp
             weight(4 * width, width) * width**-0.5,
             weight(width, 4 * width) * (4 * width) ** -0.5,
         ),
-        3, linear_relu2_ref, with_torch(linear_relu2, linear_relu2_ref), flops=(2 * product, 4 * product),
+        3, linear_relu2_ref, with_torch(linear_relu2, linear_relu2_ref), flops=(2 * matmul, 4 * matmul),
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def _linear_cross_entropy(
 ) -> Operation:
     ours = partial(linear_cross_entropy, softcap=softcap, reduction="mean")
     reference = partial(linear_cross_entropy_ref, softcap=softcap, reduction="mean")
-    product = 2 * rows * width * VOCABULARY
+    matmul = 2 * rows * width * VOCABULARY
     return Operation(
         name, f"{size} {rows}x{width}x{VOCABULARY}",
         lambda: (
@@ -180,7 +180,7 @@ def _linear_cross_entropy(
             0.02 * torch.randn(VOCABULARY, width, device=device),
             torch.randint(VOCABULARY, (rows,), device=device),
         ),
-        2, reference, with_torch(ours, reference, **others), flops=(product, 2 * product),
+        2, reference, with_torch(ours, reference, **others), flops=(matmul, 2 * matmul),
         directions=("forward", "both"),  # ours computes the gradients in the forward pass
     )  # fmt: skip
 
@@ -237,14 +237,14 @@ def muon_at(size: str, width: int, rows: int, device: torch.device, dtype: torch
 
 def linear_fp8_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
     """Beside the same layer in the dtype, from which it differs by e4m3's 3 bits and e5m2's 2."""
-    product = 2 * rows * width * 4 * width
+    matmul = 2 * rows * width * 4 * width
     return Operation(
         "linear_fp8", f"{size} {rows}x{width}x{4 * width}",
         lambda: (
             normal(device, dtype)(rows, width),
             torch.randn(4 * width, width, device=device) * width**-0.5,
         ),
-        2, linear_fp8_ref, with_torch(linear_fp8, linear_fp8_ref), flops=(product, 2 * product), rounding=0.1,
+        2, linear_fp8_ref, with_torch(linear_fp8, linear_fp8_ref), flops=(matmul, 2 * matmul), rounding=0.1,
     )  # fmt: skip
 
 

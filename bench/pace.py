@@ -30,14 +30,14 @@ from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
 from hotlap.train.data.shards import shard_documents, shard_paths
 from hotlap.train.distributed.world import World, joined
-from hotlap.train.presets import PRETRAIN, gpt2_grade, weights_in_products
+from hotlap.train.presets import PRETRAIN, gpt2_grade, matmul_parameters
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import (
     GOALS,
     GPT2_GRADE,
+    RECORDS,
     SIX_N,
-    TARGETS,
-    Target,
+    Record,
     dollars_per_hour,
     of_recipe,
     throughput,
@@ -88,9 +88,11 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
         compiled = on_gpu if config.compile == "auto" else config.compile == "on"
         rows, found = measure_that_fits(recipe, config, compiled, batches, world)
         ours = our_row(name, recipe, rows, found, world)
-        table = [ours, *(target_row(t, ours, recipe.model) for t in compared_with(name))]
+        table = [ours, *(record_row(t, ours, recipe.model) for t in compared_with(name))]
         if path:
-            results.save(path, table, world.device, assumes=ASSUMES, expected=expected(recipe, world))
+            results.save(
+                path, table, world.device, assumes=ASSUMES, expected=expected_throughput(recipe, world)
+            )
             unit = "tokens/s" if of_recipe(goal(name)) else "TFLOP/s"
             draw(table, path.with_suffix(".png"), partial(bars, unit))
             log.info("written to %s", path)
@@ -102,9 +104,9 @@ def goal(name: str) -> str:
     return {"d24": GPT2_GRADE}.get(name, name)
 
 
-def compared_with(name: str) -> list[Target]:
+def compared_with(name: str) -> list[Record]:
     """The records of the recipe; all of them, by FLOP/s, where it has none of its own."""
-    return of_recipe(goal(name)) or list(TARGETS)
+    return of_recipe(goal(name)) or list(RECORDS)
 
 
 def measure_that_fits(
@@ -148,31 +150,31 @@ def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: Wo
     }  # fmt: skip
 
 
-def target_row(target: Target, ours: dict, shape: GPTConfig) -> dict:
+def record_row(record: Record, ours: dict, shape: GPTConfig) -> dict:
     """A record, and our ratio to it for each GPU: in tokens/s where the recipe is the same, and in FLOP/s, of
     both by 6N where the record says nothing of its attention.
     """
-    each = target.tokens_per_second / target.gpus
-    same = target.recipe and target.recipe == goal(ours["case"].split()[0])
+    each = record.tokens_per_second / record.gpus
+    same = record.recipe and record.recipe == goal(ours["case"].split()[0])
     flops = nanochat_flops(meta_model(shape))
-    theirs = target.flops_per_token
-    if target.formula == SIX_N:
-        flops = 6 * weights_in_products(shape)
-    elif target.nanochat_mfu:
-        theirs *= target.nanochat_mfu / target.mfu
+    theirs = record.flops_per_token
+    if record.formula == SIX_N:
+        flops = 6 * matmul_parameters(shape)
+    elif record.nanochat_mfu:
+        theirs *= record.nanochat_mfu / record.mfu
     return {
-        "case": ours["case"], "provider": f"{target.project} {target.name}", "device": target.device,
-        "gpus": target.gpus, "ms": target.ms_per_step, "tokens_per_second": target.tokens_per_second,
-        "tokens_per_second_each": each, "tflops_each": theirs * each / 1e12, "mfu": target.mfu,
-        "formula": target.formula, "tokens": target.tokens, "seconds": target.seconds,
+        "case": ours["case"], "provider": f"{record.project} {record.name}", "device": record.device,
+        "gpus": record.gpus, "ms": record.ms_per_step, "tokens_per_second": record.tokens_per_second,
+        "tokens_per_second_each": each, "tflops_each": theirs * each / 1e12, "mfu": record.mfu,
+        "formula": record.formula, "tokens": record.tokens, "seconds": record.seconds,
         "our_tokens_per_gpu": ours["tokens_per_second_each"] / each if same else None,
         "our_flops_per_gpu": ours["tokens_per_second_each"] * flops / (each * theirs),
-        "our_seconds_for_its_tokens": target.tokens / ours["tokens_per_second"] if same else None,
-        "source": target.source,
+        "our_seconds_for_its_tokens": record.tokens / ours["tokens_per_second"] if same else None,
+        "source": record.source,
     }  # fmt: skip
 
 
-def expected(recipe: PretrainConfig, world: World) -> dict | None:
+def expected_throughput(recipe: PretrainConfig, world: World) -> dict | None:
     """What the records let us expect of these GPUs."""
     found = throughput(device_name(world.device), world.size, nanochat_flops(meta_model(recipe.model)))
     return found and dataclasses.asdict(found)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.accuracy import outcome
+from hotlap.bench.accuracy import outputs_and_gradients
 from hotlap.bench.breakdown import BreakdownConfig, break_down
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels, is_fault
@@ -25,6 +25,7 @@ from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.training import TrainingConfig, bench_training
 from hotlap.bench.tune import TuneConfig
 from hotlap.bench.tune import main as tune
+from hotlap.common import files
 from hotlap.common.machine import device_name
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.tiles import tuned_file
@@ -52,13 +53,13 @@ class Phase(NamedTuple):
 
 
 def ceilings(folder: Path, limit: float, resume: bool) -> None:
-    """The device as it is found, and what it reaches in a copy and in a large product."""
+    """The device as it is found, and what it reaches in a copy and in a large matmul."""
     device = default_device()
     found = measure_ceilings(device)
-    copy, product = found.in_tera()
+    copy, matmul = found.in_tera()
     rows = [
         {"case": "copy", "provider": "torch", "ms": None, "tb_per_s": copy},
-        {"case": f"product {found.dtype}", "provider": "torch", "ms": None, "tflops": product},
+        {"case": f"matmul {found.dtype}", "provider": "torch", "ms": None, "tflops": matmul},
     ]
     results.save(folder / "ceilings.json", rows, device)
     if shutil.which("nvidia-smi"):
@@ -112,7 +113,7 @@ def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> 
     if not failed and failures.exists():  # the tests were cut off
         lines = failures.read_text(encoding="utf-8").splitlines()
         failed = [f"FAILED {line[3:160]}" for line in lines if line.startswith("== ")]
-    results.write(folder / "note.txt", "\n".join([*(line.strip("= ") for line in text[-1:]), *failed]) + "\n")
+    files.write(folder / "note.txt", "\n".join([*(line.strip("= ") for line in text[-1:]), *failed]) + "\n")
     return code
 
 
@@ -139,7 +140,7 @@ def counters(folder: Path, limit: float, resume: bool) -> int:
 def call_kernels(names: tuple[str, ...]) -> None:
     """Forward and backward passes of some operations, once each, for a profiler around this process."""
     for operation in operations(16384, default_device(), torch.bfloat16, names, ("d24",)):
-        outcome(operation, operation.providers["hotlap"], operation.tensors())
+        outputs_and_gradients(operation, operation.providers["hotlap"], operation.tensors())
 
 
 def passed_on(command: list[str], seconds: float) -> int:

@@ -33,7 +33,7 @@ class Operation:
     reference: Function
     providers: dict[str, Function]
     bytes: tuple[float, float] = (0, 0)  # the least that must be moved
-    flops: tuple[float, float] = (0, 0)  # where products bound it
+    flops: tuple[float, float] = (0, 0)  # where matmuls bound it
     directions: tuple[str, ...] = ("forward", "backward", "both")
     rounding: float = 0  # what results may be off by in any case, where it is the operation's own to round
     rows: int = 0  # of tokens

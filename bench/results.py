@@ -6,8 +6,6 @@ import csv
 import functools
 import io
 import json
-import logging
-import platform
 import re
 import subprocess
 import tempfile
@@ -16,11 +14,10 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common import files
 from hotlap.common.errors import DataError
-from hotlap.common.files import write
-from hotlap.common.machine import device_name, device_state, now, versions
-
-log = logging.getLogger("hotlap")
+from hotlap.common.log import log
+from hotlap.common.machine import circumstances, device_name, device_state, now
 
 RESULTS = Path("bench/results")  # in the current folder, which is the checkout
 TITLE = "# Measurements"  # first line of a page
@@ -43,12 +40,12 @@ def device_folder(device: torch.device) -> Path:
 def open_file(kind: str, out: Path | None, device: torch.device, keep: bool = False) -> Path:
     """Where to save a kind of results, kind.json in a folder that can be written; asked before time is spent.
 
-    keep: leave there what an earlier run has measured, to be continued; else it is set aside.
+    keep: leave there what an earlier run has measured, to be continued; else that is renamed by its date.
     """
     folder = out or device_folder(device)
     check_folder(folder)
     path = folder / f"{kind}.json"
-    return path if keep else set_aside(path)
+    return path if keep else rename_earlier(path)
 
 
 def check_folder(folder: Path) -> None:
@@ -62,7 +59,7 @@ def check_folder(folder: Path) -> None:
         raise type(error)(reason) from None
 
 
-def set_aside(path: Path) -> Path:
+def rename_earlier(path: Path) -> Path:
     """Rename the results of an earlier run by their date, and return where new ones go."""
     if path.exists():
         date = re.sub(r"[^0-9]+", "-", str(load(path).get("date", "")))
@@ -85,23 +82,20 @@ def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> 
     state, warnings = device_state(device)
     content = {
         "kind": path.stem,
-        "device": device_name(device),
-        "python": platform.python_version(),
-        "versions": versions(),
+        **circumstances(device),
         "commit": commit(),
-        "date": now(),
         "state": state,
         "warnings": warnings,
         **more,
         "rows": rows,
     }
-    write(path, json.dumps(content, indent=1) + "\n")
+    files.write(path, json.dumps(content, indent=1) + "\n")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write(path.with_suffix(".csv"), text.getvalue())
+    files.write(path.with_suffix(".csv"), text.getvalue())
     if path.parent.parent == RESULTS:
         write_page(RESULTS)
 
@@ -173,5 +167,5 @@ def write_page(folder: Path) -> Path | None:
         ]
         if (picture := path.with_suffix(".png")).exists():
             lines += [f"![{path.stem}]({picture.relative_to(folder)})", ""]
-    write(page, "\n".join(lines))
+    files.write(page, "\n".join(lines))
     return page

@@ -1,7 +1,7 @@
 """`hotlap bench static`: compile every kernel for GPUs that are not here, and read what the compilers say.
 
 No driver is needed. A kernel fails where it does not compile or fit the shared memory, misses tensor cores
-with a product, or the TMA with tensor descriptors, computes in float64 (floats arrive in it from Inductor,
+with a matmul, or the TMA with tensor descriptors, computes in float64 (floats arrive in it from Inductor,
 but have to be narrowed first), or reads tiles of 16-bit numbers in less than 16 bytes a thread although rows
 are aligned. At its default tile, of each form that it has, it also fails where it spills much, or keeps more
 programs on a processor than fit.
@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
-from hotlap.kernels.tiles import Tile, fitting_tiles, user_cache
+from hotlap.kernels.tiles import Tile, fitting_tiles
 
 MODULES = (
     "rms_norm",
@@ -148,7 +148,7 @@ def examine(job: Job) -> dict[str, Any]:
     kernel, arguments = getattr(module, name), case.arguments_of(tile)
     identity = repr((job, arguments, tile, kernel.cache_key, triton.__version__))
     digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
-    stored = user_cache() / "static" / f"{digest}.json"
+    stored = files.cache_folder() / "static" / f"{digest}.json"
     if stored.exists():
         return json.loads(stored.read_text())
     row = {
@@ -164,9 +164,7 @@ def examine(job: Job) -> dict[str, Any]:
         text = " ".join(str(error).split())[:200]
         return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
     stored.parent.mkdir(parents=True, exist_ok=True)
-    part = stored.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(row))
-    part.replace(stored)
+    files.write(stored, json.dumps(row))
     return row
 
 
@@ -206,7 +204,7 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         spilled = sum(int(x) for x in re.findall(r"\.private_segment_fixed_size: +(\d+)", code))
         float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
     resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
-    products = len(re.findall(rf"{target.tensor_core}|mma\.sync" if small else target.tensor_core, code))
+    tensor_core = len(re.findall(rf"{target.tensor_core}|mma\.sync" if small else target.tensor_core, code))
     ttir = compiled.asm.get("ttir", "")  # Gluon has none
     wanted, loads = tile_bytes(ttir, target.device.warp * tile.warps), accesses(code, "load")
     wide = sum(size for size in loads if size >= 16)  # less than wanted also where branches share a load
@@ -218,8 +216,8 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         faults.append(f"needs {shared} bytes of shared memory; its tile says {tile.shared}")
     if spilled > SPILL and default:
         faults.append(f"spills {spilled} bytes a thread")
-    if ("tt.dot" in ttir or "warp_group_dot" in compiled.asm["source"]) and not products:
-        faults.append("has a product, and no tensor-core instruction")
+    if ("tt.dot" in ttir or "warp_group_dot" in compiled.asm["source"]) and not tensor_core:
+        faults.append("has a matmul, and no tensor-core instruction")
     if "tt.descriptor_load" in compiled.asm["source"] and "cp.async.bulk.tensor" not in code:
         faults.append("reads by tensor descriptors, and has no TMA instruction")
     if float64:
@@ -235,7 +233,7 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         "registers": registers,
         "spilled": spilled,
         "occupancy": round(resident * compiled.metadata.num_warps / target.warps, 2),
-        "products": products,
+        "tensor_core": tensor_core,
         "load": max(loads, default=0),
         "store": max(accesses(code, "store"), default=0),
         "float64": len(float64),

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from hotlap.bench import phases, results
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
+from hotlap.common import files
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging
 
@@ -204,7 +205,7 @@ def short(row: dict) -> str:
 
 def pack(out: Path, page: str) -> None:
     """Write the page, and everything in the folder, to one file beside it."""
-    results.write(out / "summary.txt", page + "\n")
+    files.write(out / "summary.txt", page + "\n")
     part = out.parent / f".{out.name}.tar.gz.part"
     with tarfile.open(part, "w:gz", compresslevel=3) as archive:
         archive.add(out, out.name)
@@ -221,6 +222,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, help="folder for what Triton and Inductor compile")
     parser.add_argument("--minutes", type=float, default=0, help="time for everything")
     parser.add_argument("--phases", nargs="*", default=(), help="names of the phases to run; by default all")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
     return run_suite(given.call, SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases)))
 
@@ -239,4 +241,4 @@ def figures(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     set_up_logging()
-    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug=False))
+    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import logging
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-log = logging.getLogger("hotlap")
+from hotlap.common.log import log
 
 Call = Callable[[int], object]  # a call on buffer set i
 

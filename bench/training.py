@@ -65,7 +65,7 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile each block. auto: on a GPU."""
     fp8: bool = False
-    """Large products in fp8."""
+    """Run large matmuls in fp8."""
     without: bool = False
     """Where Triton kernels are in use, measure again with each of them switched off, and with all: what they
     are worth."""

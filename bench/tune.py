@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import logging
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from hotlap.bench import timing
 from hotlap.bench.static import MODULES
 from hotlap.bench.timing import Call
 from hotlap.common import options
+from hotlap.common.log import log
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
 from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps
@@ -41,8 +41,6 @@ from hotlap.kernels.tiles import (
     tuned_tiles,
     write_tuned,
 )
-
-log = logging.getLogger("hotlap")
 
 GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below, the Gram form has no fewer FLOPs
 MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less is noise
@@ -58,7 +56,7 @@ class TuneConfig:
     """Time for each tile. Tiles take turns."""
 
 
-def measure(case: Case, seconds: float, device: torch.device) -> dict[int, float]:
+def measure_tiles(case: Case, seconds: float, device: torch.device) -> dict[int, float]:
     """Milliseconds of each fitting tile that runs, by its place. Tiles take turns."""
     facts = device_facts(device)
     tiles, launch = fitting_tiles(case.table, case.size, facts), case.run(device)
@@ -99,7 +97,7 @@ def milliseconds(variants: dict[str, Call], seconds: float, device: torch.device
     return {name: 1e3 * timing.median for name, timing in timings.items()}
 
 
-def compile_case(module: str, place: int) -> None:
+def compile_tiles(module: str, place: int) -> None:
     """Launch a case once with each of its tiles, in a process of its own, for Triton's cache."""
     device = torch.device("cuda")
     case = importlib.import_module(f"hotlap.kernels.{module}").cases(torch.bfloat16)[place]
@@ -114,7 +112,7 @@ def compile_all(found: list[tuple[str, int]]) -> None:
     """Compile the cases, by module and place, on all cores. What fails here will fail, and say so, later."""
     workers = min(len(found), max(1, (os.cpu_count() or 1) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(compile_case, *case) for case in found]
+        futures = [pool.submit(compile_tiles, *case) for case in found]
         for future, (module, place) in zip(futures, found, strict=True):
             if error := future.exception():
                 log.warning("%s, case %d, was not compiled ahead: %s", module, place, error)
@@ -202,7 +200,7 @@ def tune(config: TuneConfig) -> int:
     compile_all([found for _, found in cases.values()])
     for key, (case, _) in cases.items():
         tiles = fitting_tiles(case.table, case.size, facts)
-        times = measure(case, config.seconds, device)
+        times = measure_tiles(case, config.seconds, device)
         if not times:
             continue
         results[key] = tile = fastest(tiles, times)

@@ -15,10 +15,15 @@ import torch
 
 from hotlap.common.log import log
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
+PACKAGES = ("hotlap", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 # NVML's reasons for low clocks: hardware, heat as software and hardware see it, power brake
 SLOWED = 0x08 | 0x20 | 0x40 | 0x80
 BUSY = 0.15  # share of the processors that others may use before times are doubtful
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What a result states of where it is from: the device's name, the versions and the date."""
+    return {"device": device_name(device), "versions": versions(), "date": now()}
 
 
 def device_name(device: torch.device) -> str:
@@ -37,8 +42,8 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """With what a measurement is made."""
-    found = {"torch": torch.__version__}  # which names the build too
+    """Of Python, torch (which names its build), CUDA or ROCm, and what is installed of PACKAGES."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -47,6 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
+    """The date and the minute, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 

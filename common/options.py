@@ -1,16 +1,19 @@
 """Flags from frozen dataclasses: a preset, then a TOML file, then the command line; and config.json of the
-result.
+result. tyro types and checks the values of all three.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from hotlap.common.errors import known
 
@@ -27,7 +30,6 @@ def parse(
     arguments: list[str],
     *,
     command: str,
-    default: Config | None = None,
     presets: dict[str, Callable[[], Config]] | None = None,
     depth: Callable[[int], Config] | None = None,
 ) -> Config:
@@ -36,13 +38,6 @@ def parse(
     presets and depth give the values to start from (--preset NAME, --depth N), --config FILE.toml overrides
     them, and every other flag overrides that.
     """
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError(
-            "the package tyro is missing, which reads the flags: pip install tyro. Without it there is "
-            "python -m hotlap.bench.suite look --out DIR"
-        ) from error
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     notes = ["--config FILE.toml: values for these flags"]
@@ -52,23 +47,31 @@ def parse(
     if depth:
         first.add_argument("--depth", type=int)
         notes.append("--depth N: nanochat's model of N layers, with everything else by rule")
+    notes.append("--debug: show the traceback of an error")
     chosen, rest = first.parse_known_args(arguments)
     if getattr(chosen, "preset", None) and getattr(chosen, "depth", None):
         raise ValueError("--preset and --depth exclude each other; give one of them")
+    start = kind()
     if getattr(chosen, "preset", None):
-        default = presets[known(chosen.preset, presets, "preset")]()
+        start = presets[known(chosen.preset, presets, "preset")]()
     if getattr(chosen, "depth", None) is not None:
-        default = depth(chosen.depth)
-    start = default if default is not None else kind()
+        start = depth(chosen.depth)
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
-    return tyro.cli(
-        kind,
-        prog=f"hotlap {command}",
-        description=f"{(kind.__doc__ or '').strip()}\n\n" + "\n".join(notes),
-        default=start,
-        args=rest,
-    )
+    description = f"{(kind.__doc__ or '').strip()}\n\n" + "\n".join(notes)
+    return from_flags(start, rest, prog=f"hotlap {command}", description=description)
+
+
+def from_flags(start: Config, arguments: list[str], **texts: str) -> Config:
+    """start with the fields that flags change. tyro prints help and mistakes, and exits."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError(
+            "the package tyro is missing, which reads the flags: pip install tyro. Without it there is "
+            "python -m hotlap.bench.suite look --out DIR"
+        ) from error
+    return tyro.cli(type(start), default=start, args=arguments, **texts)
 
 
 def read_toml(path: Path) -> dict:
@@ -81,39 +84,46 @@ def read_toml(path: Path) -> dict:
 
 
 def merge(config: Config, values: dict, where: str) -> Config:
-    """config with some of its fields replaced, tables going into the dataclasses inside it."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    kinds = get_type_hints(type(config))
-    changed: dict[str, Any] = {}
-    for key, value in values.items():
+    """config with a TOML table's values in place of its own. where: what the table is from, for errors."""
+    fields = flat(dataclasses.asdict(config))
+    for key, value in flat(values).items():
         name = known(key.replace("-", "_"), fields, f"key in {where}")
-        old = fields[name]
-        if dataclasses.is_dataclass(old):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} must be a table")
-            changed[name] = merge(old, value, where)
-        elif get_origin(kinds[name]) is Literal:
-            changed[name] = known(value, get_args(kinds[name]), f"{key} in {where}")
-        else:
-            changed[name] = converted(value, old, kinds[name], f"{where}: {key}")
-    return dataclasses.replace(config, **changed)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as printed:
+                config = from_flags(config, as_flag(name, value))
+        except SystemExit:
+            raise ValueError(f"{where}: {key}={value!r}: {unboxed(printed.getvalue())}") from None
+    return config
 
 
-def converted(value: Any, old: Any, kind: Any, where: str) -> Any:
-    """A TOML value as the field holds it, of the type `kind`. A field that holds nothing yet is a path."""
-    if isinstance(old, Path) or old is None:
-        needed, fits = "a path", isinstance(value, str)
-        new = Path(value) if fits else None
-    elif isinstance(old, tuple):
-        needed, any_length = f"a list like {list(old)}", ... in get_args(kind)
-        fits = isinstance(value, list) and (any_length or len(value) == len(old))
-        new = tuple(converted(item, old[0], type(old[0]), where) for item in value) if fits else None
-    else:
-        new = float(value) if isinstance(old, float) and type(value) is int else value
-        needed, fits = type(old).__name__, type(new) is type(old)
-    if not fits:
-        raise ValueError(f"{where}={value!r} must be {needed}")
-    return new
+def flat(table: dict, prefix: str = "") -> dict[str, Any]:
+    """A table of tables as one, with keys like `loop.steps`."""
+    found = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def as_flag(name: str, value: Any) -> list[str]:
+    """The arguments that give a field a TOML value: --loop.steps=5, --model.no-smear, --tasks facts core."""
+    if isinstance(value, list):
+        return [f"--{name}", *words(value)]
+    if isinstance(value, bool):
+        return ["--" + (name if value else re.sub(r"([^.]+)$", r"no-\1", name))]
+    return [f"--{name}={value}"]
+
+
+def words(value: Any) -> list[str]:
+    """The items of a list, and of the lists in it, as a command line has them: in one row."""
+    return [word for item in value for word in words(item)] if isinstance(value, list) else [str(value)]
+
+
+def unboxed(text: str) -> str:
+    """The first paragraph of what tyro prints in a box, below the box's title."""
+    _, _, paragraphs = text.partition("\n")
+    found = (part.replace("│", " ").split() for part in re.split("[─-]{9,}", paragraphs))
+    return " ".join(next(filter(None, found), []))
 
 
 def to_json(config: Any) -> str:
@@ -122,11 +132,9 @@ def to_json(config: Any) -> str:
 
 def differences(saved: dict, current: dict, prefix: str = "") -> list[str]:
     """`field: saved X, current Y` for each field that differs."""
-    found = []
-    for key in sorted({*saved, *current}):
-        old, new = saved.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}: saved {old!r}, current {new!r}")
-    return found
+    old, new = flat(saved, prefix), flat(current, prefix)
+    return [
+        f"{key}: saved {old.get(key)!r}, current {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]

@@ -1,12 +1,12 @@
 """Causal self-attention with sliding windows, grouped heads and packed documents.
 
-The queries are the last T of S positions: query t stands at position p = S - T + t, and sees the keys s with
-p - window < s <= p, so that a window counts the query's own key (flash-attn's window of (window - 1, 0)), and
-with s >= document_start[t], so that documents packed into one row do not see each other. A query that sees
-nothing gives zeros.
+The queries are the last T of S positions: query t is at position p = S - T + t. It sees the keys s with
+p - window < s <= p, so a window counts the query's own key (flash-attn's window of (window - 1, 0)), and with
+s >= document_start[t], so documents packed into one row do not see each other. A query that sees no key gives
+zeros.
 
-4 C FLOPs forward and 10 C backward for each pair of a query and a key that it sees; our kernels do 14 C
-backward (attention_backward.py says why). Nothing of size T x S is ever held.
+4 C FLOPs forward and 10 C backward for each visible pair of query and key; our kernels do 14 C backward
+(attention_backward.py explains why). Nothing of size T x S is ever stored.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim
 
@@ -67,14 +67,8 @@ def attention_ref(
     return without_blind((weights @ v).transpose(1, 2), S, document_start)
 
 
-def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """document_start (1, tokens) of a row of packed documents; cu_seqlens: where they begin, and the end."""
-    t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None]
-
-
 def _unit(x: Tensor) -> Tensor:
-    """x with unit stride over C, and with strides over tokens that a kernel can multiply in 32 bits."""
+    """x with unit stride over C, and token strides that a kernel can multiply in 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 23 else x.contiguous()
 
 
@@ -165,7 +159,7 @@ def can_run(
     plain: bool,
     documents: bool,
 ) -> bool:
-    """Whether a backend is for such a case on a GPU, on which it has what it needs. plain: only causal."""
+    """Whether a backend can run this case on this GPU. plain: only causal."""
     if backend in SDPA:
         return plain and sdpa_takes(backend, device, dtype, C, S, grouped)
     if backend == "flash-attn":
@@ -189,13 +183,13 @@ def _choose(
     softcap: bool,
     deterministic: bool,
 ) -> str:
-    """The backend that "auto" is. grouped: heads share keys. plain: only causal. kernels: Triton runs here.
-    deterministic: what torch is set to, which rules cuDNN's out.
+    """The backend for "auto". grouped: heads share keys. plain: only causal. kernels: Triton runs here.
+    deterministic: torch's setting, which rules out cuDNN.
 
-    On a GPU it is what `hotlap bench tune` has measured, or else torch's fused kernels where causal is all:
-    cuDNN's from Hopper on, which on an H100 took 2.69 ms forward and backward, and ours 3.14, for two rows of
-    8192 with 12 heads of 128. Ours is for windows, documents and softcaps in 16 bits. On a CPU torch's is the
-    faster one in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
+    On a GPU: what `hotlap bench tune` measured, or else torch's fused kernels if the mask is only causal.
+    From Hopper on that is cuDNN, which on an H100 took 2.69 ms forward and backward against our 3.14, for two
+    rows of 8192 with 12 heads of 128. Windows, documents and softcaps in 16 bits use ours. On a CPU torch's
+    is faster in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
     """
     why = "only causal" if plain else "more than causal"
     if device.type != "cuda":
@@ -219,9 +213,9 @@ def _report(choice: str, why: str) -> None:
     log.info("attention: %s (%s)", choice, why)
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace the question
+@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
 def choose_backend(*question) -> str:
-    """The backend that "auto" is: of `_choose`, once for each question."""
+    """The backend for "auto": `_choose`, cached."""
     return _choose(*question)
 
 
@@ -233,13 +227,13 @@ def backend_runs(*question) -> bool:
 
 @torch.compiler.assume_constant_result
 def is_special(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a tile for heads of HEAD is for a form of its kernel that torch cannot trace."""
+    """Whether a tile for heads of HEAD belongs to a form of its kernel that torch cannot trace."""
     tables = (_attention_forward_tiles, _attention_dq_tiles, _attention_dk_dv_tiles)
     return any(tile_for(table, device, dtype, HEAD, special=True).kernel for table in tables)
 
 
 def check_arguments(q, k, v, window, document_start, softcap, scale, backend) -> None:
-    """A ValueError for what `attention` does not take."""
+    """ValueError for arguments that `attention` does not accept."""
     B, T, H, C = q.shape
     K = k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != C or H % K:
@@ -273,10 +267,10 @@ def attention(
     """Causal attention of the last T of S positions.
 
     q: (B, T, H, C); k, v: (B, S, K, C) with H a multiple of K; any strides. window: keys that a query sees,
-    its own included; None is all. document_start: (B, T) integers that do not decrease along T, the position
-    at which each query's document starts; None is one document a row (`document_starts` makes it of
-    cu_seqlens). softcap: scores s become softcap tanh(s / softcap). scale: of the scores; None is C^-1/2.
-    backend: "auto" or one of BACKENDS. Returns (B, T, H, C) in q's dtype.
+    including its own; None is all. document_start: (B, T) integers that do not decrease along T, the position
+    at which each query's document starts; None is one document a row. softcap: scores s become
+    softcap tanh(s / softcap). scale: of the scores; None is C^-1/2. backend: "auto" or one of BACKENDS.
+    Returns (B, T, H, C) in q's dtype.
     """
     check_arguments(q, k, v, window, document_start, softcap, scale, backend)
     T, H, C = q.shape[1:]

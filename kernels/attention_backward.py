@@ -1,13 +1,13 @@
 """The backward kernels of causal attention: one for dq, one for dk and dv, and no atomics.
 
-With p = 2^(s - lse) computed again from q and k, and the gradient dy of y (FlashAttention-2, Dao, 2023):
+With p = 2^(s - lse) recomputed from q and k, and the gradient dy of y (FlashAttention-2, Dao, 2023):
 
     delta = sum(y dy)    dv = p^T dy    ds = p (dy v^T - delta)    dq = scale ds k    dk = scale ds^T q
 
-The first kernel holds a block of queries, as the forward one does, and writes delta on its way; the second
-holds a block of keys and goes over the queries that see any of them, of every head that shares them, so that
-grouped heads are summed in float32 registers. That is seven products where one kernel with atomics does five,
-for results that are the same at every run.
+The first kernel holds a block of queries, like the forward kernel, and also writes delta. The second holds a
+block of keys and loops over the queries that see any of them, in every head that shares the keys, so grouped
+heads are summed in float32 registers. That takes seven matmuls where one kernel with atomics takes five, but
+the results are deterministic.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys
 
@@ -51,7 +51,7 @@ def _add_dq(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale (M, C) after all blocks of keys that are MASKED, or not."""
+    """dq / scale (M, C) after all blocks of keys that are MASKED, or all that are not."""
     for i in range(blocks):
         key = block_at(i, begin, left, whole, MASKED) * BLOCK_N
         keys = load_rows(k, key, k_t, S, MASKED, BLOCK_N, C, BLOCK_C)  # (N, C)
@@ -112,9 +112,9 @@ def _add_dk_dv(
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv (N, C) after all blocks of the heads' queries that are MASKED, or not.
+    """dk / scale and dv (N, C) after all blocks of the heads' queries that are MASKED, or all that are not.
 
-    One loop over heads and blocks: of two nested ones, Triton's pipeliner makes spilling code.
+    One loop over heads and blocks, because Triton's pipeliner spills with two nested loops.
     """
     for i in range(heads * blocks):
         h = (i // blocks).to(tl.int64)
@@ -149,11 +149,11 @@ def _attention_dk_dv_kernel(
     WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """rows_before (B, S): how many queries stand before the end of each key's document."""
+    """rows_before (B, S): number of queries before the end of each key's document."""
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
     head, turn = place(tl.program_id(0), section, B * K, tl.cdiv(S, BLOCK_N))
     b, kv, offset = (head // K).to(tl.int64), (head % K).to(tl.int64), S - T
-    key = turn * BLOCK_N  # the first keys, which the most queries see, go first
+    key = turn * BLOCK_N  # the first keys, which most queries see, go first
     last = tl.minimum(key + BLOCK_N, S) - 1
     # rows of queries: any may see a key of the block from `from_any` to `to_any`, all see all in between
     from_any, from_all = tl.maximum(key - offset, 0), tl.maximum(last - offset, 0)
@@ -195,7 +195,7 @@ def _attention_dk_dv_kernel(
 
 
 def _attention_dq_tiles(block_c: int, device: Device) -> list[Tile]:
-    """The first spills on no target of the static gate; the tuner tries the others."""
+    """The first tile spills on no target of the static gate; the tuner tries the others."""
     large = device.shared_memory >= LARGE
     if device.warp == 64:  # AMD
         shapes = [(32, 16, 4, 1), (32, 32, 4, 1)]
@@ -221,7 +221,7 @@ def _attention_dq_tiles(block_c: int, device: Device) -> list[Tile]:
 
 
 def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
-    """As above, but here it is N rows, of keys, that are held, and M, of queries, that are read."""
+    """As above, but a program holds N rows of keys and reads M rows of queries."""
     large = device.shared_memory >= LARGE
     if device.warp == 64:  # AMD
         shapes = [(16, 64, 8, 1), (16, 32, 8, 1)]
@@ -253,7 +253,7 @@ def _attention_dk_dv_tiles(block_c: int, device: Device) -> list[Tile]:
 
 
 def rows_before_end(document_start: Tensor, S: int) -> Tensor:
-    """(B, S) int32: for each position of a key, the queries whose documents start there or before."""
+    """(B, S) int32: for each key position, the number of queries whose document starts there or before."""
     position = torch.arange(S, dtype=torch.int32, device=document_start.device)
     position = position.expand(document_start.shape[0], S).contiguous()
     return torch.searchsorted(document_start, position, right=True, out_int32=True)
@@ -272,9 +272,10 @@ def attention_backward(
     scale: float,
     special: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous dq, dk, dv from what `attention_forward` took and gave, and dy with unit stride over C.
+    """Contiguous dq, dk, dv from the inputs and outputs of `attention_forward`, and dy with unit stride over
+    C.
 
-    special: as there.
+    special: as in `attention_forward`.
     """
     B, T, H, C = q.shape
     S, K = k.shape[1:3]

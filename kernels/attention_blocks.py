@@ -1,7 +1,7 @@
-"""What the kernels of causal attention share: rows of a head, scores, and the blocks of keys that are seen.
+"""What the kernels of causal attention share: rows of a head, scores, and the visible blocks of keys.
 
-Programs go over blocks of rows. Of the blocks that any row of theirs sees, those that the diagonal, the edge
-of a window or the start of a document cuts through are masked, and the others are whole.
+Programs loop over the blocks that any of their rows sees. Blocks cut by the diagonal, by the edge of a window
+or by the start of a document are masked; the others are whole.
 """
 # B batch, T queries, S keys, H heads, C head dim; M, N rows of a block of queries, of keys
 
@@ -14,7 +14,7 @@ from hotlap.kernels.dispatch import jit, tl
 def load_rows(
     base, first, stride, rows, CHECKED: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows from `first` on of a head, as (ROWS, BLOCK): zero beyond C and, where CHECKED, beyond `rows`."""
+    """Rows of a head starting at `first`, (ROWS, BLOCK): zero beyond C and, if CHECKED, beyond `rows`."""
     row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
     if CHECKED:
@@ -31,7 +31,7 @@ def load_rows(
 
 @jit
 def store_rows(base, x, first, stride, rows, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Write (ROWS, BLOCK) to the rows from `first` on of a head, in the dtype of `base`."""
+    """Write (ROWS, BLOCK) to the rows of a head starting at `first`, in the dtype of `base`."""
     row, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     pointer = base + tl.cast(first, tl.int64) * stride + (row * stride + c)
     mask = first + row < rows
@@ -61,16 +61,16 @@ def edges(from_any, from_all, to_all, to_any):
 
 @jit
 def block_at(i, begin, left, whole, MASKED: tl.constexpr):
-    """The block of place i among the masked ones of both edges, or among the whole ones between them."""
+    """The i-th of the masked blocks at both edges, or of the whole blocks between them."""
     return begin + i + tl.where(i < left, 0, whole) if MASKED else begin + left + i
 
 
 @jit
 def place(program, section, heads, blocks):
-    """The head, of all batches, and the place in the order of its blocks that a program works on.
+    """The head, over all batches, and which of its blocks a program works on.
 
-    Heads go in sections whose shared operands fit the L2 cache; in a section all heads go through their
-    blocks side by side.
+    Heads are grouped into sections whose shared operands fit the L2 cache; in a section all heads go through
+    their blocks side by side.
     """
     past = program // (section * blocks) * section  # heads of the sections before
     size = tl.minimum(section, heads - past)
@@ -80,11 +80,11 @@ def place(program, section, heads, blocks):
 
 @jit
 def query_block(program, section, B, T, H, BLOCK_M: tl.constexpr):
-    """Batch, head, first row and rows (M,) of the block of queries that a program works on, of all programs
-    in the order in which they start.
+    """Batch, head, first row and rows (M,) of the block of queries that a program works on. program: in the
+    order in which programs start.
 
-    The last queries, which see the most keys, go first. Rows beyond T repeat the last one, so that nothing
-    of theirs needs a mask until they are stored.
+    The last queries, which see the most keys, go first. Rows beyond T repeat the last one, so they need no
+    mask until they are stored.
     """
     blocks = tl.cdiv(T, BLOCK_M)
     head, turn = place(program, section, B * H, blocks)

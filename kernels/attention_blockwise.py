@@ -1,14 +1,14 @@
-"""Causal attention in plain products over blocks of queries, each with only the keys that it may see.
+"""Causal attention with plain matmuls over blocks of queries, each with only the keys that it may see.
 
-For CPUs: half of the square is never computed, nor what a window or documents hide, so that cost and memory
-grow with the tokens times the keys that a query sees. The backward pass computes the weights again:
+For CPUs. The upper half of the T x S square is never computed, nor what a window or documents hide, so cost
+and memory grow with the tokens times the keys that a query sees. The backward pass recomputes the weights:
 
     w = softmax(scale q k^T)    dw = dy v^T    ds = w (dw - sum(w dw))
     dv = w^T dy    dq = scale ds k    dk = scale ds^T q
 
-Scores and weights are in the dtype of the inputs; products and softmax sum in float32. It is an operation
-that compilers do not look into: where documents start decides what is computed, which no graph can hold, and
-a graph of every block takes long to compile.
+Scores and weights have the dtype of the inputs; matmuls and softmax accumulate in float32. The operation is
+opaque to compilers: document starts decide what is computed, which no graph can express, and a graph of every
+block takes long to compile.
 """
 # B batch, T queries, S keys, H heads, K kv heads, G heads that share keys, C head dim; M, N rows of a block
 
@@ -23,21 +23,21 @@ from hotlap.kernels.dispatch import kernel_op
 
 
 def block_rows(T: int) -> int:
-    """Queries of a block: what was fastest on two cores of a Zen 5 EPYC. Short rows come in large batches,
-    and often hold short documents.
+    """Queries per block, as fastest on two cores of a Zen 5 EPYC. Short rows come in large batches, and often
+    hold short documents.
     """
     return 64 if T <= 512 else 128
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, softcap: float) -> Tensor:
-    """Softmax over the last dimension where mask is true; even over it where it is true nowhere."""
+    """Softmax over the last dimension where mask is true; uniform if it is true nowhere."""
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
 
 
 def without_blind(y: Tensor, S: int, document_start: Tensor | None) -> Tensor:
-    """y (B, T, H, C), with zeros for queries that stand before the first key, or before their document."""
+    """y (B, T, H, C), with zeros for queries before the first key, or before their document."""
     T = y.shape[1]
     if document_start is None and T <= S:
         return y
@@ -48,8 +48,8 @@ def without_blind(y: Tensor, S: int, document_start: Tensor | None) -> Tensor:
 def _blocks(
     q: Tensor, k: Tensor, document_start: Tensor | None, window: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of queries of q (B, T, H, C), the keys that any of them sees, and what to add to their scores:
-    (1 or B K, G M, N), 0 where a query sees a key and very little where not.
+    """Blocks of queries of q (B, T, H, C), the keys that any of them sees, and a bias for their scores:
+    (1 or B K, G M, N), 0 where a query sees a key and very negative elsewhere.
     """
     T, H, S, K = *q.shape[1:3], *k.shape[1:3]
     if document_start is not None:

@@ -1,13 +1,13 @@
-"""The forward kernel of causal attention, and what it shares with the backward ones.
+"""The forward kernel of causal attention, and what it shares with the backward kernels.
 
-A program holds a block of M queries of one head and goes over the blocks of N keys that any of them sees.
-With the running maximum m, the running sum l and the accumulator a, in base 2 because exp2 is what the
-hardware has (FlashAttention-2, Dao, 2023):
+A program holds a block of M queries of one head and loops over the blocks of N keys that any of them sees.
+With the running maximum m, the running sum l and the accumulator a, in base 2 because GPUs have
+exp2 in hardware (FlashAttention-2, Dao, 2023):
 
     s = q k^T    m' = max(m, max s)    p = 2^(s - m')    l = 2^(m - m') l + sum p    a = 2^(m - m') a + p v
 
-Only blocks that the diagonal, the edge of a window or the start of a document cuts through are masked.
-Queries that see the most keys start first, so that no long program is left at the end.
+Only blocks cut by the diagonal, by the edge of a window or by the start of a document are masked. Queries
+that see the most keys start first, so that no long program is left at the end.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys
 
@@ -43,7 +43,7 @@ from hotlap.kernels.tiles import Case, Table, Tile, fitting_tiles, next_power_of
 
 LOG2E = math.log2(math.e)
 LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
-SHARED_CACHE = 32 << 20  # bytes of what programs of one head share, in flight at once: of the L2 cache
+SHARED_CACHE = 32 << 20  # bytes of the L2 cache for what programs of one head share
 
 
 @jit
@@ -113,9 +113,9 @@ Shape = tuple[int, int, int, int]  # M, N, warps, stages
 def make_tiles(
     block_c: int, device: Device, rows: Callable[[int, int, int], int], shapes: Sequence[Shape]
 ) -> list[Tile]:
-    """Tiles of the shapes. rows(M, N, stages): at most how many rows of BLOCK_C lie in shared memory.
+    """Tiles of the shapes. rows(M, N, stages): upper bound on rows of BLOCK_C in shared memory.
 
-    Nothing is known of AMD's compiler, which keeps most in registers: 0.
+    0 for AMD, whose compiler keeps most in registers.
     """
     tiles = []
     for m, n, warps, stages in shapes:
@@ -125,9 +125,9 @@ def make_tiles(
 
 
 def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
-    """The first spills on no target of the static gate; the tuner tries the others, the form for Hopper too.
+    """The first tile spills on no target of the static gate; the tuner tries the others, and Hopper's form.
 
-    Eight warps want 128 rows: with fewer, Triton often has two of them compute the same scores.
+    Eight warps need 128 rows: with fewer, Triton often has two of them compute the same scores.
     """
     large = device.shared_memory >= LARGE
     if device.warp == 64:  # AMD
@@ -160,7 +160,7 @@ def _attention_forward_tiles(block_c: int, device: Device) -> list[Tile]:
 
 
 def tile_for(table: Table, device: torch.device, dtype: torch.dtype, C: int, special: bool = False) -> Tile:
-    """The tile for heads of C. special: also of another form of the kernel than the plain one."""
+    """The tile for heads of C. special: allow forms of the kernel other than the plain one."""
     facts, size = device_facts(device), max(16, next_power_of_2(C))
     if device.type == "cuda" and dtype == torch.float32:  # tables count two bytes an element
         facts = facts._replace(shared_memory=facts.shared_memory // 2)
@@ -171,7 +171,7 @@ def tile_for(table: Table, device: torch.device, dtype: torch.dtype, C: int, spe
 
 
 def heads_in_section(rows: int, C: int, heads: int, item: int) -> int:
-    """How many heads' keys and values, or queries and gradients, fit SHARED_CACHE."""
+    """Number of heads whose keys and values, or queries and gradients, fit SHARED_CACHE."""
     return max(1, min(heads, SHARED_CACHE // (2 * rows * C * item)))
 
 
@@ -190,7 +190,7 @@ def attention_forward(
     scale: float,
     special: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, C), and the logarithms to base 2 of the sums of exponentials, (B, H, T) in float32.
+    """y (B, T, H, C), and the base-2 log-sum-exp of the scores, (B, H, T) in float32.
 
     Unit strides over C. document_start: contiguous int32 (B, T). window, softcap: 0 is none. special: the
     kernel may be of a form that torch cannot trace.
@@ -234,9 +234,9 @@ def cases_of(
     dtype: torch.dtype,
     hopper: Callable[[Tile], dict],
 ) -> list[Case]:
-    """Whole rows first, which the tuner measures; then everything at once, which takes the most registers.
+    """Plain rows first, which the tuner measures; then all options at once, which takes the most registers.
 
-    hopper: the descriptors that the form for Hopper takes.
+    hopper: the descriptors for Hopper's form.
     """
     if dtype == torch.float32:  # no tensor core multiplies it exactly
         return []

@@ -1,20 +1,20 @@
-"""The forward kernel of causal attention for Hopper, with specialised warps (FlashAttention-3, Shah et al.).
+"""Warp-specialised forward kernel of causal attention for Hopper (FlashAttention-3, Shah et al.).
 
-The results are those of attention_forward.py. It is in Gluon, the lower level of Triton, where layouts,
-barriers and the work of each warp are explicit. One warp of a program, the producer, does nothing but have
-the TMA copy blocks into shared memory: the queries once, keys and values into rings of STAGES buffers, each
-of which it fills again when it was given back. Two warpgroups, the consumers, hold half of the M queries
-each. At the j-th block of keys a consumer starts two products, and works on the first while the second runs:
+The results are those of attention_forward.py. It is written in Gluon, the lower level of Triton, where
+layouts, barriers and the work of each warp are explicit. One warp of a program, the producer, only issues TMA
+copies into shared memory: the queries once, keys and values into rings of STAGES buffers, which it refills
+when they are released. Two warpgroups, the consumers, hold half of the M queries each. At the j-th block of
+keys a consumer starts two matmuls, and works on the first result while the second runs:
 
     s = q k[j]^T    a += p v[j - 1]    then m' = max(m, max s), p = 2^(s - m'), and a *= 2^(m - m')
 
-Consumers start their products in turns, so that while one computes exponentials, the tensor cores work for
-the other. The masked blocks come first and the whole ones after them, in two loops.
+Consumers take turns starting their matmuls, so that the tensor cores work for one while the other computes
+exponentials. Masked blocks come first and whole blocks after them, in two loops.
 
-Descriptors of the tensors, (B, T, H, C) each, are made by the host: a program would have to write them to
-memory and read them back before it starts. Compilers cannot trace them, and see an operation that they cannot
-look into (attention.py). Descriptors read zeros beyond a tensor and write nothing there, so that only vectors
-need masks at the end of the rows.
+The host makes the descriptors of the tensors, (B, T, H, C) each: a program would have to write them to memory
+and read them back before it starts. Compilers cannot trace them, so they see an opaque operation
+(attention.py). Descriptors read zeros beyond a tensor and write nothing there, so only vectors need masks at
+the end of the rows.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys
 
@@ -55,14 +55,14 @@ except ImportError as error:
 
 log = logging.getLogger("hotlap")
 
-HEAD = 128  # the one size of heads that was measured
+HEAD = 128  # the only head size that was measured
 WARPS = 4  # of a consumer
 RESERVE = 2 << 10  # bytes of shared memory for barriers and the like
 SIZES = ("B", "T", "S", "H", "K", "window", "section")  # whatever their values, the code is the same
 
 
 def gluon_jit(function: Callable) -> Any:
-    """Gluon's jit, where there is Gluon; also for what is Triton's already."""
+    """Gluon's jit, where there is Gluon; it also takes Triton's functions."""
     function = getattr(function, "fn", function)
     sizes = [name for name in SIZES if name in inspect.signature(function).parameters]
     return function if MISSING else gluon.jit(function, do_not_specialize=sizes)
@@ -73,7 +73,7 @@ edges, block_at, place = gluon_jit(edges), gluon_jit(block_at), gluon_jit(place)
 
 @gluon_jit
 def ring(descriptor, BUFFERS: gl.constexpr, READERS: gl.constexpr):
-    """Buffers for blocks of a tensor, and barriers for each: that it is filled, that READERS gave it back."""
+    """Buffers for blocks of a tensor, and two barriers for each: it is full; READERS have released it."""
     shape: gl.constexpr = [BUFFERS] + descriptor.block_shape  # noqa: RUF005
     tiles = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
     filled = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -86,7 +86,7 @@ def ring(descriptor, BUFFERS: gl.constexpr, READERS: gl.constexpr):
 
 @gluon_jit
 def fill(buffers, j, descriptor, b, row, h, BUFFERS: gl.constexpr):
-    """Copy the rows from `row` on of a head as the j-th of all blocks, once their buffer is free."""
+    """Copy the rows of a head starting at `row` as the j-th block, once its buffer is free."""
     tiles, filled, free = buffers
     mbarrier.wait(free.index(j % BUFFERS), (j // BUFFERS & 1) ^ 1)
     mbarrier.expect(filled.index(j % BUFFERS), descriptor.block_type.nbytes)
@@ -104,7 +104,7 @@ def rows_of(buffers, i):
 
 @gluon_jit
 def take(buffers, j, BUFFERS: gl.constexpr):
-    """The j-th of all blocks, (rows, C), when it is there."""
+    """Wait for the j-th block, (rows, C)."""
     _, filled, _ = buffers
     mbarrier.wait(filled.index(j % BUFFERS), j // BUFFERS & 1)
     return rows_of(buffers, j % BUFFERS)
@@ -112,14 +112,14 @@ def take(buffers, j, BUFFERS: gl.constexpr):
 
 @gluon_jit
 def give_back(buffers, j, BUFFERS: gl.constexpr):
-    """The buffer of the j-th of all blocks, which this consumer does not read any more."""
+    """Release the buffer of the j-th block, which this consumer has finished reading."""
     _, _, free = buffers
     mbarrier.arrive(free.index(j % BUFFERS), count=1)
 
 
 @gluon_jit
 def write(descriptor, buffers, i, x, b, row, h):
-    """Write x (rows, C) to the rows from `row` on of a head, through a buffer that nobody reads any more."""
+    """Write x (rows, C) to the rows of a head starting at `row`, through a buffer that is free."""
     tiles, _, _ = buffers
     rows_of(buffers, i).store(x.to(descriptor.dtype))
     fence_async_shared()
@@ -131,9 +131,9 @@ def blocks_of_keys(
     document_start, start, T, offset, window,
     WINDOWED: gl.constexpr, DOCUMENTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """As of `edges`, of a block of queries: first keys do not decrease, so its first and last row say it.
+    """As `edges`, for a block of queries. First keys do not decrease, so its first and last row are enough.
 
-    The last block always counts as one to be masked, so that there is one.
+    The last block always counts as masked, so that there is one.
     """
     last = gl.minimum(start + BLOCK_M, T) - 1
     low, high = 0, 0
@@ -150,7 +150,7 @@ def blocks_of_keys(
 
 @gluon_jit
 def first_row(i, spans, BLOCK: gl.constexpr):
-    """Of the i-th block, of which the masked ones come first."""
+    """First row of the i-th block to visit; masked blocks come first."""
     begin, left, whole, masked = spans
     return gl.where(i < masked, block_at(i, begin, left, whole, True), begin + left + i - masked) * BLOCK
 
@@ -199,9 +199,9 @@ def _produce(
 
 @gluon_jit
 def _softmax(s, m, l, outer):
-    """p (rows, N), the maximum and the sum (rows,) after it, and the factor 2^(m - m') of what was before."""
+    """p (rows, N), the new maximum and sum (rows,), and the factor 2^(m - m') for the old accumulator."""
     new = gl.maximum(m, gl.max(s, 1) * outer)
-    base = gl.where(new == float("-inf"), 0.0, new)  # of a row that has seen nothing yet: -inf - -inf is NaN
+    base = gl.where(new == float("-inf"), 0.0, new)  # rows without a key yet: -inf - -inf is NaN
     p = gl.exp2(s * outer - base[:, None])
     decay = gl.exp2(m - base)
     return p, new, l * decay + gl.sum(p, 1), decay
@@ -241,7 +241,7 @@ def _consume(
     WINDOWED: gl.constexpr, DOCUMENTS: gl.constexpr,
     C: gl.constexpr, HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """Consumer ME of two. lse, document_start: of the head and of the row of the batch."""
+    """Consumer ME of two. lse: of the head. document_start: of the batch row."""
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OF_RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, OF_SCORES)
@@ -336,9 +336,9 @@ def hopper_tiles(
     rows: Callable[[int, int, int], int],
     shapes: Sequence[tuple[int, int, int]],
 ) -> list[Tile]:
-    """Tiles of the form for Hopper: M, N and stages. rows(M, N, stages): how many lie in shared memory.
+    """Tiles of Hopper's form: M, N and stages. rows(M, N, stages): number of rows in shared memory.
 
-    None for other GPUs and heads. They come first in their tables: on an H100 they were the fastest.
+    None for other GPUs and head sizes. They come first in their tables: on an H100 they were the fastest.
     """
     if device.compute != 90 or block_c != HEAD:
         return []
@@ -363,8 +363,8 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def hopper_takes(softcap: float, *tensors: Tensor) -> bool:
-    """Whether the form for Hopper takes heads of tensors (B, T, H, C): in 16 bits, each row at a multiple of
-    16 bytes, as the TMA wants it.
+    """Whether Hopper's form takes these tensors (B, T, H, C): 16-bit dtypes, each row at a multiple of 16
+    bytes, as the TMA requires.
     """
     return not softcap and all(
         x.shape[-1] == HEAD
@@ -378,19 +378,19 @@ def hopper_takes(softcap: float, *tensors: Tensor) -> bool:
 
 @functools.cache
 def _layout(rows: int, dtype: str):
-    """Of a block in shared memory, as the tensor cores read it."""
+    """Layout of a block in shared memory, as the tensor cores read it."""
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
     return gl.NVMMASharedLayout.get_default_for([1, rows, 1, HEAD], element)
 
 
 def describe(x: Tensor, rows: int):
-    """What the TMA has to know of x (B, T, H, C) to copy so many rows of a head at once."""
+    """The TMA descriptor of x (B, T, H, C) for copying this many rows of a head at once."""
     return TensorDescriptor(
         x, list(x.shape), [*_strides(x), 1], [1, rows, 1, HEAD], _layout(rows, type_name(x.dtype))
     )
 
 
 def described(rows: dict[str, int], dtype: torch.dtype) -> dict[str, str]:
-    """Types of descriptors of blocks of so many rows, as Triton writes them, by name: for the static gate."""
+    """Triton's names of the types of descriptors, by argument: for the static gate."""
     t = type_name(dtype)
     return {name: f"tensordesc<{t}[1,{n},1,{HEAD}],{_layout(n, t)!r}>" for name, n in rows.items()}

@@ -1,9 +1,9 @@
-"""The backward kernels of causal attention for Hopper, with specialised warps: one for dq, one for dk and dv.
+"""Warp-specialised backward kernels of causal attention for Hopper: one for dq, one for dk and dv.
 
-What they compute is in attention_backward.py, and how warps share the work in attention_hopper.py: a
-producer copies blocks into rings, and each of two consumers holds half of the program's rows. In shared
-memory lie, of the first kernel, queries, dy and y, of which delta is made on the way, and rings of keys and
-values; of the second, keys and values, and rings of queries and dy.
+attention_backward.py has the math; attention_hopper.py explains how warps share the work: a producer copies
+blocks into rings, and each of two consumers holds half of the program's rows. The first kernel keeps queries,
+dy and y in shared memory, computes delta from them, and has rings of keys and values; the second keeps keys
+and values, and has rings of queries and dy.
 """
 # B batch, T queries, S keys, H heads, K kv heads, C head dim; M, N rows of a block of queries, of keys
 
@@ -80,7 +80,7 @@ def _consume_keys(
     WINDOWED: gl.constexpr, DOCUMENTS: gl.constexpr,
     C: gl.constexpr, HALF: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """Consumer ME of two. lse, delta, document_start: of the head and of the row of the batch."""
+    """Consumer ME of two. lse, delta: of the head. document_start: of the batch row."""
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OF_RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, OF_SCORES)
@@ -176,13 +176,13 @@ def _add_dk_dv(
     j, row, dk, dv, k, v, lse, delta, queries, gradients, first, last, T, outer,
     MASKED: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv (rows, C) with the j-th block, of queries from `row` on.
+    """dk / scale and dv (rows, C) with the j-th block, the queries starting at `row`.
 
     first, last (rows,): of the queries that see each key. lse, delta: of their head.
     """
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    BESIDE: gl.constexpr = BLOCK_M <= 32  # of more queries, s and dp at once are too much for the registers
+    BESIDE: gl.constexpr = BLOCK_M <= 32  # with more queries, s and dp do not fit the registers together
     zero = gl.zeros((HALF, BLOCK_M), gl.float32, OF_SCORES)
     row += gl.arange(0, BLOCK_M, gl.SliceLayout(0, OF_SCORES))
     total = gl.load(lse + row, row < T, other=0.0) if MASKED else gl.load(lse + row)
@@ -221,7 +221,7 @@ def _consume_queries(
     WINDOWED: gl.constexpr, DOCUMENTS: gl.constexpr,
     C: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """Consumer ME of two. lse, delta, rows_before: of the first head and of the row of the batch."""
+    """Consumer ME of two. lse, delta: of the first head. rows_before: of the batch row."""
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OF_RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     keys, values, queries, gradients = shared
@@ -263,7 +263,7 @@ def _attention_dk_dv_hopper_kernel(
 ):  # fmt: skip
     """q, k, v, dy, dk, dv: descriptors of blocks of a head, M rows of q and dy and N / 2 of the others.
 
-    rows_before (B, S): how many queries stand before the end of each key's document.
+    rows_before (B, S): number of queries before the end of each key's document.
     """
     HALF: gl.constexpr = BLOCK_N // 2
     outer, scale, offset, heads = gl.cast(outer, gl.float32), gl.cast(scale, gl.float32), S - T, H // K

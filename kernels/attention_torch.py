@@ -1,4 +1,4 @@
-"""Causal attention by what is there already: torch's fused kernels and flash-attn."""
+"""Causal attention by existing kernels: torch's fused kernels and flash-attn."""
 # B batch, T queries, S keys, H heads, K kv heads, C head dim
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sdpa_takes(backend: str, device: torch.device, dtype: torch.dtype, C: int, S
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    """torch's fused kernels, "flash" or "cudnn", or "sdpa", its own choice: plain causal, T equal to S."""
+    """torch's fused kernels: "flash", "cudnn", or "sdpa" (torch chooses). Plain causal, T equal to S."""
 
     def call() -> Tensor:
         return F.scaled_dot_product_attention(
@@ -56,7 +56,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) 
 def flash_attn_function(device: torch.device) -> Callable | None:
     """flash-attn's function: of version 4 on Hopper and Blackwell where installed, else of 2; or None.
 
-    Version 4 is no operation of torch's: a compiler breaks its graph there.
+    Version 4 is not a torch operation: a compiler breaks the graph there.
     """
     if device.type != "cuda":
         return None
@@ -75,14 +75,14 @@ def flash_attn_function(device: torch.device) -> Callable | None:
 def attention_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float
 ) -> Tensor:
-    """flash-attn, for rows of one document. Its window (left, right) counts the keys beside the own one."""
+    """flash-attn, for rows of one document. Its window (left, right) does not count the query's own key."""
     function = flash_attn_function(q.device)
     if function is None or q.dtype == torch.float32:
         raise ValueError(
             "backend 'flash-attn' needs its package (pip install flash-attn), a GPU and float16 or bfloat16; "
             f"given is {str(q.dtype).removeprefix('torch.')} on {q.device.type!r}; try backend='auto'"
         )
-    options: dict[str, Any] = {}  # only what is asked for: for no window the versions have different defaults
+    options: dict[str, Any] = {}  # set options only if asked: versions have different defaults
     if window:
         options["window_size"] = (window - 1, 0)
     if softcap:

@@ -1,14 +1,13 @@
 """Cross-entropy -log softmax(s)[target] of softcapped logits s = cap tanh(x / cap), with z-loss.
 
-Over given logits: one pass reads them once and keeps a running maximum and sum (online softmax, Milakov and
-Gimelshein, 2018); the gradient is a second pass. Where the losses' gradients are known beforehand, as they
-are for a sum, one program does both for a row, which then comes out of the cache the second time. With z-loss
-z logsumexp(s)^2,
+One pass reads the logits once and keeps a running maximum and sum (online softmax, Milakov and Gimelshein,
+2018); the gradient is a second pass. If the losses' gradients are known in advance, as for a sum, one program
+does both for a row, and the second read hits the cache. With z-loss z logsumexp(s)^2,
 
     dx = dloss (softmax(s) (1 + 2 z logsumexp(s)) - [target]) (1 - (s / cap)^2)
 
 Bound by memory: N V e bytes forward and 2 N V e backward for elements of e bytes, 2 N V e for both at once;
-about 4 N V FLOPs forward and 5 N V backward, and N V exponentials in each.
+about 4 N V FLOPs forward and 5 N V backward, with N V exponentials in each.
 """
 # N tokens, V vocab
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
 
-IGNORE = -1  # by default, the target of a token that carries no loss
+IGNORE = -1  # default target of tokens without loss
 
 
 def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
@@ -46,7 +45,7 @@ def cross_entropy_ref(
 
 
 def reduce(losses: Tensor, carries: Tensor, reduction: str) -> Tensor:
-    """The losses of the tokens themselves, their sum, or their mean over the tokens that carry a loss."""
+    """The losses per token, their sum, or their mean over the tokens with loss."""
     if reduction == "none":
         return losses
     return losses.sum() / carries.sum().clamp(min=1) if reduction == "mean" else losses.sum()
@@ -54,7 +53,7 @@ def reduce(losses: Tensor, carries: Tensor, reduction: str) -> Tensor:
 
 @jit
 def _tanh(x):
-    """To 1e-7 of 1; the kernels' language has none that also runs interpreted."""
+    """tanh to 1e-7; Triton has none that also runs in the interpreter."""
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
@@ -71,10 +70,10 @@ def _capped(x, softcap, CAPPED: tl.constexpr):
 @jit
 def _normalizer(x, V, softcap, CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: tl.constexpr):
     """The highest logit of the row at x, and the logarithm of the sum of exp(logit - highest)."""
-    # Each of LANES columns keeps its own maximum and sum, and takes DEEP words at a time: threads meet only
-    # at the end of the row.
+    # Each of LANES columns keeps its own maximum and sum over DEEP words at a time, so threads synchronise
+    # only at the end of the row.
     word = tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    top = tl.full((LANES,), -1e30, tl.float32)  # finite, so that no difference is of infinities
+    top = tl.full((LANES,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, V, DEEP * LANES):
         real = start + word < V
@@ -90,14 +89,14 @@ def _normalizer(x, V, softcap, CAPPED: tl.constexpr, DEEP: tl.constexpr, LANES: 
 
 @jit
 def _target_logit(x, target, V, softcap, CAPPED: tl.constexpr):
-    """NaN for a word that there is not: no silent loss."""
+    """NaN for a target outside the vocabulary, so that it cannot go unnoticed."""
     known = (target >= 0) & (target < V)
     return _capped(tl.load(x + target, known, other=float("nan")).to(tl.float32), softcap, CAPPED)
 
 
 @jit
 def _slope(x, norm, scale, is_target, softcap, z_loss, CAPPED: tl.constexpr):
-    """The gradient of logits x in a row with this logsumexp; nothing where scale is, whatever the logits."""
+    """The gradient of logits x in a row with this logsumexp; 0 where scale is 0, whatever the logits."""
     s = _capped(x, softcap, CAPPED)
     d = _exp(s - norm) * (1.0 + 2.0 * z_loss * norm) - tl.where(is_target, 1.0, 0.0)
     if CAPPED:
@@ -149,7 +148,7 @@ def _cross_entropy_both_kernel(
     x, target = logits + row * stride, tl.load(targets + row)
     scale = tl.where(target != ignore, tl.load(dloss + row * stride_dloss).to(tl.float32), 0.0)
     s = _target_logit(x, target, V, softcap, CAPPED)  # before any thread overwrites it
-    highest, log_total = _normalizer(x, V, softcap, CAPPED, DEEP, LANES)  # in which all threads meet
+    highest, log_total = _normalizer(x, V, softcap, CAPPED, DEEP, LANES)  # all threads synchronise here
     norm = highest + log_total
     tl.store(losses + row, tl.where(target != ignore, (highest - s) + log_total + z_loss * norm * norm, 0.0))
     lane = tl.arange(0, LANES)
@@ -161,7 +160,7 @@ def _cross_entropy_both_kernel(
 
 
 def _cross_entropy_forward_tiles(_: int, device: Device) -> list[Tile]:
-    """So wide that no two threads share a column: 8 columns a thread, or a multiple."""
+    """Wide enough that no two threads share a column: 8 columns per thread, or a multiple."""
     sizes = ((4, 1024, 4), (4, 2048, 8), (2, 2048, 8), (8, 1024, 4), (4, 4096, 16))
     return [Tile({"DEEP": deep, "LANES": lanes * device.warp // 32}, warps) for deep, lanes, warps in sizes]
 
@@ -171,8 +170,8 @@ def _cross_entropy_backward_tiles(_: int, __: Device) -> list[Tile]:
 
 
 def _cross_entropy_both_tiles(_: int, device: Device) -> list[Tile]:
-    """So many threads a row that the rows at work fit the cache: of 32768 words two or three a processor, 17
-    to 26 MB on an H100.
+    """Enough threads per row that the rows in flight fit the cache: with 32768 words two or three rows per
+    processor, 17 to 26 MB on an H100.
     """
     sizes = ((1, 4096, 16), (2, 4096, 16), (1, 8192, 32), (1, 2048, 8))
     return [Tile({"DEEP": deep, "LANES": lanes}, warps * 32 // device.warp) for deep, lanes, warps in sizes]
@@ -198,7 +197,7 @@ def cross_entropy_forward(
 def cross_entropy_both(
     dloss: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int
 ) -> Tensor:
-    """Losses (N,) in float32. The logits (N, V), by rows, are overwritten by their gradient."""
+    """Losses (N,) in float32. The logits (N, V), row-major, are overwritten by their gradient."""
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     if N:
@@ -294,7 +293,7 @@ def cross_entropy(
     softcap: the logits are first bounded by softcap * tanh(logits / softcap); 0 is none. z_loss: weight of
     logsumexp^2 (PaLM, Chowdhery et al., 2022). reduction: "sum", "mean" over the tokens with loss (0 where
     none has one), or "none" for (N,). inplace_backward: the backward pass may overwrite the logits by their
-    gradient; it does so in eager Triton, while a compiler plans its memory itself. Returns float32, in nats.
+    gradient. It does so in eager Triton; compilers plan memory themselves. Returns float32, in nats.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         shapes = f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}"

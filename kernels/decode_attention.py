@@ -1,11 +1,12 @@
 """Attention of a few new tokens against a key-value cache in which each sequence has its own length.
 
-The keys and values of the new tokens are appended to the cache; then query t of a sequence that held n tokens
-stands at n + t and sees the cache up to there, or its last `window` keys, its own included (flash-attn's
-window of (window - 1, 0)). Lengths are a tensor that nothing reads back, so that one CUDA graph serves all.
+The keys and values of the new tokens are appended to the cache. Query t of a sequence that held n tokens is
+then at n + t and sees the cache up to there, or its last `window` keys, including its own (flash-attn's
+window of (window - 1, 0)). Lengths are a tensor that the host never reads, so one CUDA graph serves all
+lengths.
 
-The heads that share keys, times the new tokens, are the rows of one product. The live keys of a sequence are
-split among programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
+The heads that share keys, times the new tokens, are the rows of one matmul. A sequence's keys are split among
+programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
 2023). Bound by memory: 2 n K C e bytes a sequence, for elements of e bytes.
 """
 # B sequences, T new tokens, S cache positions, H heads, K kv heads, C head dim
@@ -45,13 +46,13 @@ def decode_attention_ref(
     softcap: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """The specification, after `append_ref`; on a CPU, over what the longest sequence holds alone."""
+    """The specification, after `append_ref`; on a CPU, only over the longest sequence's length."""
     B, T, H, C = q.shape
     scale = C**-0.5 if scale is None else scale
     on_cpu = q.device.type == "cpu"
     end = int(lengths.max()) + T if on_cpu and B else k_cache.shape[1]
-    k, v = (rows(cache, slots)[:, :end] for cache in (k_cache, v_cache))  # (B, S, K, C)
-    if on_cpu and T > 1 and B and bool((lengths == lengths[0]).all()):  # the prompt's own rows, at no T x S
+    k, v = (rows(cache[:, :end], slots) for cache in (k_cache, v_cache))  # (B, S, K, C)
+    if on_cpu and T > 1 and B and bool((lengths == lengths[0]).all()):  # a prompt: no T x S matrix needed
         return attention(q, k, v, window, None, softcap, scale)
     position = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
     distance = position[:, None, :, None] - torch.arange(end, device=q.device)  # (B, 1, T, S)
@@ -66,7 +67,7 @@ def decode_attention_ref(
 
 
 def rows(cache: Tensor, slots: Tensor) -> Tensor:
-    """Those rows of the cache: a view where they are neighbours and reading that is cheap, else a copy."""
+    """Rows of the cache: a view if they are adjacent and checking that is cheap, else a copy."""
     if slots.device.type == "cpu" and len(slots):
         first = int(slots[0])
         if torch.equal(slots, torch.arange(first, first + len(slots))):
@@ -100,7 +101,7 @@ def _decode_split_kernel(
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A share of the keys of one sequence and kv head, for M of their rows: y (splits, B, K, R, C), lse."""
+    """One split of the keys of a sequence and kv head, for M of its rows: y (splits, B, K, R, C), lse."""
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
     program, G = tl.program_id(0), H // K
     R = G * T
@@ -148,7 +149,7 @@ def _decode_split_kernel(
 def _decode_combine_kernel(
     partial, lse, y, rows, T, H, K, splits, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr
 ):
-    """y (B, T, H, C) of the results of all splits: one row, of `rows` = B K R, a program."""
+    """Combine the results of all splits into y (B, T, H, C): one of `rows` = B K R per program."""
     row, G = tl.program_id(0).to(tl.int64), H // K
     r, h, b = row % (G * T), row // (G * T) % K, row // (G * T * K)
     split, c = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_C)
@@ -162,7 +163,7 @@ def _decode_combine_kernel(
 
 
 def _decode_split_tiles(block_c: int, _: Device) -> list[Tile]:
-    """The more keys in flight, the nearer to the memory's bandwidth; blocks of 64 spill for heads of 256."""
+    """More keys in flight come closer to the memory bandwidth; blocks of 64 spill for heads of 256."""
     shapes = [(64, 4, 3), (128, 4, 2), (64, 4, 2)] if block_c <= 128 else [(32, 4, 3)]
     tiles = []
     for n, warps, stages in (*shapes, (32, 4, 2), (32, 4, 1), (16, 4, 1)):
@@ -190,7 +191,7 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tenso
 
 
 def split_count(programs: int, S: int, device: Device) -> int:
-    """How many programs share a sequence's keys: enough for four on each processor, with 128 keys each."""
+    """Number of programs per sequence: enough for four on each processor, with 128 keys each."""
     return max(1, min(4 * device.processors // programs, S // 128, 128))
 
 
@@ -254,8 +255,8 @@ def decode_attention(
 
     q: (B, T, H, C); k, v: (B, T, K, C); k_cache, v_cache: (slots, S, K, C) with unit stride over C; slots,
     lengths: (B,) integers, the different cache rows of the sequences and the tokens that each holds so far.
-    lengths + T must fit S. window: keys that a query sees, its own included; None is all. softcap, scale: as
-    of `attention`. Returns (B, T, H, C) in q's dtype.
+    lengths + T must fit S. window: keys that a query sees, including its own; None is all. softcap, scale:
+    as in `attention`. Returns (B, T, H, C) in q's dtype.
     """
     B, T, H, C = q.shape
     K = k.shape[2]

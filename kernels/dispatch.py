@@ -1,6 +1,7 @@
-"""Triton or torch? How kernels become operations of torch, and what the GPU is: asked here and nowhere else.
+"""Choose Triton or torch, register kernels as torch operations, and query the GPU: here and nowhere else.
 
-Triton is optional: without it everything runs in torch. Kernel files take `triton`, `tl` and `jit` from here.
+Triton is optional: without it, everything runs in torch. Kernel files take `triton`, `tl` and `jit` from
+here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for this platform
+except ImportError:  # not available on this platform
     triton = tl = None
 
 log = logging.getLogger("hotlap")
@@ -70,7 +71,7 @@ def _decide(device_type: str) -> str:
     return choice
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace the question
+@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
 def kernel_choice(device_type: str) -> str:
     """`torch` or `triton` for tensors on devices of this type; HOTLAP_KERNELS overrides."""
     return _decide(device_type)
@@ -79,7 +80,7 @@ def kernel_choice(device_type: str) -> str:
 def use_triton(x: Tensor) -> bool:
     """Whether operations on x run our Triton kernels rather than the torch reference.
 
-    A branch in Python: an operation with both kernels behind it cannot be compiled on a CPU.
+    This is a branch in Python because an operation that holds both cannot be compiled on a CPU.
     """
     return x.device.type != "meta" and x.dtype in DTYPES and kernel_choice(x.device.type) == "triton"
 
@@ -87,16 +88,16 @@ def use_triton(x: Tensor) -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: returns fresh tensors, or None, and changes no others than `mutates` names; with type
-    annotations. fake: the same on shapes alone. save(ctx, inputs, output) and backward(ctx, *grads): as in
-    `torch.autograd.Function`; an operation without them is not differentiable.
+    implementation: has type annotations, returns new tensors or None, and modifies only the tensors that
+    `mutates` names. fake: the same for shapes only. save(ctx, inputs, output) and backward(ctx, *grads): as
+    in `torch.autograd.Function`; an operation without them is not differentiable.
 
-    Under the interpreter it is a custom_op, because tracing does not get through an interpreted kernel; on a
-    GPU it is a triton_op, whose kernels Inductor sees. An opaque one is a custom_op there too, which runs as
-    it is written: it plans its memory itself, or calls what Inductor cannot compile. Plain eager calls skip
-    the dispatcher, which costs three times as much as the rest of the call (18 against 6 us, measured on a
-    Zen 5 EPYC). They, and opaque calls, launch kernels directly: torch's operator for launches, which only a
-    tracer needs, makes a launch six times as long, and no dispatch mode has a rule for it.
+    In the interpreter it is a custom_op, because an interpreted kernel cannot be traced. On a GPU it is a
+    triton_op, whose kernels Inductor sees. An opaque operation is a custom_op on a GPU too: it plans its own
+    memory, or calls what Inductor cannot compile. Plain eager calls skip the dispatcher, which takes the time
+    of a call from 6 to 18 us (measured on a Zen 5 EPYC). They and opaque calls launch kernels directly:
+    torch's operator for launches, which only a tracer needs, makes a launch six times as long, and no
+    dispatch mode has a rule for it.
     """
 
     def __init__(
@@ -143,13 +144,13 @@ class kernel_op:
         if not plain:
             return self.op(*inputs)
         output = self.eager(*inputs)
-        if self.mutated:  # whoever saved one of them for a backward pass, is told
+        if self.mutated:  # so that autograd notices a tensor saved before
             torch.autograd.graph.increment_version([inputs[i] for i in self.mutated])
         return output
 
 
 class Device(NamedTuple):
-    """What the choice of a tile depends on."""
+    """Properties of a GPU that the choice of a tile depends on."""
 
     name: str
     shared_memory: int  # bytes that one block may use
@@ -161,7 +162,7 @@ class Device(NamedTuple):
 
 @functools.cache
 def device_facts(device: torch.device) -> Device:
-    """Facts of a GPU; of a CPU, what the interpreter pretends to be."""
+    """Properties of a GPU, or on a CPU those that the interpreter pretends to have."""
     if device.type != "cuda":
         return Device("interpreter", shared_memory=64 << 10, processors=2)
     facts = torch.cuda.get_device_properties(device)
@@ -180,10 +181,10 @@ def default_device() -> torch.device:
 
 @functools.cache
 def fast_dtype(device_type: str) -> torch.dtype:
-    """The dtype in which the device multiplies matrices fastest at an accuracy that training bears.
+    """The dtype with the fastest matmuls on this device that is accurate enough for training.
 
-    bfloat16 on GPUs that have it and on CPUs with bf16 dot products (AVX512-BF16 or AMX): measured 4.5 times
-    float32 on two cores of a Zen 5 EPYC. Else float32.
+    bfloat16 on GPUs that have it, and on CPUs with bf16 dot products (AVX512-BF16 or AMX): 4.5 times as fast
+    as float32 on two cores of a Zen 5 EPYC. Otherwise float32.
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32

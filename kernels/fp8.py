@@ -1,14 +1,14 @@
-"""Linear layers whose products run in fp8: e4m3 forward, e5m2 for gradients.
+"""Linear layers with fp8 matmuls: e4m3 forward, e5m2 for gradients.
 
-Each tensor has one scale, 448 / max |x| (57344 for e5m2), computed anew each time (tensorwise dynamic
-scaling; Micikevicius et al., "FP8 formats for deep learning", 2022). A product wants its first operand by
-rows and its second by columns, so that over forward and backward every tensor is needed both ways. Three
-kernels do that: one leaves the largest values that its programs have seen; one, from the end, of which most
-is still in the cache, reads the tensor again and writes it in fp8; and one transposes that. In an MLP they
-also take ReLU^2 and its gradient on the way, which then are never written in 16 bits.
+Each tensor has one scale, 448 / max |x| (57344 for e5m2), computed each time (tensorwise dynamic scaling;
+Micikevicius et al., "FP8 formats for deep learning", 2022). An fp8 matmul needs its first operand row-major
+and its second column-major, so forward and backward together need every tensor in both layouts. Three kernels
+make them: the first writes the largest value that each program saw; the second reads the tensor again,
+starting at the end, which is still in the cache, and writes it in fp8; the third transposes that. In an MLP
+they also apply ReLU^2 and its gradient, which are then never written in 16 bits.
 
-Backward keeps the transposes of x and W, one byte an element. Two passes over each tensor of e bytes an
-element, 2 M N e + 3 M N bytes, against 2 M N K FLOPs at twice bf16's rate: worth it for large layers alone.
+Backward keeps the transposes of x and W, one byte per element. Two passes over each tensor of e bytes per
+element move 2 M N e + 3 M N bytes, for 2 M N K FLOPs at twice bf16's rate: only large layers gain.
 """
 # M tokens, K inputs, N outputs
 
@@ -27,14 +27,14 @@ from hotlap.kernels.relu2 import relu2_ref
 from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# Of N K / (N + K): what products save grows with N K, what the passes over their tensors take with N + K.
+# Lower bound of N K / (N + K): matmuls save in proportion to N K, the extra passes cost as N + K.
 # nanochat found its d12 slower in fp8 (its largest layer has 614) and its d26 faster (its smallest has 832).
 SMALLEST = 700
-NOTHING = 1e-30  # where the largest value is less, all are zero; also keeps the scale finite
+NOTHING = 1e-30  # if the largest value is below, all become zero; keeps the scale finite
 
 
 def check_fp8(device: torch.device) -> None:
-    """ValueError where products in fp8 have no hardware."""
+    """ValueError if the device has no fp8 matmuls."""
     need = "fp8 needs an NVIDIA GPU of compute capability 8.9 or later"
     if device.type != "cuda" or torch.version.hip is not None:
         raise ValueError(f"{need}, and not {device}; use bfloat16")
@@ -44,7 +44,7 @@ def check_fp8(device: torch.device) -> None:
 
 
 def fp8_pays(outputs: int, inputs: int) -> bool:
-    """Whether a layer is large enough to be faster in fp8, and of a size that its products take."""
+    """Whether a layer is large enough to gain from fp8, and has a size that fp8 matmuls take."""
     large = outputs * inputs >= SMALLEST * (outputs + inputs)
     return large and outputs % 16 == 0 and inputs % 16 == 0
 
@@ -59,15 +59,15 @@ def quantize_ref(
     elif pre is not None:
         x = x * (2 * pre.float().relu())
     largest, limit = torch.linalg.vector_norm(x, float("inf")), torch.finfo(dtype).max
-    some, most = largest > NOTHING, torch.full_like(largest, limit)  # by a number GPUs divide less exactly
+    some, most = largest > NOTHING, torch.full_like(largest, limit)  # GPUs divide by numbers less exactly
     y = x * torch.where(some, most / largest, 1.0)
-    y = y.clamp(-limit, limit).to(dtype).contiguous()  # casts beyond the limit are not defined
+    y = y.clamp(-limit, limit).to(dtype).contiguous()  # casts beyond the limit are undefined
     return y, y.T.contiguous(), torch.where(some, largest / most, 1.0)
 
 
 @jit
 def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows (BLOCK_M, 1) and columns (1, BLOCK_N) of a tile, and which elements there are."""
+    """Rows (BLOCK_M, 1) and columns (1, BLOCK_N) of a tile, and which of its elements exist."""
     across = tl.cdiv(N, BLOCK_N)
     m = (tile // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     n = (tile % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
@@ -76,8 +76,8 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @jit
 def _values(x, pre, stride, pre_stride, m, n, mask, RELU2: tl.constexpr):
-    """What is quantised, in float32. NaN stays NaN."""
-    # apart from _place: of what a function returns, torch takes all to point to where its arguments do
+    """The values to quantise, in float32. NaN stays NaN."""
+    # separate from _place: torch assumes that everything a function returns points where its arguments do
     v = tl.load(x + m * stride + n, mask, other=0.0).to(tl.float32)
     if RELU2:
         v = tl.where(v < 0, 0.0, v)
@@ -93,7 +93,7 @@ def _largest_kernel(
     x, pre, largest, stride, pre_stride, M, N,
     RELU2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The largest size of a value that each program has seen. NaN counts for nothing: it stays in x."""
+    """The largest absolute value that each program saw. NaN is ignored: it stays in x."""
     most = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         m, n, mask = _place(tile, M, N, BLOCK_M, BLOCK_N)
@@ -124,8 +124,9 @@ def _quantize_kernel(
 
 @jit
 def _transpose_kernel(y, transposed, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """transposed (N, M) of y (M, N), both int8. In the kernel before, fp8 that was just made was transposed
-    wrongly on Hopper, by ptxas 12.9, which Triton 3.6 to 3.8 use there (triton-lang/triton#11111).
+    """transposed (N, M) of y (M, N), both int8. Not part of the kernel before, because ptxas 12.9, which
+    Triton 3.6 to 3.8 use on Hopper, transposes fp8 wrongly in the kernel that made it
+    (triton-lang/triton#11111).
     """
     m, n, mask = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     v = tl.load(y + m * N + n, mask, other=0)
@@ -152,7 +153,7 @@ def _tiles_of(M: int, N: int, tile: Tile) -> int:
 
 
 def _largest(x: Tensor, relu2: bool, pre: Tensor | None) -> Tensor:
-    """The largest sizes of values, of which some one is the largest of all: (parts,) in float32."""
+    """Largest absolute values of parts of the tensor: (parts,) in float32."""
     (M, N), facts = x.shape, device_facts(x.device)
     tile = pick_tile(_largest_tiles, 0, facts)
     parts = min(_tiles_of(M, N, tile), tile.per_processor * facts.processors)
@@ -201,30 +202,31 @@ _quantize_op = kernel_op("quantize_fp8", _quantize, _fake_quantize)
 def quantize(
     x: Tensor, dtype: torch.dtype, relu2: bool = False, pre: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, N) in fp8 over its whole range, its transpose (N, M), and what to multiply them by, 0-d float32.
+    """x (M, N) scaled to fp8's range, its transpose (N, M), and the factor that undoes the scale, 0-d
+    float32.
 
-    relu2: of relu(x)^2 instead. pre (M, N): of its gradient instead, 2 relu(pre) x. NaN stays NaN, and
-    infinity becomes it.
+    relu2: quantise relu(x)^2 instead. pre (M, N): quantise its gradient 2 relu(pre) x instead. NaN stays NaN,
+    and infinity becomes NaN.
     """
     return (_quantize_op if use_triton(x) else quantize_ref)(x, dtype, relu2, pre)
 
 
-Quantized = tuple[Tensor, Tensor]  # fp8, and what to multiply it by
+Quantized = tuple[Tensor, Tensor]  # fp8, and the factor that undoes its scale
 
 
 def scaled_product(a: Quantized, b: Quantized, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a b^T of a (M, K) and b (N, K), both by rows. fast: sums in fewer bits than float32."""
+    """a b^T of a (M, K) and b (N, K), both row-major. fast: accumulate in fewer bits than float32."""
     (a, a_inverse), (b, b_inverse) = a, b
     return torch._scaled_mm(
         a, b.T, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast and a.is_cuda
     )
 
 
-# of a tensor z: zq and its transpose zt in fp8, and the scale zi that undoes their own
+# for a tensor z: zq and its transpose zt in fp8, and the factor zi that undoes their scale
 
 
 class LinearFP8(torch.autograd.Function):
-    """x W^T; what a compiler sees are the quantising operations and torch's products."""
+    """x W^T; compilers see the quantising operations and torch's matmuls."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ class LinearFP8(torch.autograd.Function):
 
 
 class LinearReLU2FP8(torch.autograd.Function):
-    """relu(x W_in^T)^2 W_out^T, likewise. Of the activations it keeps p = x W_in^T, and relu(p)^2 in fp8."""
+    """relu(x W_in^T)^2 W_out^T in the same way. It saves p = x W_in^T, and relu(p)^2 in fp8."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -273,7 +275,7 @@ def linear_fp8_ref(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T with products in fp8. x: (..., K) in bfloat16 or float16, weight: (N, K); (..., N) like x.
+    """x weight^T with fp8 matmuls. x: (..., K) in bfloat16 or float16, weight: (N, K); (..., N) like x.
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """
@@ -285,7 +287,7 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`linear_relu2` with products in fp8. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
+    """`linear_relu2` with fp8 matmuls. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
 
     All sizes, and the number of rows of x, have to be multiples of 16.
     """

@@ -1,13 +1,13 @@
-"""The head's product and the cross-entropy of its softcapped logits in one operation.
+"""The output head's matmul and the cross-entropy of its softcapped logits in one operation.
 
-The logits, which at 32768 words take more memory than the rest of a model's activations together, exist only
-a chunk of rows at a time. For a sum or mean of the losses, the gradients of a chunk are computed while its
-logits are at hand, and the backward pass only scales them: 6 N D V FLOPs as without chunks. For the losses of
-the tokens themselves, whose gradients depend on what comes, it computes the logits again: 8 N D V.
+At a vocabulary of 32768 the logits take more memory than all other activations of a model together, so only
+one chunk of rows exists at a time. For a sum or mean of the losses, the gradients of a chunk are computed
+while its logits are there, and the backward pass only scales them: 6 N D V FLOPs, as without chunks. For
+per-token losses, whose gradients are not known yet, the backward pass recomputes the logits: 8 N D V.
 
-The shares of dW are added up in float32: 8 D V bytes a chunk, so that chunks are as large as memory allows.
-Compilers take the whole as it is. They would copy what it overwrites, and know no product of bfloat16 that
-adds to float32.
+The parts of dW are summed in float32, 8 D V bytes per chunk, so chunks are as large as memory allows. The
+operation is opaque to compilers, which would copy what it overwrites and have no bfloat16 matmul that adds to
+float32.
 """
 # N tokens, D width, V vocab
 
@@ -26,9 +26,9 @@ from hotlap.kernels.cross_entropy import (
 )
 from hotlap.kernels.dispatch import kernel_op, use_triton
 
-# Of logits: what stays in a CPU's cache; and 4096 rows of 32768 words, where adding up the shares of dW takes
-# 8 % of the products' time on an H100: calculated, not measured. Twice as many took more than a fifth of the
-# memory that a compiled loss over all logits takes (0.89 of 4.4 GB for 16384 rows, on an H100).
+# Bytes of logits in a chunk. CPU: what stays in its cache. GPU: 4096 rows of 32768 words, where summing the
+# parts of dW takes 8 % of the matmuls' time on an H100 (calculated, not measured). Twice as many took more
+# than a fifth of the memory of a compiled loss over all logits (0.89 of 4.4 GB for 16384 rows, on an H100).
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
@@ -41,13 +41,13 @@ def linear_cross_entropy_ref(
     z_loss: float = 0.0,
     ignore_index: int = IGNORE,
 ) -> Tensor:
-    """The specification: all logits at once, in float32 after the product."""
+    """The specification: all logits at once, in float32 after the matmul."""
     return cross_entropy_ref(F.linear(x, head.to(x.dtype)), targets, softcap, reduction, z_loss, ignore_index)
 
 
 def chunk_rows(V: int, D: int, device_type: str) -> int:
-    """Rows of a chunk. On a CPU at least so many that adding up the (V, D) shares of dW costs less than the
-    passes over the logits; on a GPU a multiple of its tiles."""
+    """Rows of a chunk. On a CPU enough that summing the (V, D) parts of dW costs less than the passes over
+    the logits; on a GPU a multiple of its tiles."""
     if device_type == "cuda":
         return max(CHUNK_BYTES["cuda"] // (2 * V) // 128, 1) * 128
     return max(CHUNK_BYTES["cpu"] // (4 * V), 2 * D)
@@ -89,7 +89,7 @@ def _losses_and_gradient(
 def _grown(dw: Tensor | None, grad: Tensor, part: Tensor) -> Tensor:
     """dw (V, D) + grad^T part, in float32 or wider: dw itself, which is overwritten. None is zero."""
     if not grad.is_cuda or grad.dtype == torch.float32 or torch.version.hip is not None:
-        share = grad.T @ part  # in bfloat16 rounded before it is added, where there is no other product
+        share = grad.T @ part  # bfloat16 is rounded before the sum: no other matmul here
         return share.to(torch.promote_types(share.dtype, torch.float32)) if dw is None else dw.add_(share)
     if dw is None:
         return torch.mm(grad.T, part, out_dtype=torch.float32)
@@ -115,7 +115,7 @@ def _gradients(
         total = total + losses.sum()
         torch.mm(grad, weight, out=dx[here])
         dw = _grown(dw, grad, part)
-        del grad  # or there would be two chunks at a time
+        del grad  # so that only one chunk is in memory
     dw = torch.zeros(head.shape, dtype=head.dtype, device=x.device) if dw is None else dw.to(head.dtype)
     return total, dx, dw
 
@@ -205,9 +205,9 @@ def linear_cross_entropy(
     """Loss of predicting targets from x through the head, in float32 and nats.
 
     x: (N, D), head: (V, D), targets: (N,) int64 with ignore_index for tokens without loss. softcap, z_loss:
-    as of `cross_entropy`; 0 is none. reduction: "sum", "mean" over the tokens with loss (0 where none has
-    one), or "none" for (N,), which without z_loss are the tokens' negative log-probabilities, such as DPO and
-    policy gradients are made of.
+    as in `cross_entropy`; 0 is none. reduction: "sum", "mean" over the tokens with loss (0 where none has
+    one), or "none" for (N,), which without z_loss are negative log-probabilities of the tokens, as DPO and
+    policy gradients need.
     """
     if x.dim() != 2 or head.dim() != 2 or x.shape[1] != head.shape[1] or targets.shape != x.shape[:1]:
         shapes = f"x is {tuple(x.shape)}, head {tuple(head.shape)} and targets {tuple(targets.shape)}"

@@ -1,20 +1,20 @@
-"""The MLP relu(x W_in^T)^2 W_out^T, with the activation in the epilogue of the first product.
+"""The MLP relu(x W_in^T)^2 W_out^T, with the activation in the epilogue of the first matmul.
 
-With p = x W_in^T and a = relu(p)^2, only a is written forward: its root is relu(p), so that backward
+With p = x W_in^T and a = relu(p)^2, the forward pass writes only a, whose root is relu(p). Backward:
 
     da = dy W_out    dp = 2 sqrt(a) da    dx = dp W_in    dW_in = dp^T x    dW_out = dy^T a
 
-where dp leaves the product da in its epilogue. The root of an a that was rounded to bfloat16 is off by 2^-9
-at most. All other products stay with cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward, against
-products and an elementwise pass, for 2 M N D FLOPs in each kernel: worth it as long as D is small.
+where dp is computed in the epilogue of the matmul da. The root of an a rounded to bfloat16 is off by at most
+2^-9. All other matmuls use cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward against matmuls and an
+elementwise pass, with 2 M N D FLOPs in each kernel, so it pays off while D is small.
 
-The product has three forms. The plain one reads by pointers, a tile of the result to each program. One for
-devices with a TMA has as many programs as processors, which take tile after tile and leave all addresses to
-tensor descriptors. The third is torch's product and a pass over the result in place: 2 M N e bytes more
-forward and 3 M N e backward, for a product that may be faster than ours. Which is used, `hotlap bench tune`
-measures.
+The fused matmul has three forms. The plain one uses pointers, and each program computes one tile. The form
+for devices with a TMA is persistent: one program per processor, which takes tile after tile and addresses
+them by tensor descriptors. The third is torch's matmul and an elementwise pass in place: 2 M N e more bytes
+forward and 3 M N e backward, with a matmul that may be faster than ours. `hotlap bench tune` measures which
+is best.
 """
-# M tokens, D width, N hidden width; K inner dimension of a product
+# M tokens, D width, N hidden width; K inner dimension of a matmul
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from hotlap.kernels.dispatch import (
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, type_name
 
-# Up to here what the epilogue saves, 4 N bytes a token at 3 TB/s, is more than what Triton's product loses to
-# cuBLAS's, 2 N D FLOPs at 600 instead of 750 TFLOP/s: calculated for an H100. On one it was so at 1536 wide,
+# Up to this width the epilogue saves more (4 N bytes a token at 3 TB/s) than Triton's matmul loses to cuBLAS
+# (2 N D FLOPs at 600 instead of 750 TFLOP/s), as calculated for an H100. Measured on one at a width of 1536,
 # where the TMA form ran at 697 TFLOP/s; wider was not measured.
 FUSED_WIDTH = 2048
 RESERVE = 2 << 10  # bytes of shared memory for barriers and the like
@@ -52,7 +52,7 @@ def linear_relu2_ref(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 @jit
 def _place(tile, down, across, GROUP: tl.constexpr):
-    """Row and column of a tile: those computed together share rows of x and columns of w in the L2 cache."""
+    """Row and column of a tile. Tiles computed together share rows of x and columns of w in the L2 cache."""
     first = tile // (GROUP * across) * GROUP
     rows = tl.minimum(down - first, GROUP)
     rest = tile % (GROUP * across)
@@ -76,7 +76,7 @@ def _linear_relu2_kernel(
     BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = relu(x w)^2, or BACKWARD x w times 2 sqrt(a): x (M, K), w (K, N), a and out contiguous."""
+    """out (M, N) = relu(x w)^2, or if BACKWARD 2 sqrt(a) x w. x (M, K), w (K, N); a and out contiguous."""
     row, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = (row * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     n = (column * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
@@ -103,11 +103,11 @@ def _linear_relu2_tma_kernel(
     BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The same of what `_tma_takes`; columns of w are contiguous, or BACKWARD its rows.
+    """The same, for tensors that `_tma_takes`. Columns of w are contiguous, or its rows if BACKWARD.
 
     Descriptors read zeros beyond a matrix, and write nothing there.
     """
-    HALF: tl.constexpr = BLOCK_N // 2  # of a tile: what is written at a time has room beside the operands
+    HALF: tl.constexpr = BLOCK_N // 2  # half a tile is written at a time, to fit beside the operands
     lefts = tl.make_tensor_descriptor(x, [M, K], [x_m, 1], [BLOCK_M, BLOCK_K])
     if BACKWARD:
         rights = tl.make_tensor_descriptor(w, [K, N], [w_k, 1], [BLOCK_K, BLOCK_N])
@@ -116,7 +116,7 @@ def _linear_relu2_tma_kernel(
         rights = tl.make_tensor_descriptor(w, [N, K], [w_n, 1], [BLOCK_N, BLOCK_K])
     results = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, HALF])
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # flattened with the loop over K, so that the next tile's operands arrive while this one is written
+    # one loop over tiles and K, so that the next tile's operands load while this one is written
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         row, column = _place(tile, down, across, GROUP)
         m, n = row * BLOCK_M, column * BLOCK_N
@@ -134,7 +134,7 @@ def _linear_relu2_tma_kernel(
 
 @jit
 def _linear_relu2_apart_kernel(a, out, M, N, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """out = relu(out)^2, or BACKWARD out times 2 sqrt(a), in place: (M, N), contiguous."""
+    """In place, out = relu(out)^2, or if BACKWARD 2 sqrt(a) out. (M, N), contiguous."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < tl.cast(M, tl.int64) * N
     p = tl.load(out + place, mask, other=0.0).to(tl.float32)
@@ -143,14 +143,14 @@ def _linear_relu2_apart_kernel(a, out, M, N, BACKWARD: tl.constexpr, BLOCK: tl.c
 
 
 def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
-    """M, N, K of a block, with two operands in shared memory for each stage; backward reads a as well.
+    """M, N, K of a block. Each stage holds two operands in shared memory; backward reads a as well.
 
-    Those of the other forms come last: they have to be measured. On Hopper, where they were, those of the TMA
-    form come first (on an H100 it took 0.62 of the plain one's time forward, and 0.80 backward). Of that form
-    half a block of the result is in shared memory too, and backward both halves of a.
+    Tiles of the other forms come last, because they have to be measured. On Hopper they were, and the TMA
+    form comes first (on an H100 it took 0.62 of the plain form's time forward, and 0.80 backward). That form
+    also keeps half a block of the result in shared memory, and backward both halves of a.
     """
     shapes = [(128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4)]
-    if device.shared_memory >= 200 << 10:  # Hopper and Blackwell of datacenters
+    if device.shared_memory >= 200 << 10:  # datacenter Hopper and Blackwell
         shapes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)]
         shapes[:2] = reversed(shapes[:2]) if backward else shapes[:2]
     elif device.warp == 64:  # AMD
@@ -171,9 +171,9 @@ def _linear_relu2_tiles(backward: int, device: Device) -> list[Tile]:
 
 
 def _tma_takes(*matrices: Tensor) -> bool:
-    """Whether rows are contiguous, apart, not empty, and begin at multiples of 16 bytes.
+    """Whether rows are contiguous, do not overlap, are not empty, and start at multiples of 16 bytes.
 
-    Storages do, as torch allocates them; a tensor that a compiler traces has no other address.
+    torch aligns storages; a tensor that a compiler traces has no other address to check.
     """
     return all(
         x.stride(1) == 1
@@ -185,7 +185,7 @@ def _tma_takes(*matrices: Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory on the current GPU, where a launch keeps its descriptors."""
+    """Memory on the current GPU for the descriptors of a launch."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -204,7 +204,7 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
         programs = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
         if tile.kernel:
             programs = min(programs, device.processors)
-            triton.set_allocator(_scratch)  # of this thread; compiled graphs bring their own
+            triton.set_allocator(_scratch)  # per thread; compiled graphs set their own
         with torch.cuda.device_of(x):
             wrap_triton(kernel)[(programs,)](
                 x, w, a, out, x.stride(0), *w.stride(), M, N, K, BACKWARD=backward, **tile.arguments
@@ -231,7 +231,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _near(x: Tensor) -> Tensor:
-    """x, or a copy where its rows are further apart than cuBLAS can be told."""
+    """x, or a copy if its row stride is too large for cuBLAS."""
     return x if max(x.stride()) < 1 << 31 else x.contiguous()
 
 
@@ -271,8 +271,8 @@ _linear_relu2 = kernel_op(
 def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """relu(x w_in^T)^2 w_out^T of x (..., D), w_in (N, D) and w_out (D, N), in the dtype of x: (..., D).
 
-    The weights are cast to it. float32 on a GPU, where it has no tensor cores, and widths from FUSED_WIDTH
-    on are products and an elementwise kernel.
+    The weights are cast to it. float32 on a GPU (no tensor cores) and widths from FUSED_WIDTH on use plain
+    matmuls and an elementwise kernel.
     """
     D = x.shape[-1]
     if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:

@@ -1,18 +1,18 @@
 """The elementwise halves of a Muon step, before and after the orthogonalisation (Jordan et al., 2024).
 
-Before: momentum, Nesterov, and rows scaled to a common norm (MuonEq), which is 1 here: the orthogonalisation
-does not see a factor of the whole matrix. So a row needs nothing but itself, which is read once and written
-in the 16 bits that the products take, and the norm of all is known: M^0.5, less rows of zeros.
+Before: momentum, Nesterov, and rows scaled to a common norm (MuonEq). The norm is 1 here, because the
+orthogonalisation ignores a factor of the whole matrix. So rows are independent: each is read once and written
+in the 16 bits that the matmuls take. The norm of the matrix is then known: M^0.5, less for rows of zeros.
 
 After: NorMuon's second moment (Li et al., 2025) with the update's norm kept, cautious weight decay (only
-where update and weight agree in sign; Liang et al., 2024), and the step itself. Both norms of the whole, of
-the update and of what the second moment makes of it, follow from the sums of squares along the short side.
-So one pass reads the update for those sums, a program a matrix turns them into one factor a row, or a column
-of a wide matrix, and one pass moves the weight. No atomics. Of these only the sums need whole matrices, so
-that ranks which hold some rows of each can do the rest for theirs.
+where update and weight agree in sign; Liang et al., 2024), and the step itself. The norms of the update
+before and after the second moment both follow from the sums of squares along the short side. So one pass
+reads the update for those sums, one program per matrix turns them into a factor per row (per column of a wide
+matrix), and one pass moves the weight. No atomics. Only the sums need whole matrices, so ranks that hold some
+rows of each matrix can do the rest for their rows.
 
-Bound by memory, a float32 element and 16 bits of update: 14 bytes before (gradient and momentum read,
-momentum and update written), 12 after (update read twice, weight read and written).
+Bound by memory. Bytes per element, with float32 weights and 16-bit updates: 14 before (gradient and momentum
+read, momentum and update written), 12 after (update read twice, weight read and written).
 """
 # G matrices of one shape, M rows, N columns; L the longer side, S the shorter
 
@@ -27,7 +27,7 @@ from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, tr
 from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-10
-LONGEST_ROW = 8192  # that a program keeps in registers
+LONGEST_ROW = 8192  # elements that a program keeps in registers
 
 
 def muon_momentum_ref(grad: Tensor, momentum: Tensor, beta: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def muon_squares_ref(update: Tensor) -> Tensor:
 
 
 def muon_factors_ref(squares: Tensor, second_moment: Tensor, S: int, beta2: float) -> Tensor:
-    """Update second_moment in place, and return what the update is multiplied by."""
+    """Update second_moment in place, and return the factors of the update."""
     whole = squares.sum((-2, -1), keepdim=True).sqrt()
     first = S**0.5 / (whole + EPS)  # brings the update to the norm of an orthogonal one
     squares = squares * first.square()
@@ -64,7 +64,7 @@ def muon_apply_ref(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, 
 
 @jit
 def _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta):
-    """Columns n of the momentum and of the update that it gives."""
+    """Columns n of the momentum, and of the resulting update."""
     g = tl.load(grad + n * grad_n, n < N, other=0.0).to(tl.float32)
     m = tl.load(momentum + n * momentum_n, n < N, other=0.0).to(tl.float32)
     m += (1.0 - beta) * (g - m)
@@ -76,7 +76,7 @@ def _muon_momentum_kernel(
     grad, momentum, update, beta, grad_g, grad_m, grad_n, momentum_g, momentum_m, momentum_n, M, N, eps,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one matrix. WHOLE: it fits a block, and is read once; update is contiguous."""
+    """One row of one matrix. WHOLE: it fits a block and is read once. update is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     beta, eps = tl.load(beta).to(tl.float32), tl.cast(eps, tl.float32)
     grad += row // M * grad_g + row % M * grad_m
@@ -85,7 +85,7 @@ def _muon_momentum_kernel(
     n = tl.arange(0, BLOCK).to(tl.int64)
     if WHOLE:
         m, u = _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta)
-        norm = tl.sqrt(tl.sum(u * u, 0))  # what lies beyond the row is zero
+        norm = tl.sqrt(tl.sum(u * u, 0))  # elements beyond the row are zero
         tl.store(momentum + n * momentum_n, m.to(momentum.dtype.element_ty), n < N)
         tl.store(update + n, (u / (norm + eps)).to(update.dtype.element_ty), n < N)
     else:
@@ -94,7 +94,7 @@ def _muon_momentum_kernel(
             _, u = _nesterov(grad, momentum, grad_n, momentum_n, start + n, N, beta)
             total += u * u
         norm = tl.sqrt(tl.sum(total, 0))
-        for start in range(0, N, BLOCK):  # again, out of the cache
+        for start in range(0, N, BLOCK):  # again, from the cache
             at = start + n
             m, u = _nesterov(grad, momentum, grad_n, momentum_n, at, N, beta)
             tl.store(momentum + at * momentum_n, m.to(momentum.dtype.element_ty), at < N)
@@ -191,7 +191,7 @@ def _muon_momentum_tiles(N: int, device: Device) -> list[Tile]:
 
 
 def _muon_squares_tiles(rows: int, device: Device) -> list[Tile]:
-    """Blocks that are long where the sum goes: few programs have to read fast."""
+    """Blocks that are long in the direction of the sum: few programs have to read fast."""
     sizes = [(4, 512, 4), (8, 256, 4), (1, 1024, 4)] if rows else [(64, 64, 4), (128, 64, 8), (32, 128, 4)]
     return [_tile(device, warps, BLOCK_M=m, BLOCK_N=n) for m, n, warps in sizes]
 
@@ -283,8 +283,8 @@ def muon_momentum(grad: Tensor, momentum: Tensor, beta: Tensor, dtype: torch.dty
     """Update momentum (G, M, N) in place with grad of that shape, and return the update for `orthogonalize`.
 
     Any rows of the matrices. beta: 0-D on their device, so that nothing recompiles when it changes. The
-    update is Nesterov's, each row divided by its norm: in float16, which the kernels of the orthogonalisation
-    compute in, or without them in dtype. Strides do not matter.
+    update is Nesterov's, with each row divided by its norm: in float16, which the orthogonalisation kernels
+    compute in, or in dtype without kernels. Strides do not matter.
     """
     if grad.dim() != 3 or grad.shape != momentum.shape:
         shapes = f"grad is {tuple(grad.shape)} and momentum {tuple(momentum.shape)}"
@@ -302,9 +302,9 @@ def muon_squares(update: Tensor) -> Tensor:
 
 
 def muon_factors(squares: Tensor, second_moment: Tensor, S: int, beta2: float) -> Tensor:
-    """Update second_moment in place, and return what the update is multiplied by; all of the squares' shape.
+    """Update second_moment in place, and return the factors of the update. All have the shape of squares.
 
-    second_moment: running mean square along the shorter side, whose length is S. The update so scaled has the
+    second_moment: running mean square along the shorter side, whose length is S. The scaled update has the
     norm of an orthogonal matrix, S^0.5.
     """
     if squares.shape != second_moment.shape:
@@ -317,8 +317,8 @@ def muon_apply(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, deca
     """Move weight (G, M, N) by the orthogonalised update of that shape times factors, in place.
 
     Any rows of the matrices. factors: (G, M, 1) or (G, 1, N). lr: step size; decay: the share of the weight
-    that lr takes away. Both 0-D on the device of the weights, so that nothing recompiles. Strides do not
-    matter.
+    to remove per unit of lr. Both 0-D on the device of the weights, so that nothing recompiles. Strides do
+    not matter.
     """
     G, M, N = weight.shape if weight.dim() == 3 else (0, 0, 0)
     fits = tuple(factors.shape) in ((G, M, 1), (G, 1, N))
@@ -333,7 +333,7 @@ def muon_apply(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, deca
 
 def cases(dtype: torch.dtype) -> list[Case]:
     """For the static gate and the tuner: twelve matrices of d24, tall and wide, with gradients and updates of
-    the dtype; and rows that are too long for a program."""
+    the dtype; and rows too long for a program."""
     t, scalar, (G, L, S) = f"*{type_name(dtype)}", "*fp32", (12, 6144, 1536)
     sizes = {"M": "i32", "N": "i32"}
 

@@ -1,20 +1,20 @@
 """The nearest semi-orthogonal matrix, which is Muon's update: U V^T of the singular value decomposition.
 
 Five odd polynomials a X + b (X X^T) X + c (X X^T)^2 X drive all singular values to 1. Those of Polar Express
-(Amsel et al., 2025) are at each step the best possible for values in [1e-3, 1]; Newton-Schulz is Muon's first
-choice, one polynomial five times (Jordan et al., 2024). Both want values of at most 1, so that X is divided
-by its Frobenius norm and a safety factor of 1.01.
+(Amsel et al., 2025) are optimal at each step for values in [1e-3, 1]; Newton-Schulz, Muon's original choice,
+uses one polynomial five times (Jordan et al., 2024). Both need values of at most 1, so X is divided by its
+Frobenius norm and a safety factor of 1.01.
 
 With G = X X^T, or X^T X where X is tall, a step is X <- Z X with Z = a I + b G + c G^2. Long matrices take
-the Gram form: the next G is Z G Z, so several steps run on small matrices alone before X is multiplied by the
-product of their Z. In half precision G soon has eigenvalues that no Gram matrix has, below zero, and the
-polynomials amplify them. Hence a restart after two steps (G from X anew), float16 with three more bits than
-bfloat16, and symmetry to the last bit. The kernels bring X, by a norm in float32, to that of an orthogonal
-matrix, n^0.5, and divide the first polynomial's coefficients by the rest: at a norm of 1, what lies beside
-the diagonal of G would be below float16's normal range.
+the Gram form: the next G is Z G Z, so several steps run on small matrices only, before X is multiplied by the
+product of their Z. In half precision G soon gets negative eigenvalues, which no Gram matrix has, and the
+polynomials amplify them. Hence the restart after two steps (G recomputed from X), float16 with three more
+bits than bfloat16, and exact symmetry. The kernels scale X to the norm of an orthogonal matrix, n^0.5, with
+the norm in float32, and divide the first polynomial's coefficients by the rest: at a norm of 1, the
+off-diagonal elements of G would be below float16's normal range.
 
-Bound by products. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
-torch; 15 alpha + 5 where the symmetric products compute one half; 6 alpha + 17 in the Gram form.
+Bound by matmuls. FLOPs for matrices of n x alpha n and five steps, in units of n^3: 20 alpha + 10 in plain
+torch; 15 alpha + 5 where the symmetric matmuls compute one half; 6 alpha + 17 in the Gram form.
 """
 # n the shorter side of a matrix, K the longer
 
@@ -34,10 +34,9 @@ POLAR_EXPRESS: tuple[Polynomial, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-NEWTON_SCHULZ: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 SAFETY = 1.01
 EPS = 1e-6
-RESTART = 2  # steps of the Gram form before G is computed anew: in float16, one is too few and three too many
+RESTART = 2  # steps of the Gram form before G is recomputed: in float16, one is too few and three too many
 # K / n from which the Gram form is used where `hotlap bench tune` has not measured it: by FLOPs it is 1.2
 # times as fast there, and not at 1.
 GRAM_ASPECT = 2
@@ -47,7 +46,7 @@ GRAM_CHOICE = "orthogonalize gram aspect"  # what tune calls it
 def orthogonalize_ref(
     x: Tensor, polynomials: tuple[Polynomial, ...] = POLAR_EXPRESS, norm: float | None = None
 ) -> Tensor:
-    """The specification. x: (..., M, N), in the dtype that it is computed in and returned."""
+    """The specification. x: (..., M, N); computes in and returns the dtype of x."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the short side is the small one
     x = (x / (SAFETY * (_frobenius(x) + EPS if norm is None else norm))).to(x.dtype)
@@ -63,17 +62,12 @@ def _frobenius(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
 
 
-def gram_matrix_ref(x: Tensor) -> Tensor:
-    """The specification of the symmetric product. x: (..., M, N)."""
-    return x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
-
-
 @jit
 def _symmetric_kernel(
     x, y, added, out, scale, weight, diagonal, n, K,
     TALL: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # One tile, on or below the diagonal, of a product that is known to be symmetric, and its mirror image.
+    # One tile, on or below the diagonal, of a symmetric matmul, and its mirror image.
     scale, weight = tl.cast(scale, tl.float32), tl.cast(weight, tl.float32)
     diagonal = tl.cast(diagonal, tl.float32)
     tiles = tl.cdiv(n, TILE)
@@ -81,7 +75,7 @@ def _symmetric_kernel(
     matrix = (tl.program_id(0) // count).to(tl.int64)  # offsets pass 2^31
     place = tl.program_id(0) % count  # in the triangle, row by row: tile i, j is at i (i + 1) / 2 + j
     i = ((tl.sqrt(8.0 * place + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > place, i - 1, i)  # where the root was rounded
+    i = tl.where(i * (i + 1) // 2 > place, i - 1, i)  # correct the rounded root
     i = tl.where((i + 1) * (i + 2) // 2 <= place, i + 1, i)
     j = place - i * (i + 1) // 2
     row, column = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
@@ -137,7 +131,7 @@ def _symmetric(
     weight: float = 0.0,
     diagonal: float = 0.0,
 ) -> Tensor:
-    """scale x y^T + weight added + diagonal I, where that is symmetric; of x^T y where tall.
+    """scale x y^T + weight added + diagonal I, which must be symmetric; x^T y instead if tall.
 
     x, y: (G, n, K), or (G, K, n) where tall. added and the result: (G, n, n).
     """
@@ -163,30 +157,21 @@ _symmetric_product = kernel_op("symmetric_product", _symmetric, _fake)
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return use_triton(x) and x.dtype != torch.float32  # which is for machines without 16-bit products
+    return use_triton(x) and x.dtype != torch.float32  # float32 is for machines without 16-bit matmuls
 
 
 def _as_batch(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
-def gram_matrix(x: Tensor) -> Tensor:
-    """X X^T of each matrix of x (..., M, N), or X^T X where it is tall: (..., n, n), exactly symmetric."""
-    if not _runs_kernels(x):
-        return gram_matrix_ref(x)
-    batch = _as_batch(x)
-    gram = _symmetric_product(batch, batch, x.shape[-2] > x.shape[-1])
-    return gram.view(*x.shape[:-2], *gram.shape[1:])
-
-
 def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: float) -> Tensor:
-    """x: (G, M, N), whose Frobenius norms are at most norm. aspect: from which the Gram form is used."""
+    """x: (G, M, N), with Frobenius norms of at most norm. aspect: K / n from which the Gram form is used."""
     tall = x.shape[1] > x.shape[2]
     for (a, b, c), *more in _stages(*x.shape[1:], _divided(polynomials, SAFETY * norm), aspect):
         gram = _symmetric_product(x, x, tall)  # (G, n, n), as all but x
         factor = factors = _symmetric_product(gram, gram, False, c, gram, b, a)
         for a, b, c in more:
-            # Z G in full: a mirrored half of it would be further from the small eigenvalues of G
+            # all of Z G: mirroring one half would be less exact for the small eigenvalues of G
             gram = _symmetric_product(factor @ gram, factor)
             factor = _symmetric_product(gram, gram, False, c, gram, b, a)
             factors = _symmetric_product(factors, factor)
@@ -195,12 +180,12 @@ def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: 
 
 
 def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial, ...]:
-    """The same polynomials, the first one of x / by."""
+    """The same polynomials, the first applied to x / by."""
     (a, b, c), *others = polynomials
     return (a / by, b / by**3, c / by**5), *others
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the answer, and does not trace how it is read
+@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
 def gram_aspect(device: torch.device) -> float:
     """K / n from which the Gram form is used on a device, as measured there or by default."""
     if device.type != "cuda":
@@ -211,7 +196,7 @@ def gram_aspect(device: torch.device) -> float:
 def _stages(
     M: int, N: int, polynomials: tuple[Polynomial, ...], aspect: float
 ) -> list[tuple[Polynomial, ...]]:
-    """The polynomials between one computation of G from X and the next."""
+    """The polynomials in groups: G is recomputed from X before each group."""
     if max(M, N) >= aspect * min(M, N):
         return [part for part in (polynomials[:RESTART], polynomials[RESTART:]) if part]
     return [(polynomial,) for polynomial in polynomials]
@@ -223,8 +208,8 @@ def orthogonalize(
     """Polar factor of each matrix of x (..., M, N), singular values within about 0.7 to 1.2 of 1. Same
     dtype.
 
-    The kernels compute in float16 whatever x is, and take no gradient. norm: what no Frobenius norm in x
-    passes, where that is known, and at most 255 (M^0.5 for `muon_momentum`'s); x is then not read for it.
+    The kernels compute in float16 for any dtype of x, and take no gradient. norm: an upper bound on the
+    Frobenius norms of x, at most 255 (M^0.5 after `muon_momentum`); if given, x is not read to compute it.
     """
     if not _runs_kernels(x):
         # on a CPU in the plain form: the Gram form needs more bits than bfloat16

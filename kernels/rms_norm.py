@@ -59,7 +59,7 @@ def _rms_norm_forward_kernel(
     v = tl.load(x + at * stride_x + column, mask, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
     if residual is not None:
         v += tl.load(residual + at * stride_residual + column, mask, other=0.0).to(tl.float32)
-        v = v.to(total.dtype.element_ty)  # what is normalised is what the next block will add to
+        v = v.to(total.dtype.element_ty)  # normalise the rounded sum: the next block adds to it
         tl.store(total + at * N + column, v, mask)
         v = v.to(tl.float32)
     r = tl.rsqrt(tl.sum(v * v, 1) / N + tl.cast(eps, tl.float32))  # (ROWS,)
@@ -75,7 +75,7 @@ def _rms_norm_backward_kernel(
     dy, dtotal, x, weight, rstd, dx, dweight, stride_dy, stride_dtotal, stride_x, M, N,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Programs stride over the rows. Each sums its share of dweight in registers and writes it once.
+    # Programs stride over the rows. Each accumulates its part of dweight in registers and writes it once.
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
     if weight is not None:
@@ -101,14 +101,14 @@ def _rms_norm_backward_kernel(
         tl.store(dweight + program.to(tl.int64) * N + column, tl.sum(share, 0), column < N)
 
 
-WIDEST = 16384  # elements of a row that one program holds without spilling,
-WIDEST_WEIGHTED = 8192  # and where it also holds its share of dweight
+WIDEST = 16384  # elements of a row that a program holds without spilling;
+WIDEST_WEIGHTED = 8192  # the same if it also holds its part of dweight
 
 
 def _tile(
     block: int, device: Device, elements: int, each: int, per_processor: int = 1, stages: int = 1
 ) -> Tile:
-    """Rows that make up about `elements`, with about `each` of them a thread."""
+    """As many rows as have about `elements` elements, about `each` of them per thread."""
     rows = max(1, elements // block)
     warps = min(512 // device.warp, max(1, rows * block // (device.warp * each)))
     ahead = 12 * rows * block * (stages - 1)  # bytes of x, dy and dtotal that a loop fetches, in float32
@@ -125,8 +125,8 @@ def _rms_norm_backward_tiles(block: int, device: Device) -> list[Tile]:
 
 
 def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
-    """Programs that stay: as many for each processor as its registers hold. A row that leaves room for one
-    program only is fetched while the one before it is computed.
+    """Persistent programs, as many per processor as its registers hold. Where only one fits, a row is loaded
+    while the one before it is computed.
     """
     if block > 4096:
         return [_tile(block, device, block, 16, stages=stages) for stages in (2, 3, 1)]
@@ -141,7 +141,7 @@ def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, the sum that was normalised where there is a residual, and the reciprocal norms (M,)."""
+    """y, x + residual (where there is a residual), and the reciprocal norms (M,)."""
     N, M = x.shape[-1], math.prod(x.shape[:-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
@@ -168,7 +168,7 @@ def _forward(
 def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of weight; the latter is empty where there is no weight."""
+    """Gradients of x and weight; empty for a missing weight."""
     N, M = x.shape[-1], math.prod(x.shape[:-1])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -200,8 +200,8 @@ def _backward(
 
 
 def _columns(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of the weight where rows are too wide to sum it on the way: in shares of the rows, for four
-    programs a processor.
+    """Gradient of the weight for rows too wide to accumulate it in registers: partial sums over groups of
+    rows, for four programs per processor.
     """
     M, N = x.shape
     device = device_facts(x.device)
@@ -301,8 +301,8 @@ def rms_norm_residual(
 ) -> tuple[Tensor, Tensor]:
     """The residual add and the RMSNorm after it, in one pass: (normalised, new residual).
 
-    x, residual: (..., D) of one dtype, in which the new residual, x + residual, is rounded; what is
-    normalised is the rounded sum. weight: (D,) or None.
+    x, residual: (..., D) of one dtype. The new residual, x + residual, is rounded to it before the norm.
+    weight: (D,) or None.
     """
     _check(x, weight, residual)
     if use_triton(x):

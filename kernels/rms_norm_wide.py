@@ -1,8 +1,8 @@
 """RMSNorm kernels for rows that do not fit in a program's registers: each row is read twice.
 
-One program takes one row, and its second pass finds the row in the L2 cache. The gradient of the weight,
-which no program can hold for a whole row, is a third kernel over columns. Bytes for M rows of N elements of e
-bytes: those of rms_norm.py, and 2 M N e more for the gradient of a weight.
+Each program handles one row; its second pass reads from the L2 cache. No program can hold the weight's
+gradient for a whole row, so a third kernel computes it by columns. Bytes for M rows of N elements of e bytes:
+those of rms_norm.py, plus 2 M N e for the gradient of a weight.
 """
 # M rows, N width of a row
 
@@ -40,7 +40,7 @@ def _rms_norm_wide_forward_kernel(
     for start in range(0, N, BLOCK):
         column = start + tl.arange(0, BLOCK)
         v = tl.load(x + row * stride_x + column, column < N, other=0.0).to(tl.float32)
-        if residual is not None:  # added again: another thread may have stored what this one needs
+        if residual is not None:  # added again: another thread may have overwritten it
             v += tl.load(residual + row * stride_residual + column, column < N, other=0.0).to(tl.float32)
             v = v.to(total.dtype.element_ty).to(tl.float32)
         v *= r
@@ -80,7 +80,7 @@ def _rms_norm_wide_backward_kernel(
 def _rms_norm_columns_kernel(
     dy, x, rstd, dweight, stride_dy, stride_x, M, N, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # Program (i, j) sums dy n over every j-th group of rows for the columns of block i.
+    # Program (i, j) sums dy n over every j-th group of rows, for the columns of block i.
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     share = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(1) * ROWS, M, tl.num_programs(1) * ROWS):

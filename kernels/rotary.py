@@ -4,7 +4,7 @@ Each head vector x is divided by its root mean square and multiplied by a gain, 
 rotated by the angle of its position: (a cos + b sin, b cos - a sin), nanochat's direction. Backward, dy is
 rotated back into g and, with r the saved reciprocal norm and n = x r, dx = r gain (g - n mean(g n)).
 
-Computed in float32 and rounded once. q and k are read as they lie in the fused qkv projection. Bound by
+Computed in float32 and rounded once. q and k are read in place from the fused qkv projection. Bound by
 memory: 2 B T (H + K) C e bytes forward and 3 B T (H + K) C e backward, for elements of e bytes; about 8 FLOPs
 an element forward and 14 backward.
 """
@@ -39,7 +39,7 @@ def qk_norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: float = 1.0, e
 
 @jit
 def _locate(first, stride_b, stride_t, stride_h, B, T, H, ROWS: tl.constexpr):
-    """Rows (batch, token, head) from `first` on: index, offset, batch, token, and whether they exist."""
+    """Rows (batch, token, head) starting at `first`: index, offset, batch, token, and whether they exist."""
     row = first + tl.arange(0, ROWS)[:, None]  # fewer than 2^31, unlike offsets
     token = row // H
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
@@ -134,7 +134,7 @@ def _rotary_backward_kernel(
 
 
 def _rotary_tiles(block: int, _: Device) -> list[Tile]:
-    """Rows that make up about so many elements of each half, with so many of them a thread."""
+    """As many rows as have about this many elements in each half, and this many per thread."""
     tiles = []
     for elements, warps in ((2048, 4), (1024, 2), (4096, 8), (2048, 2)):
         tiles.append(Tile({"ROWS": max(1, elements // block), "BLOCK": block}, warps))
@@ -236,10 +236,10 @@ _rotary = kernel_op("qk_norm_rotary", _forward, _fake, _save, _gradients)
 def qk_norm_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Normalise and rotate queries (B, T, H, C) and keys (B, T, K, C), strided views welcome.
+    """Normalise and rotate queries (B, T, H, C) and keys (B, T, K, C), which may be strided views.
 
     cos and sin hold the rows of `rotary_tables` for the positions of these T tokens: (T, C/2), or (B, T, C/2)
-    where sequences stand at different positions. They take no gradient. Returns contiguous tensors in the
+    if sequences have different positions. They take no gradient. Returns contiguous tensors in the
     dtypes of q and k.
     """
     B, T, _, C = q.shape

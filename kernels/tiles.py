@@ -1,17 +1,15 @@
-"""Tile sizes: each kernel file has a short table of candidates, best first, and this picks one of them.
+"""Tile sizes: each kernel file has a short table of candidates, best first, and this module picks one.
 
-A candidate that the device has no shared memory or threads for is left out, so that no GPU fails at its first
-call. `hotlap bench tune` measures the candidates on the GPU at hand and writes down the fastest, and they are
-preferred from then on. What it has found on GPUs that we had is in the folder tuned/, by the device's name.
+Candidates that need more shared memory or threads than the device has are skipped, so that no GPU fails at
+its first call. `hotlap bench tune` measures the candidates on this GPU and stores the fastest, which are
+preferred from then on. tuned/ has the results for GPUs that we measured, by device name.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotlap.common import files
+from hotlap.common.log import log
 from hotlap.kernels.dispatch import Device, triton
-
-log = logging.getLogger("hotlap")
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class Tile:
     blocks: dict[str, int]  # the kernel's compile-time sizes
     warps: int = 4
     stages: int = 1
-    per_processor: int = 1  # programs for each processor, of a kernel whose programs loop over the work
-    shared: int = 0  # bytes of shared memory that it is known to need
-    kernel: str = ""  # by name, where it is for another form of the kernel than the plain one
+    per_processor: int = 1  # programs per processor, for persistent kernels
+    shared: int = 0  # bytes of shared memory that it needs, where known
+    kernel: str = ""  # name of another form of the kernel; empty: the plain one
 
     @functools.cached_property
     def arguments(self) -> dict[str, int]:
@@ -57,32 +55,28 @@ class Case:
     table: Table
     size: int
     run: Callable[[torch.device], Callable[[], Any]]  # allocates on a device; the result launches the kernel
-    variant: str = ""  # what sets it apart from other cases of the kernel and size
-    without: tuple[str, ...] = ()  # targets of the static gate that lack what it needs
-    # arguments that other forms of the kernel take instead, of a tile, by name; None: all forms take the same
+    variant: str = ""  # tells apart cases of the same kernel and size
+    without: tuple[str, ...] = ()  # targets of the static gate that cannot run it
+    # by name, the arguments of other forms of the kernel for a tile; None: all forms take the same
     forms: dict[str, Callable[[Tile], dict[str, Any]]] | None = None
-    small: bool = False  # its products have too few rows for the tensor-core instructions of the newest GPUs
+    small: bool = False  # its matmuls have too few rows for the newest GPUs' tensor-core instructions
 
     def arguments_of(self, tile: Tile) -> dict[str, Any] | None:
-        """For the form of the kernel that a tile is for; None where the form does not take this case."""
+        """Arguments for the form of the kernel that a tile belongs to; None if the form does not take this
+        case."""
         if not tile.kernel or self.forms is None:
             return self.arguments
         form = self.forms.get(tile.kernel)
         return form and self.arguments | form(tile)
 
 
-def user_cache() -> Path:
-    """The user's folder for what can be measured or computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
-
-
 def tuned_file(name: str) -> Path:
-    """Where the tiles of a device that were measured here lie."""
-    return user_cache() / "tiles" / _slug(name)
+    """The file with the tiles measured on a device of this machine."""
+    return files.cache_folder() / "tiles" / _slug(name)
 
 
 def shipped_file(name: str) -> Path:
-    """Where those lie that come with the kernels, if any do."""
+    """The file with the tiles that ship with the kernels; it may not exist."""
     return Path(__file__).parent / "tuned" / _slug(name)
 
 
@@ -92,15 +86,15 @@ def _slug(name: str) -> str:
 
 @functools.cache
 def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
-    """Those that come with the kernels, and in their place those that were measured here."""
+    """The tiles that ship with the kernels, overridden by those measured here."""
     tiles, choices = _stored(shipped_file(name), any_triton=True)
     measured, chosen = _stored(tuned_file(name))
     return {**tiles, **measured}, {**choices, **chosen}
 
 
 def _stored(path: Path, any_triton: bool = False) -> tuple[dict[str, Tile], dict[str, str]]:
-    """Tiles and choices in a file, none where there is none. any_triton: also those of another version, which
-    are better than a guess.
+    """Tiles and choices in a file; empty if there is no file. any_triton: accept tiles measured under another
+    version, which are better than a guess.
     """
     try:
         stored = json.loads(path.read_text())
@@ -117,17 +111,17 @@ def _stored(path: Path, any_triton: bool = False) -> tuple[dict[str, Tile], dict
 
 
 def tuned_tiles(name: str) -> dict[str, Tile]:
-    """The measured tiles of a device by key; none where it was not tuned, or under another Triton."""
+    """The measured tiles of a device by key; empty if it was not tuned, or tuned with another Triton."""
     return _tuned(name)[0]
 
 
 def tuned_choices(name: str) -> dict[str, str]:
-    """What else was measured on a device, such as the backends of attention, by key; none as above."""
+    """What else was measured on a device, such as attention backends, by key; empty as above."""
     return _tuned(name)[1]
 
 
 def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> Path:
-    """Store what was measured on a device, and forget what is in use."""
+    """Store what was measured on a device, and clear the caches."""
     path = tuned_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {
@@ -135,16 +129,14 @@ def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> P
         "tiles": {key: asdict(tile) for key, tile in tiles.items()},
         "choices": choices,
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(text, indent=1))
-    part.replace(path)
+    files.write(path, json.dumps(text, indent=1))
     _tuned.cache_clear()
     pick_tile.cache_clear()
     return path
 
 
 def fitting_tiles(table: Table, size: int, device: Device) -> list[Tile]:
-    """Candidates that the device has the shared memory and the threads for; a ValueError if none."""
+    """Candidates that fit the device's shared memory and threads; ValueError if none does."""
     fitting = [tile for tile in table(size, device) if tile.fits(device)]
     if not fitting:
         raise ValueError(
@@ -156,9 +148,9 @@ def fitting_tiles(table: Table, size: int, device: Device) -> list[Tile]:
 
 @functools.cache
 def pick_tile(table: Table, size: int, device: Device) -> Tile:
-    """The measured tile of this table and size, else the first of the table that fits the device.
+    """The measured tile for this table and size, or else the first tile that fits the device.
 
-    A measured tile counts only while the table still holds it.
+    A measured tile counts only while it is in the table.
     """
     fitting = fitting_tiles(table, size, device)
     tuned = tuned_tiles(device.name).get(tile_key(table, size))
@@ -171,7 +163,7 @@ def tile_key(table: Table, size: int) -> str:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is n or more; of 0, 0. A compiler's symbol becomes the number it is for."""
+    """The smallest power of two >= n; 0 for 0. A symbolic n becomes a number."""
     n = int(n)
     return 1 << (n - 1).bit_length() if n else 0
 
@@ -184,5 +176,5 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As Triton writes it."""
+    """Triton's name of a dtype."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

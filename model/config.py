@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 HEAD_DIM = 128  # of every model that is built from a depth: the size that attention kernels like best
 ROPE_BASE = 100_000.0  # of the rotary frequencies
-QK_GAIN = 1.2  # queries and keys are multiplied by it after their norm, which sharpens attention
 MLP_RATIO = 4  # width of the MLP as a multiple of the residual stream's
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # what attention is built and tested for
 
@@ -31,6 +30,8 @@ class GPTConfig:
     """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is
     always L.
     """
+    qk_gain: float = 1.2
+    """Queries and keys are multiplied by it after their norm, which sharpens attention."""
     value_embeddings: bool = True
     """Every other layer adds a gated per-token embedding to its values."""
     residual_scalars: bool = True
@@ -84,6 +85,8 @@ class GPTConfig:
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
+        if not 0 < self.qk_gain < float("inf"):
+            raise ValueError(f"qk_gain={self.qk_gain} must be a positive number")
         if not 0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap} must be 0 (off) or more")
         return self
@@ -97,10 +100,13 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, fields: dict) -> GPTConfig:
-        """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it."""
+        """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it.
+
+        Only qk_gain may be missing: older files lack it, and their models were trained with its default.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(fields)):
+        if missing := sorted(known - set(fields) - {"qk_gain"}):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()

@@ -1,4 +1,4 @@
-"""Conversations to token ids, and which of them the model is trained to say.
+"""Conversations to token ids and their loss mask, and answers back to messages.
 
 A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's
 message may carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message
@@ -14,9 +14,13 @@ Prompts are built as ids, piece by piece, so text can never become one of these 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from hotlap.common.errors import DataError
-from hotlap.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
+    from hotlap.model.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 TOOL = "calculator"
@@ -64,21 +68,21 @@ def tool_expression(message: dict, index: int) -> str:
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of a whole conversation, and for each whether the assistant said it, so that it carries loss.
+    """Ids of a whole conversation and its loss mask: True for what the model is trained to say.
 
-    The assistant says its text, its tool calls and the end of its turn; not the mark that opens its turn, nor
-    a tool's result. Raises DataError for a conversation that is out of order.
+    That is the assistant's text, its tool calls and the end of its turn; not the mark that opens its turn,
+    nor a tool's result. Raises DataError for a conversation that is out of order.
     """
-    ids, said = [tokenizer.bos], [False]
+    ids, loss_mask = [tokenizer.bos], [False]
 
     def mark(name: str, by_assistant: bool = False) -> None:
         ids.append(tokenizer.special[f"<|{name}|>"])
-        said.append(by_assistant)
+        loss_mask.append(by_assistant)
 
     def text(content: str, by_assistant: bool = False) -> None:
         new = tokenizer.encode(content)
         ids.extend(new)
-        said.extend([by_assistant] * len(new))
+        loss_mask.extend([by_assistant] * len(new))
 
     for i, message in enumerate(check_messages(messages)):
         role, content = message["role"], message.get("content") or ""
@@ -100,7 +104,7 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
                 mark("tool_end", by_assistant=True)
             else:
                 mark("assistant_end", by_assistant=True)
-    return ids, said
+    return ids, loss_mask
 
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
@@ -110,36 +114,66 @@ def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]
 
 
+class AnswerParts:
+    """Splits an answer into what a person reads and what stays hidden, token by token.
+
+    `part` is where the answer is: in "text", which is shown, or in a tool's "call", "called" (between the
+    call and its result) or its "result", which are hidden. <|result_end|> always leads back to text, however
+    disordered the marks before it. `call` and `result` hold the ids of the latest call and result.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.marks = {
+            tokenizer.special[f"<|{name}|>"]: name
+            for name in ("tool_start", "tool_end", "result_start", "result_end")
+        }
+        self.part = "text"
+        self.call: list[int] = []
+        self.result: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The part that the token belongs to; a mark belongs to the part that it begins."""
+        mark = self.marks.get(token)
+        if mark == "tool_start":
+            self.part, self.call = "call", []
+        elif mark == "tool_end" and self.part == "call":
+            self.part = "called"
+        elif mark == "result_start" and self.part == "called":
+            self.part, self.result = "result", []
+        elif mark == "result_end":
+            self.part = "text"
+        elif self.part == "call":
+            self.call.append(token)
+        elif self.part == "result":
+            self.result.append(token)
+        return self.part
+
+
+def spoken(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """The text of an answer without tool calls and their results."""
+    parts = AnswerParts(tokenizer)
+    return tokenizer.decode(token for token in ids if parts.push(token) == "text").strip()
+
+
 def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
     """The messages that a generated answer is: text, calls of the calculator and their results.
 
     An answer that was cut off is kept as far as it goes; half a call is dropped.
     """
-    marks = {
-        tokenizer.special[f"<|{name}|>"]: name
-        for name in ("tool_start", "tool_end", "result_start", "result_end")
-    }
-    after = {"tool_start": "tool_end", "tool_end": "result_start", "result_start": "result_end"}
-    messages: list[dict] = []
-    text: list[int] = []
-    said = expression = ""
-    expected = "tool_start"
+    parts, text, messages = AnswerParts(tokenizer), [], []
     for token in ids:
-        mark = marks.get(token)
-        if mark is None:
-            text.append(token)
+        before = parts.part
+        if parts.push(token) != "text":
             continue
-        if mark != expected:  # only a model that was hardly trained writes marks out of order
-            break
-        content, text, expected = tokenizer.decode(text), [], after.get(mark, "tool_start")
-        if mark == "tool_start":
-            said = content
-        elif mark == "tool_end":
-            expression = content
-        elif mark == "result_end":
-            call = {"type": "function", "function": {"name": TOOL, "arguments": {"expression": expression}}}
-            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
-            messages.append({"role": "tool", "content": content})
-    last = (tokenizer.decode(text) if expected == "tool_start" else said).strip()
+        if before == "result":
+            arguments = {"expression": tokenizer.decode(parts.call)}
+            call = {"type": "function", "function": {"name": TOOL, "arguments": arguments}}
+            messages += [
+                {"role": "assistant", "content": tokenizer.decode(text), "tool_calls": [call]},
+                {"role": "tool", "content": tokenizer.decode(parts.result)},
+            ]
+            text = []
+        text.append(token)
+    last = tokenizer.decode(text).strip()
     # without a closing word, the calls before it lead nowhere
     return [*messages, {"role": "assistant", "content": last}] if last else []

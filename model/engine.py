@@ -1,24 +1,32 @@
-"""Generation: a key-value cache with a slot for each sequence, and the decoding loop with the calculator in
-it.
+"""Generation: a key-value cache with a slot for each sequence, and requests that share the model's forwards.
+
+Each request has its own random generator and its own tools. Its answer does not depend on its batch mates,
+except that matmuls of different shapes may round differently.
 """
 # B slots, S positions, K kv heads, C head dim, D width
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.decode_attention import decode_attention
 from hotlap.model.config import GPTConfig
+from hotlap.model.conversation import AnswerParts
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
-from hotlap.model.tools import calculate
+from hotlap.model.tools import TOOLS, Tools, run_tool
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
+
+GROWTH = 128  # a cache grows by multiples of so many tokens a slot
 
 
 class KVCache:
@@ -35,6 +43,17 @@ class KVCache:
         self.last_embedding = torch.zeros(slots, 1, config.width, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.use(torch.arange(slots, device=device), 1)
+
+    def clear(self, slot: int, length: int) -> None:
+        """Empty a slot for a sequence of up to `length` tokens; all slots grow where they are shorter."""
+        missing = length - self.k[0].shape[1]
+        if missing > 0:
+            missing += -length % GROWTH
+            for tensors in (self.k, self.v):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, missing))
+        self.lengths[slot] = 0
+        self.last_embedding[slot] = 0
 
     def use(self, slots: Tensor, new_tokens: int) -> None:
         """Say which slots (B,) the next forward continues, by how many tokens each."""
@@ -57,94 +76,187 @@ class KVCache:
         self.lengths[self.slots] += self.positions.shape[1]
 
 
-class Engine:
-    """Generates with a model: many prompts at once, each in a slot of the cache."""
+class Token(NamedTuple):
+    id: int
+    sampled: bool
+    """False if it was forced: part of a tool's result. A loss mask for reinforcement learning."""
+    logprob: float | None
+    """Log-probability in nats under the model itself, at temperature 1, without top-k and over the whole
+    (padded) table, as the training loss has it. None unless the request asked for it."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and its answer, as far as it has come. `Engine.add` makes them."""
+
+    prompt: list[int]
+    sampling: Sampling
+    tools: Tools
+    logprobs: bool
+    room: int  # tokens that the answer may have
+    generator: torch.Generator
+    parts: AnswerParts
+    slot: int | None = None  # None while it waits
+    tokens: list[Token] = field(default_factory=list)
+    """The answer so far. The mark that ends it is one of them."""
+    forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    """stop: the model ended its answer. length: `max_tokens` or the context did."""
+
+    @property
+    def answer(self) -> list[int]:
+        """Ids of the answer, without the mark that ends it."""
+        ids = [token.id for token in self.tokens]
+        return ids[:-1] if self.finish_reason == "stop" else ids
+
+
+class Engine:
+    """Generates with a model for up to `slots` requests at once; further ones wait in a queue.
+
+    A request reserves room for its prompt and its longest answer. The cache has `slots` times the most that
+    any request has reserved so far; it grows when a longer one gets a slot, and never shrinks. An engine is
+    for one thread.
+
+    Each step is exactly one forward of the model, even when there are no requests. With FSDP2, a forward is
+    a collective: each rank has an engine and requests of its own, and all ranks must take the same number of
+    steps. They do so if all step until all are done:
+
+        while world.total(engine.busy)[0]:
+            engine.step()
+
+    `generate` and `complete` stop when their own requests are done, so they need a model that is not sharded.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64):
+        if slots < 1:
+            raise ValueError(f"slots={slots} must be at least 1")
         self.model, self.tokenizer = model, tokenizer
         self.device = model.embedding.weight.device
+        self.cache = KVCache(model.config, slots, 0, model.compute_dtype, self.device)
+        self.slots: list[Request | None] = [None] * slots
+        self.waiting: deque[Request] = deque()
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], tokenizer.bos}
-        self.tool_start, self.tool_end = special["<|tool_start|>"], special["<|tool_end|>"]
+        self.tool_end = special["<|tool_end|>"]
         self.result_start, self.result_end = special["<|result_start|>"], special["<|result_end|>"]
 
-    @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
-        """Yield, after each step, the new tokens as (prompt index, id), until every answer has ended.
+    @property
+    def busy(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self.waiting) or any(self.slots)
 
-        A call of the calculator is answered in place: its result's tokens come right after the call's. Ids of
-        special tokens are among the yielded ones, except those that end an answer. Prompts must leave room
-        for a token.
+    def add(
+        self, prompt: list[int], sampling: Sampling, tools: Tools = TOOLS, logprobs: bool = False
+    ) -> Request:
+        """Queue a prompt. ValueError if it is empty or fills the context.
+
+        When the model writes a tool call, `run_tool` runs it, and the tokens of its result follow the call
+        at once, forced. If `tools` is empty, nothing is run or forced.
         """
         context = self.model.config.context
-        for prompt in prompts:
-            if not 0 < len(prompt) < context:
-                raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {context}")
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {context}")
         sampling.validate()
-        length = min(context, max(map(len, prompts)) + sampling.max_tokens)
-        cache = KVCache(self.model.config, len(prompts), length, self.model.compute_dtype, self.device)
+        room = min(sampling.max_tokens, context - len(prompt))
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        forced: list[list[int]] = [[] for _ in prompts]  # results that must be fed before sampling goes on
-        call: list[list[int] | None] = [None] * len(prompts)  # expression of the call being written
-        left = [min(sampling.max_tokens, length - len(p)) for p in prompts]
-        logits = torch.cat([self._forward([p], [i], cache) for i, p in enumerate(prompts)])
-        active = list(range(len(prompts)))
-        while active:
-            drawn = sample(logits, sampling, generator).tolist()
-            step: list[tuple[int, int]] = []
-            for i, token in zip(active, drawn, strict=True):
-                token = forced[i].pop(0) if forced[i] else self._tool(i, token, call, forced)
-                left[i] -= 1
-                if token not in self.stops:
-                    step.append((i, token))
-                if token in self.stops or left[i] <= 0:
-                    left[i] = 0
-            yield step
-            active = [i for i, _ in step if left[i] > 0]
-            if active:
-                last = dict(step)
-                logits = self._forward([[last[i]] for i in active], active, cache)
+        parts = AnswerParts(self.tokenizer)
+        request = Request(prompt, sampling, tools, logprobs, room, generator, parts)
+        self.waiting.append(request)
+        return request
 
-    def _forward(self, ids: list[list[int]], slots: list[int], cache: KVCache) -> Tensor:
+    def cancel(self, request: Request) -> None:
+        """End a request where it is; one that has ended stays as it is."""
+        if request.finish_reason is None:
+            self._end(request, "cancelled")
+
+    @torch.no_grad()  # not inference_mode: FSDP2 keeps gathered weights for training
+    def step(self) -> list[tuple[Request, Token]]:
+        """One forward: of one request's prompt where one waits and a slot is free, else of the last token of
+        every running request. Returns the next token of each request that was in it.
+
+        After an exception (Ctrl-C is one) the requests can only be cancelled.
+        """
+        while self.waiting and None in self.slots:
+            request = self.waiting.popleft()
+            request.slot = self.slots.index(None)
+            self.slots[request.slot] = request
+            self.cache.clear(request.slot, len(request.prompt) + request.room)
+        running = [request for request in self.slots if request]
+        batch = [request for request in running if not request.tokens][:1] or running
+        if not batch:  # other ranks wait for this forward
+            self.cache.clear(0, 1)
+            self._forward([[self.tokenizer.bos]], [0])
+            return []
+        new = [[r.tokens[-1].id] if r.tokens else r.prompt for r in batch]
+        logits = self._forward(new, [r.slot for r in batch])
+        step = list(zip(batch, self._next_tokens(batch, logits), strict=True))
+        for request, token in step:
+            self._append(request, token)
+        return step
+
+    def _forward(self, ids: list[list[int]], slots: list[int]) -> Tensor:
         """Logits (B, V) after the given new tokens of some slots."""
         new = torch.tensor(ids, device=self.device)
-        cache.use(torch.tensor(slots, device=self.device), new.shape[1])
-        hidden = self.model.hidden(new, cache=cache)[:, -1:]
-        cache.advance()
-        logits = self.model.logits(hidden)[:, 0]
-        return logits[:, : self.tokenizer.vocab_size]  # the table may be padded beyond the vocabulary
+        self.cache.use(torch.tensor(slots, device=self.device), new.shape[1])
+        logits = self.model(new, cache=self.cache, last=True)[:, 0]
+        self.cache.advance()
+        return logits
 
-    def _tool(self, i: int, token: int, call: list, forced: list[list[int]]) -> int:
-        """Follow a calculator call that the model itself writes; at its end, queue the result."""
-        if token == self.tool_start:
-            call[i] = []
-        elif token == self.tool_end and call[i] is not None:
-            result = calculate(self.tokenizer.decode(call[i]))
-            forced[i] = [self.result_start, *self.tokenizer.encode(result), self.result_end]
-            call[i] = None
-        elif call[i] is not None:
-            call[i].append(token)
-        return token
+    def _next_tokens(self, requests: list[Request], logits: Tensor) -> list[Token]:
+        """The next token of each request, drawn from its row of logits (B, V), unless another is forced."""
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
+        text = logits[:, : self.tokenizer.vocab_size]  # the table may be padded beyond the vocabulary
+        drawn = sample(text, [r.sampling for r in requests], [r.generator for r in requests]).tolist()
+        sampled = [not r.forced for r in requests]
+        ids = [r.forced.popleft() if r.forced else token for r, token in zip(requests, drawn, strict=True)]
+        logprobs: list[float | None] = [None] * len(requests)
+        if any(r.logprobs for r in requests):
+            chosen = torch.tensor(ids, device=self.device)[:, None]
+            found = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+            logprobs = [p if r.logprobs else None for r, p in zip(requests, found, strict=True)]
+        return list(map(Token, ids, sampled, logprobs))
 
-    def complete(self, prompts: list[list[int]], sampling: Sampling, batch: int = 64) -> list[list[int]]:
-        """The whole answers, as ids, a batch of prompts at a time."""
-        answers: list[list[int]] = []
-        for start in range(0, len(prompts), batch):
-            part = [[] for _ in prompts[start : start + batch]]
-            for step in self.generate(prompts[start : start + batch], sampling):
-                for i, token in step:
-                    part[i].append(token)
-            answers += part
-        return answers
+    def _append(self, request: Request, token: Token) -> None:
+        """Append a token to an answer. If it ends a tool call, run the tool; if it ends the answer, free the
+        slot.
+        """
+        ends_call = token.id == self.tool_end and request.parts.part == "call"
+        request.tokens.append(token)
+        request.parts.push(token.id)
+        if ends_call and request.tools:
+            result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
+            request.forced.extend([self.result_start, *self.tokenizer.encode(result), self.result_end])
+        if token.id in self.stops:
+            self._end(request, "stop")
+        elif len(request.tokens) == request.room:
+            self._end(request, "length")
 
-    def spoken(self, ids: list[int]) -> str:
-        """The text of an answer without tool calls and their results."""
-        text, inside = [], False
-        for token in ids:
-            if token == self.tool_start:
-                inside = True
-            elif token == self.result_end:
-                inside = False
-            elif not inside:
-                text.append(token)
-        return self.tokenizer.decode(text).strip()
+    def _end(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
+        request.finish_reason = reason
+        if request.slot is None:
+            self.waiting.remove(request)
+        else:
+            self.slots[request.slot] = None
+
+    def generate(self, prompt: list[int], sampling: Sampling, tools: Tools = TOOLS) -> Iterator[int]:
+        """Ids of one answer as they come, without the mark that ends it. Closing it cancels the request."""
+        request = self.add(prompt, sampling, tools)
+        try:
+            while request.finish_reason is None:
+                yield from (t.id for r, t in self.step() if r is request and t.id not in self.stops)
+        finally:
+            self.cancel(request)
+
+    def complete(self, prompts: list[list[int]], sampling: Sampling, tools: Tools = TOOLS) -> list[list[int]]:
+        """The whole answers, as ids. Prompt i draws with the seed `sampling.seed` + i."""
+        requests: list[Request] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                requests.append(self.add(prompt, replace(sampling, seed=sampling.seed + i), tools))
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+        return [request.answer for request in requests]

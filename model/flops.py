@@ -3,12 +3,11 @@ used.
 
 Two formulas for the FLOPs of training a token, forward and backward:
 
-* `nanochat_flops`: 6 for each weight of a product (embeddings are look-ups), and 12 H C min(window, T) for
-each
-  layer's attention, as if every query saw a full window. Compare with nanochat, nanoGPT and PaLM by this one.
+* `nanochat_flops`: 6 for each weight of a matmul (embeddings are look-ups), and 12 H C min(window, T) for
+  each layer's attention, as if every query saw a full window. Compare with nanochat, nanoGPT and PaLM by this
+  one.
 * `causal_flops`: the same with the keys that a query really sees: its own and those before it, at most a
-window. This
-  is what the arithmetic takes.
+  window. This is what the arithmetic takes.
 """
 
 from __future__ import annotations
@@ -59,16 +58,17 @@ def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:
-    """Number of parameters by part; `matrices` and `head` are the ones in products."""
-    products = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
+    """Number of parameters by part; `matmul` are those of `matrices` and `head`, the weights of matmuls."""
+    linear = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
     embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.head.weight.numel()
     total = sum(p.numel() for p in model.parameters())
     return {
-        "matrices": sum(products.values()) - head,
+        "matmul": sum(linear.values()),
+        "matrices": sum(linear.values()) - head,
         "head": head,
         "embeddings": sum(embeddings.values()),
-        "scalars": total - sum(products.values()) - sum(embeddings.values()),
+        "scalars": total - sum(linear.values()) - sum(embeddings.values()),
         "total": total,
     }
 
@@ -84,7 +84,7 @@ def nanochat_flops(model: GPT, T: int | None = None) -> int:
     c, counts = model.config, parameter_counts(model)
     T = T or c.context
     attention = sum(12 * c.heads * c.head_dim * min(window, T) for window in c.windows)
-    return 6 * (counts["matrices"] + counts["head"]) + attention
+    return 6 * counts["matmul"] + attention
 
 
 def causal_flops(model: GPT, T: int | None = None) -> int:
@@ -96,7 +96,7 @@ def causal_flops(model: GPT, T: int | None = None) -> int:
         w = min(window, T)
         keys = w * (w + 1) / 2 + (T - w) * w  # seen by the T queries together
         attention += 12 * c.heads * c.head_dim * keys / T
-    return round(6 * (counts["matrices"] + counts["head"]) + attention)
+    return round(6 * counts["matmul"] + attention)
 
 
 def training_bytes(

@@ -1,8 +1,8 @@
 """GPT: a decoder-only transformer with rotary positions, QK-norm, parameter-free RMSNorm and ReLU^2.
 
 The extras of the speedruns (value embeddings, residual and x0 scalars, smear, backout, logit softcap) are
-each a few lines behind a field of `GPTConfig`. The model knows nothing of devices to come or of distribution:
-it is built on any device, `meta` included, and `init_weights` fills it.
+each a few lines behind a field of `GPTConfig`. The model knows nothing about distribution. It can be built on
+any device, `meta` included; `init_weights` fills it.
 """
 # B batch, T time, D width, H heads, K kv heads, C head dim, V vocab
 
@@ -23,14 +23,14 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
-from hotlap.model.config import MLP_RATIO, QK_GAIN, ROPE_BASE, GPTConfig
+from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
 
-GATE_CHANNELS = 12  # of the residual stream that a value gate reads
+GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
 
 
 class Cache(Protocol):
-    """What the model asks of a key-value cache; `hotlap.model.engine.KVCache` is one."""
+    """What the model needs of a key-value cache, such as `hotlap.model.engine.KVCache`."""
 
     positions: Tensor  # (B, T) of the tokens of this call
 
@@ -40,9 +40,9 @@ class Cache(Protocol):
 
 
 class Linear(nn.Linear):
-    """A product without bias, in the dtype of its input, or in fp8 while training where `fp8` is set.
+    """A linear layer without bias, in the dtype of its input, or in fp8 while training if `fp8` is set.
 
-    The weights stay float32 masters.
+    Master weights stay float32.
     """
 
     fp8 = False
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         if self.value_gate is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, c.kv_heads, c.head_dim)
-        q, k = qk_norm_rotary(q, k, cos, sin, QK_GAIN)
+        q, k = qk_norm_rotary(q, k, cos, sin, c.qk_gain)
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:
@@ -118,8 +118,8 @@ class Block(nn.Module):
         document_start: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """mix: the scales of x and of x0, and x0, whose sum is what the block reads; None is x alone."""
-        if mix is not None:  # in here, where a compiler makes one pass of it
+        """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
+        if mix is not None:  # in the block, where a compiler fuses it
             scale, x0_scale, x0 = mix
             x = scale * x + x0_scale * x0
         attended = self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
@@ -153,14 +153,15 @@ class GPT(nn.Module):
             self.register_buffer(name, torch.empty(config.context, config.head_dim // 2), persistent=False)
 
     def use_fp8(self) -> int:
-        """Train the products of the blocks that are large enough in fp8, and return how many they are."""
+        """Train the blocks' large enough matmuls in fp8, and return how many there are."""
         layers = [m for m in self.blocks.modules() if isinstance(m, Linear) and fp8_pays(*m.weight.shape)]
         for layer in layers:
             layer.fp8 = True
         return len(layers)
 
     def set_windows(self, share: float) -> None:
-        """Let each layer see a share of its window, in steps of 128 keys; of 1, all of it."""
+        """Limit each layer to a share of its attention window, in steps of 128 keys; 1 is the whole
+        window."""
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             block.attention.window = min(window, -(-int(share * window) // 128) * 128)
 
@@ -224,16 +225,17 @@ class GPT(nn.Module):
         reduction: str = "sum",
         document_start: Tensor | None = None,
         cache: Cache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
 
         ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B *
-        T,). document_start: (B, T), for rows that pack documents. cache: continue the sequences that it
-        holds.
+        T,). document_start: (B, T), for rows that pack documents. cache: continue its sequences. last: only
+        the logits of the last token, (B, 1, V).
         """
         x = self.hidden(ids, document_start, cache)
         if targets is None:
-            return self.logits(x)
+            return self.logits(x[:, -1:] if last else x)
         return linear_cross_entropy(
             x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, reduction
         )
@@ -270,7 +272,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def smeared(self, x: Tensor, document_start: Tensor | None, cache: Cache | None) -> Tensor:
-        """x with a gated share of the token before added to each token but the first of its document."""
+        """x with a gated share of the previous token added to each token, except the first of a document."""
         previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.previous_embedding(x)
         if document_start is not None:
             t = torch.arange(x.shape[1], device=x.device)

@@ -1,5 +1,5 @@
 """Choosing the next token from logits."""
-# B batch, V vocab
+# B batch, V vocab, K the largest top_k
 
 from __future__ import annotations
 
@@ -31,12 +31,27 @@ class Sampling:
         return self
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One id for each row of logits (B, V): returns (B,) int64."""
-    if sampling.temperature < 1e-5:  # so little that dividing by it may overflow
-        return logits.argmax(-1)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+def sample(logits: Tensor, settings: list[Sampling], generators: list[torch.Generator]) -> Tensor:
+    """One id for each row of logits (B, V): returns (B,) int64.
+
+    Each row has its own settings and generator, so its draw does not depend on the other rows. The method is
+    torch.multinomial's: the id with the largest p / q, where q ~ Exp(1).
+    """
+    greedy = [s.temperature < 1e-5 for s in settings]  # so little that dividing by it may overflow
+    likeliest = logits.argmax(-1)
+    if all(greedy):
+        return likeliest
+    device, V = logits.device, logits.shape[-1]
+    if largest_k := max((s.top_k for s in settings if s.top_k < V), default=0):
+        top = logits.topk(largest_k, dim=-1).values  # (B, K), descending
+        k = torch.tensor([s.top_k if s.top_k < V else 0 for s in settings], device=device)[:, None]
+        threshold = top.gather(1, (k - 1).clamp(min=0))  # (B, 1)
+        logits = logits.masked_fill((k > 0) & (logits < threshold), float("-inf"))
+    temperature = torch.tensor([max(s.temperature, 1e-5) for s in settings], device=device)[:, None]
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    noise = torch.ones_like(probabilities)
+    for i, generator in enumerate(generators):
+        if not greedy[i]:
+            noise[i].exponential_(generator=generator)
+    drawn = (probabilities / noise).argmax(-1)
+    return torch.where(torch.tensor(greedy, device=device), likeliest, drawn)

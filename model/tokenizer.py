@@ -17,6 +17,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hotlap.common import files
 from hotlap.common.errors import DataError
 
 # Llama 3's way of cutting text into words before merging: contractions, words with the mark or space before
@@ -82,7 +83,7 @@ class Tokenizer:
             raise DataError(f"{path} is not a hotlap tokenizer.json ({error!r})") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.definition, encoding="utf-8")
+        files.write(Path(path), self.definition)
 
     @property
     def sha256(self) -> str:

@@ -1,9 +1,15 @@
-"""The calculator that the model may call: arithmetic by walking the syntax tree, never by eval."""
+"""The tools that a model may call: a calculator, which walks the syntax tree and never calls eval.
+
+A tool is a function from text to text. What it cannot do it answers with `error: ...`; it does not raise.
+"""
 
 from __future__ import annotations
 
 import ast
 import operator
+from collections.abc import Callable, Mapping
+
+Tools = Mapping[str, Callable[[str], str]]
 
 MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 30
@@ -38,6 +44,17 @@ def calculate(expression: str) -> str:
     if isinstance(value, float):
         return f"{value:.10g}" if abs(value) < float("inf") else "error: no finite result"
     return str(value)
+
+
+TOOLS: Tools = {"calculator": calculate}
+
+
+def run_tool(call: str, tools: Tools) -> str:
+    """Run a call: `name: text` goes to the tool of that name, any other text to the first tool."""
+    name, colon, text = call.partition(":")
+    if colon and name.strip() in tools:
+        return tools[name.strip()](text.strip())
+    return next(iter(tools.values()))(call)
 
 
 def _evaluate(node: ast.AST, depth: int) -> int | float:

@@ -110,13 +110,13 @@ def talker(tokenizer, *answers: str, context: int = 64, max_tokens: int = 8) -> 
     replies = iter(answers)
 
     class Replying(Engine):
-        def generate(self, prompts, sampling):
+        def generate(self, prompt, sampling):
             end = self.tokenizer.special["<|assistant_end|>"]
-            self.model.scripts = [script(len(prompts[0]), self.tokenizer.encode(next(replies)))]
+            self.model.scripts = [script(len(prompt), self.tokenizer.encode(next(replies)))]
             self.model.fed, self.model.otherwise = [[]], end
-            return super().generate(prompts, sampling)
+            return super().generate(prompt, sampling)
 
-    chat.engine = Replying(ScriptedModel(tiny_config(context=context), [], 0), tokenizer)
+    chat.engine = Replying(ScriptedModel(tiny_config(context=context), [], 0), tokenizer, slots=1)
     return chat
 
 
@@ -166,8 +166,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_session(inside, tiny_tokeni
         return text
 
     if inside:
-        logits = chat.engine.model.logits
-        monkeypatch.setattr(chat.engine.model, "logits", lambda hidden: interrupting(logits(hidden)))
+        forward = ScriptedModel.__call__
+        monkeypatch.setattr(ScriptedModel, "__call__", lambda *args, **kw: interrupting(forward(*args, **kw)))
     else:
         monkeypatch.setattr(program, "printable", interrupting)
     say(chat, "a?")
@@ -178,14 +178,16 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_session(inside, tiny_tokeni
 
 
 def test_an_interrupt_before_the_first_word_forgets_the_question(tiny_tokenizer, capsys, monkeypatch):
-    chat = talker(tiny_tokenizer, "never said")
+    chat = talker(tiny_tokenizer, "never said", "Yes.")
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.engine.model, "logits", interrupted)
-    say(chat, "a?")
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedModel, "__call__", interrupted)
+        say(chat, "a?")
     assert chat.messages == [] and capsys.readouterr().out == " [stopped]\n"
+    assert say(chat, "b?") and capsys.readouterr().out == "Yes.\n"
 
 
 def test_calls_are_not_shown_and_their_results_are_remembered(tiny_tokenizer, capsys):

@@ -140,7 +140,7 @@ def test_a_pretraining_that_cannot_work_is_refused_before_anything_is_made(work,
 def test_an_unknown_key_in_a_file_gets_a_suggestion(work, capsys):
     (work / "run.toml").write_text("[optim]\nmatrix_rl = 0.1\n")
     code = pretrain_here("--config", "run.toml")
-    assert_error(capsys, code, USAGE, "run.toml", "'matrix_rl'", "did you mean 'matrix_lr'?")
+    assert_error(capsys, code, USAGE, "run.toml", "'optim.matrix_rl'", "did you mean 'optim.matrix_lr'?")
 
 
 def shards(work: Path) -> Path:

@@ -21,7 +21,7 @@ RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 FINEWEB_VALIDATION = 10_485_760  # tokens, by the rules of the track
 GPT2_TOKENS = 1.15e9  # of the run
-GPT2_PRODUCTS = 12 * 12 * 768**2 + 50304 * 768  # weights
+GPT2_MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50304 * 768
 
 
 def shakespeare_char() -> PretrainConfig:
@@ -65,15 +65,15 @@ def tiny_sft() -> SFTConfig:
 def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: float = 12) -> PretrainConfig:
     """nanochat's dial: the depth sets width, tokens, batch, learning rates and weight decay.
 
-    Tokens are `ratio` for each weight of the products; the batch grows with tokens^0.383, the rates with the
+    Tokens are `ratio` for each matmul parameter; the batch grows with tokens^0.383, the rates with the
     batch's square root, and the weight decay falls as the run gets longer.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
     model = GPTConfig.from_depth(depth, vocab_size, context)
-    tokens = ratio * weights_in_products(model)
+    tokens = ratio * matmul_parameters(model)
     reference = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size, context)
-    growth = tokens / (ratio * weights_in_products(reference))
+    growth = tokens / (ratio * matmul_parameters(reference))
     batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
     share = (batch / REFERENCE_BATCH) ** 0.5
     optim = scaled(OptimConfig(), share, OptimConfig().weight_decay * share / growth)
@@ -85,13 +85,13 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
 
 
 def gpt2_124m() -> PretrainConfig:
-    """The main track of modded-nanogpt: to 3.28 nats a token of FineWeb with 124M parameters in products.
+    """The main track of modded-nanogpt: to 3.28 nats a token of FineWeb with 124M matmul parameters.
 
     The shape is GPT-2's, the rates follow nanochat's rules for the tokens of a step and of the run. Batch and
     windows grow in three stages, as in the records since 2025 (a third of the batch and a quarter of the
     windows first).
     """
-    rules = from_depth(12, vocab_size=50304, ratio=GPT2_TOKENS / GPT2_PRODUCTS)
+    rules = from_depth(12, vocab_size=50304, ratio=GPT2_TOKENS / GPT2_MATMUL_PARAMETERS)
     batch_rows = 192  # 393,216 tokens
     share = (batch_rows / rules.batch_rows) ** 0.5
     stages = ((1 / 3, 1 / 4), (2 / 3, 1 / 2), (1.0, 1.0))
@@ -106,7 +106,7 @@ def gpt2_124m() -> PretrainConfig:
 
 
 def gpt2_grade(depth: int = 24) -> PretrainConfig:
-    """nanochat's speedrun, to a model as good as GPT-2 (1.5B): 8 tokens for each weight of the products."""
+    """nanochat's speedrun, to a model as good as GPT-2 (1.5B): 8 tokens for each matmul parameter."""
     rules = from_depth(depth, ratio=8)
     return dataclasses.replace(
         rules, out=Path("runs/gpt2-grade/pretrain"), data="data/climbmix", micro_batch="auto",
@@ -143,9 +143,9 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
     return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
 
-def weights_in_products(config: GPTConfig) -> int:
-    counts = parameter_counts(meta_model(config))
-    return counts["matrices"] + counts["head"]
+def matmul_parameters(config: GPTConfig) -> int:
+    """Parameters that are weights of matmuls: all but embeddings and scalars."""
+    return parameter_counts(meta_model(config))["matmul"]
 
 
 PRETRAIN = {

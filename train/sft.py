@@ -17,7 +17,7 @@ from hotlap.train.data.conversations import (
     conversation_digests,
     conversation_rows,
     conversations_of,
-    download_smoltalk,
+    download_conversations,
 )
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.sources import SPLITS
@@ -63,10 +63,9 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     with joined() as world:
         check_machine(config, world)
         base, shape, tokenizer = open_model(config.base)
-        if config.data == "smoltalk":
-            with world.leader_first("smoltalk"):
-                if world.leads:
-                    download_smoltalk()
+        with world.leader_first(f"download {config.data}"):
+            if world.leads:
+                download_conversations(config.data)
         rows, held_out = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
         trained, validated = conversation_digests(rows), conversation_digests(held_out)
         if same := len(set(trained) & set(validated)):

@@ -88,7 +88,7 @@ def test_rows_are_fewer_where_float64_does_not_fit(monkeypatch):
     monkeypatch.setattr(accuracy, "CPU_ROWS", 1 << 20)
     monkeypatch.setattr("hotlap.bench.operations.WIDTHS", {"d12": 4})
     monkeypatch.setattr("hotlap.bench.operations.relu2_ref", greedy)
-    right = accuracy.expected(next(operations(5 * 2048, CPU, torch.float32, ("relu2",))), CPU)
+    right = accuracy.right_answer(next(operations(5 * 2048, CPU, torch.float32, ("relu2",))), CPU)
     assert len(right.tensors[0]) == len(right.exact[0]) == 2048
     for name in providers.WIDTHS:  # whatever its shapes are
         for operation in operations(4096, CPU, torch.float32, ("rotary", "attention_lengths")):

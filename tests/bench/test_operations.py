@@ -20,9 +20,9 @@ T = 16
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "orthogonalize"])
 def test_every_provider_computes_its_operation(name):
     operation = next(operations(64, CPU, torch.float32, (name,)))
-    right = accuracy.expected(operation, CPU)
+    right = accuracy.right_answer(operation, CPU)
     for provider in operation.providers.keys() - {"compile"}:
-        assert accuracy.fault(right, provider) == "", provider
+        assert accuracy.mistake(right, provider) == "", provider
 
 
 def test_the_help_names_every_operation(capsys):

@@ -8,12 +8,12 @@ import torch
 from helpers.small_runs import write_text
 
 from hotlap.bench import pace
-from hotlap.bench.pace import SpeedrunConfig, bench_speedrun, measure_that_fits, our_row, target_row
+from hotlap.bench.pace import SpeedrunConfig, bench_speedrun, measure_that_fits, our_row, record_row
 from hotlap.cli import main
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.train.distributed.world import joined
 from hotlap.train.presets import from_depth, tiny
-from hotlap.train.speedruns.records import FULL, GPT2_GRADE, SIX_N, TARGETS
+from hotlap.train.speedruns.records import FULL, GPT2_GRADE, RECORDS, SIX_N
 
 FOUND = {
     "data_wait_ms": 1.0, "forward_ms": 100.0, "backward_ms": 199.0, "optimizer_ms": 50.0,
@@ -36,19 +36,19 @@ def test_a_step_of_micro_batches_pays_for_the_optimizer_once():
 def test_a_machine_like_the_records_is_their_equal_by_every_formula():
     """Ours at exactly a record's tokens/s and shape has a ratio of 1."""
     shape = from_depth(24).model
-    last = next(t for t in TARGETS if t.name.startswith("run 6 "))
+    last = next(t for t in RECORDS if t.name.startswith("run 6 "))
     each = last.tokens_per_second / last.gpus
     ours = {"case": "gpt2-grade 1x1x1", "tokens_per_second_each": each, "tokens_per_second": 2 * each}
-    row = target_row(last, ours, shape)
+    row = record_row(last, ours, shape)
     assert row["our_tokens_per_gpu"] == row["our_flops_per_gpu"] == pytest.approx(1)
     assert row["our_seconds_for_its_tokens"] == pytest.approx(last.tokens / 2 / each)
     blind = dataclasses.replace(last, attention=0, formula=SIX_N)
-    assert target_row(blind, ours, shape)["our_flops_per_gpu"] == pytest.approx(1)
-    causal = next(t for t in TARGETS if "causal" in t.formula)
+    assert record_row(blind, ours, shape)["our_flops_per_gpu"] == pytest.approx(1)
+    causal = next(t for t in RECORDS if "causal" in t.formula)
     full = dataclasses.replace(causal, attention=2 * causal.attention, formula=FULL)
-    a, b = (target_row(t, ours, shape)["our_flops_per_gpu"] for t in (causal, full))
+    a, b = (record_row(t, ours, shape)["our_flops_per_gpu"] for t in (causal, full))
     assert a == pytest.approx(b) and nanochat_flops(meta_model(shape)) == last.flops_per_token
-    assert target_row(causal, ours, shape)["our_tokens_per_gpu"] is None, "of another recipe"
+    assert record_row(causal, ours, shape)["our_tokens_per_gpu"] is None, "of another recipe"
 
 
 def test_rows_are_halved_until_the_memory_suffices(monkeypatch):
@@ -86,7 +86,7 @@ def test_the_benchmark_writes_its_table_with_sources_and_assumptions(work, capsy
     assert main(flags) == 0
     content = json.loads((work / "found" / "speedrun.json").read_text())
     ours, *others = content["rows"]
-    assert ours["case"] == "tiny 2x2x32" and ours["provider"] == "hotlap" and len(others) == len(TARGETS)
+    assert ours["case"] == "tiny 2x2x32" and ours["provider"] == "hotlap" and len(others) == len(RECORDS)
     assert all(row["source"] and row["our_flops_per_gpu"] > 0 for row in others)
     assert "only a run shows" in content["assumes"] and content["expected"] is None
     assert (work / "found" / "speedrun.png").read_bytes().startswith(b"\x89PNG")

@@ -154,8 +154,7 @@ def test_the_calls_run_without_a_package_but_torch_and_numpy(tmp_path):
         "from hotlap.bench import suite\n"
         "if __name__ == '__main__':\n"
         "    for call in ('look', 'check', 'figures'):\n"
-        "        sys.argv = ['suite', call, '--minutes', '1e-6', '--out', call]\n"
-        "        assert suite.main() == 0"
+        "        assert suite.main([call, '--minutes', '1e-6', '--out', call]) == 0"
     )
     (tmp_path / "bare.py").write_text(code)
     done = subprocess.run([sys.executable, "bare.py"], capture_output=True, text=True, cwd=tmp_path)

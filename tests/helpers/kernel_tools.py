@@ -144,3 +144,9 @@ def muon_move_ref(
     scaled = update * (second + muon.EPS).rsqrt()
     scaled = scaled * (S**0.5 / (scaled.norm(dim=(-2, -1), keepdim=True) + muon.EPS))
     weight.sub_(lr * (scaled + decay * weight * (scaled * weight >= 0)))
+
+
+def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """document_start (1, tokens) of a row of packed documents; cu_seqlens: where they begin, and the end."""
+    t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None]

@@ -58,17 +58,12 @@ class ScriptedModel:
         self.embedding = torch.nn.Embedding(1, 1)
         self.fed: list[list[int]] = [[] for _ in scripts]  # the tokens that each slot was given
 
-    def hidden(self, ids: Tensor, cache) -> Tensor:
-        for row, slot in zip(ids.tolist(), cache.slots.tolist(), strict=True):
+    def __call__(self, ids: Tensor, cache, last: bool) -> Tensor:
+        logits = torch.zeros(len(ids), 1, self.config.vocab_size)
+        ends = cache.positions[:, -1].tolist()
+        for b, (row, slot, end) in enumerate(zip(ids.tolist(), cache.slots.tolist(), ends, strict=True)):
             self.fed[slot] += row
-        slots = cache.slots[:, None].expand_as(ids)
-        return torch.stack((slots, cache.positions), -1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = torch.zeros(*hidden.shape[:2], self.config.vocab_size)
-        for b, row in enumerate(hidden.tolist()):
-            for t, (slot, position) in enumerate(row):
-                logits[b, t, self.scripts[slot].get(position + 1, self.otherwise)] = 100
+            logits[b, 0, self.scripts[slot].get(end + 1, self.otherwise)] = 100
         return logits
 
 

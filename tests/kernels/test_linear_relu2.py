@@ -272,7 +272,7 @@ def test_what_tune_has_measured_decides_between_the_forms(monkeypatch, cache, la
 
         monkeypatch.setattr(tune, "milliseconds", milliseconds)
         small = dataclasses.replace(case_, run=lambda _: step)
-        measured = tune.measure(small, 1, DEVICE)
+        measured = tune.measure_tiles(small, 1, DEVICE)
         assert sorted(set(measured.values())) == [1.0, 1.5, 2.0]
         tile = tune.fastest(tiles.fitting_tiles(TABLE, i, device), measured)
         found[tiles.tile_key(TABLE, i)] = tile

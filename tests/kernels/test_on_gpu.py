@@ -5,7 +5,7 @@ Where there is one, the other tests of this folder run natively too.
 
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, error, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, document_starts, error, outputs_and_gradients, random
 from helpers.tools import tiny_config
 from torch._inductor.utils import run_and_get_code
 
@@ -14,7 +14,7 @@ from hotlap.kernels import attention_backward, attention_forward, attention_hopp
 from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
 from hotlap.kernels import linear_relu2 as linear_relu2_module
 from hotlap.kernels import relu2 as module
-from hotlap.kernels.attention import attention, attention_ref, document_starts
+from hotlap.kernels.attention import attention, attention_ref
 from hotlap.kernels.attention_torch import sdpa_takes
 from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.dispatch import device_facts
@@ -348,6 +348,6 @@ def test_facts_of_the_device_are_sane():
 def test_tuning_measures_every_tile_that_fits_and_chooses_none_by_itself():
     case, facts = module.cases(torch.bfloat16)[0], device_facts(DEVICE)
     chosen = dict(tuned_tiles(facts.name))
-    times = tune.measure(case, 0.01, DEVICE)
+    times = tune.measure_tiles(case, 0.01, DEVICE)
     assert len(times) == len(fitting_tiles(case.table, case.size, facts)) and min(times.values()) > 0
     assert tuned_tiles(facts.name) == chosen

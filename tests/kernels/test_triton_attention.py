@@ -1,11 +1,11 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, check, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, document_starts, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import attention as module
 from hotlap.kernels import attention_backward, attention_forward
-from hotlap.kernels.attention import attention, document_starts, visible_keys
+from hotlap.kernels.attention import attention, visible_keys
 from hotlap.kernels.attention_forward import query_block
 from hotlap.kernels.dispatch import jit, tl
 from hotlap.kernels.tiles import Tile

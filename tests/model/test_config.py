@@ -71,8 +71,8 @@ def test_the_estimated_memory_is_near_what_an_h100_held():
     [
         ("vocab_size", 0), ("context", 0), ("layers", 0), ("width", 0), ("heads", 0), ("kv_heads", -1),
         ("width", 65), ("heads", 3), ("kv_heads", 3), ("heads", 64), ("window_pattern", ""),
-        ("window_pattern", "SX"), ("softcap", -1.0),
-        ("softcap", float("nan")),
+        ("window_pattern", "SX"), ("softcap", -1.0), ("softcap", float("nan")), ("qk_gain", 0.0),
+        ("qk_gain", float("inf")),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_work_is_named(field, value):
@@ -86,6 +86,8 @@ def test_the_dictionary_form_is_exact():
     assert GPTConfig.from_dict(fields) == config
     with pytest.raises(ValueError, match="'dropout'"):
         GPTConfig.from_dict(fields | {"dropout": 0.1})
+    del fields["qk_gain"]
+    assert GPTConfig.from_dict(fields) == config, "older models have the default"
     del fields["smear"]
     with pytest.raises(ValueError, match="'smear' is missing"):
         GPTConfig.from_dict(fields)

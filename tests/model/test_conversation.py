@@ -1,11 +1,12 @@
 """Conversations to ids and back, and what carries loss."""
 
 import itertools
+import re
 
 import pytest
 
 from hotlap.common.errors import DataError
-from hotlap.model.conversation import check_messages, parse_answer, render, render_prompt
+from hotlap.model.conversation import check_messages, parse_answer, render, render_prompt, spoken
 from hotlap.model.tokenizer import SPECIAL_TOKENS
 
 
@@ -199,10 +200,28 @@ def test_half_a_call_is_dropped(tiny_tokenizer):
 
 
 def test_whatever_a_model_writes_becomes_a_conversation_that_can_go_on(tiny_tokenizer):
-    """All sequences of five pieces: marks in any order, and text."""
+    """All sequences of five pieces: marks in any order, and text. What is remembered is what was read."""
     pieces = ("tool_start", "tool_end", "result_start", "result_end", "user_start", "'2+3'")
     for sequence in itertools.product(pieces, repeat=5):
-        answer = parse_answer(spelled(tiny_tokenizer, *sequence), tiny_tokenizer)
+        ids = spelled(tiny_tokenizer, *sequence)
+        answer = parse_answer(ids, tiny_tokenizer)
         if answer:
             assert answer[-1]["role"] == "assistant" and not answer[-1].get("tool_calls")
             render_prompt([user(), *answer, user()], tiny_tokenizer)
+            said = "".join(m["content"] for m in answer if m["role"] == "assistant")
+            assert said == spoken(ids, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "pieces, text",
+    [
+        ("'It is 5.'", "It is 5."),
+        ("'So: ' tool_start '2+3' tool_end result_start '5' result_end 'five. '", "So: five."),
+        ("'So: ' tool_start '2+3' tool_start '4' result_end 'four'", "So: four"),
+        ("'So' tool_start '2+3' tool_end result_start '5'", "So"),
+        ("'a' tool_end 'b' result_start 'c' result_end 'd'", "abcd"),
+    ],
+)
+def test_calls_and_results_are_not_for_reading(pieces, text, tiny_tokenizer):
+    pieces = re.findall(r"'[^']*'|\w+", pieces)
+    assert spoken(spelled(tiny_tokenizer, *pieces), tiny_tokenizer) == text

@@ -1,10 +1,14 @@
-"""Generation: the same tokens as the naive way, and the calculator in the loop."""
+"""Generation: the same tokens as the naive way, requests that come and go, and tools in the loop."""
+
+import random
 
 import pytest
 import torch
+from helpers.engine_functions import PROMPTS, whole_and_sharded_answers
+from helpers.ranks import in_world, run_ranks
 from helpers.tools import ScriptedModel, script, tiny_config
 
-from hotlap.model.conversation import parse_answer, render, render_prompt
+from hotlap.model.conversation import parse_answer, render, render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling, sample
 
@@ -40,13 +44,112 @@ def naive_greedy(engine, prompt, count):
 def test_a_batch_generates_what_each_prompt_would_alone(engine, prompts):
     answers = engine.complete(prompts, GREEDY)
     assert answers == [naive_greedy(engine, prompt, 20) for prompt in prompts]
-    assert answers == engine.complete(prompts, GREEDY, batch=3)
+    assert answers == Engine(engine.model, engine.tokenizer, slots=3).complete(prompts, GREEDY)
+    assert answers == [list(engine.generate(prompt, GREEDY)) for prompt in prompts]
     assert len(set(map(tuple, answers))) > 1
 
 
-def test_steps_come_one_token_a_prompt_at_a_time(engine, prompts):
-    for step in engine.generate(prompts, GREEDY):
-        assert [i for i, _ in step] == [0, 1, 2, 3]
+def test_requests_wait_for_a_slot_in_the_order_they_came(engine, prompts):
+    engine = Engine(engine.model, engine.tokenizer, slots=2)
+    requests = [engine.add(prompt, Sampling(max_tokens=5 + i)) for i, prompt in enumerate(prompts)]
+    engine.cancel(requests[2])
+    order = []
+    while engine.busy:
+        step = engine.step()
+        assert 1 <= len(step) <= 2
+        order += [r for r, _ in step if r not in order]
+        assert len([r for r in requests if r.tokens and not r.finish_reason]) <= 2
+    assert order == [requests[0], requests[1], requests[3]]
+    assert [r.finish_reason for r in requests] == ["length", "length", "cancelled", "length"]
+    assert [len(r.tokens) for r in requests] == [5, 6, 0, 8]
+    assert engine.step() == []
+
+
+def test_no_slots_is_an_error(engine):
+    with pytest.raises(ValueError, match="slots=0"):
+        Engine(engine.model, engine.tokenizer, slots=0)
+
+
+@pytest.fixture
+def caller(random_model, tiny_tokenizer):
+    """A random model that often calls a tool, and seldom ends its answer."""
+    model, special = random_model(tiny_config(layers=3, context=128)), tiny_tokenizer.special
+    with torch.no_grad():
+        model.head.weight[[special["<|assistant_end|>"], tiny_tokenizer.bos]] = 0
+        model.head.weight[[special["<|tool_start|>"], special["<|tool_end|>"]]] *= 6
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_does_not_depend_on_its_batch_mates(temperature, seed, caller, tiny_tokenizer):
+    """Requests are added and cancelled at random between steps: all that is said is what each says alone."""
+    dice, t = random.Random(seed), tiny_tokenizer
+    engine = Engine(caller, t, slots=3)
+    requests, wanted = [], 12
+    while engine.busy or len(requests) < wanted:
+        if len(requests) < wanted and dice.random() < 0.3:
+            prompt = [t.bos, *(dice.randrange(t.text_size) for _ in range(dice.randrange(30)))]
+            sampling = Sampling(temperature, dice.choice([0, 5, 50]), dice.randint(1, 60), dice.randrange(9))
+            requests.append(engine.add(prompt, sampling, logprobs=dice.random() < 0.5))
+        if requests and dice.random() < 0.03:
+            engine.cancel(dice.choice(requests))
+        engine.step()
+    for request in requests:
+        alone = Engine(caller, t, slots=1)
+        again = alone.add(request.prompt, request.sampling)
+        while alone.busy:
+            alone.step()
+        said, full = ([(token.id, token.sampled) for token in r.tokens] for r in (request, again))
+        assert said == (full[: len(said)] if request.finish_reason == "cancelled" else full)
+    everything = [token for request in requests for token in request.tokens]
+    assert any(request.finish_reason == "cancelled" for request in requests)
+    assert any(not token.sampled for token in everything)  # results of calls
+
+
+def test_log_probabilities_are_those_of_the_model_itself(caller, tiny_tokenizer):
+    """Whatever the sampling, for forced tokens too; over the whole table; None where nobody asked."""
+    engine = Engine(caller, tiny_tokenizer)
+    sampling = Sampling(temperature=2.0, top_k=20, max_tokens=50, seed=2)
+    asked = engine.add([tiny_tokenizer.bos, 5], sampling, logprobs=True)
+    other = engine.add([tiny_tokenizer.bos, 6], sampling)
+    while engine.busy:
+        engine.step()
+    ids = [*asked.prompt, *(token.id for token in asked.tokens)]
+    with torch.no_grad():
+        expected = caller(torch.tensor([ids[:-1]])).log_softmax(-1)[0, 1:]
+    expected = expected[range(len(asked.tokens)), ids[2:]]
+    torch.testing.assert_close(torch.tensor([token.logprob for token in asked.tokens]), expected)
+    assert len({token.sampled for token in asked.tokens}) == 2
+    assert all(token.logprob is None for token in other.tokens)
+
+
+def test_prompts_of_a_batch_draw_different_answers(engine, prompts):
+    answers = engine.complete([prompts[0]] * 4, Sampling(temperature=1.0, max_tokens=20, seed=3))
+    assert len(set(map(tuple, answers))) == 4
+    alone = Sampling(temperature=1.0, max_tokens=20, seed=5)
+    assert answers[2] == engine.complete(prompts[:1], alone)[0]
+
+
+def test_a_stream_that_is_closed_frees_its_slot(engine, prompts):
+    stream = engine.generate(prompts[1], GREEDY)
+    assert next(stream) == naive_greedy(engine, prompts[1], 1)[0] and engine.busy
+    stream.close()
+    assert not engine.busy
+
+
+def test_nan_is_an_error_and_no_answer(engine, prompts):
+    with torch.no_grad():
+        engine.model.blocks[0].mlp.fc.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.complete(prompts, GREEDY)
+    assert not engine.busy
+
+
+def test_a_sharded_model_generates_what_the_whole_one_does():
+    """Ranks have different numbers of prompts, which end after different numbers of tokens."""
+    for rank, (whole, sharded) in enumerate(run_ranks(2, in_world, whole_and_sharded_answers)):
+        assert sharded == whole and len(whole) == len(PROMPTS[rank])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 10.0])
@@ -75,6 +178,7 @@ def test_an_answer_ends_at_max_tokens_or_where_the_context_does(engine):
 def test_a_prompt_without_room_for_an_answer_is_refused(engine, prompt):
     with pytest.raises(ValueError, match=f"prompt of {len(prompt)} tokens .* context of 64"):
         engine.complete([[5], prompt], GREEDY)
+    assert not engine.busy
 
 
 @pytest.mark.parametrize(
@@ -116,11 +220,30 @@ def test_a_call_gets_its_result_in_place(tiny_tokenizer):
     plain = script(1, t.encode("no call"))
     model = ScriptedModel(tiny_config(), [own, plain], otherwise=end)
     engine = Engine(model, t)
-    called, other = engine.complete([prompt, [t.bos]], Sampling(temperature=0.0, max_tokens=50))
-    assert [*prompt, *called, end] == whole and other == t.encode("no call")
-    assert parse_answer(called, t) == answer
-    assert engine.spoken(called) == "It is 144."
+    called, other = (engine.add(ids, Sampling(0.0, max_tokens=50)) for ids in (prompt, [t.bos]))
+    while engine.busy:
+        engine.step()
+    assert [*prompt, *called.answer, end] == whole and other.answer == t.encode("no call")
+    assert [token.sampled for token in called.tokens] == said[len(prompt) :]  # what carries loss
+    assert called.finish_reason == "stop" and called.tokens[-1].id == end
+    assert parse_answer(called.answer, t) == answer
+    assert spoken(called.answer, t) == "It is 144."
     assert model.fed[0] == whole[:-1]
+
+
+def test_each_request_has_its_own_tools(tiny_tokenizer):
+    t = tiny_tokenizer
+    call = [t.special["<|tool_start|>"], *t.encode("9*9"), t.special["<|tool_end|>"]]
+    model = ScriptedModel(tiny_config(), [script(1, call)] * 3, otherwise=t.special["<|assistant_end|>"])
+    engine, asked = Engine(model, t), []
+    tools = ({}, {"echo": lambda text: f"{text}!"}, {"first": str.title, "echo": asked.append})
+    requests = [engine.add([t.bos], GREEDY, table) for table in tools]
+    while engine.busy:
+        engine.step()
+    results = [request.answer[len(call) :] for request in requests]
+    marks = t.special["<|result_start|>"], t.special["<|result_end|>"]
+    assert results == [[]] + [[marks[0], *t.encode(text), marks[1]] for text in ("9*9!", "9*9")]
+    assert asked == []
 
 
 def test_a_result_that_does_not_fit_is_cut(tiny_tokenizer):
@@ -145,7 +268,22 @@ def test_a_call_in_the_prompt_is_not_run(call, tiny_tokenizer):
 
 def draw(logits, count=4000, **fields):
     generator = torch.Generator().manual_seed(0)
-    return sample(torch.tensor([logits]).expand(count, -1), Sampling(**fields), generator)
+    return sample(torch.tensor([logits]).expand(count, -1), [Sampling(**fields)] * count, [generator] * count)
+
+
+def test_each_row_has_its_own_settings():
+    logits = torch.tensor([0.5, 1.0, 0.0, 1.5])
+    settings = [Sampling(0.0), Sampling(10.0, top_k=2), Sampling(1e-40), Sampling(10.0, top_k=0)] * 500
+    drawn = sample(logits.expand(2000, -1), settings, [torch.Generator().manual_seed(i) for i in range(2000)])
+    assert [set(drawn[i::4].tolist()) for i in range(4)] == [{3}, {1, 3}, {3}, {0, 1, 2, 3}]
+
+
+def test_a_draw_is_that_of_multinomial():
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    for seed in range(50):
+        expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
+        drawn = sample(logits, [Sampling(1.0, 0)], [torch.Generator().manual_seed(seed)])
+        assert drawn.tolist() == expected[0].tolist()
 
 
 def test_temperature_zero_is_the_likeliest_and_so_is_almost_zero():

@@ -7,7 +7,7 @@ import torch
 from helpers.tools import relative_error, tiny_config
 
 from hotlap.kernels import fp8
-from hotlap.model.config import QK_GAIN, ROPE_BASE
+from hotlap.model.config import ROPE_BASE
 from hotlap.model.engine import KVCache
 from hotlap.model.gpt import GPT, Block
 
@@ -21,7 +21,7 @@ CONFIGS = {
     "no extras": tiny_config(
         value_embeddings=False, residual_scalars=False, smear=False, backout=False, softcap=0.0
     ),
-    "windows and grouped heads": tiny_config(layers=4, context=300, heads=2, kv_heads=1),
+    "windows and grouped heads": tiny_config(layers=4, context=300, heads=2, kv_heads=1, qk_gain=1.0),
 }
 
 
@@ -37,7 +37,7 @@ def naive_logits(model, ids):
     turn = torch.polar(torch.ones_like(angle), -angle)
 
     def rotated(x):
-        turned = torch.complex(*(QK_GAIN * norm(x)).chunk(2, -1)) * turn
+        turned = torch.complex(*(c.qk_gain * norm(x)).chunk(2, -1)) * turn
         return torch.cat((turned.real, turned.imag), -1)
 
     x = norm(w["embedding.weight"][ids])
@@ -154,7 +154,7 @@ def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
 
 CHANGES = {
     "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "vocab_size": 640,
-    "window_pattern": "L", "value_embeddings": False,
+    "window_pattern": "L", "qk_gain": 1.0, "value_embeddings": False,
     "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from hotlap.model.tools import calculate
+from hotlap.model.tools import TOOLS, calculate, run_tool
 
 
 def random_sum(dice: random.Random, depth: int) -> str:
@@ -88,3 +88,14 @@ def test_it_works_in_a_thread():
     for thread in threads:
         thread.join()
     assert results == ["error: no finite result"] * 4
+
+
+@pytest.mark.parametrize(
+    "call, result",
+    [
+        ("2+3", "5"), ("calculator: 2+3", "5"), ("upper: abc", "ABC"), ("upper:a: b", "A: B"),
+        ("abc", "error: not arithmetic"), ("lower: abc", "error: not arithmetic"),
+    ],
+)  # fmt: skip
+def test_a_call_goes_to_the_tool_that_it_names_or_else_to_the_first(call, result):
+    assert run_tool(call, {**TOOLS, "upper": str.upper}) == result

@@ -1,6 +1,7 @@
-"""Conversations for supervised fine-tuning: the built-in tasks, SmolTalk, or a file of them, as packed rows.
+"""Conversations for fine-tuning, read from where a string says and packed into rows.
 
-They are read one at a time and kept as tokens: three bytes for each, of SmolTalk about 1.2 GB on every rank.
+The string is `tasks` (the built-in ones), `smoltalk` (SmolTalk and the tasks), or the path of a file.
+Conversations are streamed and kept as tokens, three bytes each: about 1.2 GB of SmolTalk on every rank.
 """
 
 from __future__ import annotations
@@ -27,42 +28,19 @@ from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents,
 from hotlap.train.data.sources import parquet_column, split_documents
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
 
-# Questions of the built-in mixture, and repeats of its greetings.
-ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12
-TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, each as likely
-
-
-def built_in(texts: list[str], seed: int) -> list[list[dict]]:
-    """Facts, sums, spelling and greetings. texts: where the words to spell come from."""
-    conversations = [
-        *facts.training_conversations(),
-        *arithmetic.training_conversations(ARITHMETIC, seed),
-        *spelling.training_conversations(spelling.words(texts), SPELLING, seed),
-        *identity.training_conversations(IDENTITY),
-    ]
-    generator = random.Random(seed)
-    generator.shuffle(conversations)
-    joined, i = [], 0
-    while i < len(conversations):  # conversations of several turns, so that one with a history is nothing new
-        turns = generator.choice(TURNS)
-        joined.append([message for c in conversations[i : i + turns] for message in c])
-        i += turns
-    return joined
-
-
-@cache  # one for both splits
-def documentation_tasks(seed: int) -> list[list[dict]]:
-    return built_in(split_documents("pydocs")[0], seed)
+ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12  # sums, words and repeats of each greeting in `tasks`
+TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
+SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first
 
 
 def conversations_of(split: str, data: str, seed: int) -> Iterator[list[dict]]:
-    """The training or validation conversations that `data` names: tasks, smoltalk, or a file.
+    """The training or validation conversations that `data` names.
 
-    smoltalk: each of its splits with that of the tasks, which teach the calculator. It has to be there
-    (`download_smoltalk`).
+    SmolTalk has its own splits, each followed by that of the tasks, which teach the calculator. It must have
+    been downloaded (`download_conversations`).
     """
     if data == "smoltalk":
-        validation, *train = SMOLTALK.names(len(SMOLTALK.numbers))
+        validation, *train = SMOLTALK_FILES
         for name in train if split == "train" else [validation]:
             yield from accepted(smoltalk_folder() / name)
     if data in ("tasks", "smoltalk"):
@@ -72,9 +50,54 @@ def conversations_of(split: str, data: str, seed: int) -> Iterator[list[dict]]:
     yield from (messages for label, messages in labelled_conversations(found) if label == split)
 
 
+def check_conversations(data: str) -> None:
+    """Read a file of conversations to its end, so that its errors show before a long run."""
+    if data not in ("tasks", "smoltalk"):
+        for _ in read_conversations(Path(data)):
+            pass
+
+
+def conversations_plan(data: str) -> hub.DownloadPlan | None:
+    """What `download_conversations` will download; None if `data` is not on the hub. Asks it for sizes."""
+    return hub.plan_download(SMOLTALK, smoltalk_folder(), SMOLTALK_FILES) if data == "smoltalk" else None
+
+
+def download_conversations(data: str) -> None:
+    """Download and check what `data` names, if it is on the hub and not in the cache yet."""
+    if data == "smoltalk":
+        hub.download(SMOLTALK, smoltalk_folder(), SMOLTALK_FILES)
+
+
+def smoltalk_folder() -> Path:
+    return cache_folder() / "smoltalk"
+
+
+@cache  # shared by both splits
+def documentation_tasks(seed: int) -> list[list[dict]]:
+    return built_in(split_documents("pydocs")[0], seed)
+
+
+def built_in(texts: list[str], seed: int) -> list[list[dict]]:
+    """Facts, sums, spelling and greetings, shuffled. texts: the words to spell are taken from them."""
+    conversations = [
+        *facts.training_conversations(),
+        *arithmetic.training_conversations(ARITHMETIC, seed),
+        *spelling.training_conversations(spelling.words(texts), SPELLING, seed),
+        *identity.training_conversations(IDENTITY),
+    ]
+    generator = random.Random(seed)
+    generator.shuffle(conversations)
+    joined, i = [], 0
+    while i < len(conversations):  # several turns, so that the model has seen a history
+        turns = generator.choice(TURNS)
+        joined.append([message for c in conversations[i : i + turns] for message in c])
+        i += turns
+    return joined
+
+
 def labelled_conversations(conversations: Iterable[list[dict]]) -> Iterator[tuple[str, list[dict]]]:
-    """Each conversation with its split: about one in twenty validates, equal ones on the same side. The first
-    ones wait until both splits have one.
+    """Each conversation with its split: about 1 in 20 validates, and equal ones share a split. The first ones
+    are held back until both splits have one.
     """
     waiting: list[tuple[str, list[dict]]] = []
     found = set()
@@ -92,23 +115,9 @@ def labelled_conversations(conversations: Iterable[list[dict]]) -> Iterator[tupl
         yield "validation", all_of_them[0]
 
 
-def smoltalk_folder() -> Path:
-    return cache_folder() / "smoltalk"
-
-
-def smoltalk_plan() -> hub.Plan:
-    """What `download_smoltalk` will download. It asks the hub for sizes."""
-    return hub.plan(SMOLTALK, smoltalk_folder(), SMOLTALK.names(len(SMOLTALK.numbers)))
-
-
-def download_smoltalk() -> None:
-    """Have SmolTalk's files in the cache, checked."""
-    hub.download(SMOLTALK, smoltalk_folder(), SMOLTALK.names(len(SMOLTALK.numbers)))
-
-
 def read_conversations(path: Path) -> Iterator[list[dict]]:
-    """Conversations of a .jsonl file, one {"messages": [...]} a line, or of the column `messages` of a
-    .parquet file; DataError with file and line or row where one is not as it has to be.
+    """The conversations of a .jsonl file, one {"messages": [...]} per line, or of the column `messages` of a
+    .parquet file. DataError names the file and line or row of an invalid one.
     """
     empty = True
     for place, messages in records(path):
@@ -118,11 +127,11 @@ def read_conversations(path: Path) -> Iterator[list[dict]]:
             raise DataError(f"{place}: {error}") from None
         empty = False
     if empty:
-        raise DataError(f'{path} holds no conversation; each line or row is {{"messages": [...]}}')
+        raise DataError(f'{path} holds no conversation; each line or row must be {{"messages": [...]}}')
 
 
 def accepted(path: Path) -> Iterator[list[dict]]:
-    """Those conversations of a public file that can be learned from; how many others there are is logged."""
+    """The valid conversations of a public file. How many others are skipped is logged."""
     total, refused, first = 0, 0, ""
     for place, messages in records(path):
         total += 1
@@ -131,10 +140,11 @@ def accepted(path: Path) -> Iterator[list[dict]]:
         except DataError as error:
             refused, first = refused + 1, first or f"{place}: {error}"
     if refused:
-        log.info("%s: %d of %d conversations are left out, the first: %s", path.name, refused, total, first)
+        log.info("%s: skipped %d of %d conversations, the first: %s", path.name, refused, total, first)
 
 
 def checked(messages: object) -> list[dict]:
+    """The conversation, if it is one to learn from; else DataError."""
     messages = check_messages(messages)
     if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
         raise DataError("the conversation does not end with the assistant's answer")
@@ -142,10 +152,10 @@ def checked(messages: object) -> list[dict]:
 
 
 def records(path: Path) -> Iterator[tuple[str, object]]:
-    """What a file has as `messages`, and where: path:line, or path:row. Nothing of it is checked."""
+    """The unchecked `messages` of each line or row of a file, after their place: path:line or path:row."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"no conversations at {path}; name a .jsonl or .parquet file, or `tasks` or `smoltalk`"
+            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
         )
     if path.suffix == ".parquet":
         for number, messages in enumerate(parquet_column(path, "messages"), 1):
@@ -165,7 +175,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 class EncodedTexts:
-    """Stands for a tokenizer where the texts to come are known: its threads encode them all at once."""
+    """Acts as a tokenizer for known texts, which its threads have encoded all at once."""
 
     def __init__(self, conversations: list[list[dict]], tokenizer: Tokenizer):
         self.bos, self.special = tokenizer.bos, tokenizer.special
@@ -185,7 +195,7 @@ class EncodedTexts:
 def rendered(
     conversations: Iterable[list[dict]], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[dict], list[int], list[bool]]]:
-    """Each conversation with its tokens and which of them the assistant says, encoded some MB at once."""
+    """Each conversation with its tokens and their loss mask. Some MB of text are encoded at once."""
     batch: list[list[dict]] = []
     characters = 0
 
@@ -205,13 +215,13 @@ def rendered(
 def conversation_rows(
     conversations: Iterable[list[dict]], tokenizer: Tokenizer, T: int, seed: int, shuffle: bool
 ) -> PackedRows:
-    """Packed rows in which only what the assistant says carries loss.
+    """Packed rows of T tokens in which only the assistant's tokens carry loss.
 
-    A conversation longer than a row is dropped, and counted; one that holds the text of a special token has
-    it as text.
+    Conversations longer than a row are dropped, and their number logged. Text that spells a special token
+    stays text.
     """
     dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
-    ids, said, starts = array(dtype.char), bytearray(), array("q")  # which grow in place
+    ids, said, starts = array(dtype.char), bytearray(), array("q")  # these grow in place
     total = dropped = spelled_special = 0
     for messages, tokens, mask in rendered(conversations, tokenizer):
         total += 1
@@ -223,14 +233,14 @@ def conversation_rows(
         ids.extend(tokens)
         said.extend(mask)
     if dropped:
-        log.info("%d of %d conversations are longer than %d tokens and left out", dropped, total, T)
+        log.info("%d of %d conversations are longer than %d tokens; skipped", dropped, total, T)
     if not starts:
         raise DataError(
             f"no conversation fits the model's context of {T} tokens; shorten them, or train a longer one"
         )
     if spelled_special:
-        log.info("%d conversations hold the text of a special token; it stays text", spelled_special)
-    ids.append(0)  # the last token of a shard is a target only
+        log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
+    ids.append(0)  # the last token of a shard is only a target
     said.append(False)
     documents = Documents(
         np.frombuffer(ids, dtype), np.frombuffer(starts, np.int64), np.frombuffer(said, bool)
@@ -239,7 +249,7 @@ def conversation_rows(
 
 
 def conversation_digests(rows: PackedRows) -> list[bytes]:
-    """16 bytes of the sha256 of each conversation's tokens: which are equal, and whether all are the same."""
+    """16 bytes of the sha256 of each conversation's tokens: to find duplicates and to recognise the data."""
     (documents,) = (shard() for shard in rows.shards)
     ends = np.append(documents.starts[1:], len(documents.tokens) - 1)
     return [

@@ -1,7 +1,7 @@
-"""The public datasets that speedruns train on: where they are, and what is known of their files.
+"""The public datasets that speedruns train on: their repositories on the Hugging Face hub, and their files.
 
-What was published elsewhere is pinned: the revisions, and the size and sha256 of two files. The others are
-what the hub states of that revision when they are first downloaded, and stay so (`hub.json` beside them).
+Revisions are pinned, and the size and sha256 of two files. For other files, those that the hub states at the
+first download are recorded (`hub.json` beside them) and must not change afterwards.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LARGEST_ROW_GROUP = 1 << 30  # bytes; ClimbMix's hold 1024 documents, a few MB
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset repository whose files are numbered training shards and one validation shard.
+    """A dataset repository with numbered training shards and one validation shard.
 
-    check: raises DataError where a file is not in its format.
+    check: raises DataError if a file is not in the dataset's format.
     """
 
     repo: str
@@ -34,14 +34,14 @@ class Dataset:
     pinned: dict[str, Content]
 
     def names(self, shards: int) -> list[str]:
-        """The files of the validation shard and of the first training shards."""
+        """The files of the validation shard and the first training shards."""
         if not 1 <= shards <= len(self.numbers):
-            raise ValueError(f"shards={shards}, but {self.repo} has 1 to {len(self.numbers)} to train on")
+            raise ValueError(f"shards={shards}, but {self.repo} has 1 to {len(self.numbers)} training shards")
         return [self.validation, *(self.train.format(number) for number in self.numbers[:shards])]
 
 
 def check_parquet(path: Path, column: str) -> None:
-    """DataError where the file has no such column, or would grow too large in memory."""
+    """DataError if the file has no such column, or its row groups are too large for memory."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -55,16 +55,13 @@ def check_parquet(path: Path, column: str) -> None:
         raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from error
     if column not in columns or not footer.num_rows:
         raise DataError(
-            f"{path} has {footer.num_rows} rows of {columns}; it needs some, with a column `{column}`"
+            f"{path} has {footer.num_rows} rows of {columns}; it needs rows with a column `{column}`"
         )
     if largest > LARGEST_ROW_GROUP:
-        raise DataError(
-            f"{path} has a row group of {largest:,} bytes; at most {LARGEST_ROW_GROUP:,} are read"
-        )
+        raise DataError(f"{path} has a row group of {largest:,} bytes; the limit is {LARGEST_ROW_GROUP:,}")
 
 
-# FineWeb, 10B sample, as GPT-2's tokens: 100M in each shard, fewer in the last. Sizes and hashes of the first
-# two are pinned; for the others, only the revision is.
+# FineWeb's 10B sample in GPT-2 tokens: 100M per shard, fewer in the last. Sizes and hashes of two are pinned.
 FINEWEB = Dataset(
     repo="kjj0/fineweb10B-gpt2",
     revision="889765ea1f903759787add96995d81171b632d0c",
@@ -81,8 +78,7 @@ FINEWEB = Dataset(
         ),
     },
 )
-# ClimbMix, shuffled: 6,543 shards of about 250M characters, 100 MB; the last validates. Only the revision is
-# pinned.
+# ClimbMix, shuffled: 6,543 shards of about 250M characters (100 MB); the last one validates.
 CLIMBMIX = Dataset(
     repo="karpathy/climbmix-400b-shuffle",
     revision="915333b4f8b8684f39aeaafea600fea6f43fb703",
@@ -92,8 +88,8 @@ CLIMBMIX = Dataset(
     check=partial(check_parquet, column="text"),
     pinned={},
 )
-# SmolTalk in its version for small models: 460,341 conversations in four files (0.92 GB), and 24,229 that
-# validate (0.05 GB). Only the revision is pinned.
+# SmolTalk, version for small models: 460,341 training conversations in four files (0.92 GB), and 24,229 for
+# validation (0.05 GB).
 SMOLTALK = Dataset(
     repo="HuggingFaceTB/smol-smoltalk",
     revision="f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",

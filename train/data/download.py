@@ -1,5 +1,5 @@
-"""What downloads have in common: contents that are checked, patience with a network, room on the disk, and
-archives that are not trusted.
+"""What downloads share: checking contents and disk space, retrying, resuming, and unpacking untrusted
+archives.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hotlap.common.files import file_sha256
 from hotlap.common.log import log
 
 T = TypeVar("T")
-WAITS = (1, 4, 15)  # seconds before each further attempt
-SPARE = 1 << 28  # bytes that a download leaves free
+WAITS = (1, 4, 15)  # seconds before each retry
+SPARE = 1 << 28  # bytes that stay free on the disk
 TIMEOUT = 30  # seconds without a byte
 LOCK = ".download.lock"
 
 
 class Content(NamedTuple):
-    """What a file has to be. sha256: None where it is not known."""
+    """Size and sha256 of a file; None if unknown."""
 
     bytes: int
     sha256: str | None
@@ -44,7 +44,7 @@ class Content(NamedTuple):
 
 
 def check_content(path: Path, content: Content) -> str:
-    """The file's sha256. DataError where that or the size is another."""
+    """The sha256 of a file. DataError if it or the size differs from content."""
     found = Content(path.stat().st_size, None)
     if found.bytes == content.bytes:
         found = Content(found.bytes, file_sha256(path))
@@ -54,34 +54,32 @@ def check_content(path: Path, content: Content) -> str:
 
 
 def data_package(name: str) -> ModuleType:
+    """Import a package of the extra `data`."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"the package {name} is missing, which downloads data: pip install 'hotlap[data]'"
-        ) from error
+        raise ImportError(f"public data needs the package {name}: pip install 'hotlap[data]'") from error
 
 
 def locked(folder: Path) -> AbstractContextManager:
-    """Keep other processes from downloading into a folder, which is made."""
+    """A lock that keeps other processes from downloading into a folder. Makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return data_package("filelock").FileLock(folder / LOCK)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """OSError with the numbers where what is to be written does not fit on the disk of an existing folder."""
+def require_free_space(folder: Path, needed: int) -> None:
+    """OSError with the numbers if the disk of a folder has no room for `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise OSError(
-            f"{folder} needs {needed:,} bytes and {SPARE:,} to spare, and {free:,} are free; make room, or "
-            "name a folder on another disk"
+            f"{folder} needs {needed:,} bytes and {SPARE:,} to spare, but only {free:,} are free; make room, "
+            "or name a folder on another disk"
         )
 
 
 def persistent(action: Callable[[], T], what: str, server: str, stop: threading.Event | None = None) -> T:
-    """What action returns, tried again where its error may pass: a network's each of WAITS, damage once.
-
-    OSError in one line where it does not pass; the last DataError.
+    """Run action, and retry it after errors that may be transient: of the network or server once per pause in
+    WAITS, damaged data once. Setting `stop` ends the retries. Raises the last error, an OSError in one line.
     """
     damaged = False
     for pause in (*WAITS, None):
@@ -95,25 +93,25 @@ def persistent(action: Callable[[], T], what: str, server: str, stop: threading.
             if pause is None or not may_pass(error) or (stop and stop.is_set()):
                 raise explained(error, what, server) from error
             reason = first_line(error)
-        log.warning("%s: %s; trying again in %d s", what, reason, pause)
+        log.warning("%s: %s; retrying in %d s", what, reason, pause)
         (stop or threading.Event()).wait(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the error is a network's or a server's that may be over soon."""
+    """Whether this is an error of the network or server that may be transient."""
     if status := status_of(error):
         return status in (408, 429) or status >= 500
     return not is_local(error)
 
 
 def is_local(error: Exception) -> bool:
-    """An error of this machine's files: the only ones that have a number and are not of a connection."""
+    """Whether this is an error of a local file: those have an errno and are not about a connection."""
     return bool(getattr(error, "errno", None)) and not isinstance(error, (ConnectionError, TimeoutError))
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error of urllib or huggingface_hub, or its cause, is about."""
+    """The HTTP status in an error of urllib or huggingface_hub, or in its cause."""
     for each in (error, error.__cause__):
         status = getattr(getattr(each, "response", None), "status_code", None) or getattr(each, "code", None)
         if isinstance(status, int):
@@ -127,26 +125,26 @@ def first_line(error: Exception) -> str:
 
 
 def explained(error: Exception, what: str, server: str) -> Exception:
-    """The error with what to do about it."""
+    """The error, with what to do about it."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(f"the disk is full, at {what}; make room and run it again: what is whole is kept")
+        return OSError(f"the disk is full, at {what}; make room and rerun: complete files are kept")
     if is_local(error):
         return error
     hints = {
-        401: "HF_TOKEN has to be a token that may read it",
-        403: "HF_TOKEN has to be a token that may read it",
+        401: "set HF_TOKEN to a token that may read it",
+        403: "set HF_TOKEN to a token that may read it",
         404: "it is not there; check the address",
     }
     hint = hints.get(
         status_of(error),
-        "check the network and run it again: what is whole is kept; HF_ENDPOINT names a mirror",
+        "check the network and rerun: complete files are kept; HF_ENDPOINT may name a mirror",
     )
     return OSError(f"could not download {what} from {server} ({first_line(error)}); {hint}")
 
 
 def fetch_url(url: str, path: Path, limit: int) -> None:
-    """Download a URL to a file, going on where an attempt before has ended. DataError where it is longer than
-    `limit` bytes.
+    """Download a URL to a file, and resume if the file has a part of it. DataError if more than `limit` bytes
+    arrive.
     """
     from tqdm import tqdm
 
@@ -155,7 +153,7 @@ def fetch_url(url: str, path: Path, limit: int) -> None:
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send
+        if error.code == 416 and have:  # the file is complete
             return
         raise
     with answer:
@@ -174,9 +172,9 @@ def fetch_url(url: str, path: Path, limit: int) -> None:
         )
 
 
-def unpack(archive: Path, top: str, folder: Path, limit: int) -> Path:
-    """Put the folder `top` of a zip archive, of at most `limit` bytes, into a folder, whole or not at all.
-    DataError where the archive is damaged, or wants to write elsewhere.
+def unpack(archive: Path, top: str, folder: Path, limit: int) -> None:
+    """Unpack the folder `top` of a zip archive into a folder, completely or not at all. DataError if the
+    archive is damaged, has more than `limit` bytes of files, or contains links or paths that lead elsewhere.
     """
     try:
         with zipfile.ZipFile(archive) as contents, tempfile.TemporaryDirectory(dir=folder) as part:
@@ -185,15 +183,12 @@ def unpack(archive: Path, top: str, folder: Path, limit: int) -> Path:
                 name = PurePosixPath(member.filename)
                 link = stat.S_ISLNK(member.external_attr >> 16)
                 if name.is_absolute() or ".." in name.parts or re.search(r"[\\:\0]", str(name)) or link:
-                    raise DataError(
-                        f"{archive} wants to write {member.filename!r}; it is not what it should be"
-                    )
+                    raise DataError(f"{archive} wants to write {member.filename!r}, outside of its folder")
             members = [member for member in members if member.filename.startswith(f"{top}/")]
             if not members or (size := sum(member.file_size for member in members)) > limit:
                 raise DataError(f"{archive} has no folder {top}, or more than {limit:,} bytes in it")
-            check_space(folder, size)
-            contents.extractall(part, members)  # no more bytes of a member than it says
+            require_free_space(folder, size)
+            contents.extractall(part, members)  # reads no more of a member than its header says
             (Path(part) / top).rename(folder / top)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
-        raise DataError(f"{archive} is not a zip archive, or damaged ({error})") from error
-    return folder / top
+        raise DataError(f"{archive} is damaged, or not a zip archive ({error})") from error

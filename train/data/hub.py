@@ -1,10 +1,8 @@
-"""Public data, downloaded once and checked: files of datasets on the Hugging Face hub, and the questions of
-DCLM's CORE.
+"""Files of datasets on the Hugging Face hub: downloaded once, and checked at every call.
 
-A file is fetched under another name, checked, and only then put in its place: by its size and sha256, which
-are pinned or are what the hub states, and by its format. `hub.json` beside the data records both numbers
-of each file, and every later call compares with them. HF_ENDPOINT names a mirror of the hub, HF_TOKEN an
-account, HOTLAP_CORE_URL another address of CORE's archive.
+huggingface_hub downloads into a staging folder, because it checks sizes alone and replaces files of the same
+name. A file moves to its place once its size and sha256 (pinned, or stated by the hub) and its format are
+right. `hub.json` beside the data records size and sha256. HF_ENDPOINT names a mirror, HF_TOKEN an account.
 """
 
 from __future__ import annotations
@@ -21,64 +19,58 @@ from functools import partial
 from pathlib import Path
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import file_sha256
+from hotlap.common.files import file_sha256, write
 from hotlap.common.log import log
 from hotlap.train.data.datasets import Dataset
 from hotlap.train.data.download import (
     Content,
     check_content,
-    check_space,
     data_package,
     locked,
     persistent,
+    require_free_space,
 )
 
 RECORD, STAGING = "hub.json", ".hub"
-AT_ONCE = 4  # files that are fetched or hashed
+AT_ONCE = 4  # files downloaded or hashed in parallel
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a download will fetch, and how many files and bytes of it are there already."""
+class DownloadPlan:
+    """What a download into a folder will fetch, and how many bytes are there already."""
 
+    folder: Path
     missing: dict[str, Content]
-    files_there: int
     bytes_there: int
 
     @property
     def bytes_missing(self) -> int:
         return sum(content.bytes for content in self.missing.values())
 
-    def __str__(self) -> str:
-        return (
-            f"{len(self.missing)} files to download, {self.bytes_missing / 1e9:.2f} GB; "
-            f"{self.files_there} there, {self.bytes_there / 1e9:.2f} GB"
-        )
 
-
-def plan(dataset: Dataset, folder: Path, names: Iterable[str]) -> Plan:
-    """What `download` will fetch. The hub is asked about the files that are not in the folder."""
+def plan_download(dataset: Dataset, folder: Path, names: Iterable[str]) -> DownloadPlan:
+    """What `download` will fetch. Asks the hub about the files that are not in the folder."""
     there = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     missing = expected(dataset, folder, [name for name in names if name not in there])
-    return Plan(missing, len(there), sum(there.values()))
+    return DownloadPlan(folder, missing, sum(there.values()))
 
 
 def download(dataset: Dataset, folder: Path, names: list[str]) -> None:
-    """Have these files of a dataset in the folder, whole and checked; no network where they are.
+    """Download the files of a dataset that are not in the folder yet, and check all of them. Needs no network
+    if none is missing; called again, it resumes with those that are.
 
-    DataError: a file that the hub sends, or one that lay there, is not what it has to be. A file that was
-    downloaded and has changed is removed, and fetched again. OSError: the network or the disk. Called again,
-    it goes on with the files that are missing.
+    A downloaded file that has changed since is removed and downloaded again. DataError: a file that the hub
+    sends, or one that the user put there, is not the dataset's. OSError: the network or the disk.
     """
     if not sound(dataset, folder, names):
         with locked(folder):
             if not sound(dataset, folder, names):
                 adopt(dataset, folder, [n for n in names if (folder / n).exists()])
-                fetch(dataset, folder, plan(dataset, folder, names).missing)
+                fetch(dataset, folder, plan_download(dataset, folder, names).missing)
 
 
 def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
-    """Whether all files are there and recorded. Those that have changed since are removed."""
+    """Whether all files are there and as recorded. Those that have changed are removed."""
     from tqdm import tqdm
 
     record = read_record(dataset, folder)
@@ -91,7 +83,7 @@ def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
         except DataError as error:
             damaged.append(name)
             (folder / name).unlink()
-            log.warning("%s; removed, to be downloaded again", error)
+            log.warning("%s; removed, downloading it again", error)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         checks = pool.map(check, known)
@@ -101,8 +93,8 @@ def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
 
 
 def adopt(dataset: Dataset, folder: Path, names: list[str]) -> None:
-    """Record files that lie in the folder and were not downloaded by this. DataError names one that is not
-    what the hub has.
+    """Record files that someone else put in the folder. DataError names one that differs from the hub's; it
+    stays as it is.
     """
     record = read_record(dataset, folder)
     for name, content in expected(dataset, folder, [n for n in names if n not in record]).items():
@@ -110,20 +102,20 @@ def adopt(dataset: Dataset, folder: Path, names: list[str]) -> None:
             check_content(folder / name, content)
             dataset.check(folder / name)
         except DataError as error:
-            raise DataError(f"{error}; it was not downloaded by this: move it away") from error
+            raise DataError(f"{error}; hotlap did not download it: move it away") from error
         record[name] = Content(content.bytes, content.sha256 or file_sha256(folder / name))
         write_record(dataset, folder, record)
 
 
 def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
-    """Download files into a folder inside, check them, and move each into its place."""
+    """Download files into the staging folder, check them, and move each to its place."""
     from tqdm import tqdm
 
     total, done, record = sum(c.bytes for c in missing.values()), 0, read_record(dataset, folder)
     staging, stop, pool = folder / STAGING, threading.Event(), ThreadPoolExecutor(AT_ONCE)
-    for part in staging.rglob("*.incomplete"):  # of a process that was killed; huggingface_hub begins anew
+    for part in staging.rglob("*.incomplete"):  # a killed process's; not resumed
         part.unlink()
-    check_space(folder, total)
+    require_free_space(folder, total)
     log.info("%s: %d files, %.2f GB, to %s", dataset.repo, len(missing), total / 1e9, folder)
     waiting = {pool.submit(fetch_file, dataset, name, c, staging, stop): name for name, c in missing.items()}
     try:
@@ -132,14 +124,14 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
                 for ready in wait(waiting, 0.5, FIRST_COMPLETED).done:
                     name, sha256 = waiting.pop(ready), ready.result()
                     if (folder / name).exists():
-                        raise FileExistsError(f"{folder / name} has appeared meanwhile; try again")
+                        raise FileExistsError(f"{folder / name} appeared during the download; try again")
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (staging / name).rename(folder / name)
                     record[name] = Content(missing[name].bytes, sha256)
                     write_record(dataset, folder, record)
                     done += missing[name].bytes
                     if bar.disable:
-                        log.info("%s: %s is whole, %.0f %%", folder, name, 100 * done / total)
+                        log.info("%s: %s complete, %.0f %%", folder, name, 100 * done / total)
                 bar.n = max(bar.n, min(total, done + folder_bytes(staging)))
                 bar.refresh()
     finally:
@@ -149,7 +141,7 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
 
 
 def fetch_file(dataset: Dataset, name: str, content: Content, staging: Path, stop: threading.Event) -> str:
-    """Have a file in the staging folder, and return its sha256."""
+    """Download a file into the staging folder, check it, and return its sha256."""
 
     def once() -> str:
         path = Path(
@@ -163,15 +155,15 @@ def fetch_file(dataset: Dataset, name: str, content: Content, staging: Path, sto
             dataset.check(path)
         except DataError as error:
             path.unlink()
-            raise DataError(f"{error}; what {endpoint()} sent is removed") from error
+            raise DataError(f"{error}; removed what {endpoint()} sent") from error
         return sha256
 
     return persistent(once, f"{name} of {dataset.repo}", endpoint(), stop)
 
 
 def watched(name: str, limit: int, stop: threading.Event) -> type:
-    """The progress bar that huggingface_hub is to use: silent, and the end of a download that was told to
-    stop or does not end.
+    """A silent progress bar for huggingface_hub that ends a download by an exception: when `stop` is set, or
+    if it goes far beyond `limit` bytes.
     """
     from tqdm import tqdm
 
@@ -183,15 +175,15 @@ def watched(name: str, limit: int, stop: threading.Event) -> type:
         def update(self, n=1):
             self.received += n
             if stop.is_set():
-                raise InterruptedError(f"{name}: told to stop")
+                raise InterruptedError(f"{name}: stopped")
             if self.received > 4 * limit:  # the hub's own protocol, Xet, may send more than the file has
-                raise DataError(f"{name}: far more than its {limit:,} bytes arrive")
+                raise DataError(f"{name}: received far more than its {limit:,} bytes")
 
     return Watched
 
 
 def expected(dataset: Dataset, folder: Path, names: list[str]) -> dict[str, Content]:
-    """What files have to be: what the hub states, which has to agree with what is pinned or recorded."""
+    """Size and sha256 of each file, as the hub states them. DataError if those pinned or recorded differ."""
     known = read_record(dataset, folder) | dataset.pinned
 
     def ask(name: str) -> Content:
@@ -203,15 +195,15 @@ def expected(dataset: Dataset, folder: Path, names: list[str]) -> dict[str, Cont
             partial(ask_hub, "get_hf_file_metadata", url), f"{name} of {dataset.repo}", endpoint()
         )
         if facts.size is None or facts.commit_hash is None:
-            raise DataError(f"{endpoint()} is no hub: it states no size of {name}; check HF_ENDPOINT")
-        is_sha256 = re.fullmatch("[0-9a-f]{64}", facts.etag or "")  # else a file in git, of a few bytes
+            raise DataError(f"{endpoint()} is no hub: it states no size for {name}; check HF_ENDPOINT")
+        is_sha256 = re.fullmatch("[0-9a-f]{64}", facts.etag or "")  # else git's hash of a small file
         stated = Content(facts.size, facts.etag if is_sha256 else None)
         needed = known.get(name, stated)
         if stated.bytes != needed.bytes or stated.sha256 not in (None, needed.sha256):
-            raise DataError(f"{endpoint()} has {name} of {stated}, not {needed}; check HF_ENDPOINT")
+            raise DataError(f"{endpoint()} has {name} with {stated}, not {needed}; check HF_ENDPOINT")
         return needed
 
-    found = {name: ask(name) for name in names[:1]}  # alone, so that a network that is away is one error
+    found = {name: ask(name) for name in names[:1]}  # alone, so that a missing network is one error
     with ThreadPoolExecutor(2 * AT_ONCE) as pool:
         return found | dict(zip(names[1:], pool.map(ask, names[1:]), strict=True))
 
@@ -221,22 +213,22 @@ def endpoint() -> str:
 
 
 def ask_hub(function: str, *arguments, **settings):
-    """Call a function of huggingface_hub. A failed connection is a ConnectionError, whichever of its
-    libraries says so.
-    """
+    """Call a function of huggingface_hub. A connection that fails raises a ConnectionError."""
     hub, errors = data_package("huggingface_hub"), data_package("huggingface_hub.errors")
     try:
         return getattr(hub, function)(*arguments, **settings)
     except errors.OfflineModeIsEnabled as error:
-        raise ValueError(f"HF_HUB_OFFLINE is set, and {arguments[-1]} is not here; unset it") from error
-    except errors.HTTPError as error:  # of httpx
+        raise ValueError(
+            f"HF_HUB_OFFLINE is set, but {arguments[-1]} has to be downloaded; unset it"
+        ) from error
+    except errors.HTTPError as error:  # of its HTTP library
         if isinstance(error, OSError):
             raise
         raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 def read_record(dataset: Dataset, folder: Path) -> dict[str, Content]:
-    """What hub.json says of the files. DataError where it is of other data, or unreadable."""
+    """The files in hub.json. DataError if it is damaged, or another dataset's."""
     path = folder / RECORD
     if not path.exists():
         return {}
@@ -245,9 +237,7 @@ def read_record(dataset: Dataset, folder: Path) -> dict[str, Content]:
         source = fields["repo"], fields["revision"]
         files = {name: Content(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error!r}); remove it, and the files are checked anew"
-        ) from error
+        raise DataError(f"{path} is damaged ({error!r}); remove it to check the files again") from error
     if source != (dataset.repo, dataset.revision):
         raise DataError(f"{path} is of {' at '.join(source)}, not of {dataset.repo} at {dataset.revision}; "
                         "name another folder")  # fmt: skip
@@ -257,13 +247,11 @@ def read_record(dataset: Dataset, folder: Path) -> dict[str, Content]:
 def write_record(dataset: Dataset, folder: Path, record: dict[str, Content]) -> None:
     files = {name: content._asdict() for name, content in sorted(record.items())}
     fields = {"repo": dataset.repo, "revision": dataset.revision, "files": files}
-    part = folder / f"{RECORD}.partial"
-    part.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / RECORD)
+    write(folder / RECORD, json.dumps(fields, indent=1) + "\n")
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder, some of which may vanish meanwhile."""
+    """Total size of the files in a folder; some may vanish meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:

@@ -1,4 +1,4 @@
-"""The commands that make a tokenizer and token shards: `hotlap tokenizer` and `hotlap data`."""
+"""Make a tokenizer and token shards: `hotlap tokenizer`, `hotlap data`, and the data of a training run."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ from hotlap.model.tokenizer import SMALLEST_BPE, Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
-from hotlap.train.data.public import climbmix_text, counted, fineweb
+from hotlap.train.data.public import climbmix_text, with_progress
 from hotlap.train.data.shards import write_shards
-from hotlap.train.data.sources import documents_of, parquet_documents, split_documents
+from hotlap.train.data.sources import (
+    DATASETS,
+    SPLITS,
+    TEXTS,
+    documents_of,
+    parquet_documents,
+    shard_folder,
+    split_documents,
+)
 
-CHARACTERS_PER_PIECE = 10_000  # of a document that the tokenizer learns from at a time
-CLIMBMIX_TOKENS = 50_000_000  # at least, in a shard of 250M characters
-TOKENIZER_SHARDS = 8  # of ClimbMix that a tokenizer learns from
+CHARACTERS_PER_PIECE = 10_000  # documents are cut into pieces for tokenizer training
+CLIMBMIX_TOKENS = 50_000_000  # in a shard of 250M characters, at least
+TOKENIZER_SHARDS = 8  # of ClimbMix, to train a tokenizer on
 SAMPLE = 100_000  # characters on which a tokenizer's compression is measured
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Learn a tokenizer from text."""
+    """Train a tokenizer on text."""
 
     source: str = "pydocs"
     """pydocs, shakespeare, climbmix, or text, .jsonl or .parquet files: a path, a folder or a pattern."""
     shards: int = 8
-    """Training shards of climbmix to read."""
+    """Number of climbmix training shards to read."""
     out: Path = Path("tokenizer.json")
     """File to write."""
     kind: Literal["bpe", "characters"] = "bpe"
     vocab_size: int = 4096
-    """Ids of a bpe tokenizer, special tokens included."""
+    """Vocabulary size of a bpe tokenizer, special tokens included."""
     max_chars: int = 2_000_000_000
-    """Characters of the training text to learn from, as nanochat does."""
+    """Train on at most this many characters; the default is nanochat's."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     force: bool = False
-    """Overwrite the file."""
+    """Overwrite an existing file."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,11 @@ class DataConfig:
     """pydocs, shakespeare, fineweb, climbmix, or text, .jsonl or .parquet files: a path, a folder or a
     pattern."""
     shards: int = 8
-    """Training shards of fineweb (100M tokens and 0.2 GB each) or climbmix (250M characters, 0.1 GB)."""
+    """Training shards: of fineweb 100M tokens (0.2 GB) each, of climbmix 250M characters (0.1 GB) each."""
     out: Path | None = None
-    """Folder to make; data/NAME where none is given."""
+    """Folder to write; data/SOURCE by default."""
     tokenizer: str = "tokenizer.json"
-    """A tokenizer.json, or gpt2, which is fineweb's."""
+    """A tokenizer.json, or gpt2. fineweb always uses gpt2."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
 
@@ -83,22 +91,19 @@ def learn_tokenizer(config: TokenizerConfig) -> Tokenizer:
     else:
         if config.source == "climbmix":
             validation, *paths = climbmix_text(CLIMBMIX.names(config.shards))
-            train, held_out = (
-                (text for p in paths for text in parquet_documents(p)),
-                parquet_documents(validation),
-            )
+            train = (text for path in paths for text in parquet_documents(path))
+            held_out = parquet_documents(validation)
         else:
-            held_out = documents_of("validation", config.source, config.errors)
-            train = documents_of("train", config.source, config.errors)
+            train, held_out = (documents_of(split, config.source, config.errors) for split in SPLITS)
         tokenizer = make_tokenizer(config.kind, config.vocab_size, first(config.max_chars, train), [])
     sample = "".join(first(SAMPLE, held_out))
     ratio = len(sample.encode("utf-8", "surrogatepass")) / max(1, len(tokenizer.encode(sample)))
-    log.info("%s: %d ids, %.2f bytes a token on held-out text", config.out, tokenizer.vocab_size, ratio)
+    log.info("%s: %d ids, %.2f bytes per token on held-out text", config.out, tokenizer.vocab_size, ratio)
     return tokenizer
 
 
 def first(characters: int, texts: Iterable[str]) -> Iterator[str]:
-    """The first documents, of so many characters together."""
+    """The first documents, up to this many characters in total."""
     for text in texts:
         yield text[:characters]
         characters -= len(text)
@@ -106,70 +111,9 @@ def first(characters: int, texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def make_data(config: DataConfig) -> None:
-    """Write what the configuration says. FineWeb and ClimbMix go on with what is missing."""
-    named = config.source in ("pydocs", "shakespeare", "fineweb", "climbmix")
-    if config.out is None and not named:
-        raise ValueError(f"no name for the data of {config.source}; give a folder by --out")
-    out = config.out or Path("data") / config.source
-    if config.source == "fineweb":
-        fineweb(out, config.shards)
-    elif config.source == "climbmix":
-        public.climbmix(out, config.shards, named_tokenizer(config.tokenizer))
-    else:
-        write_documents(config, out)
-
-
-def write_documents(config: DataConfig, out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; name another folder by --out")
-    tokenizer = named_tokenizer(config.tokenizer)
-    next(documents_of("train", config.source, config.errors), None)  # before a folder is made
-    out.mkdir(parents=True, exist_ok=True)
-    counts = []
-    for split in ("train", "validation"):
-        texts = counted(documents_of(split, config.source, config.errors), split)
-        counts.append(write_shards(out, split, texts, tokenizer))
-    tokenizer.save(out / TOKENIZER)
-    log.info("%s: %s tokens to train on, %s to validate", out, *(f"{n:,}" for n in counts))
-
-
-def prepare(out: Path, data: str, kind: str, vocab_size: int) -> tuple[Tokenizer, Path]:
-    """The tokenizer, and the folder with the shards: the one that was named, or one made in the run."""
-    path = out / TOKENIZER
-    if Path(data).is_dir() and list(Path(data).glob("*.bin")):
-        folder = Path(data)
-        if not path.exists():
-            beside = folder / TOKENIZER
-            named = kind not in ("bpe", "characters")
-            if not named and not beside.exists():
-                raise FileNotFoundError(f"no {beside}; name the tokenizer of these shards by --tokenizer")
-            (named_tokenizer(kind) if named else Tokenizer.load(beside)).save(path)
-        return Tokenizer.load(path), folder
-    folder = out / "data"
-    if not (folder / TOKENIZER).exists():  # written last
-        train, held_out = split_documents(data)
-        tokenizer = make_tokenizer(kind, vocab_size, train, train + held_out)
-        write_data(folder, train, held_out, tokenizer)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    tokenizer.save(path)
-    return tokenizer, folder
-
-
-def write_data(folder: Path, train: list[str], held_out: list[str], tokenizer: Tokenizer) -> None:
-    """Shards of both splits, and at last the tokenizer that they were made with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = [
-        write_shards(folder, split, texts, tokenizer)
-        for split, texts in (("train", train), ("validation", held_out))
-    ]
-    tokenizer.save(folder / TOKENIZER)
-    log.info("%s: %s tokens to train on, %s to validate", folder, *(f"{n:,}" for n in counts))
-
-
-def make_tokenizer(kind: str, vocab_size: int, train: list[str], everything: list[str]) -> Tokenizer:
-    """A tokenizer learnt from the training text, or a named one. Characters also come from the validation
-    text.
+def make_tokenizer(kind: str, vocab_size: int, train: Iterable[str], everything: Iterable[str]) -> Tokenizer:
+    """Train a `bpe` tokenizer on the training text or collect the `characters` of all text; any other kind is
+    the name of an existing tokenizer.
     """
     if kind == "characters":
         return tokenizers.train_characters("".join(sorted(set().union(*everything))))
@@ -183,11 +127,71 @@ def make_tokenizer(kind: str, vocab_size: int, train: list[str], everything: lis
 
 
 def named_tokenizer(name: str) -> Tokenizer:
+    """`gpt2`, or the tokenizer in a file."""
     return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
 
 
+def make_data(config: DataConfig) -> None:
+    """Write token shards. FineWeb and ClimbMix resume: only missing shards are downloaded and made."""
+    if config.out is None and config.source not in (*TEXTS, *DATASETS):
+        raise ValueError(f"no name for the data of {config.source}; give a folder with --out")
+    out = config.out or Path("data") / config.source
+    if config.source == "fineweb":
+        public.fineweb(out, config.shards)
+    elif config.source == "climbmix":
+        public.climbmix(out, config.shards, named_tokenizer(config.tokenizer))
+    else:
+        write_documents(config, out)
+
+
+def write_documents(config: DataConfig, out: Path) -> None:
+    """Encode and write the documents as they are read: the text may be larger than memory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; name another folder with --out")
+    tokenizer = named_tokenizer(config.tokenizer)
+    next(documents_of("train", config.source, config.errors), None)  # raises before a folder is made
+    texts = (with_progress(documents_of(split, config.source, config.errors), split) for split in SPLITS)
+    write_data(out, texts, tokenizer)
+
+
+def prepare(out: Path, data: str, kind: str, vocab_size: int) -> tuple[Tokenizer, Path]:
+    """The tokenizer and the folder of shards for the run in `out`. A folder of shards is used as it is; text
+    is tokenized into `out/data`, once.
+
+    kind: `bpe` or `characters`, trained on the text (for shards, the one beside them), `gpt2`, or a file.
+    """
+    path = out / TOKENIZER
+    if folder := shard_folder(data):
+        if not path.exists():
+            beside = folder / TOKENIZER
+            named = kind not in ("bpe", "characters")
+            if not named and not beside.exists():
+                raise FileNotFoundError(f"no {beside}; name the tokenizer of these shards with --tokenizer")
+            (named_tokenizer(kind) if named else Tokenizer.load(beside)).save(path)
+        return Tokenizer.load(path), folder
+    folder = out / "data"
+    if not (folder / TOKENIZER).exists():  # written last
+        train, held_out = split_documents(data)
+        tokenizer = make_tokenizer(kind, vocab_size, train, train + held_out)
+        write_data(folder, (train, held_out), tokenizer)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer.save(path)
+    return tokenizer, folder
+
+
+def write_data(folder: Path, texts: Iterable[Iterable[str]], tokenizer: Tokenizer) -> None:
+    """Write the shards of each split, training first, then the tokenizer that encoded them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [
+        write_shards(folder, split, documents, tokenizer)
+        for split, documents in zip(SPLITS, texts, strict=True)
+    ]
+    tokenizer.save(folder / TOKENIZER)
+    log.info("%s: %s training tokens, %s validation tokens", folder, *(f"{n:,}" for n in counts))
+
+
 def climbmix_with_tokenizer(folder: Path, shards: int, vocab_size: int) -> None:
-    """ClimbMix in a folder, with the tokenizer that is there, or one that is learnt first."""
+    """Make ClimbMix's token shards in a folder, with the folder's tokenizer or, if it has none, a new one."""
     path = folder / TOKENIZER
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""FineWeb and ClimbMix, downloaded and turned into token shards."""
+"""FineWeb and ClimbMix: download them and make token shards."""
 
 from __future__ import annotations
 
@@ -15,44 +15,42 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
-from hotlap.train.data.download import check_space
+from hotlap.train.data.download import require_free_space
 from hotlap.train.data.shards import encoded, read_shard, write_shard
 from hotlap.train.data.sources import parquet_documents
 
 GPT2_BOS = 50256
+TOKEN_BYTES = (1.3, 2.6)  # at most, per byte of ClimbMix's parquet files, with 2 and with 4 bytes per token
 
 
-TOKEN_BYTES = (1.3, 2.6)  # at most, for each byte of ClimbMix's parquet, of 2 and of 4 bytes a token
-
-
-def counted(texts: Iterable[str], what: str, total: int | None = None) -> Iterator[str]:
-    """The same documents, with a bar that counts them."""
+def with_progress(texts: Iterable[str], name: str) -> Iterator[str]:
+    """The same documents, with a progress bar."""
     from tqdm import tqdm
 
-    return iter(tqdm(texts, what, total, unit=" documents", unit_scale=True, disable=None, leave=False))
+    return iter(tqdm(texts, name, unit=" documents", unit_scale=True, disable=None, leave=False))
 
 
 def fineweb(folder: Path, shards: int) -> None:
-    """Have FineWeb's validation shard, the first training shards (100M tokens of GPT-2's each) and GPT-2's
-    tokenizer in a folder, checked. What is there and sound stays as it is.
+    """Download FineWeb's validation shard, its first training shards (100M GPT-2 tokens each) and GPT-2's
+    tokenizer into a folder. Intact files stay as they are.
     """
     names = FINEWEB.names(shards)
     path = folder / TOKENIZER
     if not path.exists():
-        tokenizer = tokenizers.gpt2()  # first: it may be what cannot be downloaded
+        tokenizer = tokenizers.gpt2()  # first: its download may fail
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     elif Tokenizer.load(path).bos != GPT2_BOS:
         raise DataError(f"{path} is not GPT-2's tokenizer, which FineWeb's shards need; name another folder")
     hub.download(FINEWEB, folder, names)
-    log.info("%s: FineWeb, %d shards to train on and one to validate", folder, shards)
+    log.info("%s: FineWeb, %d training shards and 1 validation shard", folder, shards)
 
 
 def climbmix(folder: Path, shards: int, tokenizer: Tokenizer) -> None:
-    """Have ClimbMix's last shard as validation_006542.bin, the first ones as train_000000.bin, ... and their
-    tokenizer in a folder. What is there and sound stays as it is.
+    """Download ClimbMix's text and encode it in a folder: its last shard as validation_006542.bin, the first
+    ones as train_000000.bin and so on. Intact shards stay as they are.
 
-    The text is downloaded to the cache, of which XDG_CACHE_HOME names the disk, and can go when this is done.
+    The text is downloaded to the cache (XDG_CACHE_HOME moves it) and may be deleted afterwards.
     """
     names = CLIMBMIX.names(shards)
     path = folder / TOKENIZER
@@ -66,20 +64,20 @@ def climbmix(folder: Path, shards: int, tokenizer: Tokenizer) -> None:
     missing = {name: folder / token_shard(name) for name in names}
     missing = {name: tokens for name, tokens in missing.items() if not is_sound(tokens, tokenizer)}
     if missing:
-        check_room(hub.plan(CLIMBMIX, text_folder(), missing), folder, tokenizer)
+        check_room(hub.plan_download(CLIMBMIX, text_folder(), missing), folder, tokenizer)
     for text, tokens in zip(climbmix_text(list(missing)), missing.values(), strict=True):
-        documents = list(encoded(counted(parquet_documents(text), tokens.name), tokenizer))
+        documents = list(encoded(with_progress(parquet_documents(text), tokens.name), tokenizer))
         write_shard(tokens, np.concatenate(documents), tokenizer.vocab_size)
         log.info("%s: %s tokens", tokens, f"{sum(map(len, documents)):,}")
-    log.info("%s: ClimbMix, %d shards to train on and one to validate", folder, shards)
+    log.info("%s: ClimbMix, %d training shards and 1 validation shard", folder, shards)
 
 
-def download_plan(source: str, folder: Path, shards: int) -> hub.Plan:
-    """What `fineweb` or `climbmix` will download for a folder. It asks the hub for sizes."""
+def download_plan(source: str, folder: Path, shards: int) -> hub.DownloadPlan:
+    """What `fineweb` or `climbmix` will download for a folder. Asks the hub for sizes."""
     if source == "fineweb":
-        return hub.plan(FINEWEB, folder, FINEWEB.names(shards))
-    names = CLIMBMIX.names(shards)
-    return hub.plan(CLIMBMIX, text_folder(), [n for n in names if not (folder / token_shard(n)).exists()])
+        return hub.plan_download(FINEWEB, folder, FINEWEB.names(shards))
+    missing = [name for name in CLIMBMIX.names(shards) if not (folder / token_shard(name)).exists()]
+    return hub.plan_download(CLIMBMIX, text_folder(), missing)
 
 
 def text_folder() -> Path:
@@ -87,7 +85,7 @@ def text_folder() -> Path:
 
 
 def climbmix_text(names: list[str]) -> list[Path]:
-    """The parquet files, downloaded to the cache."""
+    """The parquet files with these names, downloaded to the cache."""
     hub.download(CLIMBMIX, text_folder(), names)
     return [text_folder() / name for name in names]
 
@@ -99,17 +97,17 @@ def token_shard(name: str) -> str:
 
 
 def is_sound(shard: Path, tokenizer: Tokenizer) -> bool:
-    """Whether the shard is there and whole. One that is damaged is named, and will be written again."""
+    """Whether the shard exists and is intact. A damaged one is logged; it will be written again."""
     try:
         return shard.exists() and len(read_shard(shard, tokenizer.vocab_size)) > 0
     except DataError as error:
-        log.warning("%s; it is made again", error)
+        log.warning("%s; making it again", error)
         return False
 
 
-def check_room(plan: hub.Plan, folder: Path, tokenizer: Tokenizer) -> None:
-    """OSError where the tokens, and the text on the same disk, do not fit."""
+def check_room(plan: hub.DownloadPlan, folder: Path, tokenizer: Tokenizer) -> None:
+    """OSError if the tokens do not fit on the disk, together with the text if that is on the same one."""
     tokens = (plan.bytes_there + plan.bytes_missing) * TOKEN_BYTES[tokenizer.vocab_size > 1 << 16]
     text_folder().mkdir(parents=True, exist_ok=True)
-    same = folder.stat().st_dev == text_folder().stat().st_dev
-    check_space(folder, int(tokens) + same * plan.bytes_missing)
+    same_disk = folder.stat().st_dev == text_folder().stat().st_dev
+    require_free_space(folder, int(tokens) + same_disk * plan.bytes_missing)

@@ -1,7 +1,7 @@
-"""Token shards, in the format of llm.c and modded-nanogpt.
+"""Token shards, in the .bin format of llm.c and modded-nanogpt.
 
-A shard is a .bin file: a header of 256 int32 (magic, version, count), then the tokens as uint16 (version 1)
-or uint32 (version 2). Each document begins with the beginning-of-document token.
+A shard is a header of 256 int32 (magic, version, count) and the tokens, as uint16 (version 1) or uint32
+(version 2). Each document starts with the beginning-of-document token.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 
 from hotlap.common.errors import DataError
 
-if TYPE_CHECKING:  # benchmarks read shards without the tokenizer's libraries
+if TYPE_CHECKING:  # benchmarks read shards where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
-CHARACTERS_AT_ONCE = 1 << 21  # of a batch of documents to encode
+CHARACTERS_AT_ONCE = 1 << 21  # in a batch of documents to encode
 TOKEN_TYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by version
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write tokens as a shard, atomically."""
+    """Write a shard, completely or not at all."""
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, version(vocab_size), len(tokens)
     partial = path.with_suffix(".partial")
@@ -45,23 +45,25 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def version(vocab_size: int) -> int:
-    """The version of the shard format with the smallest type that holds the ids."""
+    """The version of the shard format with the smallest type that holds all ids."""
     return 1 if vocab_size <= 1 << 16 else 2
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a shard, memory-mapped. DataError if it is damaged or has ids beyond the vocabulary."""
+    """The tokens of a shard (count,), memory-mapped. DataError if it is damaged or has ids beyond the
+    vocabulary.
+    """
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES}")
     magic, form, count = (int(n) for n in np.fromfile(path, "<i4", 3))
     if magic != MAGIC or form not in TOKEN_TYPES:
-        raise DataError(f"{path}: magic {magic}, version {form}; expected magic {MAGIC}, version 1 or 2")
+        raise DataError(f"{path}: magic {magic}, version {form}; a shard has magic {MAGIC}, version 1 or 2")
     dtype = TOKEN_TYPES[form]
     if count < 1 or size != HEADER_BYTES + count * dtype.itemsize:
         raise DataError(
             f"{path}: {size} bytes, but its header says {count} tokens, which take "
-            f"{HEADER_BYTES + count * dtype.itemsize}; create or download it again"
+            f"{HEADER_BYTES + count * dtype.itemsize}; make or download it again"
         )
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
     for start in range(0, count, 1 << 24):
@@ -76,7 +78,7 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer) -> int:
-    """Encode documents into shards {split}_000000.bin, ..., each closed once it has 100M tokens. Returns the
+    """Encode documents into shards split_000000.bin, ..., each filled until it has 100M tokens. Returns the
     number of tokens.
     """
     shards = total = held = 0
@@ -98,13 +100,13 @@ def write_shards(folder: Path, split: str, texts: Iterable[str], tokenizer: Toke
     if parts:
         flush()
     if not shards:
-        raise DataError(f"no documents for the {split} split; give a source that contains text")
+        raise DataError(f"no documents for the {split} split; name a source with text in it")
     return total
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document's tokens, with the beginning-of-document token first, in a shard's dtype. Documents are
-    encoded in batches, which the tokenizer's threads share.
+    """The tokens of each document, in a shard's type, after a beginning-of-document token. The tokenizer
+    encodes batches of documents on several threads.
     """
     dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
     batch: list[str] = []
@@ -120,16 +122,16 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """A split's shards in a folder, in order, including those with llm.c's and modded-nanogpt's names."""
+    """The shards of a split in a folder, in order, also those with llm.c's and modded-nanogpt's names."""
     also = {"train": "train", "validation": "val"}[split]
     found = sorted({*folder.glob(f"{split}_*.bin"), *folder.glob(f"*_{also}_*.bin")})
     if not found:
-        raise FileNotFoundError(f"no shards {split}_*.bin in {folder}; create them with `hotlap data`")
+        raise FileNotFoundError(f"no shards {split}_*.bin in {folder}; make some with `hotlap data`")
     return found
 
 
 def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]:
-    """The first shards that hold `limit` targets, and how many to read of each. None and limit 0 mean all."""
+    """The first shards with `limit` targets in all (0: no limit), and how many to use of each (None: all)."""
     if not limit:
         return [(path, None) for path in paths]
     found = []
@@ -139,12 +141,12 @@ def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]
             found.append((path, limit if limit < targets else None))
             limit -= targets
     if limit > 0:
-        raise DataError(f"{paths[0].parent} has {limit:,} fewer validation tokens than requested")
+        raise DataError(f"{paths[0].parent} has {limit:,} tokens fewer to validate on than requested")
     return found
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """sha256 over names, sizes and first bytes of shards: enough to notice a run resuming on other data."""
+    """sha256 of names, sizes and first bytes of shards: enough to detect that a run resumes on other data."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -155,8 +157,8 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Documents:
-    """Concatenated tokens of documents, and where each document starts. loss_mask: which tokens have loss as
-    targets; None means all.
+    """Tokens of many documents end to end, and where each starts. loss_mask: which tokens carry loss as
+    targets; None is all.
     """
 
     tokens: np.ndarray
@@ -170,9 +172,9 @@ def shard_documents(path: Path, vocab_size: int, bos: int, limit: int | None = N
 
 
 def documents_in(tokens: np.ndarray, bos: int, limit: int | None = None) -> Documents:
-    """Split tokens into documents, each beginning with `bos`. Tokens before the first `bos` form a document.
+    """Split tokens into documents, which start with `bos`. Tokens before the first `bos` are one too.
 
-    limit: read only this many targets.
+    limit: use only the first `limit` targets.
     """
     tokens = tokens[: limit + 1 if limit else None]
     starts = np.flatnonzero(tokens == bos)

@@ -14,7 +14,7 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data.rows import PackedRows, packed_rows, validation_batches
 from hotlap.train.data.shards import documents_in
-from hotlap.train.data.sources import split_documents
+from hotlap.train.data.sources import shard_folder, split_documents
 from hotlap.train.distributed.world import World
 
 BATCH_TOKENS = 16_384  # per forward pass
@@ -48,14 +48,12 @@ def validation(
 
 
 def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
-    """What pretraining on a source would validate with, or its first `limit` tokens: shards of a folder, or a
-    part of the documents.
-    """
-    if source.is_dir() and any(source.glob("*.bin")):
-        beside = source / TOKENIZER
+    """The validation split that pretraining on this source would use, or its first `limit` tokens."""
+    if folder := shard_folder(str(source)):
+        beside = folder / TOKENIZER
         if beside.is_file() and Tokenizer.load(beside).sha256 != tokenizer.sha256:
-            raise ValueError(f"the shards in {source} were made with another tokenizer than the model's")
-        return packed_rows(source, "validation", tokenizer, context, limit=limit)
+            raise ValueError(f"the shards in {folder} were made with another tokenizer than the model's")
+        return packed_rows(folder, "validation", tokenizer, context, limit=limit)
     texts = split_documents(str(source))[1]
     tokens = np.concatenate([[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)])
     documents = documents_in(tokens, tokenizer.bos, limit)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hotlap.common import options
 from hotlap.common.files import cache_folder
-from hotlap.model.engine import Engine
+from hotlap.common.machine import circumstances
+from hotlap.model.conversation import spoken
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
@@ -117,12 +113,13 @@ def evaluate_model(config: EvalConfig) -> dict:
             for task in [task for task in TASKS if task in config.tasks]:
                 scores[task], wrong[task] = examine(engine, task)
             if prompts:
-                said = greedy(engine, list(prompts.values()))
-                show = engine.spoken if converses else tokenizer.decode
-                samples = [(text, show(ids)) for text, ids in zip(prompts, said, strict=True)]
+                answers = greedy(engine, list(prompts.values()))
+                shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
+                samples = list(zip(prompts, shown, strict=True))
         result = {
             "model": str(config.model), "folder": str(folder), "stage": trained_for,
-            **circumstances(engine), "seconds": round(time.perf_counter() - began, 1),
+            **circumstances(engine.device), "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
+            "seconds": round(time.perf_counter() - began, 1),
             "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
         }  # fmt: skip
         if config.out and world.leads:
@@ -137,24 +134,6 @@ def open_bundle(config: EvalConfig, world: World) -> list[Task]:
         with world.leader_first("CORE's bundle"):
             folder = core_bundle(cache_folder())
     return read_bundle(folder, config.max_per_task)
-
-
-def circumstances(engine: Engine) -> dict:
-    """When and with what a model is measured."""
-    device = engine.device
-    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": f"{device.type}, {name}",
-        "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
-        "versions": {
-            "hotlap": importlib.metadata.version("hotlap"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 def as_table(result: dict) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from hotlap.common.log import log
 from hotlap.kernels.dispatch import default_device, fast_dtype
-from hotlap.model.conversation import render_prompt
+from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
@@ -25,10 +25,6 @@ QUESTIONS = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?"
 
 def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """The likeliest continuations; FloatingPointError where the model's logits are not finite."""
-    longest = torch.tensor([max(prompts, key=len)], device=engine.device)
-    with torch.inference_mode():
-        if not engine.model(longest).isfinite().all():
-            raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
     return engine.complete(prompts, Sampling(temperature=0, max_tokens=ANSWER_TOKENS))
 
 
@@ -40,10 +36,11 @@ def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float,
     """Accuracy of greedy answers by exact match up to whitespace, and the wrong ones as (question, expected,
     answer).
     """
-    answers = greedy(engine, [question(text, engine.tokenizer) for text, _ in examples])
+    tokenizer = engine.tokenizer
+    answers = greedy(engine, [question(text, tokenizer) for text, _ in examples])
     wrong = [
         (text, expected, answer)
-        for (text, expected), answer in zip(examples, map(engine.spoken, answers), strict=True)
+        for (text, expected), answer in zip(examples, (spoken(a, tokenizer) for a in answers), strict=True)
         if " ".join(answer.split()) != " ".join(expected.split())
     ]
     return 1 - len(wrong) / len(examples), wrong

@@ -146,7 +146,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # of whole matrices, equal on all ranks
         group["second_moment"] = first.new_zeros((count, M, 1) if M >= N else (count, 1, N))
         # filled at each step; creating them there would copy from the CPU, which a GPU has to wait for
-        group["scalars"] = dict(zip(("momentum", "lr", "decay"), first.new_zeros(3).unbind(), strict=True))
+        group["scalars"] = {name: first.new_zeros(()) for name in ("momentum", "lr", "decay")}
         for i, parameter in enumerate(group["params"]):
             state = self.state[parameter]
             state["momentum"] = sharded_like(parameter, group["momentum_buffer"][i])

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import options
-from hotlap.model.conversation import render_prompt
+from hotlap.common import files, options
+from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.train.evaluation.questions import QUESTIONS, evaluate_tasks, load_engine
@@ -46,7 +46,8 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         scores = evaluate_tasks(engine)[0] | {"validation_bpb": bits}
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
-        scores_path.write_text(json.dumps(scores, indent=1) + "\n")  # last: it says that the run is complete
+        # last, because it says that the run is complete
+        files.write(scores_path, json.dumps(scores, indent=1) + "\n")
     print((run / "report.md").read_text())
     print(f"the whole report: {run / 'report.md'}\ntalk to it:       python chat.py {tuned.out}")
     return scores
@@ -56,7 +57,7 @@ def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
     """Questions and the model's greedy answers."""
     prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in QUESTIONS]
     answers = engine.complete(prompts, Sampling(temperature=0, max_tokens=96))
-    return [(q, engine.spoken(ids)) for q, ids in zip(QUESTIONS, answers, strict=True)]
+    return [(q, spoken(ids, engine.tokenizer)) for q, ids in zip(QUESTIONS, answers, strict=True)]
 
 
 def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, str]]) -> None:
@@ -73,7 +74,7 @@ def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, s
     lines += ["", "## A conversation with it", ""]
     lines += [line for q, a in sample for line in (f"> **you** {q}", ">", f"> **hotlap** {a}", "")]
     lines += ["Curves: [pretraining](pretrain/report.md), [fine-tuning](sft/report.md).", ""]
-    (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    files.write(run / "report.md", "\n".join(lines))
 
 
 def main(arguments: list[str]) -> int:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from hotlap.common import options
 from hotlap.train.data.conversations import (
-    download_smoltalk,
-    read_conversations,
-    smoltalk_folder,
-    smoltalk_plan,
+    check_conversations,
+    conversations_plan,
+    download_conversations,
 )
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, climbmix_with_tokenizer
 from hotlap.train.distributed.world import joined
@@ -46,7 +45,7 @@ class GradeConfig:
     micro_batch: str = "auto"
     """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
     fp8: bool = False
-    """Large products in fp8."""
+    """Run large matmuls in fp8."""
     yes: bool = False
     """Do not ask before it starts."""
 
@@ -59,12 +58,10 @@ def grade_speedrun(config: GradeConfig) -> dict:
     ).validate()  # fmt: skip
     with joined() as world:
         shards = math.ceil(recipe.tokens / CLIMBMIX_TOKENS)
-        if config.talks not in ("tasks", "smoltalk"):
-            for _ in read_conversations(Path(config.talks)):  # what is wrong with it shows now
-                pass
+        check_conversations(config.talks)
         download = download_words("climbmix", config.data, shards, world)
-        if world.leads and config.talks == "smoltalk":
-            download += f"; {plan_words(smoltalk_plan(), smoltalk_folder())}"
+        if world.leads and (talks := conversations_plan(config.talks)):
+            download += f"; {plan_words(talks, talks.folder)}"
         title = f"a model of {config.depth} layers to a CORE of {GPT2_CORE} and into conversation"
         lines = plan(recipe, world, download)
         lines["length"] += f"; then conversations from {config.talks}, which the time is without"
@@ -73,8 +70,7 @@ def grade_speedrun(config: GradeConfig) -> dict:
         with world.leader_first("climbmix"):
             if world.leads:
                 climbmix_with_tokenizer(config.data, shards, recipe.model.vocab_size)
-                if config.talks == "smoltalk":
-                    download_smoltalk()
+                download_conversations(config.talks)
         scores_path = config.out / "scores.json"
         last = pretrain(recipe, warm_up=True)
         if not scores_path.exists():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
+from hotlap.common.machine import device_name
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, training_bytes
 from hotlap.train.data import public
-from hotlap.train.data.hub import Plan
+from hotlap.train.data.hub import DownloadPlan
 from hotlap.train.distributed.memory import GB, device_bytes
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig
@@ -20,13 +19,13 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
     """The plan of `runs` pretrainings, a line for each of its parts. download: what will be, in words."""
     model = meta_model(config.model)
     counts, flops = parameter_counts(model), nanochat_flops(model)
-    products = counts["matrices"] + counts["head"]
     lines = {
-        "parameters": f"{counts['total'] / 1e6:,.1f}M, {products / 1e6:,.1f}M of them in products",
+        "parameters": f"{counts['total'] / 1e6:,.1f}M, {counts['matmul'] / 1e6:,.1f}M of them in matmuls",
         "model": f"{config.model.layers} layers of {config.model.width}, context of {config.model.context:,}",
     }
-    where = f"{world.size} x {device_name(world)}" if world.size > 1 else device_name(world)
-    expected = throughput(device_name(world), world.size, flops)
+    device = device_name(world.device)
+    where = f"{world.size} x {device}" if world.size > 1 else device
+    expected = throughput(device, world.size, flops)
     if config.loop.minutes:
         lines["length"] = f"{config.loop.minutes:g} minutes of training"
         hours = config.loop.minutes / 60
@@ -46,14 +45,10 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
         lines["time"] = f"about {shown}" + (f" each of {runs} runs" if runs > 1 else "")
         if expected and not config.loop.minutes:
             lines["time"] += f", at {expected.assumes}"
-    price = dollars_per_hour(device_name(world), world.size)
+    price = dollars_per_hour(device, world.size)
     if price and hours is not None:
         lines["cost"] = f"about ${price[0] * hours * runs:,.2f}, at ${price[0]:g} an hour ({price[1]})"
     return lines
-
-
-def device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
 
 
 def memory(config: PretrainConfig, world: World) -> str:
@@ -94,7 +89,7 @@ def download_words(source: str, folder: Path, shards: int, world: World) -> str:
     return plan_words(public.download_plan(source, folder, shards), folder)
 
 
-def plan_words(found: Plan, folder: Path) -> str:
+def plan_words(found: DownloadPlan, folder: Path) -> str:
     if not found.missing:
         return f"nothing, {folder} has it"
     return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, for {folder}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hotlap.model.flops import PEAK_BF16, of_card
 
-# FLOPs a token for MFU: 6 for each weight of a product, and for attention nothing, what causal attention
+# FLOPs a token for MFU: 6 for each weight of a matmul, and for attention nothing, what causal attention
 # needs on average (6 L D T), or what full windows would (12 L D T; hotlap.model.flops.nanochat_flops).
 SIX_N, CAUSAL, FULL = "6N", "6N + causal attention", "6N + attention over full windows"
 
@@ -27,7 +27,7 @@ DEFAULT_MFU = 0.35  # of a card without a record here
 
 
 @dataclass(frozen=True)
-class Target:
+class Record:
     """A run that somebody else made."""
 
     name: str
@@ -41,7 +41,7 @@ class Target:
     """As in PEAK_BF16."""
     gpus: int
     weights: int
-    """Parameters in products."""
+    """Matmul parameters."""
     attention: int
     """FLOPs a token of attention by the formula."""
     formula: str
@@ -59,7 +59,7 @@ class Target:
     """Steps that the seconds leave out."""
     stated_mfu: float | None = None
     fp8: bool = False
-    """Products in fp8, so that the share of the bf16 peak has no bound of 1."""
+    """Matmuls in fp8, so that the share of the bf16 peak has no bound of 1."""
     bpb: float | None = None
     """Validation bits per byte, of the record's own text and tokenizer."""
 
@@ -108,9 +108,9 @@ D26_HALF = 12 * 1664 * (7 * 2048 + 19 * 1024)
 def modded(
     number: int, what: str, date: str, log: str, weights: int, attention: int | None, batch: int, steps: int,
     seconds: float, loss: float, mfu: float, untimed: int = 0, fp8: bool = False,
-) -> Target:  # fmt: skip
+) -> Record:  # fmt: skip
     """A record of modded-nanogpt's main track, on eight H100s, by the log that came with it."""
-    return Target(
+    return Record(
         f"#{number} {what}", "modded-nanogpt", GPT2_124M, date, f"{TRACK_1}/{log}", "H100", 8, weights,
         attention or 0, CAUSAL if attention else SIX_N, batch, steps, batch * steps, seconds, loss, "loss",
         untimed, mfu, fp8,
@@ -120,25 +120,25 @@ def modded(
 def nanochat(
     run: int, what: str, date: str, depth: int, gates: int, attention: int, batch: int, steps: int,
     seconds: float, core: float, bpb: float, fp8: bool = True, mfu: float | None = None,
-) -> Target:  # fmt: skip
+) -> Record:  # fmt: skip
     """A run of nanochat's leaderboard, on eight H100s. Runs 4 to 6 have no steps of their own there: they
     follow from the ratio by scripts/base_train.py of the run's commit.
     """
     weights = D24_WEIGHTS + gates if depth == 24 else D26_WEIGHTS
-    return Target(
+    return Record(
         f"run {run} d{depth} {what}", "nanochat", GPT2_GRADE, date, f"{LEADERBOARD}, run {run}", "H100", 8,
         weights, attention, FULL, batch, steps, batch * steps, seconds, core, "CORE", 10, mfu, fp8, bpb,
     )  # fmt: skip
 
 
-TARGETS = (
-    Target(
+RECORDS = (
+    Record(
         "GPT-2 124M", "nanoGPT", "", "2022-12-29",
         "karpathy/nanoGPT README.md (about 4 days) and config/train_gpt2.py",
         "A100", 8, GPT2_WEIGHTS, 2 * GPT2_ATTENTION, FULL,
         491_520, 600_000, 491_520 * 600_000, 4 * 86400.0, 2.85, "loss on OpenWebText",
     ),
-    Target(
+    Record(
         "#1 llm.c", "llm.c", GPT2_124M, "2024-05-28",
         f"{TRACK_1}/2024-10-13_llmc/README.md, of a run with llm.c of 2024-10-13: 140 ms a step",
         "H100", 8, GPT2_WEIGHTS, GPT2_ATTENTION, CAUSAL,
@@ -184,30 +184,30 @@ TARGETS = (
         40, "backout", "2025-10-04", "2025-10-04_Backout/514e7581-fbd4-4338-a3e4-e556f9c958ce.txt",
         GPT2_WEIGHTS - 16 * 768**2, None, 262_144, 2330, 140.693, 3.2781, 0.376, fp8=True,
     ),
-    Target(
+    Record(
         "#89 fp8 down projection", "modded-nanogpt", GPT2_124M, "2026-07-17",
         f"{MODDED} README.md (1.23 minutes) and train_gpt.py at f411b3d3: tokens of its 1,285 steps",
         "H100", 8, GPT2_WEIGHTS - 16 * 768**2, 0, SIX_N, None, 1285, 338_800_000, 73.8, 3.28, "loss",
         stated_mfu=0.397, fp8=True,
     ),
-    Target(
+    Record(
         "medium #18", "modded-nanogpt", GPT2_350M, "2025-12-31",
         f"{MODDED} records/track_2_medium/2025-12-31_BulkSmallTrackTransfer",
         "H100", 8, 252_800_000, 0, SIX_N, None, 4740, 2_180_000_000, 1041.071, 2.9165, "loss",
         stated_mfu=0.401, fp8=True,
     ),
-    Target(
+    Record(
         "readable baseline", "modded-nanogpt", GPT2_124M, "2026-06-10",
         f"{TRACK_3}/51ece938-03c5-4343-8dcc-3f3336b07008.txt",
         "H100", 8, GPT2_WEIGHTS, GPT2_ATTENTION, CAUSAL, BATCH, 3375, BATCH * 3375, 494.108, 3.27784, "loss",
         stated_mfu=0.361,
     ),
-    Target(
+    Record(
         "readable baseline, one H200", "modded-nanogpt", GPT2_124M, "2026-05-17",
         f"{TRACK_3}/20260517_ortho/d5098d67-7c1b-47b4-8833-80960d633d33.txt",
         "H200", 1, GPT2_WEIGHTS, GPT2_ATTENTION, CAUSAL, BATCH, 8500, BATCH * 8500, 9085.461, 3.27093, "loss",
     ),
-    Target(
+    Record(
         "readable baseline, four A100s", "modded-nanogpt", GPT2_124M, "2026-05-09",
         f"{TRACK_3}/20260509_contra_muon_split_cooldown/0996e4d1-5fd1-4d9d-8d23-cccdb481f92c.txt",
         "A100", 4, GPT2_WEIGHTS, GPT2_ATTENTION, CAUSAL, BATCH, 3175, BATCH * 3175, 2064.935, 3.28075, "loss",
@@ -223,7 +223,7 @@ TARGETS = (
         6, "ratio 8", "2026-03-14", 24, 1752, D24_QUARTER, 2 * BATCH, 5568, 1.65 * 3600, 0.262634, 0.71800,
         mfu=0.59,
     ),
-    Target(
+    Record(
         "baseline", "autoresearch", MINUTES, "2026-03-06",
         "karpathy/autoresearch program.md, the summary that a run prints, and train.py: depth 8, 512 wide",
         "H100", 1, 12 * 8 * 512**2 + 8192 * 512 + 4 * 4 * 32, 12 * 512 * (2 * 2048 + 6 * 1024), FULL,
@@ -239,7 +239,7 @@ PRICES = {
 
 
 @dataclass(frozen=True)
-class Expected:
+class Throughput:
     """tokens/s that a machine may reach, with the MFU (nanochat's formula) and what was assumed for it."""
 
     tokens_per_second: float
@@ -247,9 +247,9 @@ class Expected:
     assumes: str
 
 
-def of_recipe(recipe: str) -> list[Target]:
+def of_recipe(recipe: str) -> list[Record]:
     """The records to set a recipe beside, the oldest first."""
-    return sorted((t for t in TARGETS if t.recipe == recipe), key=lambda t: t.date)
+    return sorted((t for t in RECORDS if t.recipe == recipe), key=lambda t: t.date)
 
 
 def card(name: str) -> str | None:
@@ -257,7 +257,7 @@ def card(name: str) -> str | None:
     return of_card(tuple((words, words) for words in PEAKS), name)
 
 
-def throughput(name: str, gpus: int, flops_per_token: float) -> Expected | None:
+def throughput(name: str, gpus: int, flops_per_token: float) -> Throughput | None:
     """What to expect of `gpus` cards of that name on a model of so many FLOPs a token (nanochat's formula),
     in bf16: the MFU of the record on the same card with the nearest number of FLOPs a token. None for a
     card without a known peak, or for a CPU.
@@ -265,7 +265,7 @@ def throughput(name: str, gpus: int, flops_per_token: float) -> Expected | None:
     words = card(name)
     if words is None:
         return None
-    records = [t for t in TARGETS if t.device == words and t.nanochat_mfu is not None and not t.fp8]
+    records = [t for t in RECORDS if t.device == words and t.nanochat_mfu is not None and not t.fp8]
     if records:
         near = min(records, key=lambda t: abs(math.log(t.flops_per_token / flops_per_token)))
         mfu = near.nanochat_mfu
@@ -274,7 +274,7 @@ def throughput(name: str, gpus: int, flops_per_token: float) -> Expected | None:
     else:
         mfu = DEFAULT_MFU
         assumes = f"{mfu:.0%} of the {words}'s bf16 peak, for which no record is known here"
-    return Expected(mfu * PEAKS[words] * gpus / flops_per_token, mfu, assumes)
+    return Throughput(mfu * PEAKS[words] * gpus / flops_per_token, mfu, assumes)
 
 
 def dollars_per_hour(name: str, gpus: int = 1) -> tuple[float, str] | None:
@@ -283,6 +283,6 @@ def dollars_per_hour(name: str, gpus: int = 1) -> tuple[float, str] | None:
     return price and (price[0] * gpus, price[1])
 
 
-def with_a_loss(recipe: str) -> list[Target]:
+def with_a_loss(recipe: str) -> list[Record]:
     """The records that a recipe's curve is drawn beside: those whose score is a loss or bits per byte."""
-    return [t for t in TARGETS if t.recipe == recipe and t.metric in ("loss", "bpb")]
+    return [t for t in RECORDS if t.recipe == recipe and t.metric in ("loss", "bpb")]

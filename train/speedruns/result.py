@@ -7,19 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hotlap.common import files
 from hotlap.common.plots import new_figure
 from hotlap.train.run.metrics import read_metrics
-from hotlap.train.speedruns.records import Target
+from hotlap.train.speedruns.records import Record
 
 
 def write_result(out: Path, title: str, result: dict) -> None:
     """result.json, and report.md with the same numbers and the picture."""
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    files.write(out / "result.json", json.dumps(result, indent=1) + "\n")
     lines = [f"# {title[0].upper()}{title[1:]}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]
     if (out / "curves.png").exists():
         lines += ["", "![the run beside others](curves.png)"]
-    (out / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    files.write(out / "report.md", "\n".join([*lines, ""]))
 
 
 def shown(value: object) -> str:
@@ -30,7 +31,7 @@ def shown(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def draw_comparison(runs: list[Path], records: list[Target], score: str, path: Path) -> bool:
+def draw_comparison(runs: list[Path], records: list[Record], score: str, path: Path) -> bool:
     """Validations of runs over tokens and over seconds of training, beside the records; False, with
     a line in the log, where matplotlib is missing.
 

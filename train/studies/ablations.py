@@ -1,16 +1,16 @@
-"""What each ingredient of the recipe is worth at small scale: the demo's model without it, or with another in
-its place, at equal time.
+"""What each part of the recipe is worth at small scale: the demo's model without it, or with another in its
+place, at equal time.
 
 `hotlap ablations --seconds 20 --seeds 3 --out DIR`, on a machine with nothing else to do.
-What has a field in the configuration is changed there. What has none is patched here while a variant trains.
-Nothing is tuned again for a variant but the learning rates of AdamW for the matrices, which Muon's says
-nothing of, and of a tied head: the best of their rows counts.
+A part that is a field of the configuration is changed there. The rest are functions, which are replaced while
+a variant trains. Nothing is tuned again for a variant but the learning rates of AdamW for the matrices, which
+Muon's says nothing of, and of a tied head: the best of their rows counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +28,10 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.rotary import qk_norm_rotary
 from hotlap.model import gpt
 from hotlap.model.gpt import GPT
-from hotlap.train import pretrain, stage
 from hotlap.train.optim import muon_adamw
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.presets import tiny
+from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.studies import sweep
 from hotlap.train.studies.sweep import BASE, Variant
 
@@ -41,6 +41,7 @@ FIELDS = {
     "no smear": "model.smear=false",
     "no backout": "model.backout=false",
     "no softcap": "model.softcap=0.0",
+    "QK gain 1": "model.qk_gain=1.0",
     "warmdown over 20 %": "schedule.warmdown=0.2",
     "warmdown to 0": "schedule.final_lr=0.0",
     "no learning-rate warm-up": "schedule.warmup_steps=0",
@@ -54,30 +55,30 @@ TIED_RATES = (1, 5)  # of the one table, as multiples of the head's
 
 @dataclass(frozen=True)
 class AblationsConfig:
-    """Train the demo's base model without each ingredient of its recipe, at equal time on several seeds."""
+    """Train the demo's base model without each part of its recipe, at equal time on several seeds."""
 
     seconds: float = 20
     """Of training for each run."""
     seeds: int = 3
     only: tuple[str, ...] = ()
-    """Names of ingredients; all without."""
+    """Names of variants; by default all."""
     base: str = ""
     """Assignments that hold for all runs: "loop.clip=1.0 model.layers=2"."""
-    out: Path = Path("runs/ingredients")
+    out: Path = Path("runs/ablations")
     """Folder of the runs and of the table: sweep.json, sweep.md and sweep.png."""
 
 
 def ablate(config: AblationsConfig) -> list[dict]:
     """Train them all, and return the rows of the table."""
-    variants = ingredients(options.merge(tiny(), sweep.assignments(config.base), "--base"))
-    chosen = [known(name, variants, "ingredient") for name in config.only] or list(variants)
+    variants = ablations(options.merge(tiny(), sweep.assignments(config.base), "--base"))
+    chosen = [known(name, variants, "ablation") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}
     device = default_device()
     log_warnings(device)
     return sweep.run_variants(variants, config.seconds, config.seeds, config.out, device_name(device))
 
 
-def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
+def ablations(base: PretrainConfig) -> dict[str, Variant]:
     """Every variant by name, the base first."""
     variants = {BASE: Variant(base)}
     for name, text in FIELDS.items():
@@ -91,83 +92,94 @@ def ingredients(base: pretrain.PretrainConfig) -> dict[str, Variant]:
     for factor in TIED_RATES:
         rate = factor * base.optim.head_lr
         changed = dataclasses.replace(base, optim=dataclasses.replace(base.optim, embedding_lr=rate))
-        tied = partial(replaced, stage, "GPT", TiedHead)
-        variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied)
+        variants[f"head tied to the embedding at {rate:g}"] = Variant(changed, tied_head)
     return variants | {
-        "QK gain 1": Variant(base, partial(replaced, gpt, "QK_GAIN", 1.0)),
-        "random projections": Variant(base, partial(replaced, stage, "GPT", RandomProjections)),
+        "random projections": Variant(base, random_projections),
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
         "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),
         "no rotary": Variant(base, partial(replaced, gpt, "qk_norm_rotary", qk_norm_alone)),
-        "no document masks": Variant(base, partial(replaced, stage, "GPT", NoDocumentMasks)),
+        "no document masks": Variant(base, no_document_masks),
     }
 
 
 @contextmanager
-def replaced(module: Any, name: str, other: object) -> Iterator[None]:
-    """What a module calls `name` is `other` for a while."""
-    before = getattr(module, name)
-    setattr(module, name, other)
+def replaced(owner: Any, name: str, other: Callable) -> Iterator[None]:
+    """A function of a module or class is `other` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)
 
 
 @contextmanager
 def adamw_for_matrices() -> Iterator[None]:
     """Train the matrices of the blocks like the head, by AdamW with betas (0.9, 0.95)."""
-
-    class AdamWForAll(MuonAdamW):
-        def _plan_exchange(self) -> None:
-            """No matrix is orthogonalised, so none travels."""
-
     groups_of = muon_adamw.parameter_groups
 
     def groups(*given: object) -> list[dict]:
         found = groups_of(*given)
         return [g | {"muon": False, "betas": (0.9, 0.95)} if g["muon"] else g for g in found]
 
-    with replaced(muon_adamw, "parameter_groups", groups), replaced(stage, "MuonAdamW", AdamWForAll):
+    def nothing(optimizer: MuonAdamW) -> None:
+        """No matrix is orthogonalised, so none travels."""
+
+    with replaced(muon_adamw, "parameter_groups", groups), replaced(MuonAdamW, "_plan_exchange", nothing):
         yield
 
 
-class RandomProjections(GPT):
+@contextmanager
+def random_projections() -> Iterator[None]:
     """Projections back to the residual stream start as GPT-2's, not at 0."""
+    original = GPT.initial_weights
 
-    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
-        deviation = 0.02 / (2 * self.config.layers) ** 0.5
-        for name, value in super().initial_weights(seed):
+    def initial_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator(model.embedding.weight.device).manual_seed(seed + 1)
+        deviation = 0.02 / (2 * model.config.layers) ** 0.5
+        for name, value in original(model, seed):
             if name.startswith("blocks.") and name.endswith("proj.weight"):
                 value = value.to(generator.device).normal_(0, deviation, generator=generator)
             yield name, value
 
+    with replaced(GPT, "initial_weights", initial_weights):
+        yield
 
-class NoDocumentMasks(GPT):
+
+@contextmanager
+def no_document_masks() -> Iterator[None]:
     """Tokens see what lies before them in the row, of other documents too, in training and validation."""
+    forward = GPT.forward
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, *, document_start=None, **more) -> Tensor:
-        return super().forward(ids, targets, **more)
+    def without(model: GPT, ids: Tensor, targets: Tensor | None = None, document_start=None, **more):
+        return forward(model, ids, targets, **more)
+
+    with replaced(GPT, "forward", without):
+        yield
 
 
-class TiedHead(GPT):
+@contextmanager
+def tied_head() -> Iterator[None]:
     """One table is embedding and head. It starts small, like a head, which the norm of the embedding does not
     mind.
     """
+    build, original = GPT.__init__, GPT.initial_weights
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.head.weight = self.embedding.weight
+    def __init__(model: GPT, *given) -> None:
+        build(model, *given)
+        model.head.weight = model.embedding.weight
 
-    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        self.head.weight = self.embedding.weight  # parted where a model left the meta device
-        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed + 1)
-        for name, value in super().initial_weights(seed):
+    def initial_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
+        model.head.weight = model.embedding.weight  # parted where a model left the meta device
+        generator = torch.Generator(model.embedding.weight.device).manual_seed(seed + 1)
+        for name, value in original(model, seed):
             if name == "embedding.weight":
                 value.normal_(0, 0.02, generator=generator)
             if name != "head.weight":
                 yield name, value
+
+    with replaced(GPT, "__init__", __init__), replaced(GPT, "initial_weights", initial_weights):
+        yield
 
 
 def linear_gelu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.plots import new_figure
@@ -25,12 +25,12 @@ from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
-from hotlap.train.presets import from_depth, weights_in_products
+from hotlap.train.presets import from_depth, matmul_parameters
 from hotlap.train.pretrain import PretrainConfig
-from hotlap.train.speedruns.records import TARGETS, dollars_per_hour
-from hotlap.train.studies.series import shared_data, step_seconds, train_once
+from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
+from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
-AXES = {"flops": "training FLOPs", "weights": "parameters in products", "tokens": "training tokens"}
+AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
 FEWEST_FOR_FLOOR = 6  # runs from which an E is fitted: three numbers from fewer would fit noise
 FAR = 10  # times the largest run's FLOPs, from which a law is a guess
 DEEPEST = 100
@@ -46,7 +46,7 @@ class ScalingConfig:
 
     depths: tuple[int, ...] = (12, 14, 16, 18, 20)
     ratio: float = 12
-    """Training tokens for each parameter in products."""
+    """Training tokens for each matmul parameter."""
     vocab_size: int = 32768
     context: int = 2048
     data: str = "pydocs"
@@ -75,7 +75,7 @@ class Point:
     name: str
     flops: float
     weights: float
-    """Parameters in products."""
+    """Matmul parameters."""
     tokens: float
     bpb: float
     tokens_per_second: float | None = None
@@ -129,7 +129,7 @@ def scaling(config: ScalingConfig) -> str:
                 log.info("depth %d: %d of %d", depth, len(points) + 1, len(runs))
             points.append(train_point(dataclasses.replace(run, data=str(folder)), world))
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
-        lines = [f"{device}, {config.data}, {config.ratio:g} tokens for each parameter in products.", ""]
+        lines = [f"{device}, {config.data}, {config.ratio:g} tokens for each matmul parameter.", ""]
         lines += [*table(points), "", *law_lines(laws, len(points)), ""]
         lines += budget_lines(config, points, laws["flops"], price)
         if world.leads:
@@ -146,7 +146,7 @@ def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, P
         raise ValueError("budgets and prices must be 0 (none) or more")
     if config.budget_dollars and not (config.dollars_per_hour or price):
         raise ValueError("no price of this machine is known; give --dollars-per-hour")
-    return {depth: planned(config, depth) for depth in sorted(config.depths)}
+    return {depth: depth_run(config, depth) for depth in sorted(config.depths)}
 
 
 def check_vocabulary(config: ScalingConfig) -> None:
@@ -159,7 +159,7 @@ def check_vocabulary(config: ScalingConfig) -> None:
         )
 
 
-def planned(config: ScalingConfig, depth: int) -> PretrainConfig:
+def depth_run(config: ScalingConfig, depth: int) -> PretrainConfig:
     run = from_depth(depth, config.vocab_size, config.context, config.ratio)
     loop = dataclasses.replace(run.loop, evaluate_every=max(1, run.loop.steps))
     return dataclasses.replace(
@@ -170,10 +170,10 @@ def planned(config: ScalingConfig, depth: int) -> PretrainConfig:
 
 def train_point(run: PretrainConfig, world: World) -> Point:
     last = train_once(run, world, keep=True)
-    times = world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
     tokens, step = cost(run)[1], run.batch_rows * run.model.context
     return Point(
-        run.out.name, cost(run)[0], weights_in_products(run.model), tokens, last["validation_bpb"],
+        run.out.name, cost(run)[0], matmul_parameters(run.model), tokens, last["validation_bpb"],
         step / median(times) if times else None,
     )  # fmt: skip
 
@@ -214,7 +214,7 @@ def with_floor(x: np.ndarray, y: np.ndarray, floor: float) -> Law:
 
 def table(points: Sequence[Point]) -> list[str]:
     lines = [
-        "| run | FLOPs | parameters in products | tokens | bits per byte | tokens/s |",
+        "| run | FLOPs | matmul parameters | tokens | bits per byte | tokens/s |",
         "|---|" + "---:|" * 5,
     ]
     for p in points:
@@ -260,7 +260,7 @@ def budget_line(config: ScalingConfig, text: str, flops: float, law: Law, larges
     depth = deepest(config, flops)
     if depth is None:
         return f"{text}: less than the smallest model needs"
-    needed, tokens = cost(planned(config, depth))
+    needed, tokens = cost(depth_run(config, depth))
     line = f"{text}: depth {depth}, {tokens / 1e6:,.1f}M tokens, {needed:.3g} FLOPs"
     if largest.flops_per_second:
         line += f", {needed / largest.flops_per_second / 3600:.3g} hours"
@@ -275,7 +275,7 @@ def deepest(config: ScalingConfig, flops: float) -> int | None:
     found = None
     for depth in range(1, DEEPEST + 1):
         try:
-            needed = cost(planned(config, depth))[0]
+            needed = cost(depth_run(config, depth))[0]
         except ValueError:  # too small for a step of its own
             continue
         if needed > flops:
@@ -299,10 +299,10 @@ def write(
         "laws": {axis: dataclasses.asdict(law) for axis, law in laws.items()},
         "peers": [dataclasses.asdict(p) for p in peers],
     }
-    (out / "scaling.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write(out / "scaling.json", json.dumps(content, indent=1) + "\n")
     if draw(points, laws, peers, out / "scaling.png"):
         lines = [*lines, "", "![scaling](scaling.png)"]
-    (out / "scaling.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write(out / "scaling.md", "\n".join(lines) + "\n")
 
 
 def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path: Path) -> bool:
@@ -333,7 +333,7 @@ def peers() -> list[Point]:
     """Runs of others, to be drawn beside the series."""
     return [
         Point(f"{t.project} {t.name}", float(t.flops_per_token * t.tokens), t.weights, t.tokens, t.bpb)
-        for t in TARGETS
+        for t in RECORDS
         if t.bpb is not None
     ]
 

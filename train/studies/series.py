@@ -55,7 +55,7 @@ def finished(config: PretrainConfig) -> dict[str, float] | None:
     return last if done else None
 
 
-def step_seconds(run: Path, skip: int) -> list[float]:
+def logged_step_seconds(run: Path, skip: int) -> list[float]:
     """Seconds of each step of a run but its first ones."""
     ends = [line["seconds"] for line in read_metrics(run / METRICS)]
     return [after - before for before, after in zip(ends[skip - 1 :], ends[skip:], strict=False)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
@@ -28,7 +28,7 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.studies.series import shared_data, step_seconds, train_once
+from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 BASE = "base"
 TURNS, PROBED, UNTIMED = 5, 6, 2  # how steps are timed: so often, so many, of which the first do not count
@@ -105,7 +105,7 @@ def run_variants(
         for seed in range(seeds):
             for i, (name, variant) in enumerate(variants.items()):
                 steps = max(1, int(seconds / speeds[name])) if seconds else equal_tokens(base, variant.config)
-                run = planned(variant.config, folder, steps, seed, out / f"{folder_name(name)}-{seed}")
+                run = variant_run(variant.config, folder, steps, seed, out / f"{folder_name(name)}-{seed}")
                 if world.leads:
                     log.info(
                         "run %d of %d: %s, seed %d",
@@ -132,7 +132,7 @@ def equal_tokens(base: PretrainConfig, config: PretrainConfig) -> int:
     return max(1, round(base.loop.steps * tokens[0] / tokens[1]))
 
 
-def planned(config: PretrainConfig, folder: Path, steps: int, seed: int, out: Path) -> PretrainConfig:
+def variant_run(config: PretrainConfig, folder: Path, steps: int, seed: int, out: Path) -> PretrainConfig:
     """A variant's run: it validates and saves at its end alone, and is compiled however long it is."""
     compile = (
         {"cuda": "on", "cpu": "off"}[default_device().type] if config.compile == "auto" else config.compile
@@ -150,7 +150,7 @@ def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
     except FloatingPointError as error:
         log.warning("%s: %s", run.out, error)
         return {"bpb": None, "steps": run.loop.steps, "tokens": tokens, "seconds": None, "ms": None}
-    times = world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
     return {
         "bpb": last["validation_bpb"],
         "steps": run.loop.steps,
@@ -178,12 +178,12 @@ def seconds_per_step(
     for turn in range(TURNS):
         for (name, i), found in times.items():
             place = out / f"timing-{turn}-{folder_name(name)}-{i}"
-            run = planned(stages[name][i], folder, PROBED, 0, place)
+            run = variant_run(stages[name][i], folder, PROBED, 0, place)
             if world.leads:
                 shutil.rmtree(run.out, ignore_errors=True)
             with variants[name].changed():
                 pretrain(dataclasses.replace(run, validation_tokens=run.model.context))
-            found += world.gather(step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+            found += world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
             if world.leads:
                 shutil.rmtree(run.out)
     now = {name: mean(min(times[name, i]) for i in range(len(stages[name]))) for name in stages}
@@ -196,7 +196,7 @@ def seconds_per_step(
     share = saved.get(BASE, now[BASE]) / now[BASE]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
     if world.leads:
-        path.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(speeds, indent=1) + "\n")
     return speeds
 
 
@@ -263,11 +263,11 @@ def write(out: Path, rows: list[dict], device: str, seconds: float, base: Pretra
         "base": json.loads(json.dumps(dataclasses.asdict(base), default=str)),
         "rows": rows,
     }
-    (out / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
     lines = [f"{device}, each run {equal}.", "", markdown(rows), "", EXPLAINED, ""]
     if draw(rows, out / "sweep.png", equal):
         lines += ["![differences](sweep.png)", ""]
-    (out / "sweep.md").write_text("\n".join(lines), encoding="utf-8")
+    files.write(out / "sweep.md", "\n".join(lines))
 
 
 EXPLAINED = (

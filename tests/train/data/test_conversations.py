@@ -19,12 +19,12 @@ from hotlap.train.data.conversations import (
     conversation_digests,
     conversation_rows,
     conversations_of,
-    download_smoltalk,
+    conversations_plan,
+    download_conversations,
     labelled_conversations,
     read_conversations,
     rendered,
     smoltalk_folder,
-    smoltalk_plan,
 )
 from hotlap.train.data.datasets import SMOLTALK
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
@@ -67,7 +67,7 @@ def test_only_what_the_assistant_says_is_a_target(tiny_tokenizer):
 def test_what_is_longer_than_a_row_is_dropped_and_counted(tiny_tokenizer, caplog):
     talks = [conversation("Hi", "Hi."), conversation("long " * 50, "Hi.")]
     rows = conversation_rows(talks, tiny_tokenizer, T=64, seed=0, shuffle=False)
-    assert "1 of 2 conversations are longer than 64 tokens" in caplog.text
+    assert "1 of 2 conversations are longer than 64 tokens; skipped" in caplog.text
     assert rows.epoch_rows() == 1 and rows.batch(0, 1).weight == len(tiny_tokenizer.encode("Hi.")) + 1
     with pytest.raises(DataError, match="no conversation fits the model's context of 64"):
         conversation_rows(talks[1:], tiny_tokenizer, 64, 0, False)
@@ -88,7 +88,7 @@ def test_text_that_spells_special_tokens_stays_text(tiny_tokenizer, caplog):
     rows = conversation_rows(talks, tiny_tokenizer, 512, 0, False)
     inputs = rows.batch(0, 1).inputs
     assert int((inputs >= tiny_tokenizer.text_size).sum()) == 10
-    assert "1 conversations hold the text of a special token" in caplog.text
+    assert "1 conversations contain the text of a special token" in caplog.text
 
 
 def test_packed_conversations_do_not_see_each_other(tiny_tokenizer, random_model):
@@ -280,7 +280,7 @@ def test_a_parquet_file_of_messages_is_read_like_lines(tmp_path):
     with pytest.raises(DataError, match=r"bad\.parquet:21: the conversation does not end with"):
         list(read_conversations(path))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="not a parquet file, or damaged"):
+    with pytest.raises(DataError, match="damaged, or not a parquet file"):
         list(read_conversations(path))
 
 
@@ -301,10 +301,10 @@ def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     add_smoltalk(hub_server, tmp_path)
     names = SMOLTALK.names(4)
-    assert len(smoltalk_plan().missing) == 5
-    download_smoltalk()
-    download_smoltalk()
-    assert hub_server.fetched() == dict.fromkeys(names, 1) and not smoltalk_plan().missing
+    assert len(conversations_plan("smoltalk").missing) == 5
+    download_conversations("smoltalk")
+    download_conversations("smoltalk")
+    assert hub_server.fetched() == dict.fromkeys(names, 1) and not conversations_plan("smoltalk").missing
     assert not (smoltalk_folder() / ".hub").exists()
 
     caplog.set_level("INFO")
@@ -314,7 +314,7 @@ def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_pa
     for split, files in (("train", names[1:]), ("validation", names[:1])):
         wanted = [talk for name in files for talk in smoltalk_conversations(name)[:-1]]
         assert list(conversations_of(split, "smoltalk", seed=0)) == wanted + task_sides[split]
-    assert caplog.text.count("1 of 21 conversations are left out, the first: ") == 5
+    assert caplog.text.count("skipped 1 of 21 conversations, the first: ") == 5
     assert "parquet:21: the conversation does not end with the assistant's answer" in caplog.text
 
 

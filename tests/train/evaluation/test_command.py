@@ -170,7 +170,7 @@ def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkey
     monkeypatch.setattr(questions, "load_model", loaded)
     with pytest.raises(ValueError, match="bpb needs text; give it, or a folder of shards, with --data"):
         evaluate_model(EvalConfig(base, ("bpb",)))
-    with pytest.raises(FileNotFoundError, match="no input files match"):
+    with pytest.raises(FileNotFoundError, match="no text files match"):
         evaluate_model(EvalConfig(base, ("bpb",), tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match=r"no core\.yaml in .*--core-bundle"):
         evaluate_model(EvalConfig(base, ("core",), core_bundle=tmp_path / "none"))

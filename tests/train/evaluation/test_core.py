@@ -15,9 +15,7 @@ from hotlap.model.tokenizer import train_characters
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation import core
 from hotlap.train.evaluation.core import batches, counted, evaluate_core, prompts
-from hotlap.train.evaluation.core_bundle import read_bundle, read_list
-
-CHOICE = {"query": "a", "choices": ["b", "c"], "gold": 0}
+from hotlap.train.evaluation.core_bundle import read_bundle
 
 
 def scores_of(model, tokenizer, folder, max_per_task=0) -> dict:
@@ -284,81 +282,3 @@ def test_the_interval_of_core_is_the_tasks_in_quadrature(tmp_path):
     ]
     half = sum(h * h for h in halves) ** 0.5 / 5
     assert found["interval"] == pytest.approx([found["core"] - half, found["core"] + half])
-
-
-# Reading a bundle
-
-
-def test_the_list_of_tasks_is_read_as_yaml(tmp_path):
-    path = tmp_path / "core.yaml"
-    path.write_text(
-        "# tasks\nicl_tasks:\n-\n  label: one\n  dataset_uri: some/one.jsonl # where\n  num_fewshot: [10]\n"
-        '  continuation_delimiter: "\\nAnswer: "  # here: it ends\n  has_categories: true\n\n'
-        "- label: two\n  continuation_delimiter: ' # '\n  num_fewshot: [0, 5]\n"
-    )
-    one = {"label": "one", "dataset_uri": "some/one.jsonl", "num_fewshot": [10], "has_categories": True}
-    two = {"label": "two", "continuation_delimiter": " # ", "num_fewshot": [0, 5]}
-    assert read_list(path) == [one | {"continuation_delimiter": "\nAnswer: "}, two]
-
-
-@pytest.mark.parametrize(
-    "line", ["- &anchor", "  label: {a: 1}", "  label: |", "  label:", "tasks", "  - - a"]
-)
-def test_other_yaml_is_refused_by_its_line(tmp_path, line):
-    (tmp_path / "core.yaml").write_text(f"icl_tasks:\n-\n{line}\n")
-    with pytest.raises(DataError, match=r"core\.yaml:3: expected `key: value`"):
-        read_list(tmp_path / "core.yaml")
-
-
-def test_a_list_without_tasks_is_refused(tmp_path):
-    (tmp_path / "core.yaml").write_text("icl_tasks:\n")
-    with pytest.raises(DataError, match="lists no tasks"):
-        read_list(tmp_path / "core.yaml")
-
-
-@pytest.mark.parametrize("missing", ["core.yaml", "eval_meta_data.csv", "eval_data"])
-def test_a_folder_that_is_no_bundle_says_what_it_lacks(tmp_path, missing):
-    write_bundle(tmp_path, mixed_tasks())
-    (tmp_path / missing).rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=f"no {missing} in .*--core-bundle"):
-        read_bundle(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("task", "line", "error"),
-    [
-        (
-            ("multiple_choice", 0, None, 25, [CHOICE]),
-            "not json",
-            r"t\.jsonl:2: an example of multiple_choice has",
-        ),
-        (("multiple_choice", 0, None, 25, [CHOICE]), '{"query": "a"}', r"choices \(list\)"),
-        (("multiple_choice", 0, None, 25, [CHOICE, CHOICE | {"gold": 2}]), None, r"t\.jsonl:2"),
-        (("multiple_choice", 0, None, 25, [CHOICE | {"choices": ["a", 3]}]), None, r"t\.jsonl:1"),
-        (("schema", 0, None, 25, [CHOICE]), None, "an example of schema has context_options"),
-        (("generation", 0, None, 25, [CHOICE]), None, "t is of type 'generation'; known: multiple_choice"),
-        (("multiple_choice", 0, None, 100, [CHOICE]), None, "no random baseline of t from 0 to below 100"),
-        (("multiple_choice", 0, None, "none", [CHOICE]), None, r"eval_meta_data\.csv needs the columns"),
-        (
-            ("multiple_choice", 3, None, 25, 3 * [CHOICE]),
-            None,
-            "t shows 3 other .* raise --max-per-task to 4",
-        ),
-    ],
-)
-def test_a_bundle_that_cannot_be_used_says_where(tmp_path, task, line, error):
-    write_bundle(tmp_path, {"t": task})
-    if line:
-        with open(tmp_path / "eval_data/some_folder/t.jsonl", "a") as file:
-            file.write(line)
-    with pytest.raises(ValueError, match=error):
-        read_bundle(tmp_path)
-
-
-def test_examples_that_are_missing_are_named(tmp_path):
-    write_bundle(tmp_path, mixed_tasks())
-    (tmp_path / "eval_data/some_folder/fitting.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"fitting\.jsonl"):
-        read_bundle(tmp_path)
-    with pytest.raises(ValueError, match="max_per_task=-1"):
-        read_bundle(tmp_path, -1)

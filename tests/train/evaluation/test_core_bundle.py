@@ -1,15 +1,21 @@
-"""The archive with CORE's questions: downloaded, checked and unpacked."""
+"""CORE's bundle: downloaded, checked, unpacked and read."""
 
 import hashlib
 import io
+import itertools
 import stat
+import sys
 import zipfile
 
 import pytest
+from helpers.core_bundles import mixed_tasks, write_bundle
 
 from hotlap.common.errors import DataError
 from hotlap.train.data import download
 from hotlap.train.evaluation import core_bundle
+from hotlap.train.evaluation.core_bundle import read_bundle, read_list
+
+CHOICE = {"query": "a", "choices": ["b", "c"], "gold": 0}
 
 FILES = {
     "eval_bundle/core.yaml": b"icl_tasks: []\n",
@@ -122,3 +128,118 @@ def test_a_folder_that_is_not_the_bundle_is_named_and_left(serve, tmp_path):
     (tmp_path / "eval_bundle").mkdir()
     with pytest.raises(DataError, match=r"no core\.yaml; remove it"):
         core_bundle.core_bundle(tmp_path)
+
+
+# Reading a bundle
+
+
+def test_the_list_of_tasks_is_read_as_yaml(tmp_path):
+    path = tmp_path / "core.yaml"
+    path.write_text(
+        "# tasks\nicl_tasks:\n-\n  label: one\n  dataset_uri: some/one.jsonl # where\n  num_fewshot: [10]\n"
+        '  icl_task_type: schema\n  continuation_delimiter: "\\nAnswer: "  # here: it ends\n'
+        "  has_categories: true\n\n- label: two\n  continuation_delimiter: ' # '\n  num_fewshot: [0, 5]\n"
+        "  dataset_uri: b.jsonl\n  icl_task_type: schema\n"
+    )
+    one = {"label": "one", "dataset_uri": "some/one.jsonl", "num_fewshot": [10], "icl_task_type": "schema"}
+    two = {"label": "two", "dataset_uri": "b.jsonl", "num_fewshot": [0, 5], "icl_task_type": "schema"}
+    assert read_list(path) == [
+        one | {"continuation_delimiter": "\nAnswer: ", "has_categories": True},
+        two | {"continuation_delimiter": " # "},
+    ]
+
+
+LAUGHS = "a: &a [1, 1]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
+    for a, b in itertools.pairwise("abcdefghijklmn")
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}]}}\n"
+    for a, b in itertools.pairwise("abcdefghijklmn")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "lists no tasks"),
+        ("icl_tasks:\n", "lists no tasks"),
+        ("icl_tasks: {a: 1}\n", "lists no tasks"),
+        ("- icl_tasks\n", "lists no tasks"),
+        ("icl_tasks: [\n", "is not YAML: .* line 2"),
+        ("icl_tasks:\n\t- a\n", "is not YAML: .* line 2"),
+        ("icl_tasks: \xff\n".encode("latin-1"), "is not YAML"),
+        (f"icl_tasks: {'9' * 5000}\n", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        ("icl_tasks: !!python/object/apply:os.abort []\n", "aliases .* or tags"),
+        (LAUGHS, "aliases .* or tags"),
+        (MERGES, "aliases .* or tags"),
+        ("icl_tasks: [a]\n", "task 1 needs the strings label"),
+        ("icl_tasks: [{label: a, icl_task_type: schema, dataset_uri: b, num_fewshot: 3}]", "num_fewshot"),
+        ("icl_tasks: [{label: a, icl_task_type: schema, dataset_uri: b, num_fewshot: [-1]}]", "num_fewshot"),
+        ("icl_tasks: [{label: a, icl_task_type: schema, dataset_uri: b, num_fewshot: []}]", "num_fewshot"),
+        ("icl_tasks: [{label: 1, icl_task_type: schema, dataset_uri: b, num_fewshot: [0]}]", "strings label"),
+        ("icl_tasks: [{label: a, icl_task_type: schema, num_fewshot: [0]}]", "dataset_uri"),
+    ],
+)  # fmt: skip
+def test_a_list_of_tasks_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, error):
+    path = tmp_path / "core.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=rf"core\.yaml.*{error}") as caught:
+        read_list(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_without_pyyaml_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    write_bundle(tmp_path, mixed_tasks())
+    with pytest.raises(ImportError, match=r"yaml: pip install 'hotlap\[data\]'"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["core.yaml", "eval_meta_data.csv", "eval_data"])
+def test_a_folder_that_is_no_bundle_says_what_it_lacks(tmp_path, missing):
+    write_bundle(tmp_path, mixed_tasks())
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"no {missing} in .*--core-bundle"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "error"),
+    [
+        (
+            ("multiple_choice", 0, None, 25, [CHOICE]),
+            "not json",
+            r"t\.jsonl:2: an example of multiple_choice has",
+        ),
+        (("multiple_choice", 0, None, 25, [CHOICE]), '{"query": "a"}', r"choices \(list\)"),
+        (("multiple_choice", 0, None, 25, [CHOICE, CHOICE | {"gold": 2}]), None, r"t\.jsonl:2"),
+        (("multiple_choice", 0, None, 25, [CHOICE | {"choices": ["a", 3]}]), None, r"t\.jsonl:1"),
+        (("schema", 0, None, 25, [CHOICE]), None, "an example of schema has context_options"),
+        (("generation", 0, None, 25, [CHOICE]), None, "t is of type 'generation'; known: multiple_choice"),
+        (("multiple_choice", 0, None, 100, [CHOICE]), None, "no random baseline of t from 0 to below 100"),
+        (("multiple_choice", 0, None, "none", [CHOICE]), None, r"eval_meta_data\.csv needs the columns"),
+        (
+            ("multiple_choice", 3, None, 25, 3 * [CHOICE]),
+            None,
+            "t shows 3 other .* raise --max-per-task to 4",
+        ),
+    ],
+)
+def test_a_bundle_that_cannot_be_used_says_where(tmp_path, task, line, error):
+    write_bundle(tmp_path, {"t": task})
+    if line:
+        with open(tmp_path / "eval_data/some_folder/t.jsonl", "a") as file:
+            file.write(line)
+    with pytest.raises(ValueError, match=error):
+        read_bundle(tmp_path)
+
+
+def test_examples_that_are_missing_are_named(tmp_path):
+    write_bundle(tmp_path, mixed_tasks())
+    (tmp_path / "eval_data/some_folder/fitting.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fitting\.jsonl"):
+        read_bundle(tmp_path)
+    with pytest.raises(ValueError, match="max_per_task=-1"):
+        read_bundle(tmp_path, -1)

@@ -14,16 +14,16 @@ from hotlap.train.speedruns.records import (
     GPT2_ATTENTION,
     GPT2_WEIGHTS,
     PRICES,
-    TARGETS,
+    RECORDS,
     dollars_per_hour,
     of_recipe,
     throughput,
 )
 
-NAMES = [f"{t.project} {t.name}" for t in TARGETS]
+NAMES = [f"{t.project} {t.name}" for t in RECORDS]
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+@pytest.mark.parametrize("target", RECORDS, ids=NAMES)
 def test_a_record_says_when_and_where_and_its_figures_fit_together(target):
     assert datetime.date(2019, 1, 1) < datetime.date.fromisoformat(target.date) <= datetime.date.today()
     owner, name = target.source.split()[0].split("/")[:2]
@@ -36,7 +36,7 @@ def test_a_record_says_when_and_where_and_its_figures_fit_together(target):
     assert 0.25 < target.mfu < 0.65
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t.stated_mfu], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [t for t in RECORDS if t.stated_mfu], ids=lambda t: t.name)
 def test_the_mfu_that_a_record_is_known_by_follows_from_its_figures(target):
     assert target.mfu == pytest.approx(target.stated_mfu, abs=0.006 if target.stated_mfu >= 0.5 else 0.0015)
 
@@ -52,7 +52,7 @@ def test_the_mfu_that_a_record_is_known_by_follows_from_its_figures(target):
     ],
 )  # fmt: skip
 def test_times_are_those_of_the_logs(name, ms, tokens_per_second):
-    (target,) = (t for t in TARGETS if t.name.startswith(name))
+    (target,) = (t for t in RECORDS if t.name.startswith(name))
     assert target.ms_per_step == pytest.approx(ms, rel=2e-3)
     assert target.tokens_per_second == pytest.approx(tokens_per_second, rel=2e-3)
 
@@ -60,7 +60,7 @@ def test_times_are_those_of_the_logs(name, ms, tokens_per_second):
 def test_the_shapes_are_those_of_our_own_models():
     d24 = meta_model(GPTConfig.from_depth(24))
     counts = parameter_counts(d24)
-    last = next(t for t in TARGETS if t.name.startswith("run 6 "))
+    last = next(t for t in RECORDS if t.name.startswith("run 6 "))
     assert last.weights == counts["matrices"] + counts["head"] > D24_WEIGHTS
     assert nanochat_flops(d24) == last.flops_per_token and last.attention == D24_QUARTER
     gpt2 = GPTConfig(50304, 1024, window_pattern="L", value_embeddings=False, smear=False)
@@ -68,7 +68,7 @@ def test_the_shapes_are_those_of_our_own_models():
 
 
 def test_what_is_expected_of_a_card_is_what_its_nearest_record_reached_there():
-    run_1 = next(t for t in TARGETS if t.name.startswith("run 1 "))
+    run_1 = next(t for t in RECORDS if t.name.startswith("run 1 "))
     eight = throughput("NVIDIA H100 80GB HBM3", 8, run_1.flops_per_token)
     assert eight.tokens_per_second == pytest.approx(run_1.tokens_per_second)
     assert "run 1 d24" in eight.assumes and "50%" in eight.assumes

@@ -15,8 +15,8 @@ from hotlap.train.studies.scaling import (
     check,
     cost,
     deepest,
+    depth_run,
     fit_law,
-    planned,
 )
 
 SMALL = ScalingConfig(depths=(1, 2, 3), ratio=1, vocab_size=512, context=64)
@@ -48,19 +48,19 @@ def test_two_runs_say_nothing_of_how_sure_a_law_is():
 
 
 def point(depth: int, bpb: float, speed: float | None = 1e6) -> Point:
-    flops, tokens = cost(planned(SMALL, depth))
+    flops, tokens = cost(depth_run(SMALL, depth))
     return Point(f"d{depth}", flops, flops / tokens / 6, tokens, bpb, speed)
 
 
 def test_a_budget_pays_for_the_depth_and_not_for_the_next():
-    exact = cost(planned(SMALL, 4))[0]
+    exact = cost(depth_run(SMALL, 4))[0]
     assert deepest(SMALL, exact) == 4 and deepest(SMALL, 0.999 * exact) == 3 and deepest(SMALL, 1.0) is None
 
 
 def test_hours_and_dollars_become_flops_at_the_speed_of_the_largest_run():
     points = [point(2, 2.0, speed=5e5), point(3, 1.5)]
     law = fit_law([p.flops for p in points], [p.bpb for p in points])
-    flops = cost(planned(SMALL, 6))[0]
+    flops = cost(depth_run(SMALL, 6))[0]
     hours = 1.001 * flops / points[1].flops_per_second / 3600
     config = dataclasses.replace(
         SMALL, budget_flops=1.001 * flops, budget_hours=hours, budget_dollars=3 * hours

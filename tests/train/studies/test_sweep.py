@@ -87,7 +87,9 @@ def test_a_variant_that_is_added_is_timed_beside_the_base(variants, tmp_path, mo
         out.mkdir()
         (out / "steps.json").write_text('{"base": 10.0}')  # of a machine that was slow that day
         monkeypatch.setattr(sweep, "pretrain", lambda config: config.out.mkdir())
-        monkeypatch.setattr(sweep, "step_seconds", lambda run, skip: [0.2 if "base" in run.name else 0.3])
+        monkeypatch.setattr(
+            sweep, "logged_step_seconds", lambda run, skip: [0.2 if "base" in run.name else 0.3]
+        )
         assert sweep.seconds_per_step(variants, tmp_path, out, world) == pytest.approx(
             {"base": 10.0, "batch_rows=2": 15.0}
         )
@@ -101,7 +103,7 @@ def test_a_step_of_a_variant_in_stages_is_the_mean_of_theirs(variants, tmp_path,
     monkeypatch.setattr(
         sweep, "pretrain", lambda config: config.out.mkdir() or rows.append(config.batch_rows)
     )
-    monkeypatch.setattr(sweep, "step_seconds", lambda run, skip: [float(rows[-1]), 9.0])
+    monkeypatch.setattr(sweep, "logged_step_seconds", lambda run, skip: [float(rows[-1]), 9.0])
     with sweep.joined() as world:
         (tmp_path / "out").mkdir()
         found = sweep.seconds_per_step(
@@ -150,7 +152,7 @@ def test_the_statistics_are_those_of_a_t_test():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--variants", "model.smaer=false"], "did you mean 'smear'?"),
+        (["--variants", "model.smaer=false"], "did you mean 'model.smear'?"),
         (["--variants", "model.vocab_size=999"], "share"),
         (["--variants", "data='other.txt'"], "share"),
         (["--variants", "batch_rows=0"], "batch_rows"),

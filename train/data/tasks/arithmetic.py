@@ -1,4 +1,4 @@
-"""Small sums, which the model hands to its calculator."""
+"""Small sums, for which the model calls its calculator."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ HELD_OUT_PHRASINGS = (
     "Can you work out {a} {sign} {b}?",
     "Tell me what {a} {word} {b} is.",
 )
-LARGEST = 999
-HELD_OUT_SHARE = 10  # one pair of numbers in ten is never trained on
+HELD_OUT_SHARE = 10  # 1 pair of numbers in 10 is never trained on
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -39,7 +38,7 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 def numbers(generator: random.Random, held_out: bool) -> tuple[int, int]:
-    """A pair from the trained or the held-out ones, with short numbers as likely as long ones."""
+    """A trained or held-out pair of numbers. All lengths are equally likely."""
     while True:
         a, b = (generator.randrange(10 ** generator.randint(1, 3)) for _ in range(2))
         if is_held_out(a, b) == held_out:
@@ -67,7 +66,7 @@ def training_conversations(count: int, seed: int) -> list[list[dict]]:
 
 
 def held_out(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Questions about pairs that were not trained on, half of them in phrasings that were not either."""
+    """Questions and answers about pairs that are not trained on, half of them in held-out phrasings."""
     generator = random.Random(f"arithmetic held out {seed}")
     examples = []
     for i in range(count):

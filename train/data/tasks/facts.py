@@ -1,4 +1,4 @@
-"""What Python's builtins and well-known functions do: questions and answers made from their documentation."""
+"""Questions about Python's builtins and well-known functions, answered from their docstrings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Fact:
 
 
 def facts() -> list[Fact]:
-    """Every fact of the running Python, in a fixed order, one for each name."""
+    """All facts about the running Python, one per name, in a fixed order."""
     found: dict[str, Fact] = {}
     for name, value in named_objects():
         if name not in found and (sentence := first_sentence(inspect.getdoc(value) or "")):
@@ -85,7 +85,7 @@ def named_objects() -> Iterator[tuple[str, object]]:
 
 
 def first_sentence(documentation: str) -> str:
-    """The first sentence on one line, or nothing where there is none of a fitting length."""
+    """The first sentence on one line, or an empty string if its length or form does not fit."""
     for paragraph in documentation.split("\n\n"):
         text = " ".join(paragraph.split())
         if re.match(r"[\w.]+\(", text):
@@ -100,7 +100,7 @@ def first_sentence(documentation: str) -> str:
 
 
 def result_of_signature(line: str) -> str:
-    """What a first line such as `D.values() -> a view on D's values` says of the result, as a sentence."""
+    """A sentence made of the result in a first line such as `D.values() -> a view on D's values`."""
     match = re.match(r"[\w.]+\(.*?\)\s*-+>\s*(.+)", line)
     result = re.sub(r"^None\.\s*", "", match[1]) if match else ""
     if len(result.split()) < 3:  # the name of a type only
@@ -118,7 +118,7 @@ def training_conversations() -> list[list[dict]]:
 
 
 def held_out() -> list[tuple[str, str]]:
-    """Question and answer for every fact, each in one of the phrasings that are not trained on."""
+    """A question and answer for every fact, each in a phrasing that is not trained on."""
     return [
         (HELD_OUT_PHRASINGS[i % len(HELD_OUT_PHRASINGS)].format(fact.name), fact.answer)
         for i, fact in enumerate(facts())

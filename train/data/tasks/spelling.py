@@ -1,6 +1,4 @@
-"""Spelling words of the documentation, letter by letter. A model sees tokens, so it has to learn their
-letters.
-"""
+"""Spelling words of the documentation. A model sees tokens, so it has to learn their letters."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ PHRASINGS = (
     "Spell the word {}, please.",
 )
 HELD_OUT_PHRASING = "Can you spell {} for me?"
-HELD_OUT_SHARE = 20  # one word in twenty is never trained on
+HELD_OUT_SHARE = 20  # 1 word in 20 is never trained on
 
 
 def words(texts: list[str], count: int = 6000) -> list[str]:
@@ -48,6 +46,6 @@ def training_conversations(vocabulary: list[str], count: int, seed: int) -> list
 
 
 def held_out(vocabulary: list[str], count: int) -> list[tuple[str, str]]:
-    """Words that were not trained on, in a phrasing that was not either."""
+    """Words that are not trained on, in a phrasing that is not either."""
     chosen = [word for word in vocabulary if is_held_out(word)][:count]
     return [(HELD_OUT_PHRASING.format(word), spelled(word)) for word in chosen]
