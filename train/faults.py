@@ -1,8 +1,8 @@
 """Fault injection for tests: FAULT="POINT:RANK:STEP:ACTION" makes a rank fail at a named point.
 
-POINT names a call of `fault`. ACTION is kill9, stop (SIGSTOP), raise, sleep=SECONDS, enospc, or a word that
-the caller acts on: nan, grow, flip. Separate several faults with commas. Faults are off after torchrun has
-restarted the ranks, and without the variable.
+POINT names a call of `fault`. ACTION is sigkill, sigstop, sigterm, raise, sleep=SECONDS, enospc, or a word
+that the caller acts on: nan, grow, flip. Separate several faults with commas. Faults are off after torchrun
+has restarted the ranks, and without the variable.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ def fault(point: str, rank: int, step: int) -> str | None:
         where, whose, when, action = entry.split(":")
         if (where, int(whose), int(when)) != (point, rank, step):
             continue
-        if action == "kill9":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if action in ("sigkill", "sigstop", "sigterm"):
+            os.kill(os.getpid(), signal.Signals[action.upper()])
         elif action == "raise":
             raise ValueError(f"injected at {point}, step {step}")
         elif action == "enospc":

@@ -1,8 +1,9 @@
-"""Save on a disk that has no room; for test_full_disk.py, which gives it one. Prints JSON."""
+"""Save to a disk that is full, and print the errors as JSON. test_full_disk.py runs it on a small disk."""
 
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -21,17 +22,17 @@ def message(world, run: Path, step: int) -> str:
         save_steps(world, run, (step,))
     except OSError as error:
         return str(error)
-    raise AssertionError("there was room")
+    raise AssertionError("the disk was not full")
 
 
 def report(disk: Path) -> dict:
     with joined() as world:
         run = disk / "saved"
         held = save_steps(world, run, (1,))
-        (disk / "ballast").write_bytes(bytes(checkpoint.shutil.disk_usage(disk).free - 100_000))
-        said = {"beforehand": message(world, run, 2)}
-        with mock.patch.object(checkpoint, "require_space"):  # the room is taken by another meanwhile
-            said["amid"] = message(world, run, 3)
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
+        said = {"before": message(world, run, 2)}
+        with mock.patch.object(checkpoint, "require_space"):  # as if the disk filled up after the check
+            said["while writing"] = message(world, run, 3)
         said["left"] = sorted(p.name for p in (run / "checkpoints").iterdir())
         step, found = load_newest(world, run)
         said["loaded"] = [step, found == held[1]]

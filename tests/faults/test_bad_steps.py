@@ -1,4 +1,4 @@
-"""Steps that must not be taken, and ranks that fail, hang or lag."""
+"""Bad steps, and ranks that fail, hang or lag."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def last_lines(failure: Failed) -> dict[int, str]:
 @pytest.mark.parametrize(
     "point, what", [("loss", "loss nan on batch"), ("gradient", "a gradient that is not finite")]
 )
-def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path, point, what):
+def test_a_nan_stops_all_ranks_before_the_update(tmp_path, point, what):
     with pytest.raises(Failed) as failure:
         run_ranks(2, pretraining, str(tmp_path), "run", env={"FAULT": f"{point}:1:5:nan"})
     for line in last_lines(failure.value).values():
@@ -37,7 +37,7 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path,
     assert state_of(tmp_path / "run") == state_of(tmp_path / "reference")
 
 
-def test_a_bad_step_is_left_out_on_all_ranks_where_that_is_asked_for(tmp_path):
+def test_a_bad_step_is_skipped_on_all_ranks_if_requested(tmp_path):
     skipping = partial(pretraining, loop={"bad_steps": "skip"})
     run_ranks(2, skipping, str(tmp_path), "run", env={"FAULT": "loss:1:5:nan"})
     lines = metrics(tmp_path / "run")
@@ -46,7 +46,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_where_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_gradient_that_jumps_is_seen_and_the_loss_recovers(tmp_path, policy):
+def test_the_loss_recovers_after_a_gradient_spike(tmp_path, policy):
     run = partial(pretraining, steps=60, loop={"bad_steps": policy, "clip": 1.0})
     run_ranks(2, run, str(tmp_path), "run", env={"FAULT": "gradient:0:40:grow,gradient:1:40:grow"})
     run_ranks(2, run, str(tmp_path), "reference")
@@ -58,28 +58,28 @@ def test_a_gradient_that_jumps_is_seen_and_the_loss_recovers(tmp_path, policy):
 
 def test_a_killed_rank_ends_the_others_within_seconds_and_is_named(tmp_path):
     with pytest.raises(Failed) as failure:
-        run_ranks(3, pretraining, str(tmp_path), "run", env={"FAULT": "loss:1:3:kill9"})
+        run_ranks(3, pretraining, str(tmp_path), "run", env={"FAULT": "loss:1:3:sigkill"})
     lines = last_lines(failure.value)
     assert lines[1] == "killed by signal 9"
     assert all("RankLost: rank 1 does not answer" in lines[rank] for rank in (0, 2))
 
 
-def test_a_rank_that_hangs_is_named_and_the_others_show_where_they_stand(tmp_path):
+def test_a_rank_that_hangs_is_named_and_the_others_dump_their_stacks(tmp_path):
     with pytest.raises(Failed) as failure:
         run_ranks(
             3,
             partial(pretraining, timeout=4),
             str(tmp_path),
             "run",
-            env={"FAULT": "step:2:3:stop", "STDERR": str(tmp_path / "said")},
+            env={"FAULT": "step:2:3:sigstop", "STDERR": str(tmp_path / "said")},
         )
     lines = last_lines(failure.value)
     assert all("RankLost: rank 2 does not answer" in lines[rank] for rank in (0, 1))
     said = (tmp_path / "said").read_text()
-    assert "take_step" in said or "total" in said  # of those that wait, who write at once
+    assert "take_step" in said or "total" in said  # both waiting ranks write at once
 
 
-def test_what_a_rank_says_that_fails_is_what_the_others_say(tmp_path):
+def test_other_ranks_report_the_error_of_a_failed_rank(tmp_path):
     with pytest.raises(Failed) as failure:
         run_ranks(3, pretraining, str(tmp_path), "run", env={"FAULT": "loss:1:3:raise"})
     lines = last_lines(failure.value)
@@ -87,7 +87,7 @@ def test_what_a_rank_says_that_fails_is_what_the_others_say(tmp_path):
     assert all("RankLost: rank 1: injected at loss, step 3" in lines[rank] for rank in (0, 2))
 
 
-def test_a_slow_rank_is_named_with_how_slow_it_is(tmp_path):
+def test_a_straggler_is_named_with_its_delay(tmp_path):
     slow = ",".join(f"step:1:{step}:sleep=0.02" for step in range(50))
     said = run_ranks(3, partial(pretraining, steps=51), str(tmp_path), "run", env={"FAULT": slow})
     assert any(
@@ -105,7 +105,7 @@ def test_a_copy_that_differs_on_one_rank_is_found_before_it_is_saved(tmp_path):
 
 
 def torchrun(folder: Path, *flags: str, env: dict | None = None, restarts: int = 0) -> subprocess.Popen:
-    """Two ranks of a pretraining of 10 steps in folder/run, as a user starts them."""
+    """Start a pretraining on two ranks in folder/run, as a user would."""
     import os
 
     write_text(folder / "text.txt")
@@ -121,8 +121,8 @@ def torchrun(folder: Path, *flags: str, env: dict | None = None, restarts: int =
     )  # fmt: skip
 
 
-def test_torchrun_restarts_ranks_that_were_killed_and_they_go_on(tmp_path):
-    process = torchrun(tmp_path, "--loop.steps", "10", env={"FAULT": "loss:1:6:kill9"}, restarts=1)
+def test_torchrun_restarts_killed_ranks_and_they_resume(tmp_path):
+    process = torchrun(tmp_path, "--loop.steps", "10", env={"FAULT": "loss:1:6:sigkill"}, restarts=1)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     (tmp_path / "whole").mkdir()
@@ -132,7 +132,7 @@ def test_torchrun_restarts_ranks_that_were_killed_and_they_go_on(tmp_path):
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole" / "run")
 
 
-def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_run_goes_on(tmp_path):
+def test_sigterm_to_torchrun_saves_and_stops_all_ranks(tmp_path):
     process = torchrun(tmp_path, "--loop.steps", "100000", "--loop.save-every", "100000")
     path, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
     while time.monotonic() < end and not (path.exists() and path.read_text().count("\n") > 3):

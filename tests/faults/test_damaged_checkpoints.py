@@ -1,4 +1,4 @@
-"""A checkpoint that is not as it was saved is refused by name, and nothing in one can run."""
+"""A damaged checkpoint is refused by name, and loading one never executes code."""
 
 import contextlib
 import io
@@ -25,14 +25,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A run of 2 ranks, and what its checkpoints hold."""
+    """A run of 2 ranks, and the hashes of its checkpoints."""
     run = tmp_path_factory.mktemp("original") / "run"
     return run, saved(run, 3, 6, size=2)
 
 
 @pytest.fixture
 def run(original, tmp_path):
-    """A copy of the run, to be damaged."""
+    """A copy of the run to damage."""
     shutil.copytree(original[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -85,7 +85,7 @@ def test_one_flipped_bit_in_any_file_is_refused_by_name(run):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_auto_takes_the_checkpoint_before_a_damaged_one_and_says_why(original, run, name, caplog):
+def test_auto_falls_back_to_the_previous_checkpoint_and_logs_why(original, run, name, caplog):
     path = newest(run) / name
     flip(path, path.stat().st_size // 2)
     raw = path.read_bytes()
@@ -93,7 +93,7 @@ def test_auto_takes_the_checkpoint_before_a_damaged_one_and_says_why(original, r
         assert load_newest(world, run) == (3, original[1][3])
         assert name in caplog.text and "trying the previous checkpoint" in caplog.text
         assert [p.name for p in run_checkpoints(run)] == ["step-000003"]
-        save_steps(world, run, (6,))  # written again, not taken for whole
+        save_steps(world, run, (6,))  # it is written again
         verify_checkpoint(newest(run), world)
     aside = next((run / "checkpoints").glob("aside-step-000006-*"))
     assert (aside / name).read_bytes() == raw and f"renamed to {aside.name}" in caplog.text
@@ -123,13 +123,13 @@ def test_a_file_that_is_cut_short_or_missing_is_refused_by_name(run, name, damag
 @pytest.mark.parametrize(
     "text", ["", "garbage", "[]", "null", '{"files": {}}', '{"format": 2, "files": 3}', '{"format": 99}']
 )
-def test_a_manifest_that_is_none_is_refused(run, text):
+def test_an_invalid_manifest_is_refused(run, text):
     (newest(run) / "manifest.json").write_text(text)
     with joined() as world, pytest.raises(DataError, match=r"step-000006/manifest\.json"):
         verify_checkpoint(newest(run), world)
 
 
-def test_files_that_are_anothers_are_refused_by_name(run):
+def test_files_of_another_checkpoint_are_refused_by_name(run):
     other = run / "checkpoints" / "step-000003"
     shutil.copy(other / "manifest.json", newest(run) / "manifest.json")
     with joined() as world:
@@ -152,7 +152,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused_and_no_other_taken(run):
     assert len(run_checkpoints(run)) == 2
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_over(run):
+def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run):
     for folder in run_checkpoints(run):
         (folder / FILES[6]).write_bytes(b"")
     with joined() as world, pytest.raises(DataError, match=r"all checkpoints in .* are damaged"):
@@ -183,7 +183,7 @@ def signed(folder: Path) -> dict:
 
 @pytest.mark.parametrize("name", [*FILES, ".metadata", "optimizer/.metadata"])
 @pytest.mark.parametrize("dump", [torch.save, pickle.dump], ids=["torch", "pickle"])
-def test_a_pickle_with_a_manifest_that_fits_does_not_run(run, tmp_path, name, dump):
+def test_a_pickle_with_a_matching_manifest_is_not_executed(run, tmp_path, name, dump):
     sprung = tmp_path / "sprung"
     with open(newest(run) / name, "wb") as file:
         dump({"head.weight": Trap(sprung)}, file)
@@ -205,7 +205,7 @@ def test_a_pickle_with_a_manifest_that_fits_does_not_run(run, tmp_path, name, du
 
 
 def run_everything(folder: Path, manifest: dict, world) -> None:
-    """All that reads a checkpoint, errors or not."""
+    """Everything that reads a checkpoint; errors are ignored."""
     for reader in (
         lambda: load_checkpoint(folder, manifest, *built(), world),
         lambda: load_model(folder, CPU, torch.float32),

@@ -1,4 +1,4 @@
-"""A save that fails in the background stops training, says why, and leaves the checkpoints before it."""
+"""A save that fails in the background stops training with its error and leaves earlier checkpoints intact."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hotlap.train.run.state import RunState
 
 
 @pytest.mark.parametrize("point", ["made", "shards", "manifest", "rename"])
-def test_training_stops_at_the_next_save_with_the_cause(tmp_path, monkeypatch, point):
+def test_a_failed_save_stops_training_at_the_next_save(tmp_path, monkeypatch, point):
     monkeypatch.setenv("FAULT", f"checkpoint-{point}:0:6:raise")
     config = small_run(tmp_path)  # saves every 3 of 12 steps
     with pytest.raises(ValueError, match=f"injected at checkpoint-{point}, step 6"):
@@ -25,7 +25,7 @@ def test_training_stops_at_the_next_save_with_the_cause(tmp_path, monkeypatch, p
     assert [p.name for p in (config.out / "checkpoints").iterdir()] == ["step-000003"]
 
 
-def test_the_last_save_is_waited_for(tmp_path, monkeypatch):
+def test_a_run_waits_for_its_last_save(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "checkpoint-manifest:0:12:sleep=0.3")
     config = small_run(tmp_path)
     pretrain.pretrain(config)
@@ -39,12 +39,12 @@ def test_the_last_save_is_waited_for(tmp_path, monkeypatch):
     ("action", "expected", "said"),
     [("raise", USAGE, "injected"), ("enospc", INPUT_OUTPUT, "the disk is full")],
 )
-def test_the_command_says_it_in_one_line(work, capsys, monkeypatch, action, expected, said):
+def test_the_command_reports_a_failed_save_in_one_line(work, capsys, monkeypatch, action, expected, said):
     monkeypatch.setenv("FAULT", f"checkpoint-shards:0:2:{action}")
     assert_error(capsys, pretrain_here("--loop.save-every", "2"), expected, said)
 
 
-def test_a_checkpoint_that_is_being_written_is_not_lost_by_an_error_in_training(tmp_path, monkeypatch):
+def test_a_checkpoint_being_written_survives_an_error_in_training(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "checkpoint-manifest:0:3:sleep=0.3")
     with joined() as world:
         with pytest.raises(ZeroDivisionError), Saver(tmp_path, world) as saver:
@@ -55,14 +55,14 @@ def test_a_checkpoint_that_is_being_written_is_not_lost_by_an_error_in_training(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_training_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path, size):
+def test_a_checkpoint_excludes_changes_made_while_it_is_written(tmp_path, size):
     held = saved(tmp_path, 3, size=size, fault="checkpoint-made:0:3:sleep=0.3")
     with joined() as world:
         assert load_newest(world, tmp_path) == (3, held[3])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_rank_cannot_write_all_stop_and_say_what_it_said(tmp_path, rank):
+def test_if_one_rank_cannot_write_all_stop_and_report_its_error(tmp_path, rank):
     with pytest.raises(Failed) as failure:
         saved(tmp_path, 3, 6, 9, size=2, fault=f"checkpoint-shards:{rank}:6:enospc")
     lines = {r: text.rstrip().splitlines()[-1] for r, text in failure.value.texts.items()}
@@ -75,7 +75,7 @@ def test_where_one_rank_cannot_write_all_stop_and_say_what_it_said(tmp_path, ran
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["weights", "optimizer"])
-def test_what_is_not_finite_is_not_published(tmp_path, kind, value):
+def test_nan_and_infinity_are_not_saved(tmp_path, kind, value):
     with joined() as world:
         held = save_steps(world, tmp_path, (3,))
         model, states = built()

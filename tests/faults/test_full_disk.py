@@ -1,4 +1,4 @@
-"""A disk without room: said beforehand, or at least said; and the checkpoint before stays."""
+"""A full disk is reported, before saving if possible, and the previous checkpoint stays intact."""
 
 import json
 import re
@@ -20,36 +20,36 @@ PRIVATE = [
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict:
-    """What `fill_a_disk.py` reports from a disk of its own of 4 MB."""
+    """The report of `fill_a_disk.py`, run on its own disk of 4 MB."""
     disk = tmp_path_factory.mktemp("disk")
     script = (
         f"mount -t tmpfs -o size=4m disk {disk} && exec {sys.executable} {HERE / 'fill_a_disk.py'} {disk}"
     )
     if not shutil.which("unshare") or subprocess.run([*PRIVATE, "true"], capture_output=True).returncode:
-        pytest.skip("unshare may not make a disk of its own here")
+        pytest.skip("unshare may not mount a disk here")
     done = subprocess.run([*PRIVATE, "sh", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def assert_has_numbers(text: str, path: str) -> None:
-    """Where, how many bytes it needs, and how many are free."""
+    """The text names the path, the bytes needed and the bytes free."""
     needed, free = (
         int(n.replace(",", "")) for n in re.search(r"([\d,]+) bytes, and ([\d,]+) are", text).groups()
     )
     assert path in text and needed > 1 << 20 and free < needed
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_begun(said):
-    assert_has_numbers(said["beforehand"], "/checkpoints")
+def test_a_checkpoint_that_does_not_fit_is_not_started(said):
+    assert_has_numbers(said["before"], "/checkpoints")
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_named(said):
-    assert "the disk is full" in said["amid"]
-    assert_has_numbers(said["amid"], "/checkpoints/.tmp-step-000003")
+    assert "the disk is full" in said["while writing"]
+    assert_has_numbers(said["while writing"], "/checkpoints/.tmp-step-000003")
 
 
-def test_either_way_the_checkpoint_before_it_loads_and_nothing_is_left_over(said):
+def test_after_either_error_the_previous_checkpoint_loads_and_nothing_is_left_over(said):
     assert said["left"] == ["step-000001"] and said["loaded"] == [1, True]
 
 

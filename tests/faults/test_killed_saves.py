@@ -1,4 +1,4 @@
-"""A save that is killed, wherever: a whole checkpoint is the newest, and nothing is ever a mixture."""
+"""A save may be killed at any point: the newest checkpoint is intact, and never a mixture of two."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ AFTER = ["checkpoint-renamed", "checkpoint-retention"]
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    """What each step's checkpoint holds: the same on any number of ranks."""
+    """Hashes of each step's checkpoint, which do not depend on the number of ranks."""
     return saved(tmp_path_factory.mktemp("held"), 1, 2, 3)
 
 
@@ -38,18 +38,18 @@ def held(tmp_path_factory):
     [(point, 1, 0) for point in BEFORE + AFTER] + [("checkpoint-made", 2, 1), ("checkpoint-shards", 2, 0)],
 )
 def test_after_a_kill_at_any_point_the_newest_checkpoint_is_what_was_saved(tmp_path, held, point, size, rank):
-    killed(tmp_path, 1, 2, 3, size=size, fault=f"{point}:{rank}:3:kill9")
+    killed(tmp_path, 1, 2, 3, size=size, fault=f"{point}:{rank}:3:sigkill")
     with joined() as world:
         assert_all_whole(world, tmp_path)
         step = 3 if point in AFTER else 2
         assert load_newest(world, tmp_path) == (step, held[step])
         assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
-        save_steps(world, tmp_path, (3, 4))  # the next life gets there too
+        save_steps(world, tmp_path, (3, 4))  # the next process saves these steps too
         assert [p.name for p in run_checkpoints(tmp_path)] == ["step-000003", "step-000004"]
         assert_all_whole(world, tmp_path)
 
 
-@pytest.mark.parametrize("point", ["", "checkpoint-shards:0:3:kill9", "checkpoint-rename:0:3:kill9"])
+@pytest.mark.parametrize("point", ["", "checkpoint-shards:0:3:sigkill", "checkpoint-rename:0:3:sigkill"])
 @pytest.mark.parametrize("manifest", ["whole", "missing"])
 def test_a_save_over_an_existing_step_leaves_it_or_replaces_it_whole(tmp_path, held, point, manifest):
     saved(tmp_path, 2, 3)
@@ -68,11 +68,11 @@ def test_a_save_over_an_existing_step_leaves_it_or_replaces_it_whole(tmp_path, h
 
 
 class PowerCut(BaseException):
-    """What a kill -9 is to a test: nothing after it runs, not even cleaning up."""
+    """Stands for kill -9: nothing runs after it, not even cleaning up."""
 
 
 def cut_power_at(point: int, monkeypatch) -> list[str]:
-    """From the point-th operation of a save on nothing happens any more. Returns the operations so far."""
+    """Fail all file operations of a save from the point-th on. Returns the list of operations so far."""
     done: list[str] = []
 
     def wrap(owner, name: str) -> None:
@@ -81,9 +81,9 @@ def cut_power_at(point: int, monkeypatch) -> list[str]:
         def operation(*arguments, **options):
             if len(done) >= point:
                 if name == "rmtree" and len(done) > point:
-                    return None  # of the code that cleans up, which a killed process never reaches
+                    return None  # called by the clean-up, which a killed process never reaches
                 if name == "rmtree":
-                    os.unlink(arguments[0] / "config.json")  # it had come so far
+                    os.unlink(arguments[0] / "config.json")  # as if killed half-way
                 done.append(name)
                 raise PowerCut
             done.append(name)
@@ -94,12 +94,12 @@ def cut_power_at(point: int, monkeypatch) -> list[str]:
     for name in ("sync", "file_sha256", "require_space"):
         wrap(checkpoint, name)
     for name in ("mkdir", "write_text", "rename", "open"):
-        wrap(Path, name)  # torch opens the shards so
-    wrap(checkpoint.shutil, "rmtree")
+        wrap(Path, name)  # torch opens shards with Path.open
+    wrap(shutil, "rmtree")
     return done
 
 
-def test_wherever_the_power_is_cut_a_whole_checkpoint_is_the_newest(tmp_path):
+def test_a_power_cut_at_any_operation_leaves_an_intact_newest_checkpoint(tmp_path):
     point, survived = 0, False
     model, states = built()
     with joined() as world:
@@ -123,10 +123,10 @@ def test_wherever_the_power_is_cut_a_whole_checkpoint_is_the_newest(tmp_path):
             assert step in (6, 9) and found == held[step], done
             shutil.rmtree(run)
             point += 1
-    assert point > 20  # every operation was one to be killed at
+    assert point > 20  # operations that were interrupted
 
 
-def test_retention_keeps_the_newest_two_whatever_lies_beside_them(tmp_path):
+def test_retention_keeps_the_newest_two_and_ignores_other_folders(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in (
         "step-000009",

@@ -1,4 +1,4 @@
-"""What is of another run: refused field by field, never cast, and never overwritten."""
+"""Checkpoints and folders of other runs are refused field by field, never cast, and never overwritten."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def test_another_tokenizer_is_refused(tmp_path):
             load_newest(world, tmp_path)
 
 
-def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(tmp_path):
     with joined() as world:
         held = save_steps(world, tmp_path, (3, 6))
         folder = tmp_path / "checkpoints"
@@ -83,7 +83,7 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
         assert load_newest(world, tmp_path) == (6, other[6])
 
 
-def test_a_run_goes_on_from_the_checkpoint_of_another(tmp_path):
+def test_a_run_can_resume_from_another_run_s_checkpoint(tmp_path):
     with joined() as world:
         held = save_steps(world, tmp_path / "first", (3, 6))
         second = tmp_path / "second"
@@ -93,7 +93,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_another(tmp_path):
         assert len(run_checkpoints(tmp_path / "first")) == 2
         with pytest.raises(FileNotFoundError, match="no model at"):
             load_newest(world, second, choice=str(tmp_path / "none"))
-        assert load_newest(world, second)[0] == 0  # which has no checkpoint yet
+        assert load_newest(world, second)[0] == 0  # it has no checkpoint yet
 
 
 def test_a_run_with_checkpoints_does_not_start_over(tmp_path):

@@ -1,4 +1,4 @@
-"""Randomness goes on, too, where a run was stopped."""
+"""Resuming restores the random state."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def test_a_run_with_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
+def test_a_resumed_run_with_dropout_draws_the_same_numbers(tmp_path, monkeypatch):
     real = pretrain.next_token_loss
 
     def train(config, until: int = 12) -> None:
@@ -43,7 +43,7 @@ def test_a_run_with_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
     stopped = small_run(tmp_path, out=tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         train(stopped, until=7)
-    seed_everything(2)  # as another process starts with something else
+    seed_everything(2)  # a new process starts from another state
     train(dataclasses.replace(stopped, resume="auto"))
     assert random_state() == end
     straight_losses, losses = (
@@ -54,7 +54,7 @@ def test_a_run_with_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
     assert state_in(straight.out) == state_in(stopped.out)
 
 
-def test_each_rank_goes_on_with_its_own_draws_and_at_another_size_with_none(tmp_path):
+def test_each_rank_restores_its_random_state_unless_the_number_of_ranks_changes(tmp_path):
     drawn = run_ranks(2, in_world, draw_on, tmp_path)
     assert drawn[0] != drawn[1]
     assert run_ranks(2, in_world, draw, tmp_path) == drawn

@@ -1,4 +1,4 @@
-"""The same run, however often it is stopped and on however many ranks."""
+"""A run gives the same result however often it is stopped, on any number of ranks."""
 
 import random
 from functools import partial
@@ -18,7 +18,7 @@ RESUMED = partial(pretraining, resume="auto")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With the runs `one` and `two`: 10 steps without a stop, on one rank and on two."""
+    """Contains the runs `one` and `two`: 10 uninterrupted steps on one rank and on two."""
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(1, pretraining, str(folder), "one")
     run_ranks(2, pretraining, str(folder), "two")
@@ -31,7 +31,7 @@ def differences(run: Path, reference: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("size, reference", [(1, "one"), (2, "two")])
-def test_a_run_that_failed_and_went_on_is_the_same_bit_for_bit(folder, size, reference):
+def test_a_run_resumed_after_a_failure_is_bit_identical(folder, size, reference):
     name = f"failed-{size}"
     with pytest.raises(Failed, match="injected at step, step 6"):
         run_ranks(size, pretraining, str(folder), name, env={"FAULT": "step:0:6:raise"})
@@ -41,7 +41,7 @@ def test_a_run_that_failed_and_went_on_is_the_same_bit_for_bit(folder, size, ref
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_a_run_of_two_ranks_goes_on_with_another_number(folder, size):
+def test_a_run_of_two_ranks_resumes_on_another_number(folder, size):
     name = f"resharded-{size}"
     with pytest.raises(Failed):
         run_ranks(2, pretraining, str(folder), name, env={"FAULT": "step:0:4:raise"})
@@ -49,7 +49,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(folder, size):
     assert max(differences(folder / name, folder / "two")) < 1e-5
 
 
-def test_nodes_hold_a_copy_each_and_the_run_is_the_same(folder):
+def test_hybrid_sharding_gives_the_same_run(folder):
     nodes = {"LOCAL_WORLD_SIZE": "2"}
     with pytest.raises(Failed):
         run_ranks(4, pretraining, str(folder), "nodes", env=nodes | {"FAULT": "step:3:6:raise"})
@@ -57,14 +57,14 @@ def test_nodes_hold_a_copy_each_and_the_run_is_the_same(folder):
     assert max(differences(folder / "nodes", folder / "two")) < 1e-5
 
 
-def test_steps_that_grow_are_the_same_on_any_number_of_ranks(folder):
+def test_growing_batches_are_the_same_on_any_number_of_ranks(folder):
     for size in (1, 2):
         run_ranks(size, partial(pretraining, schedule=STAGES), str(folder), f"stages-{size}")
     assert [m["tokens"] for m in metrics(folder / "stages-1")][-1] == 32 * (4 * 4 + 3 * 8 + 3 * 12)
     assert max(differences(folder / "stages-2", folder / "stages-1")) < 1e-5
 
 
-def test_ranks_end_together_by_the_clock(folder):
+def test_a_timed_run_ends_at_the_same_step_on_all_ranks(folder):
     timed = partial(pretraining, steps=100_000, loop={"minutes": 1 / 60, "save_every": 100_000})
     run_ranks(2, timed, str(folder), "timed")
     last = metrics(folder / "timed")[-1]
@@ -72,7 +72,7 @@ def test_ranks_end_together_by_the_clock(folder):
     assert run_checkpoints(folder / "timed")[-1].name == f"step-{last['step'] + 1:06d}"
 
 
-def test_a_speedrun_s_result_is_that_of_all_ranks_and_stays(folder):
+def test_all_ranks_return_a_speedrun_s_result_and_rerunning_keeps_it(folder):
     (folder / "shards").mkdir()
     tokens = np.random.default_rng(0).integers(1, 60, 4000)
     for split in ("train", "validation"):
@@ -82,7 +82,7 @@ def test_a_speedrun_s_result_is_that_of_all_ranks_and_stays(folder):
     assert first == second and again == [first, first] and first["losses"] == [first["mean"]]
 
 
-def test_ranks_that_the_rows_do_not_divide_among_are_refused_before_the_first_step(folder):
+def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_the_first_step(folder):
     with pytest.raises(
         Failed, match=r"12 rows is not a multiple of 5 ranks .* make batch_rows a multiple of 5"
     ):
@@ -90,7 +90,7 @@ def test_ranks_that_the_rows_do_not_divide_among_are_refused_before_the_first_st
     assert not (folder / "five").exists()
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_another(folder):
+def test_the_same_seed_repeats_the_run_and_another_does_not(folder):
     run_ranks(2, pretraining, str(folder), "again")
     run_ranks(2, partial(pretraining, seed=1), str(folder), "other")
     assert losses(folder / "again") == losses(folder / "two")
@@ -98,7 +98,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_another(folder):
     assert losses(folder / "other") != losses(folder / "two")
 
 
-def test_accumulation_and_ranks_leave_the_losses_of_pretraining_and_fine_tuning(folder):
+def test_accumulation_and_ranks_do_not_change_losses_of_pretraining_and_fine_tuning(folder):
     longer = partial(pretraining, steps=20)
     run_ranks(1, longer, str(folder), "base")
     run_ranks(1, fine_tuning, str(folder), "tuned", "base")
@@ -114,7 +114,7 @@ def test_accumulation_and_ranks_leave_the_losses_of_pretraining_and_fine_tuning(
 SAVING = ("made", "shards", "manifest", "rename", "renamed", "retention")
 
 
-def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
+def test_a_run_killed_repeatedly_ends_bit_identical(folder):
     choose, kills = random.Random(0), 0
     for attempt in range(8):
         found = run_checkpoints(folder / "killed")
@@ -122,9 +122,9 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
         point, step = choose.choice(("step", "loss")), choose.randrange(reached, 10)
         if choose.random() < 0.6:
             point, step = f"checkpoint-{choose.choice(SAVING)}", min(10, reached + 4)
-        faults = [f"{point}:0:{step}:kill9"]
-        if attempt % 3:  # both ranks, or one, which the other has to notice
-            faults.append(f"{point}:1:{step}:kill9")
+        faults = [f"{point}:0:{step}:sigkill"]
+        if attempt % 3:  # kill both ranks, else one, which the other has to notice
+            faults.append(f"{point}:1:{step}:sigkill")
         try:
             run_ranks(2, RESUMED, str(folder), "killed", env={"FAULT": ",".join(faults)})
             break
@@ -139,6 +139,6 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(folder):
 
 def test_memory_and_open_files_do_not_grow(tmp_path):
     seen = run_ranks(1, soak, str(tmp_path), "soak", 300, timeout=120)[0]
-    memory, files = zip(*seen[2:], strict=True)  # after what the first steps set up
-    assert files[-1] <= files[0] + 1  # a checkpoint may be on its way
+    memory, files = zip(*seen[2:], strict=True)  # after the set-up in the first steps
+    assert files[-1] <= files[0] + 1  # a checkpoint may be being written
     assert memory[-1] - memory[0] < 20 << 20

@@ -1,4 +1,4 @@
-"""Models and optimiser state to save and load, whole or sharded over ranks, and what they hold."""
+"""Models and optimiser states to save and load, whole or sharded, and hashes of them."""
 
 import hashlib
 import random
@@ -26,9 +26,7 @@ TOKENIZER = train_characters("abc")
 
 
 class States:
-    """Stands in for the optimiser: state of each kind that it has, sharded like its parameters or on all
-    ranks.
-    """
+    """A stand-in for the optimiser with both kinds of state: sharded like parameters, or replicated."""
 
     def __init__(self, model: GPT):
         self.tensors: dict[str, Tensor] = {}
@@ -45,7 +43,7 @@ class States:
 
 
 def built(mesh: tuple[int, ...] = (), **fields) -> tuple[GPT, States]:
-    """A model and state; sharded where a mesh is given, over all its ranks or over its last dimension."""
+    """A model and state, sharded over the last dimension of the mesh if one is given."""
     model = GPT(tiny_config(**(SHAPE | fields))).init_weights()
     if mesh:
         ranks = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
@@ -61,7 +59,7 @@ def everything(model: GPT, states: States) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(model: GPT, states: States, seed: int) -> None:
-    """The same numbers wherever they lie."""
+    """Fill all tensors with random numbers that depend only on the seed, not on the sharding."""
     generator = torch.Generator().manual_seed(seed)
     for _, tensor in sorted(everything(model, states).items()):
         whole = torch.randn(tensor.shape, generator=generator)
@@ -82,7 +80,7 @@ def digests(model: GPT, states: States) -> dict[str, str]:
 def save_steps(
     world: World, run: Path, steps: tuple[int, ...], mesh: tuple[int, ...] = (), seed: int = 0
 ) -> dict[int, dict[str, str]]:
-    """Save a checkpoint of other numbers at each step, and return what each holds."""
+    """Save a checkpoint with different numbers at each step, and return the hashes of each."""
     model, states = built(mesh)
     held = {}
     with Saver(run, world) as saver:
@@ -90,28 +88,28 @@ def save_steps(
             fill(model, states, seed + step)
             held[step] = digests(model, states)
             saver.save(model, states, TOKENIZER, RunState(step=step, tokens=10 * step))
-            fill(model, states, 0)  # training goes on while it is written
+            fill(model, states, 0)  # training continues while it is written
     return held
 
 
 def load_newest(
     world: World, run: Path, mesh: tuple[int, ...] = (), choice: str = "auto"
 ) -> tuple[int, dict[str, str]]:
-    """Resume, and return the step and what is there then."""
+    """Resume, and return the step and the hashes of all tensors."""
     model, states = built(mesh)
     state = resume_from(run, choice, model, states, world)
     return state.step, digests(model, states)
 
 
 def saved(run: Path, *steps: int, size: int = 1, fault: str = "", **arguments) -> dict:
-    """`save_steps` on ranks of their own; sharded where there are several."""
+    """`save_steps` on new ranks; sharded if there are several."""
     mesh = arguments.pop("mesh", (size,) if size > 1 else ())
     seed = arguments.pop("seed", 0)
     return run_ranks(size, in_world, save_steps, run, steps, mesh, seed, env={"FAULT": fault}, **arguments)[0]
 
 
 def killed(run: Path, *steps: int, fault: str, size: int = 1, **arguments) -> Failed:
-    """`saved`, on ranks of which one is killed amid it."""
+    """`saved`, but one of the ranks is killed while saving."""
     try:
         saved(run, *steps, size=size, fault=fault, **arguments)
     except Failed as failure:
@@ -121,7 +119,7 @@ def killed(run: Path, *steps: int, fault: str, size: int = 1, **arguments) -> Fa
 
 
 def assert_all_whole(world: World, run: Path) -> None:
-    """Whatever has the name of a checkpoint is one."""
+    """Every folder with the name of a checkpoint is an intact one."""
     folders = sorted((run / "checkpoints").glob("step-*"))
     assert folders == run_checkpoints(run)
     for folder in folders:
@@ -133,7 +131,7 @@ def draws() -> tuple[float, ...]:
 
 
 def draw_on(world: World, run: Path) -> tuple[float, ...]:
-    """Save, and return what each generator says next."""
+    """Save, and return the next number of each generator."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(world.rank)
     draws()
@@ -142,13 +140,13 @@ def draw_on(world: World, run: Path) -> tuple[float, ...]:
 
 
 def draw(world: World, run: Path) -> tuple[float, ...]:
-    """Resume, and return what each generator says next."""
+    """Resume, and return the next number of each generator."""
     load_newest(world, run, (world.size,))
     return draws()
 
 
 def state_in(run: Path) -> dict[str, str]:
-    """sha256 of each tensor in the newest checkpoint of a run; files differ in the order of their headers."""
+    """sha256 of each tensor in a run's newest checkpoint. (Files differ in the order of their headers.)"""
     folder = run_checkpoints(run)[-1]
     found = {}
     for part in (folder, folder / "optimizer"):

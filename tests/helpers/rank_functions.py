@@ -1,4 +1,4 @@
-"""What tests run on several ranks."""
+"""Functions that tests run on several ranks."""
 
 import torch
 from helpers.tools import tiny_config
@@ -20,14 +20,14 @@ def agree(world: World) -> tuple:
 
 
 def fail_at(world: World, steps: int = 3) -> None:
-    """Steps that all ranks take together, with a fault where FAULT says so."""
+    """Take steps together, with the faults of FAULT."""
     for step in range(steps):
         fault("step", world.rank, step)
         world.total(1.0)
 
 
 def waits(timeout: float) -> None:
-    """As above, among ranks that wait so many seconds for each other."""
+    """fail_at on ranks that wait this many seconds for each other."""
     with joined(timeout) as world:
         fail_at(world)
 
@@ -35,7 +35,7 @@ def waits(timeout: float) -> None:
 def train_steps(
     world: World, compute: str, recompute: str = "none", compile: bool = False, steps: int = 3
 ) -> dict:
-    """Losses of steps of a small GPT that is spread over all ranks, and its weights after them."""
+    """Train a small GPT, sharded over all ranks; return its losses and final weights."""
     model = small_gpt(compute)
     parallelize(model, world, recompute, compile)
     materialize(model, world.device, seed=1)
@@ -56,19 +56,19 @@ def train_steps(
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with what all ranks hold of it; every rank has to ask."""
+    """The whole of a tensor that may be sharded; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def small_gpt(compute: str) -> GPT:
-    """On the meta device; rows of its matrices that no number of ranks divides, and a gate of one row."""
+    """On the meta device, with matrices whose rows no number of ranks divides, and a gate with one row."""
     config = tiny_config(layers=3, width=80, heads=1, kv_heads=1, context=16, vocab_size=301)
     with torch.device("meta"):
         return GPT(config, getattr(torch, compute))
 
 
 def muon_steps(world: World, steps: int = 3) -> dict:
-    """Weights after steps of Muon and AdamW on random gradients, and what each rank did for them."""
+    """Take steps on random gradients; return the weights, and how much each rank computed and sent."""
     model = small_gpt("float32")
     parallelize(model, world, "none", compile=False)
     materialize(model, world.device, seed=1)
@@ -100,8 +100,8 @@ def muon_steps(world: World, steps: int = 3) -> dict:
 
 
 def least_bytes(exchange: Exchange) -> int:
-    """What this rank has to send of one group: its rows to their owners in the replica, the rows of its own
-    matrices and their squares to the others there, and what the replica owns to the other replicas.
+    """Bytes that this rank must send for one group: its rows to their owners in the replica, the rows and
+    squares of its own matrices to the others there, and the replica's results to the other replicas.
     """
     (M, N), mesh = exchange.shape, exchange.mesh
     shards, m = mesh.size(mesh.ndim - 1), exchange.rows[exchange.shard]

@@ -1,4 +1,4 @@
-"""Functions on several ranks, forked from a server that has imported torch: that takes no seconds."""
+"""Runs functions on several ranks, forked from a server that has already imported torch, which is fast."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from hotlap.train.distributed.world import joined
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "hotlap.train.pretrain", "hotlap.train.sft", "helpers.ranks"])
 
-
-GRACE = 8.0  # seconds in which all ranks have to end after one has failed
+GRACE = 8.0  # seconds for all ranks to end after one has failed
 
 
 class Failed(Exception):
-    """What some ranks raised; `texts` by rank, with tracebacks, and `seconds` until all had ended."""
+    """Raised if ranks fail. `texts`: their tracebacks by rank; `seconds`: until all had ended."""
 
     def __init__(self, texts: dict[int, str], seconds: float):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in sorted(texts.items())))
@@ -36,7 +35,7 @@ def work(function: Callable, rank: int, size: int, port: int, env: dict, argumen
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         | env
     )
-    if "STDERR" in env:  # the server's is that of whichever test came first
+    if "STDERR" in env:  # the server has the stderr of whichever test came first
         os.dup2(os.open(env["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     try:
         results.put((rank, True, function(*arguments)))
@@ -48,13 +47,11 @@ def work(function: Callable, rank: int, size: int, port: int, env: dict, argumen
 def run_ranks(
     size: int, function: Callable, *arguments, env: dict | None = None, timeout: float = 60
 ) -> list:
-    """What function(*arguments) returned on each of `size` ranks; Failed where one raised or was killed.
+    """Return what function(*arguments) returned on each of `size` ranks. Raises Failed if one failed.
 
-    The function has to be importable by name, so it stands in a module of tests that holds no tests.
+    The function must be importable by name, so it is defined in a module without tests.
     """
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # as torchrun's agent has it
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # like torchrun's agent
     results, began = CONTEXT.Queue(), time.monotonic()
     good_until = began
     ranks = [
@@ -89,6 +86,6 @@ def run_ranks(
 
 
 def in_world(function: Callable, *arguments, timeout: float = 20):
-    """function(world, *arguments) on a rank that has joined the others."""
+    """Join the other ranks and return function(world, *arguments)."""
     with joined(timeout) as world:
         return function(world, *arguments)

@@ -1,4 +1,4 @@
-"""Whole runs on several ranks, for tests: small pretrainings and fine-tunings, and what came of them."""
+"""Small pretraining and fine-tuning runs on several ranks, and their results."""
 
 import dataclasses
 import hashlib
@@ -25,12 +25,12 @@ from hotlap.train.speedruns import track
 
 SCHEDULE = ScheduleConfig(warmup_steps=10)
 STAGES = ScheduleConfig(warmup_steps=10, stages=((1 / 3, 0.5), (2 / 3, 0.5), (1.0, 1.0)))
-# At the rates of a real run a model this narrow is chaotic: rounding errors grow tenfold in two steps.
+# At real learning rates a model this narrow is chaotic: rounding errors grow tenfold in two steps.
 GENTLE = OptimConfig(matrix_lr=0.005, embedding_lr=0.03, head_lr=0.001, scalar_lr=0.05)
 
 
 def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **fields) -> list[str]:
-    """12 rows a step, saved every 4. Returns what the rank has logged."""
+    """Pretrain with 12 rows per step, saving every 4 steps. Returns this rank's log messages."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -47,7 +47,7 @@ def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **
 
 
 def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) -> None:
-    """12 ragged rows a step, of which few targets carry loss."""
+    """Fine-tune with 12 ragged rows per step, of which few targets have loss."""
     with joined(30):
         fine_tune(
             SFTConfig(
@@ -59,7 +59,7 @@ def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) ->
 
 
 def racing(folder: str, name: str) -> dict:
-    """The main track with a model of one layer, on a shard that is there; what it came to on this rank."""
+    """Run the main track with a model of one layer on a local shard, and return this rank's result."""
     data = Path(folder) / "shards"
     recipe = dataclasses.replace(
         small_run(Path(folder), batch_rows=12, data=str(data), loop=LoopConfig(6, 3, 6)), schedule=STAGES
@@ -80,7 +80,7 @@ def losses(run: Path) -> list[str]:
 
 
 def state_of(run: Path) -> dict[str, str]:
-    """sha256 of each rank's part of each tensor in the newest checkpoint."""
+    """sha256 of each rank's shard of each tensor in the newest checkpoint."""
     found = {}
     newest = run_checkpoints(run)[-1]
     for path in newest.rglob("*.safetensors"):
@@ -92,7 +92,7 @@ def state_of(run: Path) -> dict[str, str]:
 
 
 def soak(folder: str, name: str, steps: int) -> list[tuple[int, int]]:
-    """Resident bytes and open files of the process during a pretraining, at each evaluation."""
+    """Resident bytes and open files of the process at each evaluation of a pretraining."""
     seen = []
 
     def look(*_) -> dict:

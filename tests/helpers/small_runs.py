@@ -1,4 +1,4 @@
-"""Helpers that tests of training import: small text, small data and small runs."""
+"""Small texts, data and runs for tests of training."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ MODEL_FLAGS = [
 
 
 def write_text(path: Path, lines: int = 120) -> Path:
-    """A text of which a model can learn something."""
+    """A text that a model can learn."""
     return write_whole(path, "".join(f"The square of {i} is {i * i}, and so on.\n" for i in range(lines)))
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Several ranks may write the same file while another reads it."""
+    """Write a file atomically: several ranks may write it while another reads it."""
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(text, "utf-8")
     return part.replace(path)
@@ -44,7 +44,7 @@ def write_conversations(path: Path, count: int = 40) -> Path:
 
 
 def small_run(folder: Path, **fields) -> PretrainConfig:
-    """A pretraining of 12 steps of 4 rows, which saves every 3; writes its text too."""
+    """Pretraining for 12 steps of 4 rows, saving every 3 steps. Writes its text, too."""
     config = PretrainConfig(
         out=folder / "run", data=str(write_text(folder / "text.txt")), tokenizer="characters",
         batch_rows=4, model=tiny_config(**MODEL), loop=LoopConfig(12, evaluate_every=6, save_every=3),
@@ -54,7 +54,7 @@ def small_run(folder: Path, **fields) -> PretrainConfig:
 
 
 def random_shards(lengths: list[list[int]], T: int, seed: int = 0, shuffle: bool = True) -> PackedRows:
-    """Rows over shards in memory. Every token is another number, so that a row says where it is from."""
+    """Rows over shards in memory. Every token is unique, so that a row shows where it comes from."""
     shards, first = [], 0
     for shard in lengths:
         starts = np.cumsum([0, *shard[:-1]])

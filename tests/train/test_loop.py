@@ -1,10 +1,11 @@
-"""The training loop: one update whatever the micro-batches, and what stops it."""
+"""The training loop: gradient accumulation, metrics, signals, bad steps and timed runs."""
 
 import dataclasses
 import math
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from helpers.tools import tiny_config
 from hotlap.common.errors import Interrupted
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
-from hotlap.train import loop
 from hotlap.train.data.rows import Batch, step_batches
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig, fit
@@ -42,7 +42,7 @@ def fresh() -> tuple[GPT, MuonAdamW]:
 
 
 def ragged_batch() -> Batch:
-    """8 rows of packed documents, of which some rows have few targets and one has none."""
+    """8 rows of packed documents. Some rows have few targets, one has none."""
     batch = random_shards([[5, 9, 30, 1, 1, 14, 20, 30, 40]], 16).batch(0, 8)
     batch.targets[1, 3:] = IGNORE
     batch.targets[2] = IGNORE
@@ -76,7 +76,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model, 
     assert loss == pytest.approx(mean.item(), rel=1e-5)
 
 
-def test_a_step_without_a_target_is_an_error(world):
+def test_a_step_without_targets_is_an_error(world):
     batch = ragged_batch()
     batch.targets[:] = IGNORE
     with pytest.raises(ValueError, match="no targets"):
@@ -84,7 +84,7 @@ def test_a_step_without_a_target_is_an_error(world):
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
-def test_clipping_bounds_the_norm_and_reports_what_it_was(clip, random_model, world):
+def test_clipping_bounds_the_norm_and_reports_the_unclipped_one(clip, random_model, world):
     model = random_model(CONFIG)
     norm = take_step(model, [ragged_batch()], next_token_loss, ragged_batch().weight, clip, world).norm
     clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -104,7 +104,7 @@ def run_fit(tmp_path, tokenizer, loss_fn=next_token_loss, batches=None, steps=8,
 
 
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, tiny_tokenizer, spoilt):
+def test_a_nan_or_infinite_value_stops_the_run_before_the_update(tmp_path, tiny_tokenizer, spoilt):
     weights = []
 
     def loss_fn(model, batch):
@@ -125,7 +125,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, tiny_toke
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
-def test_metrics_have_a_line_of_json_for_each_step_and_null_for_what_is_unknown(tmp_path, tiny_tokenizer):
+def test_metrics_have_one_json_line_per_step_with_null_for_unknown_values(tmp_path, tiny_tokenizer):
     _, last = run_fit(tmp_path, tiny_tokenizer, evaluate=lambda: {"validation_loss": math.inf})
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(8))
@@ -136,7 +136,7 @@ def test_metrics_have_a_line_of_json_for_each_step_and_null_for_what_is_unknown(
     assert last["step"] == 7 and last["loss"] == lines[7]["loss"]
 
 
-def test_what_a_loss_returns_besides_is_logged_divided_by_the_weight_of_the_step(tmp_path, tiny_tokenizer):
+def test_further_sums_of_a_loss_are_logged_divided_by_the_weight_of_the_step(tmp_path, tiny_tokenizer):
     weights = []
 
     def loss_fn(model, batch):
@@ -169,7 +169,7 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, tiny_tokenizer, numbe
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 5
 
 
-def test_a_disk_that_cannot_hold_a_checkpoint_shows_before_the_first_step(
+def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
     tmp_path, tiny_tokenizer, monkeypatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -181,7 +181,7 @@ def test_a_disk_that_cannot_hold_a_checkpoint_shows_before_the_first_step(
 
 
 def judged(policy: str, values: list[tuple[float, float]], random_model) -> list[bool]:
-    """What a judge says to steps with these losses and norms."""
+    """Whether a checker accepts each step with these losses and norms."""
     checker, model = StepChecker(policy, {"loss": [], "norm": []}), random_model(CONFIG)
     batch = ragged_batch()
     model(batch.inputs, batch.targets).backward()
@@ -197,7 +197,7 @@ def steady(count: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("jump", [(9.0, 1.0), (3.0, 50.0)])
-def test_a_jump_of_loss_or_gradient_is_reported_or_left_out(jump, random_model, caplog):
+def test_a_spike_of_loss_or_gradient_is_logged_or_skipped(jump, random_model, caplog):
     values = [*steady(MIN_HISTORY), jump, *steady(3)]
     assert all(judged("stop", values, random_model))
     what = "loss" if jump[0] > 3 else "gradient norm"
@@ -208,38 +208,33 @@ def test_a_jump_of_loss_or_gradient_is_reported_or_left_out(jump, random_model, 
     assert judged("skip", values, random_model) == [True] * MIN_HISTORY + [False] + [True] * 3
 
 
-def test_what_jumps_before_there_is_a_usual_is_no_jump(random_model, caplog):
+def test_no_spike_is_reported_before_there_is_enough_history(random_model, caplog):
     assert all(judged("skip", [*steady(MIN_HISTORY - 1), (90.0, 90.0)], random_model))
     assert "standard deviations" not in caplog.text
 
 
-def test_a_run_whose_steps_are_all_left_out_stops(random_model):
+def test_a_run_stops_after_too_many_skipped_steps_in_a_row(random_model):
     values = [(3.0, 1.0)] + [(math.nan, 1.0)] * (MAX_SKIPPED - 1)
     assert judged("skip", values, random_model) == [True] + [False] * (MAX_SKIPPED - 1)
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} bad steps in a row"):
         judged("skip", [*values, (math.nan, 1.0)], random_model)
 
 
-def test_what_stops_a_run_names_rank_and_batch(random_model):
+def test_the_error_for_a_bad_step_names_rank_and_batch(random_model):
     with pytest.raises(
         FloatingPointError, match=r"at step 1: rank 0 has loss nan on batch [0-9a-f]{12} \(weight \d+\)"
     ):
         judged("stop", [(3.0, 1.0), (math.nan, 1.0)], random_model)
 
 
-def at(clock: list[float], monkeypatch) -> None:
-    """Let training read the time from the list's only entry."""
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
-
-
-def test_a_run_that_ends_by_the_clock_follows_it(tmp_path, tiny_tokenizer, monkeypatch):
+def test_schedules_of_a_timed_run_follow_elapsed_time(tmp_path, tiny_tokenizer, monkeypatch):
     clock, evaluated = [0.0], []
 
     def loss_fn(model, batch):
         clock[0] += 5.0  # two micro-batches a step
         return next_token_loss(model, batch)
 
-    at(clock, monkeypatch)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     _, last = run_fit(
         tmp_path,
         tiny_tokenizer,
@@ -255,8 +250,8 @@ def test_a_run_that_ends_by_the_clock_follows_it(tmp_path, tiny_tokenizer, monke
     assert len(evaluated) == 2 and (tmp_path / "run" / "checkpoints" / "step-000006").exists()
 
 
-def test_a_run_that_has_ended_by_the_clock_has_ended(tmp_path, tiny_tokenizer):
-    batches = iter(())  # it asks for none
+def test_a_finished_timed_run_takes_no_more_steps(tmp_path, tiny_tokenizer):
+    batches = iter(())  # none are needed
     (tmp_path / "run").mkdir()
     _, last = run_fit(
         tmp_path, tiny_tokenizer, batches=batches, steps=1000, loop={"minutes": 1.0},
@@ -265,7 +260,7 @@ def test_a_run_that_has_ended_by_the_clock_has_ended(tmp_path, tiny_tokenizer):
     assert last["step"] == 5
 
 
-def test_warming_up_leaves_no_trace(tmp_path, tiny_tokenizer):
+def test_warmup_steps_leave_no_trace(tmp_path, tiny_tokenizer):
     results = []
     for warm_up in (False, True):
         folder = tmp_path / str(warm_up)
@@ -295,6 +290,6 @@ def test_warming_up_leaves_no_trace(tmp_path, tiny_tokenizer):
         {"clip": float("nan")},
     ],
 )
-def test_a_loop_that_cannot_run_is_refused(fields):
+def test_invalid_loop_options_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         dataclasses.replace(LoopConfig(10), **fields).validate()

@@ -1,4 +1,4 @@
-"""Ready configurations."""
+"""Presets."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from hotlap.train.presets import PRETRAIN, from_depth, gpt2_grade, gpt2_grade_sf
     ("depth", "batch", "steps", "decay", "width"),
     [(12, 2**19, 2520, 0.28, 768), (20, 2**20, 4980, 0.100, 1280), (24, 2**20, 8352, 0.060, 1536)],
 )
-def test_a_depth_means_what_it_means_in_nanochat(depth, batch, steps, decay, width):
+def test_depth_scales_as_in_nanochat(depth, batch, steps, decay, width):
     config = from_depth(depth)
     assert config.batch_rows * config.model.context == batch
     assert config.loop.steps == pytest.approx(steps, rel=1e-3)
@@ -33,7 +33,7 @@ def test_every_depth_is_valid(depth):
     from_depth(depth).validate()
 
 
-def test_a_depth_of_nothing_is_refused():
+def test_depth_zero_is_refused():
     with pytest.raises(ValueError, match="depth=0"):
         from_depth(0)
 
@@ -44,7 +44,7 @@ def test_the_demo_fine_tunes_what_it_has_pretrained():
 
 
 @pytest.mark.parametrize("depth", [12, 24])
-def test_smoltalk_is_learnt_in_one_pass_of_the_pretraining_s_batches(depth):
+def test_smoltalk_gets_one_epoch_with_the_batch_size_of_pretraining(depth):
     base = gpt2_grade(depth)
     tuned = gpt2_grade_sft(base, "smoltalk").validate()
     assert tuned.base == base.out and tuned.batch_rows == base.batch_rows
@@ -53,6 +53,6 @@ def test_smoltalk_is_learnt_in_one_pass_of_the_pretraining_s_batches(depth):
     assert tuned.schedule.warmdown == 0.5 and tuned.schedule.final_lr == 0
 
 
-def test_what_else_is_to_be_learnt_gets_many_small_steps():
+def test_other_conversations_get_many_small_steps():
     tuned = gpt2_grade_sft(gpt2_grade(), "tasks").validate()
     assert tuned.loop.steps == 500 and tuned.batch_rows == 16 and tuned.epochs == 1

@@ -1,4 +1,4 @@
-"""Stages that hotlap does not have can be written without a change to the loop."""
+"""New stages need no change to the loop."""
 
 import pytest
 from helpers.ranks import run_ranks

@@ -43,7 +43,7 @@ def validation(
         sums += torch.stack((losses.sum(), carries.sum(), (losses * (size > 0)).sum(), size.sum()))
     nats, count, text_nats, text_bytes = world.total(*sums.tolist())
     if not math.isfinite(nats):
-        raise FloatingPointError("the validation loss is not finite; the model's weights are corrupt")
+        raise FloatingPointError("the validation loss is not finite; the model has diverged or is damaged")
     return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 

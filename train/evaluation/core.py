@@ -153,7 +153,7 @@ def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Ten
         likeliest.append(logits.argmax(-1) == target)
         finite.append(logits.isfinite().all())
     if not torch.stack(finite).all():
-        raise FloatingPointError("the model's logits are not finite; its weights are corrupt")
+        raise FloatingPointError("the logits are not finite; the model has diverged or is damaged")
     counts = [len(row.ids) - max(row.start, 1) for row in read]
     return list(torch.cat(losses).cpu().split(counts)), list(torch.cat(likeliest).cpu().split(counts))
 

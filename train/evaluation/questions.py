@@ -24,7 +24,7 @@ QUESTIONS = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?"
 
 
 def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """The likeliest continuations; FloatingPointError where the model's logits are not finite."""
+    """Greedy continuations. Raises FloatingPointError if a logit is not finite."""
     return engine.complete(prompts, Sampling(temperature=0, max_tokens=ANSWER_TOKENS))
 
 

@@ -1,4 +1,4 @@
-"""A model that is spread over ranks trains as one that is not."""
+"""A sharded model trains like a whole one."""
 
 import numpy as np
 import pytest
@@ -47,9 +47,9 @@ def test_a_sharded_model_starts_from_the_weights_of_a_whole_one():
             assert torch.equal(whole(tensor), expected[name]), name
 
 
-def test_recomputing_keeps_less_and_selectively_computes_no_product_twice():
+def test_recompute_saves_memory_and_selective_recompute_repeats_no_matmul():
     def measured(recompute: str) -> tuple[int, int]:
-        """Numbers that autograd keeps, and FLOPs of all products."""
+        """Elements that autograd saves, and FLOPs of all matmuls."""
         kept = []
         with joined() as world:
             model = small_gpt("float32")

@@ -1,4 +1,4 @@
-"""Ranks join, agree, and say which of them failed."""
+"""Ranks join, exchange values, and report which of them failed."""
 
 import pytest
 from helpers.rank_functions import agree, fail_at, waits
@@ -8,7 +8,7 @@ from hotlap.train.distributed.world import joined
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_rank_has_the_sums_and_what_each_one_gave(size):
+def test_every_rank_gets_the_sums_and_all_values(size):
     for total, gathered in run_ranks(size, in_world, agree):
         assert total == [size * (size - 1) / 2, size]
         assert gathered == [{"rank": rank} for rank in range(size)]
@@ -23,7 +23,7 @@ def test_a_process_without_torchrun_is_a_group_of_one_and_leaves_it():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_others_say_what_the_rank_said_that_failed(rank):
+def test_other_ranks_report_the_error_of_the_rank_that_failed(rank):
     with pytest.raises(Failed) as failure:
         run_ranks(3, in_world, fail_at, env={"FAULT": f"step:{rank}:1:raise"})
     lines = last_lines(failure.value)
@@ -32,8 +32,8 @@ def test_the_others_say_what_the_rank_said_that_failed(rank):
     assert all(f"RankLost: rank {rank}: injected at step" in line for line in lines.values())
 
 
-@pytest.mark.parametrize("action, timeout", [("kill9", 60), ("stop", 2)])
-def test_the_others_name_a_rank_that_is_gone(action, timeout):
+@pytest.mark.parametrize("action, timeout", [("sigkill", 60), ("sigstop", 2)])
+def test_other_ranks_name_a_lost_rank(action, timeout):
     with pytest.raises(Failed) as failure:
         run_ranks(3, waits, timeout, env={"FAULT": f"step:1:1:{action}"})
     lines = last_lines(failure.value)

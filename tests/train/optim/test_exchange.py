@@ -1,4 +1,4 @@
-"""Muon's matrices over ranks: who owns which, and what is sent."""
+"""Distributed Muon: owners of matrices, and what ranks send."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_rows_are_chunked_as_torch_does(rows, parts):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_every_matrix_has_one_owner_and_none_is_much_busier_than_another(ranks):
+def test_every_matrix_has_one_owner_and_the_work_is_balanced(ranks):
     groups = [(12, 2304, 768), (12, 768, 768), (12, 3072, 768), (12, 768, 3072), (6, 6, 12)]
     owners = assign_owners(groups, ranks)
     assert [len(owned) for owned in owners] == [G for G, _, _ in groups]
@@ -29,12 +29,12 @@ def test_every_matrix_has_one_owner_and_none_is_much_busier_than_another(ranks):
 
 
 @pytest.mark.parametrize("size, env", [(2, {}), (3, {}), (4, {}), (4, NODES_OF_TWO)])
-def test_any_number_of_ranks_makes_the_step_of_one_process_and_no_work_twice(size, env):
+def test_any_number_of_ranks_takes_the_same_step_without_duplicate_work(size, env):
     alone = run_ranks(1, in_world, muon_steps)[0]
     ranks = run_ranks(size, in_world, muon_steps, env=env)
     for found in ranks:
         for name, weight in alone["weights"].items():
             np.testing.assert_allclose(found["weights"][name], weight, rtol=1e-6, atol=1e-6, err_msg=name)
     assert sum(found["orthogonalized"] for found in ranks) == alone["orthogonalized"]
-    # each way, a row moves unless its rank owns its matrix, and with it the squares; replicas get all
+    # each way, a row is sent unless its rank owns the matrix; the squares are sent with it; replicas get all
     assert sum(found["moved"] for found in ranks) == sum(found["least"] for found in ranks)

@@ -33,14 +33,14 @@ def test_every_parameter_is_in_one_group_under_its_name(extras):
 
 
 class WithMore(GPT):
-    """A model with a parameter that hotlap knows nothing of."""
+    """A model with an unknown parameter."""
 
     def __init__(self, *given):
         super().__init__(*given)
         self.my_bias = torch.nn.Parameter(torch.zeros(3))
 
 
-def test_a_parameter_that_no_group_takes_or_nothing_fills_is_refused_by_name():
+def test_a_parameter_without_group_or_initialiser_is_refused_by_name():
     with pytest.raises(ValueError, match="my_bias"):
         MuonAdamW(WithMore(tiny_config()), OptimConfig())
     with pytest.raises(ValueError, match="my_bias"):
@@ -57,10 +57,10 @@ def test_the_state_is_whole_before_the_first_step_and_its_names_are_unique():
     assert {name.split("/")[0] for name in names} == {name for name, _ in model.named_parameters()}
     for name, tensor in optimizer.named_state():
         assert tensor is before[name] or tensor.data_ptr() == before[name].data_ptr()
-        assert tensor.abs().sum() > 0, name  # what a step changes is what a checkpoint holds
+        assert tensor.abs().sum() > 0, name  # a checkpoint holds everything that a step changes
 
 
-def test_a_step_with_no_learning_rate_changes_no_parameter():
+def test_a_step_with_learning_rate_zero_changes_no_parameter():
     model = model_with_gradients()
     before = [p.clone() for p in model.parameters()]
     optimizer = MuonAdamW(model, OptimConfig())
@@ -70,7 +70,7 @@ def test_a_step_with_no_learning_rate_changes_no_parameter():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_group_of_matrices_is_updated_as_each_alone():
+def test_batched_matrices_are_updated_like_each_alone():
     model = model_with_gradients(layers=3)
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
     groups = [group for group in optimizer.param_groups if group["muon"]]
@@ -96,7 +96,7 @@ def test_a_group_of_matrices_is_updated_as_each_alone():
         )
 
 
-def test_the_adamw_half_is_torch_s_adamw():
+def test_adamw_groups_match_torch_adamw():
     model, twin = model_with_gradients(), model_with_gradients()
     optimizer = MuonAdamW(model, OptimConfig())
     named = dict(twin.named_parameters())
@@ -115,7 +115,7 @@ def test_the_adamw_half_is_torch_s_adamw():
                 torch.testing.assert_close(parameter, named[name], rtol=1e-6, atol=1e-6)
 
 
-def test_rates_of_adamw_fall_with_the_root_of_the_width():
+def test_adamw_learning_rates_fall_with_the_root_of_the_width():
     rate = {
         width: {
             g["names"][0]: g["lr"]
@@ -127,7 +127,7 @@ def test_rates_of_adamw_fall_with_the_root_of_the_width():
     assert rate[64]["blocks.0.mlp.fc.weight"] == rate[256]["blocks.0.mlp.fc.weight"]
 
 
-def test_a_few_steps_learn_a_sequence_by_heart():
+def test_a_few_steps_memorise_a_sequence():
     model = GPT(tiny_config()).init_weights()
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.0))
     ids = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))

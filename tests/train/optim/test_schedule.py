@@ -1,4 +1,4 @@
-"""Learning rate, momentum and weight decay over a run."""
+"""Schedules of learning rate, momentum, weight decay, batch size and windows."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def test_momentum_rises_and_falls_without_a_jump():
     assert np.abs(np.diff(momentum)).max() < 0.12 / 300 + 1e-9
 
 
-def test_momentum_has_no_jump_where_the_rise_reaches_into_the_fall():
+def test_momentum_has_no_jump_when_warmup_and_warmdown_overlap():
     short = [momentum_at(ScheduleConfig(), step, step / 300) for step in range(301)]
     assert max(abs(b - a) for a, b in itertools.pairwise(short)) < 0.12 / 195 + 1e-9
 
@@ -61,7 +61,7 @@ def test_weight_decay_is_half_a_cosine():
     assert (np.diff(decay) < 0).all()
 
 
-def test_setting_a_step_twice_is_setting_it_once():
+def test_set_schedule_is_idempotent():
     model = GPT(tiny_config()).init_weights()
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.5))
     read = lambda: [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] + [optimizer.momentum]  # noqa: E731
@@ -91,7 +91,7 @@ def test_setting_a_step_twice_is_setting_it_once():
         {"stages": ((0.0, 1.0), (1.0, 1.0))},
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(fields):
+def test_invalid_schedules_are_refused(fields):
     with pytest.raises(ValueError, match="must"):
         ScheduleConfig(**fields).validate()
 
@@ -108,7 +108,7 @@ def test_stages_are_equal_parts_of_a_run():
         stage_rows(STAGES, 6)
 
 
-def test_windows_grow_with_the_stages_and_end_whole():
+def test_windows_grow_with_the_stages_to_full_size():
     model = GPT(tiny_config(layers=3, context=1024, window_pattern="SL"))
     optimizer = MuonAdamW(model.init_weights(), OptimConfig())
     seen = []
@@ -119,7 +119,7 @@ def test_windows_grow_with_the_stages_and_end_whole():
     assert seen == [(128, 256, 256), (128, 512, 512), (256, 1024, 1024)]
 
 
-def test_a_timed_run_has_steps_of_one_size():
+def test_stages_of_a_timed_run_cannot_change_the_batch_size():
     with pytest.raises(ValueError, match="the same batch size"):
         STAGES.validate(minutes=1.0)
     ScheduleConfig(stages=((1.0, 0.5), (1.0, 1.0))).validate(minutes=1.0)

@@ -1,9 +1,7 @@
-"""Checkpoints and resuming: bit for bit, or not at all."""
+"""Checkpoints and resuming, bit for bit."""
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from hotlap.common.errors import DataError, Interrupted
 from hotlap.common.files import file_sha256
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import load_model, run_checkpoints
-from hotlap.train import pretrain, stage
+from hotlap.train import pretrain
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
@@ -28,7 +26,7 @@ from hotlap.train.run.state import RunState
 
 
 def trained(seed: int = 0) -> tuple[GPT, MuonAdamW]:
-    """A model and optimiser after one step, so that all of their state says something."""
+    """A model and optimiser after one step, so that none of their state is trivial."""
     model = GPT(tiny_config(layers=1, context=16)).init_weights(seed)
     optimizer = MuonAdamW(model, OptimConfig())
     ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(seed))
@@ -46,7 +44,7 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_checkpoint_gives_back_weights_optimizer_state_and_randomness(tmp_path, tiny_tokenizer):
+def test_a_checkpoint_restores_weights_optimizer_state_and_randomness(tmp_path, tiny_tokenizer):
     model, optimizer = trained()
     torch.manual_seed(7)
     saved = RunState(step=5, tokens=80, seconds=0.1)
@@ -63,27 +61,8 @@ def test_a_checkpoint_gives_back_weights_optimizer_state_and_randomness(tmp_path
     assert torch.equal(for_chat.head.weight, model.head.weight) and tokenizer.sha256 == tiny_tokenizer.sha256
 
 
-class PowerCut(BaseException):
-    """What nothing catches."""
-
-
-def die_in_step(number: int, patch, error: BaseException | None = None):
-    """Make the pretraining's data end with an error, or with a SIGTERM to this process, in a step."""
-    real = stage.made_ahead
-
-    def failing(items, device):
-        for i, item in enumerate(real(items, device)):
-            if i == number and error:
-                raise error
-            if i == number:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield item
-
-    patch.setattr(stage, "made_ahead", failing)
-
-
 def outcome(run: Path) -> tuple[dict, list]:
-    """Hashes of what the last checkpoint holds, and every loss, bit for bit."""
+    """Hashes of the last checkpoint's tensors, and every loss, bit for bit."""
     folder = run_checkpoints(run)[-1]
     assert folder.name == "step-000012"
     state = json.loads((folder / "state.json").read_text())
@@ -92,23 +71,25 @@ def outcome(run: Path) -> tuple[dict, list]:
     return state_in(run) | {"tokens": state["tokens"]}, losses
 
 
-@pytest.mark.parametrize("end", ["crash", "SIGTERM"])
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, end):
+@pytest.mark.parametrize(
+    ("action", "error", "newest"),
+    [("raise", ValueError, "step-000006"), ("sigterm", Interrupted, "step-000008")],
+)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch, action, error, newest):
     straight = small_run(tmp_path, out=tmp_path / "straight")
     pretrain.pretrain(straight)
     config = small_run(tmp_path, out=tmp_path / "stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        die_in_step(7, patch, PowerCut() if end == "crash" else None)
-        with pytest.raises(PowerCut if end == "crash" else Interrupted):
-            pretrain.pretrain(config)
-    newest = run_checkpoints(config.out)[-1].name
-    assert newest == ("step-000006" if end == "crash" else "step-000008")
+    monkeypatch.setenv("FAULT", f"step:0:7:{action}")
+    with pytest.raises(error):
+        pretrain.pretrain(config)
+    monkeypatch.delenv("FAULT")
+    assert run_checkpoints(config.out)[-1].name == newest
     torch.manual_seed(123)  # what the new process starts with must not matter
     pretrain.pretrain(dataclasses.replace(config, resume="auto"))
     assert outcome(config.out) == outcome(straight.out)
 
 
-def test_a_run_that_is_complete_only_validates_when_it_is_resumed(tmp_path):
+def test_resuming_a_finished_run_only_returns_its_metrics(tmp_path):
     config = small_run(tmp_path)
     last = pretrain.pretrain(config)
     before = outcome(config.out)
@@ -174,7 +155,7 @@ def test_a_file_cannot_be_a_run(tmp_path):
         pass
 
 
-def test_a_spoilt_configuration_of_a_run_is_named(tmp_path):
+def test_a_damaged_config_of_a_run_is_named(tmp_path):
     open_run(tmp_path, OptimConfig(), resume=False)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is not a run's configuration"):

@@ -1,4 +1,4 @@
-"""Reports of runs."""
+"""Reports and metrics of runs."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_utilisation_of_an_unknown_device_is_not_a_number(tmp_path):
     assert "| MFU (nanochat's formula) | 41.5%" in write_report(tmp_path).read_text()
 
 
-def test_metrics_go_on_without_what_is_run_again(tmp_path):
+def test_resumed_metrics_drop_the_lines_of_repeated_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Metrics(path)
     for step in range(5):
