@@ -23,7 +23,7 @@ WARMUP_STEPS = 2  # per stage: the second step finds what the first has left, su
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a step. All but `own` is equal on all ranks."""
+    """Result of a step. All but `own_loss` is equal on all ranks."""
 
     loss: float  # summed over all ranks, divided by the step's weight
     norm: float  # of that loss's gradient, before clipping

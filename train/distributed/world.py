@@ -119,7 +119,7 @@ def joined(timeout: float = 300) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    stay_local()
+    use_loopback()
     if "WORLD_SIZE" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -144,7 +144,7 @@ def joined(timeout: float = 300) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def stay_local() -> None:
+def use_loopback() -> None:
     """If all processes are on this machine, keep their traffic on its loopback interface."""
     environment = os.environ
     address = environment.get("MASTER_ADDR", "localhost")

@@ -47,13 +47,13 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
             )
         return RunState()
     if choice == "auto":
-        folder, manifest = newest_whole(found, world)
+        folder, manifest = newest_intact(found, world)
         if folder is None:
             return RunState()
     else:
         folder = world.together(lambda: model_folder(choice))[0]
         manifest = verify_checkpoint(folder, world)
-    same_tokenizer(run, folder, manifest)
+    check_same_tokenizer(run, folder, manifest)
     state = load_checkpoint(folder, manifest, model, optimizer, world)
     if world.leads:
         for later in found:
@@ -63,7 +63,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     return state
 
 
-def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
+def newest_intact(found: list[Path], world: World) -> tuple[Path | None, dict]:
     """The newest intact checkpoint and its manifest. Raises DataError if all are damaged."""
     for folder in reversed(found):
         try:
@@ -75,7 +75,7 @@ def newest_whole(found: list[Path], world: World) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
+def check_same_tokenizer(run: Path, folder: Path, manifest: dict) -> None:
     """Raise DataError if the run and the checkpoint have different tokenizers."""
     if (run / TOKENIZER).exists():
         current = Tokenizer.load(run / TOKENIZER).sha256
