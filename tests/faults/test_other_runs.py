@@ -1,5 +1,7 @@
 """Checkpoints and folders of other runs are refused field by field, never cast, and never overwritten."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -7,10 +9,13 @@ import pytest
 from helpers.checkpoints import TOKENIZER, built, digests, load_newest, save_steps
 
 from hotlap.common.errors import DataError
+from hotlap.common.options import to_json
+from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import run_checkpoints
 from hotlap.train.distributed.world import joined
-from hotlap.train.run.folder import run_lock
+from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.run.folder import open_run, run_lock
 from hotlap.train.run.resume import load_checkpoint, resume_from, verify_checkpoint
 
 
@@ -103,6 +108,17 @@ def test_a_run_with_checkpoints_does_not_start_over(tmp_path):
             load_newest(world, tmp_path, choice="no")
         (tmp_path / "new").mkdir()
         assert load_newest(world, tmp_path / "new", choice="no")[0] == 0
+
+
+def test_a_run_from_before_a_field_existed_resumes_with_the_default_of_the_field(tmp_path):
+    config = PretrainConfig(out=tmp_path, resume="auto")
+    saved = json.loads(to_json(config))
+    del saved["profile"], saved["validation_tokens"], saved["model"]["qk_gain"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    open_run(tmp_path, config, resume=True)
+    other = dataclasses.replace(config, model=GPTConfig(qk_gain=1.0))
+    with pytest.raises(ValueError, match=r"model\.qk_gain: saved 1\.2, current 1\.0"):
+        open_run(tmp_path, other, resume=True)
 
 
 def test_a_second_process_in_a_run_is_refused_naming_the_first(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hotlap.common.errors import DataError
-from hotlap.common.options import differences, to_json
+from hotlap.common.options import differences, flat, to_json
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.run.metrics import METRICS
 
@@ -68,6 +68,10 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
             made.unlink(missing_ok=True)  # left by the failed start
         path.write_text(text, encoding="utf-8")
         return
+    saved = flat(json.loads(to_json(type(config)()))) | flat(
+        saved
+    )  # fields newer than the run: their defaults
+    current = flat(current)
     for name in CHANGEABLE:
         saved.pop(name, None)
         current.pop(name, None)
