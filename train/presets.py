@@ -1,4 +1,4 @@
-"""Ready configurations: plain functions that return one."""
+"""Presets: functions that return a configuration, and `hotlap pretrain`, which may start from one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.sft import SFTConfig
 
-REFERENCE_DEPTH = 12  # where nanochat's rates were tuned
+REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
 RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
-FINEWEB_VALIDATION = 10_485_760  # tokens, by the rules of the track
-GPT2_TOKENS = 1.15e9  # of the run
+FINEWEB_VALIDATION = 10_485_760  # tokens, by the track's rules
+GPT2_TOKENS = 1.15e9  # of the gpt2-124m run
 GPT2_MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50304 * 768
 
 
 def shakespeare_char() -> PretrainConfig:
-    """Characters of Shakespeare on two cores: nanoGPT's CPU recipe, and a race with it."""
+    """Character-level Shakespeare on two CPU cores, to race nanoGPT's CPU recipe."""
     model = GPTConfig(
         vocab_size=128, context=128, layers=4, width=128, heads=2, kv_heads=2, window_pattern="L",
         value_embeddings=False, residual_scalars=False, backout=False,
@@ -40,7 +40,7 @@ def shakespeare_char() -> PretrainConfig:
 
 
 def tiny() -> PretrainConfig:
-    """The base model of the demo: minutes on two cores."""
+    """The demo's base model: minutes on two CPU cores."""
     model = GPTConfig(
         vocab_size=4096, context=256, layers=4, width=192, heads=3, kv_heads=3, window_pattern="L",
         value_embeddings=False,
@@ -54,7 +54,7 @@ def tiny() -> PretrainConfig:
 
 
 def tiny_sft() -> SFTConfig:
-    """The fine-tuning of the demo."""
+    """The demo's fine-tuning."""
     return SFTConfig(
         out=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
         schedule=ScheduleConfig(warmup_steps=0, warmdown=0.6, final_lr=0.0, momentum_warmup_steps=100),
@@ -63,10 +63,10 @@ def tiny_sft() -> SFTConfig:
 
 
 def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: float = 12) -> PretrainConfig:
-    """nanochat's dial: the depth sets width, tokens, batch, learning rates and weight decay.
+    """nanochat's rules: the depth sets width, tokens, batch, learning rates and weight decay.
 
-    Tokens are `ratio` for each matmul parameter; the batch grows with tokens^0.383, the rates with the
-    batch's square root, and the weight decay falls as the run gets longer.
+    A run has `ratio` tokens per matmul parameter. The batch grows with tokens^0.383 and the learning rates
+    with the square root of the batch; weight decay falls as the run gets longer.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
@@ -85,11 +85,10 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
 
 
 def gpt2_124m() -> PretrainConfig:
-    """The main track of modded-nanogpt: to 3.28 nats a token of FineWeb with 124M matmul parameters.
+    """modded-nanogpt's main track: 124M matmul parameters to a loss of 3.28 nats per token on FineWeb.
 
-    The shape is GPT-2's, the rates follow nanochat's rules for the tokens of a step and of the run. Batch and
-    windows grow in three stages, as in the records since 2025 (a third of the batch and a quarter of the
-    windows first).
+    GPT-2's shape, with learning rates by nanochat's rules for the batch and the length of the run. Batch and
+    attention windows grow in three stages, from a third and a quarter, as in the records since 2025.
     """
     rules = from_depth(12, vocab_size=50304, ratio=GPT2_TOKENS / GPT2_MATMUL_PARAMETERS)
     batch_rows = 192  # 393,216 tokens
@@ -106,7 +105,7 @@ def gpt2_124m() -> PretrainConfig:
 
 
 def gpt2_grade(depth: int = 24) -> PretrainConfig:
-    """nanochat's speedrun, to a model as good as GPT-2 (1.5B): 8 tokens for each matmul parameter."""
+    """nanochat's speedrun to GPT-2 (1.5B) grade: 8 tokens per matmul parameter."""
     rules = from_depth(depth, ratio=8)
     return dataclasses.replace(
         rules, out=Path("runs/gpt2-grade/pretrain"), data="data/climbmix", micro_batch="auto",
@@ -116,9 +115,9 @@ def gpt2_grade(depth: int = 24) -> PretrainConfig:
 
 
 def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
-    """The fine-tuning of that: once through the conversations. talks: as SFTConfig.data.
+    """gpt2-grade's fine-tuning: one epoch. talks: as SFTConfig.data.
 
-    SmolTalk as in nanochat. What else is named is mostly small, and gets 500 steps of 16 rows at least.
+    SmolTalk as in nanochat. Other data is mostly small, and gets at least 500 steps of 16 rows.
     """
     config = SFTConfig(
         out=Path("runs/gpt2-grade/sft"), base=base.out, data=talks, epochs=1,
@@ -126,25 +125,25 @@ def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
     )  # fmt: skip
     if talks != "smoltalk":
         return config
-    # The batch is the pretraining's: of SmolTalk's 0.4B tokens, 1M in each step make about 400 steps. The
-    # rates are 0.8 of those at the reference batch: nanochat scales them by the batch in pretraining only.
+    # The batch of pretraining: SmolTalk's 0.4B tokens make about 400 steps of 1M. The learning rates are 0.8
+    # of those at the reference batch: nanochat scales them with the batch in pretraining only.
     return dataclasses.replace(
         config, batch_rows=base.batch_rows, optim=scaled(OptimConfig(), 0.8, decay=0.0),
         schedule=ScheduleConfig(
             warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum=(0.85, 0.95, 0.95), momentum_warmup_steps=300
         ),
-        loop=dataclasses.replace(config.loop, steps=1),  # the one pass alone says how many
+        loop=dataclasses.replace(config.loop, steps=1),  # one epoch sets the number of steps
     )  # fmt: skip
 
 
 def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> OptimConfig:
-    """The same with other learning rates, and another weight decay if one is given."""
+    """optim with all learning rates times `share`, and weight decay too unless `decay` replaces it."""
     rates = {name: getattr(optim, name) * share for name in RATES}
     return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
 
 def matmul_parameters(config: GPTConfig) -> int:
-    """Parameters that are weights of matmuls: all but embeddings and scalars."""
+    """Number of parameters in matmuls: all but embeddings and scalars."""
     return parameter_counts(meta_model(config))["matmul"]
 
 
@@ -159,7 +158,7 @@ PRETRAIN = {
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`, which may start from a preset."""
+    """`hotlap pretrain`."""
     config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
     pretrain(config)
     print(f"{config.out}/report.md")
