@@ -35,10 +35,9 @@ class GradeConfig:
     depth: int = 24
     """Number of layers; everything else follows from it."""
     data: Path = Path("data/climbmix")
-    """Folder of ClimbMix token shards and their tokenizer; missing ones are made, downloading the text."""
+    """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
     talks: str = "smoltalk"
-    """Conversations to fine-tune on: smoltalk (downloaded; adds the built-in tasks), tasks (facts, sums,
-    spelling, greetings), or a .jsonl or .parquet file."""
+    """smoltalk (downloaded; adds the built-in tasks), tasks (only those), or a .jsonl or .parquet file."""
     core_bundle: Path | None = None
     """nanochat's eval_bundle folder; downloaded by default."""
     micro_batch: str = "auto"

@@ -157,7 +157,7 @@ def best_shape(flops: float) -> tuple[int, int, int]:
 
 
 def as_begun(recipe: PretrainConfig) -> PretrainConfig:
-    """The recipe with the shape of an earlier start of its run, whatever speed is measured now."""
+    """The recipe in the shape that its run was started with, even if another speed is measured now."""
     path = recipe.out / CONFIG
     if not path.exists():
         return recipe

@@ -1,8 +1,8 @@
 """`hotlap ablations`: train the demo's model without each part of its recipe, at equal training time.
 
 Run it on an otherwise idle machine. Parts that are config fields are changed there; the others are functions,
-replaced while a variant trains. Hyperparameters are not retuned, with two exceptions that run at several
-learning rates, of which the best counts: AdamW for the matrices and the tied head.
+replaced while a variant trains. Nothing is retuned, except the learning rates of AdamW for the matrices and
+of the tied head: they run at several, and the best counts.
 """
 
 from __future__ import annotations
