@@ -1,4 +1,4 @@
-"""Presets: functions that return a configuration, and `hotlap pretrain`, which may start from one."""
+"""Presets: functions that return a ready configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GPT2_MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50304 * 768
 
 
 def shakespeare_char() -> PretrainConfig:
-    """Character-level Shakespeare on two CPU cores, to race nanoGPT's CPU recipe."""
+    """A character model of Shakespeare for two cores: nanoGPT's CPU recipe, for comparison with nanoGPT."""
     model = GPTConfig(
         vocab_size=128, context=128, layers=4, width=128, heads=2, kv_heads=2, window_pattern="L",
         value_embeddings=False, residual_scalars=False, backout=False,
@@ -115,9 +115,9 @@ def gpt2_grade(depth: int = 24) -> PretrainConfig:
 
 
 def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
-    """gpt2-grade's fine-tuning: one epoch. talks: as SFTConfig.data.
+    """Fine-tuning for gpt2_grade: one pass over the conversations. talks: as SFTConfig.data.
 
-    SmolTalk as in nanochat. Other data is mostly small, and gets at least 500 steps of 16 rows.
+    SmolTalk is trained on as in nanochat. Other data is mostly small and gets at least 500 steps of 16 rows.
     """
     config = SFTConfig(
         out=Path("runs/gpt2-grade/sft"), base=base.out, data=talks, epochs=1,
@@ -125,19 +125,19 @@ def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
     )  # fmt: skip
     if talks != "smoltalk":
         return config
-    # The batch of pretraining: SmolTalk's 0.4B tokens make about 400 steps of 1M. The learning rates are 0.8
-    # of those at the reference batch: nanochat scales them with the batch in pretraining only.
+    # The batch size is pretraining's: at 1M tokens a step, SmolTalk's 0.4B tokens take about 400 steps. The
+    # rates are 0.8 of those at the reference batch: nanochat scales them with the batch in pretraining only.
     return dataclasses.replace(
         config, batch_rows=base.batch_rows, optim=scaled(OptimConfig(), 0.8, decay=0.0),
         schedule=ScheduleConfig(
             warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum=(0.85, 0.95, 0.95), momentum_warmup_steps=300
         ),
-        loop=dataclasses.replace(config.loop, steps=1),  # one epoch sets the number of steps
+        loop=dataclasses.replace(config.loop, steps=1),  # epochs=1 determines the steps
     )  # fmt: skip
 
 
 def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> OptimConfig:
-    """optim with all learning rates times `share`, and weight decay too unless `decay` replaces it."""
+    """optim with its learning rates and weight decay multiplied by `share`. decay: replaces the latter."""
     rates = {name: getattr(optim, name) * share for name in RATES}
     return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
@@ -158,7 +158,7 @@ PRETRAIN = {
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`."""
+    """`hotlap pretrain`, with presets."""
     config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
     pretrain(config)
     print(f"{config.out}/report.md")
