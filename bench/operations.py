@@ -124,9 +124,7 @@ def rotary_at(size: str, width: int, rows: int, device: torch.device, dtype: tor
 
 def cross_entropy_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
     """Liger's is left out, as it overwrites the logits with their gradients."""
-    V = {"d12": VOCABULARY, "d24": 50304}[
-        size
-    ]  # independent of the width, so the second size is GPT-2's vocabulary
+    V = {"d12": VOCABULARY, "d24": 50304}[size]  # the width does not matter: the second is GPT-2's
     moved = rows * V * dtype.itemsize
     return Operation(
         "cross_entropy", f"{size} {rows}x{V}",

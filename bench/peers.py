@@ -75,9 +75,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             start_afresh(device)
             try:
                 rows += bench_pair(name, shape, peer, builders[peer], paths[peer], config, device)
-            except (
-                RuntimeError
-            ) as error:  # out of memory, or the compiler: recorded; the other pairs still run
+            except RuntimeError as error:  # such as out of memory; the other pairs still run
                 case, note = f"step {name} beside {peer}", failure(error)
                 rows.append({"case": case, "provider": peer, "ms": None, "note": note})
                 log.error("%s: %s", case, note)

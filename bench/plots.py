@@ -58,9 +58,7 @@ def kernels(figure: Any, rows: list[dict]) -> None:
         axes.set_xlim(0.7 * min(shares), 1.5 * max(1, *shares))
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(operations)), operations, fontsize=7)
-    figure.supxlabel(
-        "share of the measured ceiling (bandwidth of a copy, or FLOP/s of a large matmul)", fontsize=9
-    )
+    figure.supxlabel("share of the measured ceiling (of a copy, or of a large matmul)", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], labels[::-1], loc="outside upper left", ncols=min(8, len(labels)), fontsize=8

@@ -146,9 +146,7 @@ def best_shape(flops: float) -> tuple[int, int, int]:
     (low, depth, context, tokens), (high, deepest, longest, most) = next(
         (a, b) for a, b in itertools.pairwise(BEST) if flops < b[0] or b is BEST[-1]
     )
-    place = (
-        max(0.0, math.log(flops / low) / math.log(high / low)) + 1e-9
-    )  # keeps rounding from lowering the rows themselves
+    place = max(0.0, math.log(flops / low) / math.log(high / low)) + 1e-9  # a row itself is not rounded down
     return (
         int(depth + place * (deepest - depth)),
         context if place < 0.5 else longest,
