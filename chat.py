@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: python chat.py [MODEL] [-p QUESTION]."""
+"""Chat with a model in the terminal: python chat.py [MODEL] [-p QUESTION]."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from hotlap.common import options
 from hotlap.common.errors import BAD_DATA, guarded
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
@@ -23,30 +24,30 @@ from hotlap.model.tokenizer import StreamDecoder
 from hotlap.model.weights import find_models, load_model, model_folder, stage
 
 HELP = """\
-  /system TEXT       tell the model who to be (no TEXT: forget it)
-  /temperature N     0 answers the likeliest way, 1 freely
-  /clear             forget the conversation
+  /system TEXT       set the system message (no TEXT: remove it)
+  /temperature N     0 takes the most likely token; higher is more random
+  /clear             start a new conversation
   /save FILE         append the conversation to FILE as a line of JSON
-  /help              this
-  /quit              leave (so do Ctrl-D and /exit)
+  /help              list the commands
+  /quit              quit (or Ctrl-D, /exit)
   Ctrl-C stops an answer."""
-TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of the writing direction
-LONGEST_MESSAGE = 100_000  # characters that are worth tokenising
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the writing direction
+LONGEST_MESSAGE = 100_000  # characters
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talk to a model that you trained."""
+    """Chat with a model."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """Run or model directory; without one, the newest under runs/."""
+    """Run, checkpoint or model directory; the newest under runs/ by default."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """Answer this and leave."""
+    """Answer this and exit."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.0))
 
 
 class Chat:
-    """A conversation with a model: its messages so far, and how to answer the next one."""
+    """A conversation with a chat model."""
 
     def __init__(self, engine: Engine, sampling: Sampling):
         self.engine, self.sampling = engine, sampling
@@ -54,13 +55,13 @@ class Chat:
         self.messages: list[dict] = []
 
     def answer(self, question: str) -> Iterator[str]:
-        """Stream the answer as text, and remember both, the answer as far as it came."""
+        """Stream the answer as text. Question and answer (as far as it came) join the conversation."""
         self.messages.append({"role": "user", "content": question})
         ids: list[int] = []
         try:
             prompt, dropped = self.fitting_prompt()
             if dropped:
-                yield f"[the context is full: the first {dropped} questions and answers are forgotten]\n"
+                yield f"[the context is full: dropped the first {dropped} questions and answers]\n"
             decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
             for token in self.engine.generate(prompt, self.sampling):
                 ids.append(token)
@@ -75,7 +76,7 @@ class Chat:
                 self.messages.pop()
 
     def fitting_prompt(self) -> tuple[list[int], int]:
-        """Ids of the conversation without the oldest turns that do not fit, and how many those are."""
+        """Drop the oldest turns until the conversation fits. Returns its ids, and how many were dropped."""
         context = self.engine.model.config.context
         room = min(self.sampling.max_tokens, context // 4)
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -86,13 +87,13 @@ class Chat:
                 self.messages = self.messages[start:]
                 return prompt, dropped
         raise ValueError(
-            f"that takes {len(prompt)} tokens, and the context of {context} must leave {room} for an "
+            f"the message takes {len(prompt)} tokens, but the context of {context} must leave {room} for an "
             "answer; shorten it"
         )
 
 
 class Continuation:
-    """What a base model does: go on with a text."""
+    """A base model, which continues text."""
 
     def __init__(self, engine: Engine, sampling: Sampling):
         self.engine, self.sampling = engine, sampling
@@ -107,12 +108,12 @@ class Continuation:
 
 
 def printable(text: str) -> str:
-    """text without what would steer the terminal: control characters, and turns of the writing direction."""
+    """text without characters that control the terminal or change the writing direction."""
     return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in TURNS))
 
 
 def say(chat: Chat | Continuation, question: str) -> bool:
-    """Print the answer as it comes, and return whether there was one. Ctrl-C ends it, and not the program."""
+    """Print the answer as it comes; False after an error. Ctrl-C stops the answer, not the program."""
     stream = chat.answer(question)
     try:
         for piece in stream:
@@ -128,7 +129,7 @@ def say(chat: Chat | Continuation, question: str) -> bool:
 
 
 def command(chat: Chat, line: str) -> bool:
-    """Carry out a /command. False ends the conversation."""
+    """Run a /command. False: quit."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name in ("/quit", "/exit"):
@@ -137,19 +138,16 @@ def command(chat: Chat, line: str) -> bool:
         print(HELP)
     elif name == "/clear":
         chat.messages = []
-        print("[forgotten]")
+        print("[new conversation]")
     elif name == "/system":
         chat.system = rest
-        print(f"[the system message is {rest!r}]" if rest else "[no system message]")
+        print(f"[system message: {rest!r}]" if rest else "[no system message]")
     elif name == "/temperature":
         try:
             chat.sampling = dataclasses.replace(chat.sampling, temperature=float(rest)).validate()
             print(f"[temperature {chat.sampling.temperature}]")
         except ValueError:
-            print(
-                f"error: /temperature {rest or '(nothing)'}: needs a number from 0 to 10",
-                file=sys.stderr,
-            )
+            print(f"error: /temperature {rest or '(nothing)'}: needs a number from 0 to 10", file=sys.stderr)
     elif name == "/save":
         save(chat, rest)
     else:
@@ -161,9 +159,9 @@ def save(chat: Chat, name: str) -> None:
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     try:
         if not name:
-            raise OSError("needs a file, as in /save talk.jsonl")
+            raise OSError("name a file, as in /save talk.jsonl")
         if not chat.messages:
-            raise OSError("nothing was said yet")
+            raise OSError("the conversation is empty")
         with open(name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
         print(f"[saved to {name}]")
@@ -172,19 +170,19 @@ def save(chat: Chat, name: str) -> None:
 
 
 def converse(chat: Chat | Continuation) -> None:
-    """Read lines and answer them until the end of input. Prompts are shown on a terminal only."""
+    """Answer lines until the end of input. The prompt is only shown on a terminal."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and recall, where Python has it
-        print("type a message, or /help" if isinstance(chat, Chat) else "type the beginning of a text")
+            import readline  # noqa: F401  line editing and history, if Python has it
+        print("type a message, or /help" if isinstance(chat, Chat) else "type text for the model to continue")
     while True:
         try:
             line = input("\n> " if interactive else "")
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D leaves)")
+            print("\n(/quit or Ctrl-D to quit)")
             continue
         line = printable(line).strip()
         if len(line) > LONGEST_MESSAGE:
@@ -199,7 +197,7 @@ def converse(chat: Chat | Continuation) -> None:
 
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
-    """Load the model; a base model, which was never taught to converse, continues text instead."""
+    """Load the model. A base model continues text instead of chatting."""
     config.sampling.validate()
     path = config.model
     if path is None:
@@ -208,20 +206,18 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     folder = model_folder(path)
     device = default_device()
     engine = Engine(*load_model(folder, device, fast_dtype(device.type)), slots=1)
-    kernel_choice(device.type)  # logs which now, and not amid the first answer
+    kernel_choice(device.type)  # logs the choice now, not during the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)
     if stage(folder) == "pretrain":
-        print(
-            "[a base model: it continues text; `hotlap sft` teaches it to converse]",
-            file=sys.stderr,
-        )
+        print("[base model: it continues text; `hotlap sft` fine-tunes it for chat]", file=sys.stderr)
         return Continuation(engine, config.sampling)
     return Chat(engine, config.sampling)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(ChatConfig, prog="chat.py", args=arguments)
+def main(arguments: list[str]) -> int:
+    """`hotlap chat`, and `python chat.py`."""
+    config = options.parse(ChatConfig, arguments, command="chat")
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     chat = open_chat(config)

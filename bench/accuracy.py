@@ -1,7 +1,7 @@
-"""Whether a provider computes its operation: output and gradients against the reference in float64.
+"""Check a provider's outputs and gradients against the reference in float64.
 
-It may be twice as far from float64 as the reference in the same dtype. What is compared has the size that is
-timed, or fewer rows where float64 does not fit the memory.
+Its error may be twice that of the reference in the same dtype. The check runs at the timed size, or with
+fewer rows if float64 does not fit in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from hotlap.bench.providers import CONTEXT, Function, Operation
 from hotlap.common.log import log
 
-ERROR_FACTOR = 2.0  # a provider may be this much further from float64 than the reference in the same dtype
-# What a provider may be off by in any case: rounding of the dtype.
+ERROR_FACTOR = 2.0  # allowed error, as a multiple of the reference's in the same dtype
+# Error that is always allowed: rounding of the dtype.
 SMALLEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 CPU_ROWS = 2048  # at most, because float64 is slow there
 FEWEST_ROWS = 64
@@ -26,16 +26,16 @@ FEWEST_ROWS = 64
 
 @dataclass(frozen=True)
 class RightAnswer:
-    """What is right, at some inputs, and how far from it each result may be."""
+    """Inputs, exact results, and the error allowed for each result."""
 
-    operation: Operation  # with as many rows as are compared
+    operation: Operation  # with the number of rows to compare
     tensors: tuple[Tensor, ...]
     exact: list[Tensor]  # outputs, then gradients, in float64
-    limits: list[float]  # relative, in the Frobenius norm
+    limits: list[float]  # relative error in the Frobenius norm
 
 
 def right_answer(operation: Operation, device: torch.device) -> RightAnswer:
-    """Of an operation at its size, or at the largest whose float64 fits the memory."""
+    """The right answer of an operation at its size, or with as many rows as fit in memory in float64."""
     rows = operation.rows if device.type == "cuda" else min(operation.rows, CPU_ROWS)
     while True:
         small = operation if rows == operation.rows else operation.with_rows(rows)
@@ -46,11 +46,11 @@ def right_answer(operation: Operation, device: torch.device) -> RightAnswer:
                 raise
         rows = fewer_rows(rows)
         torch.cuda.empty_cache()
-        log.info("%s is compared at %d rows: float64 needs too much memory", operation.case(), rows)
+        log.info("%s: checking %d rows, as float64 does not fit in memory", operation.case(), rows)
 
 
 def fewer_rows(rows: int) -> int:
-    """About half, in whole contexts where there are more than one."""
+    """About half, in multiples of the context if there is more than one."""
     return max(CONTEXT, rows // 2 // CONTEXT * CONTEXT) if rows > CONTEXT else rows // 2
 
 
@@ -65,7 +65,7 @@ def _right_answer(operation: Operation) -> RightAnswer:
 
 
 def mistake(right: RightAnswer, provider: str) -> str:
-    """How a provider is wrong, or nothing. Raises what the provider raises."""
+    """How a provider is wrong; empty if it is right. Raises what the provider raises."""
     operation = right.operation
     with poisoned_memory() if provider.startswith("hotlap") else contextlib.nullcontext():
         found = outputs_and_gradients(operation, operation.providers[provider], right.tensors)
@@ -73,23 +73,23 @@ def mistake(right: RightAnswer, provider: str) -> str:
     for i, (error, most) in enumerate(zip(off, right.limits, strict=True)):
         if not error <= most:
             what = "gradient" if i >= len(off) - operation.differentiable else "output"
-            return f"WRONG: its {what} is off by {error:.2g}, allowed {most:.2g}"
+            return f"WRONG: {what} has error {error:.2g}, allowed {most:.2g}"
     return ""
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """In it, what torch.empty gives holds NaN until it is written."""
+    """Make torch.empty return NaN, so that reading unwritten memory shows."""
     empty = torch.empty
 
     def poisoned(*size, **options):
         x = empty(*size, **options)
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode():  # its code takes memory by itself
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode():  # compiled code allocates by itself
             return x
         if x.is_floating_point():
             x.detach().fill_(float("nan"))
         elif x.dtype == torch.int8:
-            x.fill_(127)  # as bits of fp8, likewise
+            x.fill_(127)  # the bits of NaN in fp8
         return x
 
     torch.empty = poisoned
@@ -100,7 +100,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def distances(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """The norm of each difference, as a share of the exact one's."""
+    """The relative error of each tensor in the Frobenius norm."""
     return [
         ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
         for a, b in zip(found, exact, strict=True)
@@ -110,7 +110,7 @@ def distances(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 def outputs_and_gradients(
     operation: Operation, function: Function, tensors: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    """The outputs and the gradients, for output gradients that are the same whoever computes them."""
+    """Outputs, then input gradients, for output gradients that are the same for every provider."""
     inputs = [t.detach().clone().requires_grad_(i < operation.differentiable) for i, t in enumerate(tensors)]
     outputs = as_tuple(function(*inputs))
     found = [output.detach() for output in outputs]

@@ -1,4 +1,4 @@
-"""Who computes causal attention, whole, in windows and against a cache, for `hotlap bench kernels`."""
+"""Causal attention for `hotlap bench kernels`: full, windowed, by document, and against a KV cache."""
 # B batch, T time, S cache positions, H heads, C head dim
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hotlap.bench.providers import CONTEXT, HEAD_DIM, LONG, Function, Operation,
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
 from hotlap.kernels.decode_attention import append_ref, decode_attention, decode_attention_ref
 
-FLASH_ATTENTION = {  # where each version keeps `flash_attn_func`
+FLASH_ATTENTION = {  # the module of each version's `flash_attn_func`
     "flash-attn-2": "flash_attn.flash_attn_interface",
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
@@ -36,7 +36,7 @@ def attention_at(size: str, width: int, rows: int, device: torch.device, dtype: 
 def windowed_attention_at(
     size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Operation:
-    """Each query sees a quarter of the context, as in three of four layers."""
+    """Windows of a quarter of the context, as in three of four layers."""
     T = min(CONTEXT, rows)
     return _attention(
         "windowed_attention", size, T, max(1, T // 4), width // HEAD_DIM, HEAD_DIM, rows, device, dtype
@@ -46,7 +46,7 @@ def windowed_attention_at(
 def document_attention_at(
     size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Operation:
-    """Rows that pack documents, as training has them."""
+    """Rows of packed documents, as in training."""
     T = min(CONTEXT, rows)
     return _attention(
         "document_attention", size, T, T, width // HEAD_DIM, HEAD_DIM, rows, device, dtype, documents=True
@@ -61,8 +61,8 @@ def long_attention_at(
 
 
 def attention_of_lengths(rows: int) -> list[Callable[..., Operation]]:
-    """Makers of operations for a number of rows: heads of 64 and 128 at a width of 2048, lengths of 1k to
-    16k, whole and in windows of 512 and 1024.
+    """Builders of operations: head dims 64 and 128 at width 2048, lengths of 1k to 16k, with full attention
+    and windows of 512 and 1024.
     """
     return [
         partial(_attention, "attention_lengths", f"window {window}", T, window, 2048 // C, C)
@@ -88,10 +88,10 @@ def _attention(
     start = document_start(rows // T, T, device) if documents else None
     auto = partial(attention, window=window, document_start=start)
     providers: dict[str, Function] = {"hotlap": auto, "sdpa": _sdpa(window, T, device, start=start)}
-    if device.type == "cuda":  # there the choice may fall on another's kernel
+    if device.type == "cuda":  # where `auto` may pick another library's kernel
         providers["hotlap"] = partial(auto, backend="triton")
         providers |= {"hotlap-auto": auto, **_others(window, T, rows, device, start)}
-    pairs = rows // T * (window * (window + 1) / 2 + (T - window) * window)  # of a query and a key it sees
+    pairs = rows // T * (window * (window + 1) / 2 + (T - window) * window)  # (query, visible key)
     if start is not None:
         pairs = (torch.arange(1, T + 1, device=device) - start).sum().item()
     flops = 4 * pairs * heads * C
@@ -103,7 +103,7 @@ def _attention(
 
 
 def document_start(B: int, T: int, device: torch.device) -> Tensor:
-    """(B, T) int32: where the document of each token starts, for lengths as FineWeb's."""
+    """(B, T) int32: where each token's document starts. Lengths are distributed as in FineWeb."""
     random = np.random.default_rng(0)
     lengths = 1 + random.lognormal(np.log(MEDIAN_DOCUMENT), SPREAD, (B, T)).astype(int)
     ends = lengths.cumsum(1)
@@ -150,9 +150,9 @@ def decode_attention_at(
 def _others(
     window: int, T: int, rows: int, device: torch.device, start: Tensor | None
 ) -> dict[str, Function]:
-    """Providers that need a GPU: torch's own, and the versions of flash-attn that are installed."""
+    """Providers that need a GPU: torch's backends, and the installed versions of flash-attn."""
     providers = {"flex": _flex(window, T, device, start)}
-    if window == T and start is None:  # the backends have no windows; a mask would only be theirs in name
+    if window == T and start is None:  # the backends have no windows, and a mask would select another backend
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             label = f"sdpa-{backend.split('_')[0].lower()}"
             providers[label] = _sdpa(window, T, device, getattr(SDPBackend, backend))
@@ -189,7 +189,7 @@ def _flex(window: int, T: int, device: torch.device, start: Tensor | None = None
         seen = (key <= query) & (query - key < window)
         return seen if start is None else seen & (key >= start[b, query])
 
-    @functools.cache  # made by the first call, whose failure is then a row of the results
+    @functools.cache  # built in the first call, where a failure becomes a row
     def mask() -> BlockMask:
         return create_block_mask(visible, None if start is None else len(start), None, T, T, device=device)
 
@@ -207,9 +207,9 @@ def _varlen(
 ) -> Function:
     starts = torch.arange(0, rows + 1, T, dtype=torch.int32, device=device)
     if start is not None:
-        first = (start + starts[:-1, None]).flatten().unique()  # of all documents, in all rows
+        first = (start + starts[:-1, None]).flatten().unique()  # of each document, over all rows
         starts = torch.cat((first, starts[-1:])).int()
-    before = -1 if window == T else window - 1  # keys before the query's own; -1 is all
+    before = -1 if window == T else window - 1  # visible keys before the query's own; -1: all
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, C)

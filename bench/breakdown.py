@@ -1,7 +1,7 @@
-"""Where the time of a training step goes on a device, kernel by kernel: `breakdown` of the suite.
+"""Where the time of a training step goes, kernel by kernel: the suite's `breakdown` phase.
 
-The profiler's times of each kernel, summed by name and by kind over one step after some that warm up; the
-trace can be opened at https://ui.perfetto.dev.
+torch.profiler's kernel times are summed by name and by kind over one step, after warm-up steps. Open the
+trace at https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.train.distributed.world import joined
 
-KINDS = (  # the first whose pattern is in a kernel's name
+KINDS = (  # the first pattern found in a kernel's name counts
     ("our attention", r"_attention_"),
     ("our rotary", r"_rotary"),
     ("our Muon", r"_muon_|_symmetric_kernel"),
@@ -43,21 +43,21 @@ KINDS = (  # the first whose pattern is in a kernel's name
 
 @dataclass(frozen=True)
 class BreakdownConfig:
-    """Profile a training step."""
+    """Profile one training step."""
 
     model: str = "d24"
-    """One of the models of `bench training`."""
+    """A model of `hotlap bench training`."""
     rows: int = 0
-    """Rows of the model's context in a step; 0 is a usual number."""
+    """Rows per step; 0: a usual number for the model."""
     steps: int = 8
-    """Steps before the one that is profiled."""
+    """Warm-up steps before the profiled one."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def break_down(config: BreakdownConfig) -> list[dict]:
-    """Write breakdown.json, breakdown.txt and trace.json.gz, and return the rows: milliseconds by kind, and
-    the time in which the device did nothing.
+    """Write breakdown.json, breakdown.txt and trace.json.gz, and return the rows: milliseconds of the step,
+    and by kind of kernel.
     """
     shape, rows = model_config(config.model), config.rows or ROWS[config.model]
     with joined() as world:
@@ -75,7 +75,8 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         table += [{"case": case, "provider": "whole step, profiled", "ms": 1e3 * sum(parts)}]
         table += [{"case": case, "provider": kind, "ms": ms} for kind, ms in by_kind(found)]
         results.save(path, table, world.device)
-        lines = [f"{ms:10.3f} ms {count:6} x  {name[:150]}" for name, (ms, count) in by_time(found)]
+        by_time = sorted(found.items(), key=lambda item: -item[1][0])
+        lines = [f"{ms:10.3f} ms {count:6} x  {name[:150]}" for name, (ms, count) in by_time]
         files.write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
         trace = path.with_name("trace.json")
         profiler.export_chrome_trace(str(trace))
@@ -87,7 +88,7 @@ def break_down(config: BreakdownConfig) -> list[dict]:
 
 
 def kernel_times(profiler: profile, on_gpu: bool) -> dict[str, tuple[float, int]]:
-    """Milliseconds and calls of each kernel by its name; of each operation on a CPU."""
+    """Milliseconds and calls by kernel name; by operation on a CPU."""
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     found: dict[str, tuple[float, int]] = {}
     for event in profiler.key_averages():
@@ -99,13 +100,9 @@ def kernel_times(profiler: profile, on_gpu: bool) -> dict[str, tuple[float, int]
 
 
 def by_kind(found: dict[str, tuple[float, int]]) -> list[tuple[str, float]]:
-    """Milliseconds of each kind of kernel, the most first."""
+    """Milliseconds by kind of kernel, the largest first."""
     sums: dict[str, float] = defaultdict(float)
     for name, (ms, _) in found.items():
         kind = next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")
         sums[kind] += ms
     return sorted(sums.items(), key=lambda item: -item[1])
-
-
-def by_time(found: dict[str, tuple[float, int]]) -> list[tuple[str, tuple[float, int]]]:
-    return sorted(found.items(), key=lambda item: -item[1][0])

@@ -1,4 +1,4 @@
-"""`hotlap bench compare BEFORE AFTER`: what got slower between two result files of one device."""
+"""`hotlap bench compare BEFORE AFTER`: what got slower between two result files of the same device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hotlap.common import options
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Say what got slower between two result files of one device."""
+    """Show what got slower between two result files of the same device."""
 
     before: tyro.conf.Positional[Path] = Path("before.json")
     """The older file."""
@@ -22,23 +22,22 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig) -> list[str]:
-    """A line for each case that both files hold: the ratio of times, and SLOWER or faster beyond their
-    spread; what was not measured the second time, with the reason; and what there is to know of both.
+    """A line for each case in both files: the ratio of times, and SLOWER or faster if it exceeds the spread.
+    Then the cases that the second file has no time for, and how the files differ otherwise.
 
-    ValueError where the files come from different devices, whose times say nothing about the code, or have no
-    case in common.
+    ValueError if the files are from different devices or have no case in common.
     """
     before, after = results.load(config.before), results.load(config.after)
     if before["device"] != after["device"]:
         raise ValueError(
-            f"{config.before} is of {before['device']}, {config.after} of {after['device']}; "
-            "compare files of one device"
+            f"{config.before} is from {before['device']}, {config.after} from {after['device']}; "
+            "compare files from the same device"
         )
     old = {(row["case"], row["provider"]): row for row in before["rows"] if row.get("ms") is not None}
     if not any((row["case"], row["provider"]) in old for row in after["rows"]):
         raise ValueError(
-            f"{config.before} holds {before['kind']} and {config.after} {after['kind']}, without a timed "
-            "case in common; compare files of one kind and size"
+            f"{config.before} ({before['kind']}) and {config.after} ({after['kind']}) have no timed case in "
+            "common; compare files of the same kind and size"
         )
     lines, verdicts = [], {"SLOWER": 0, "faster": 0, "": 0}
     for row in after["rows"]:
@@ -61,13 +60,13 @@ def compare(config: CompareConfig) -> list[str]:
 
 
 def unlike(before: dict, after: dict) -> list[str]:
-    """What else differs between two files, or should keep one from believing them."""
+    """How two files differ otherwise, and the warnings in them."""
     lines = []
     for name in ("commit", "versions"):
         if before.get(name) != after.get(name):
-            lines.append(f"{name}: {before.get(name)}, then {after.get(name)}")
+            lines.append(f"{name}: before {before.get(name)}, after {after.get(name)}")
     for name, content in (("before", before), ("after", after)):
-        lines += [f"warning of {name}: {warning}" for warning in content.get("warnings", ())]
+        lines += [f"warning in {name}: {warning}" for warning in content.get("warnings", ())]
     return lines
 
 

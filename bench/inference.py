@@ -1,4 +1,4 @@
-"""`hotlap bench inference`: time to the first token and to each next one, against the memory's limit."""
+"""`hotlap bench inference`: time to first token and per decoding step, beside the memory-bandwidth limit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from hotlap.bench import results
+from hotlap.bench import plots, results
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.plots import draw_inference
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.common import options
 from hotlap.common.log import log
@@ -23,24 +22,24 @@ from hotlap.model.gpt import GPT
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Measure generation: a prompt's first token, then decoding at several batch sizes."""
+    """Measure generation: time to first token, then decoding at several batch sizes."""
 
     model: str = ""
-    """One of tiny, 124m, d12, d20 and d24; by default tiny on a CPU, d24 on a GPU."""
+    """One of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU and d24 on a GPU."""
     batches: tuple[int, ...] = (1, 8, 32, 128, 256)
-    """Sequences that are decoded at once."""
+    """Batch sizes: sequences decoded at once."""
     prompt: int = 0
-    """Tokens of the prompt; 0 is half of the model's context."""
+    """Prompt length in tokens; 0: half the model's context."""
     minutes: float = 0
-    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
+    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 @torch.inference_mode()
 def bench_inference(config: InferenceConfig) -> list[dict]:
-    """Measure each batch size, write inference.json, .csv and .png, and return the rows. Out of memory is a
-    row too.
+    """Measure each batch size, write inference.json, .csv and .png, and return the rows. A batch size that
+    fails has a row that says so.
     """
     budget, device = Budget(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
@@ -56,7 +55,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights().eval()
     for parameter in model.parameters():
-        if not parameter.any():  # as many are before training; matmuls of zeros take less power, and time
+        if not parameter.any():  # zero at initialisation; matmuls of zeros take less power and time
             parameter.normal_(0, shape.width**-0.5)
     ceilings = measure_ceilings(device)
     rows: list[dict] = []
@@ -68,7 +67,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
             try:
                 rows += measure_decoding(model, case, batch, prompt, ceilings.copy, device)
                 notes = {}
-            except Exception as error:  # whatever a batch ends with is its row, and the others go on
+            except Exception as error:  # recorded as the row of this batch; the other sizes still run
                 notes["note"] = failure(error).replace("--rows", "--batches")
                 results.write_traceback(path.parent, f"inference {case}")
         if notes:
@@ -77,7 +76,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
             if row["case"] == case:
                 log.info("%s", results.as_line(row))
         results.save(path, rows, device, ceilings=vars(ceilings))
-    draw_inference(rows, path.with_suffix(".png"))
+    plots.draw(rows, path.with_suffix(".png"), plots.inference)
     log.info("written to %s", path)
     return rows
 
@@ -85,8 +84,8 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
 def measure_decoding(
     model: GPT, case: str, batch: int, prompt: int, bandwidth: float, device: torch.device
 ) -> list[dict]:
-    """Milliseconds of the prefill of one prompt, and of a decoding step of `batch` sequences of that length:
-    a row as the engine takes it, and on a GPU one of a CUDA graph of it, without the host's share.
+    """Time the prefill of one prompt, and a decoding step of `batch` sequences of that length. One row is as
+    the engine runs it; on a GPU a second row times a CUDA graph, without host overhead.
     """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
@@ -129,8 +128,9 @@ def measure_decoding(
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:
-    """The least that a decoding step must read: the weights of the matmuls as they are stored, and the keys
-    and values that each layer's window sees."""
+    """Bytes that a decoding step must read: matmul weights in their stored dtype, and the keys and values in
+    each layer's window.
+    """
     counts, c = parameter_counts(model), model.config
     weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()
     size = torch.empty((), dtype=model.compute_dtype).element_size()

@@ -1,7 +1,7 @@
-"""`hotlap bench kernels`: every operation by every provider that is installed, right first, then timed.
+"""`hotlap bench kernels`: check, then time, every operation by every installed provider.
 
-A provider may hang, or take the GPU's context with it. So the results say before each one what is begun, a
-watchdog ends the process where it takes too long, and --resume goes on with the rest.
+A provider may hang or corrupt the GPU context. So the results name each provider before it starts, a watchdog
+kills the process if it takes too long, and --resume continues with the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from hotlap.bench import results
+from hotlap.bench import plots, results
 from hotlap.bench.accuracy import as_tuple, mistake, right_answer
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, measure_ceilings
-from hotlap.bench.plots import draw_kernels
 from hotlap.bench.providers import CONTEXT, Function, Operation
 from hotlap.bench.timing import (
     FAILED,
@@ -39,47 +38,45 @@ from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 
-UNFINISHED = "begun, and not finished: it hung, or its process was ended"  # the note of a row
-ALL = "all"  # in place of a provider: the reference, and all that take turns
-LONGEST = 150  # seconds that a provider may take to compile and be compared, and all of them to be timed
+UNFINISHED = "did not finish: it hung, or its process was killed"  # the note of a row
+ALL = "all"  # in place of a provider: the reference, or all providers in turns
+LONGEST = 150  # seconds, at most, to compile and check one provider, or to time all of them
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Measure each operation: ours against torch, torch.compile, and every other provider that is
-    installed.
-    """
+    """Measure each operation: ours against torch, torch.compile, and other installed libraries."""
 
     operations: tuple[str, ...] = ()
-    """Of attention, windowed_attention, document_attention, long_attention, linear_relu2,
+    """Any of attention, windowed_attention, document_attention, long_attention, linear_relu2,
     linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, rotary,
-    decode_attention, cross_entropy, relu2 and linear_cross_entropy_uncapped; none is all that the device can
-    do. attention_lengths: rows of 1k to 16k, only where it is named."""
+    decode_attention, cross_entropy, relu2 and linear_cross_entropy_uncapped; by default, all that the
+    device supports. attention_lengths (rows of 1k to 16k tokens) must be named."""
     sizes: tuple[str, ...] = ()
-    """Of d12 and d24, the models whose widths are measured; none is both."""
+    """The models whose widths are measured: d12, d24; both by default."""
     rows: int = 0
-    """Rows of tokens, up to 2048 or a multiple of that; 0 is 16384 on a GPU, 1024 on a CPU."""
+    """Number of tokens, up to 2048 or a multiple of it; 0: 16384 on a GPU, 1024 on a CPU."""
     seconds: float = 0.2
-    """Time for each provider in each direction."""
+    """Measuring time of each provider in each direction."""
     compile: bool = True
-    """Measure torch.compile too, which takes a while to compile."""
+    """Include torch.compile, which takes a while to compile."""
     minutes: float = 0
-    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
+    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
     resume: bool = False
-    """Go on where a run into the same folder ended, without what hung in it."""
+    """Continue an earlier run in the same folder, skipping providers that failed or hung."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 class DeviceLost(OSError):
-    """A kernel has left the GPU's context unusable: nothing more can be measured in this process."""
+    """A kernel left the GPU context unusable, so this process cannot measure anything else."""
 
 
 def bench_kernels(config: KernelsConfig) -> list[dict]:
     """Measure everything, write kernels.json, .csv and .png, and return the rows.
 
-    A provider that is wrong is a row that says so and is not timed; out of memory is a row too. Raises
-    DeviceLost where a provider leaves the GPU unusable.
+    A provider that is wrong or fails is not timed and has a row that says so. Raises DeviceLost if a provider
+    leaves the GPU unusable.
     """
     if not config.seconds > 0:
         raise ValueError(f"seconds={config.seconds} must be positive")
@@ -105,16 +102,16 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
             run.add(operation.case(), "hotlap", NO_TIME)
         run.save()
     run.save(complete=True)
-    draw_kernels(run.rows, path.with_suffix(".png"))
+    plots.draw(run.rows, path.with_suffix(".png"), plots.kernels)
     log.info("written to %s", path)
     return run.rows
 
 
 class Run:
-    """The rows of a run, on disk before and after whatever may hang or end the process."""
+    """The rows of a run, saved before and after everything that may hang or kill the process."""
 
     def __init__(self, path: Path, device: torch.device, ceilings: Ceilings, rows: list[dict]):
-        """rows: of a run that this one continues."""
+        """rows: from an earlier run, to resume."""
         self.path, self.device, self.ceilings, self.rows = path, device, ceilings, rows
 
     def save(self, *more: dict, complete: bool = False) -> None:
@@ -122,28 +119,28 @@ class Run:
         results.save(self.path, rows, self.device, ceilings=vars(self.ceilings), complete=complete)
 
     def add(self, case: str, provider: str, note: str) -> None:
-        """A row without a time, for the reason in its note."""
+        """Add a row without a time; note: the reason."""
         self.rows.append({"case": case, "provider": provider, "ms": None, "note": note})
 
     def holds(self, operation: Operation) -> bool:
-        """Whether an operation is measured, or cannot be."""
+        """Whether an operation has been measured, or cannot be."""
         last, whole = operation.case(operation.directions[-1]), operation.case()
         return any(row["case"] == last or (row["case"], row["provider"]) == (whole, ALL) for row in self.rows)
 
     def failed(self, operation: Operation) -> set[str]:
-        """The providers of an operation that were wrong, did not run, or hung."""
+        """The providers of an operation that were wrong, failed or hung."""
         return {row["provider"] for row in self.rows if row["case"] == operation.case()}
 
     def begin(self, operation: Operation, provider: str) -> None:
-        """Say on disk what would be to blame if this process did not go on."""
+        """Record what is about to run, to blame it if this process dies."""
         self.save({"case": operation.case(), "provider": provider, "ms": None, "note": UNFINISHED})
 
     def attempt(self, operation: Operation, provider: str, direction: str, action: Callable[[], Any]) -> Any:
-        """What an action of a provider returns, or None and a row more where it raises."""
+        """Run an action of a provider and return its result. If it raises, add a row and return None."""
         try:
             with watched(self.device):
                 return action()
-        except Exception as error:  # whatever a provider throws is its row
+        except Exception as error:  # any error of a provider is its row
             note, lost = failure(error), not is_usable(self.device)
             results.write_traceback(self.path.parent, f"{operation.case(direction)} by {provider}")
             log.error("%s by %s: %s", operation.case(direction), provider, note)
@@ -151,14 +148,14 @@ class Run:
             if lost:
                 self.save()
                 raise DeviceLost(
-                    f"{provider} has left the GPU unusable in {operation.case()}; --resume does the rest"
+                    f"{provider} left the GPU unusable in {operation.case()}; continue with --resume"
                 ) from error
         return None
 
 
 @contextlib.contextmanager
 def watched(device: torch.device) -> Iterator[None]:
-    """End the process, with its stacks, where a GPU does not come back."""
+    """On a GPU, dump the stacks and kill the process if the action hangs."""
     if device.type != "cuda":
         yield
         return
@@ -170,20 +167,20 @@ def watched(device: torch.device) -> Iterator[None]:
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether a GPU still computes: after an illegal access, or a failed capture, it may not."""
+    """Whether the GPU still works, as it may not after an illegal access or a failed graph capture."""
     try:
         return torch.randn(1, device=device).isfinite().item()
     except RuntimeError:
         return False
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # or a compiled backward pass runs only once
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or what is timed would not be compiled
+@torch._functorch.config.patch(donated_buffer=False)  # else a compiled backward pass runs only once
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else uncompiled code would be timed
 def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> None:
-    """Add the rows of one operation: for each direction and provider, but for those that failed before."""
+    """Add the rows of one operation, for each direction and each provider that has not failed before."""
     start_afresh(run.device)
     directions = {operation.case(direction): direction for direction in operation.directions}
-    run.rows = [row for row in run.rows if row["case"] not in directions]  # of a run that ended in here
+    run.rows = [row for row in run.rows if row["case"] not in directions]  # of an unfinished run
     names = [name for name in operation.providers if name not in run.failed(operation)]
     if not config.compile:
         names = [name for name in names if name != "compile"]
@@ -210,7 +207,7 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
             row = row_of(name, operation, direction, {n: t for n, (t, _) in timed.items()}, run.ceilings)
             run.rows.append(row | {"memory_gb": memory, "graph": None if memory is None else timing.graph})
             log.info(
-                "%-46s %-14s %9.4f ms  %6.1f %% of the ceiling  %s",
+                "%-46s %-14s %9.4f ms  %6.1f %% of ceiling  %s",
                 case, row["provider"], row["ms"], 100 * row["share_of_ceiling"], ratio(row),
             )  # fmt: skip
 
@@ -218,7 +215,7 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
 def time_providers(
     operation: Operation, names: list[str], direction: str, sets: int, seconds: float, run: Run
 ) -> dict[str, tuple[Timing, float | None]]:
-    """Of the providers that run, interleaved: their timings, and the gigabytes that a call allocates."""
+    """Time the providers that run, interleaved: each one's timing, and the gigabytes a call allocates."""
     calls: dict[str, Callable[[int], object]] = {}
     memory: dict[str, float | None] = {}
 
@@ -232,19 +229,19 @@ def time_providers(
         if call := run.attempt(operation, name, direction, partial(first_call, name)):
             calls[name] = call
     timings = {}
-    if calls:  # each ran alone; their inputs may not fit together
+    if calls:  # each runs alone, but they may not fit in memory together
         action = partial(measure, calls, run.device, sets=sets, seconds=seconds)
         timings = run.attempt(operation, ALL, direction, action) or {}
     return {name: (timing, memory[name]) for name, timing in timings.items()}
 
 
 def needed_sets(operation: Operation, device: torch.device) -> int:
-    """How many sets of inputs do not fit the cache."""
+    """How many sets of inputs exceed the cache."""
     return buffer_sets(sum(t.nbytes for t in operation.tensors()), device)
 
 
 def memory_of(call: Callable[[int], object], device: torch.device) -> float | None:
-    """Gigabytes that a call allocates at most, beyond what was there; None on a CPU."""
+    """Peak gigabytes that a call allocates; None on a CPU."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
@@ -254,9 +251,9 @@ def memory_of(call: Callable[[int], object], device: torch.device) -> float | No
 
 
 def prepared(operation: Operation, function: Function, direction: str, sets: int) -> Callable[[int], object]:
-    """A call on buffer set i: the forward pass alone, the backward pass alone, or both.
+    """A call on buffer set i: the forward pass, the backward pass, or both.
 
-    What a call returns is held until the set's next turn, so that results rotate over the memory too.
+    Results are held until the set's next turn, so that they rotate over memory like the inputs.
     """
     inputs = [operation.tensors() for _ in range(sets)]
     held: list[object] = [None] * sets
@@ -295,9 +292,7 @@ def costs(operation: Operation, direction: str) -> tuple[float, float]:
 def row_of(
     name: str, operation: Operation, direction: str, timings: dict[str, Timing], ceilings: Ceilings
 ) -> dict:
-    """One line of the results: time, rate, share of the measured ceiling, and ratio to the best other
-    provider.
-    """
+    """A row: time, rate, share of the measured ceiling, and ratio to the best other provider."""
     timing = timings[name]
     moved, flops = costs(operation, direction)
     others = [t.median for other, t in timings.items() if other != name]
@@ -322,10 +317,10 @@ def is_fault(row: dict) -> bool:
 
 def ratio(row: dict) -> str:
     best = row["best_other_over_this"]
-    return "" if best is None else f"{best:.2f}x the best other"
+    return "" if best is None else f"{best:.2f}x as fast as the best other"
 
 
 def main(arguments: list[str]) -> int:
-    """`hotlap bench kernels`; 1 where a kernel failed or was wrong."""
+    """`hotlap bench kernels`; exit code 1 if one of our kernels failed or was wrong."""
     rows = bench_kernels(options.parse(KernelsConfig, arguments, command="bench kernels"))
     return int(any(map(is_fault, rows)))

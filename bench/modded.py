@@ -1,8 +1,8 @@
-"""modded-nanogpt's training scripts, run as they are on one GPU, and our 124m taking turns with them.
+"""modded-nanogpt's unmodified training scripts on one GPU, in turns with our 124m.
 
-The scripts train when they are imported, so each gets a process of its own, with the variables that torchrun
-would set, and is ended after the steps that are measured. It works in a temporary folder with a link to the
-data: they write logs where they run. Times are the script's own, from the lines that it prints.
+Each script runs in its own process with the variables that torchrun would set, and is killed after the
+measured steps. Scripts write logs to the current folder, so they run in a temporary one with a link to the
+data. Times are those that the script prints.
 """
 
 from __future__ import annotations
@@ -31,25 +31,23 @@ from hotlap.model.config import GPTConfig
 PLAIN = "records/track_3_optimization/train_gpt_simple.py"
 SCRIPTS = {
     "modded-nanogpt-plain": PLAIN,  # the shape of our 124m, in plain torch
-    "modded-nanogpt": "train_gpt.py",  # the record: a model of its own, FlashAttention 3, FP8
+    "modded-nanogpt": "train_gpt.py",  # the record: its own model, FlashAttention 3, fp8
 }
 DATA = "fineweb10B"
 STEP = re.compile(r"step:\d+/\d+ train_time:([\d.]+)(ms|s) step_avg:")
-BATCH = re.compile(r"\bbatch_size ?= ?(\d[\d *]*)")  # the first in a script is that of its first steps
-UNTIMED, BLOCK, BLOCKS = 10, 10, 5  # steps; blocks, because theirs are not alike and printed before they end
+BATCH = re.compile(r"\bbatch_size ?= ?(\d[\d *]*)")  # the first match is the batch of the first steps
+UNTIMED, BLOCK, BLOCKS = 10, 10, 5  # steps; blocks, as single steps vary and are printed before they end
 OUR_UNTIMED, OUR_STEPS = 2, 10
 
 
 def runnable(path: Path, device: torch.device) -> dict[str, Path]:
-    """The scripts of a checkout that this device can run; a ValueError that says what is needed where none
-    can.
-    """
+    """The scripts of a checkout that this device can run. ValueError if there are none."""
     if not (path / "train_gpt.py").is_file():
         raise FileNotFoundError(f"no {path / 'train_gpt.py'}; is that a checkout of modded-nanogpt?")
     if device.type != "cuda":
         raise ValueError(
-            f"--modded runs {PLAIN} and train_gpt.py of {path}, which need an NVIDIA GPU (train_gpt.py a "
-            "Hopper GPU and the `kernels` package too); this machine has none"
+            f"--modded runs {PLAIN} and train_gpt.py of {path}, which need an NVIDIA GPU (and train_gpt.py a "
+            "Hopper GPU and the `kernels` package); this machine has none"
         )
     train, held_out = (list((data_folder(path) / DATA).glob(f"fineweb_{s}_*.bin")) for s in ("train", "val"))
     if len(train) < 2 or not held_out:
@@ -59,7 +57,7 @@ def runnable(path: Path, device: torch.device) -> dict[str, Path]:
         )
     scripts = {name: path / script for name, script in SCRIPTS.items() if (path / script).is_file()}
     if torch.cuda.get_device_capability(device) != (9, 0):
-        log.warning("train_gpt.py is left out: it needs a Hopper GPU (compute capability 9.0)")
+        log.warning("skipping train_gpt.py: it needs a Hopper GPU (compute capability 9.0)")
         del scripts["modded-nanogpt"]
     if not scripts:
         raise ValueError(f"train_gpt.py needs a Hopper GPU, and {path} has no {PLAIN}; update the checkout")
@@ -67,21 +65,21 @@ def runnable(path: Path, device: torch.device) -> dict[str, Path]:
 
 
 def data_folder(path: Path) -> Path:
-    """Where a checkout's data lies; their scripts take DATA_PATH too."""
+    """The data folder of a checkout; like its scripts, this reads DATA_PATH."""
     return Path(os.environ.get("DATA_PATH", path)) / "data"
 
 
 def bench_script(
     name: str, script: Path, data: Path, shape: GPTConfig, our_step: Callable, device: torch.device
 ) -> list[dict]:
-    """Two rows: our steps before and after those of the script, on batches of as many tokens. A script that
-    fails is a row with its last words.
+    """Two rows: the script's steps, and ours, timed before and after it on batches of as many tokens. If the
+    script fails, its row has its last line of output.
     """
     batch = batch_tokens(script)
     rows = batch // shape.context
     tokens = torch.randint(shape.vocab_size, (rows, shape.context + 1), device=device)
     ours = our_seconds(our_step, tokens, device)
-    log.info("%s: running, which compiles for minutes the first time", script)
+    log.info("%s: running; the first time, it compiles for minutes", script)
     note, theirs = "", []
     try:
         theirs = their_seconds(script, data)
@@ -108,7 +106,7 @@ def bench_script(
 
 
 def batch_tokens(script: Path) -> int:
-    """Tokens of the script's first steps."""
+    """Tokens per step in the script's first steps."""
     match = BATCH.search(script.read_text(encoding="utf-8"))
     if match is None:
         raise ValueError(f"{script} has no line `batch_size = ...`; use a newer checkout of modded-nanogpt")
@@ -116,7 +114,7 @@ def batch_tokens(script: Path) -> int:
 
 
 def our_seconds(step: Callable, tokens: torch.Tensor, device: torch.device) -> list[float]:
-    """Seconds of each of our steps; the memory is free for others then."""
+    """Seconds of each of our steps. Frees cached GPU memory afterwards."""
     seconds = []
     for _ in range(OUR_UNTIMED + OUR_STEPS):
         synchronize(device)
@@ -130,7 +128,7 @@ def our_seconds(step: Callable, tokens: torch.Tensor, device: torch.device) -> l
 
 
 def their_seconds(script: Path, data: Path) -> list[float]:
-    """Seconds of a step of the script, of one block of steps after the other. RuntimeError where it fails."""
+    """Seconds per step of each block of the script's steps. RuntimeError if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -148,12 +146,12 @@ def their_seconds(script: Path, data: Path) -> list[float]:
             try:
                 return block_seconds(process.stdout)
             finally:
-                os.killpg(process.pid, signal.SIGKILL)  # with the compiler's workers
+                os.killpg(process.pid, signal.SIGKILL)  # and the compiler's workers
 
 
 def block_seconds(lines: Iterable[str]) -> list[float]:
-    """Seconds of a step, of each block, from what a script prints. RuntimeError with its last words where it
-    ends before.
+    """Seconds per step of each block, from a script's output. RuntimeError with its last line if it ends too
+    early.
     """
     times: list[float] = []  # since the start, after each step
     last: collections.deque[str] = collections.deque(maxlen=1)

@@ -1,7 +1,8 @@
-"""The models that training and inference are measured on, by name, and how long the documents are."""
+"""The models that benchmarks use, by name, and the distribution of document lengths."""
 
 from __future__ import annotations
 
+from hotlap.common.errors import known
 from hotlap.model.config import GPTConfig
 
 MODELS = {
@@ -16,14 +17,12 @@ MODELS = {
     "d20": GPTConfig.from_depth(20),
     "d24": GPTConfig.from_depth(24),
 }  # fmt: skip
-ROWS = {"tiny": 16, "124m": 64, "d12": 32, "d20": 32, "d24": 16}  # of a step, on a GPU of 80 GB
-MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with FineWeb's median and mean
-# The MFU that nanochat publishes for models of these depths on eight H100s, in bf16: 41 % in dev/LOG.md of
-# 2026-01-12, and for run 1 of dev/LEADERBOARD.md 4.331e19 FLOPs in 10949 s.
+ROWS = {"tiny": 16, "124m": 64, "d12": 32, "d20": 32, "d24": 16}  # per step, on a GPU with 80 GB
+MEDIAN_DOCUMENT, SPREAD = 400, 1.04  # lognormal lengths in tokens, with the median and mean of FineWeb
+# nanochat's MFU at these depths on eight H100s, in bf16: 41 % in dev/LOG.md of 2026-01-12; run 1 of
+# dev/LEADERBOARD.md took 10949 s for 4.331e19 FLOPs.
 NANOCHAT_MFU = {"d12": 0.41, "d24": 0.50}
 
 
 def model_config(name: str) -> GPTConfig:
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name]
+    return MODELS[known(name, MODELS, "model")]

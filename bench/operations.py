@@ -1,4 +1,4 @@
-"""What `hotlap bench kernels` measures, apart from the inner workings of attention: attention.py."""
+"""The operations of `hotlap bench kernels`; those of attention are in attention.py."""
 # B batch, T time, D width, H heads, C head dim, V vocab, N rows = B * T
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def rms_norm_at(size: str, width: int, rows: int, device: torch.device, dtype: t
 
     others: dict[str, Function] = {"torch": normalised}
     if function := liger("liger_rms_norm", device):
-        others["liger"] = partial(
-            function, eps=1e-6, in_place=False
-        )  # in place, it would spoil the gradients
+        others["liger"] = partial(function, eps=1e-6, in_place=False)  # in place, gradients would be wrong
     moved = rows * width * dtype.itemsize
     return Operation(
         "rms_norm", f"{size} {rows}x{width}",
@@ -125,8 +123,8 @@ def rotary_at(size: str, width: int, rows: int, device: torch.device, dtype: tor
 
 
 def cross_entropy_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    """Without Liger's, which writes the gradients over the logits that it is given."""
-    V = {"d12": VOCABULARY, "d24": 50304}[size]  # whatever the width, so GPT-2's vocabulary too
+    """Liger's is left out, as it overwrites the logits with their gradients."""
+    V = {"d12": VOCABULARY, "d24": 50304}[size]  # the width does not matter: the second is GPT-2's
     moved = rows * V * dtype.itemsize
     return Operation(
         "cross_entropy", f"{size} {rows}x{V}",
@@ -153,9 +151,9 @@ def linear_cross_entropy_at(
 def linear_cross_entropy_uncapped_at(
     size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Operation:
-    """Beside torch's own, which has no softcap, and takes seconds on a CPU."""
+    """Without softcap, to compare with torch's own on a GPU; on a CPU that takes seconds."""
     others: dict[str, Function] = {}
-    if device.type == "cuda" and hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+    if device.type == "cuda" and hasattr(F, "linear_cross_entropy"):  # since torch 2.13
 
         def chunked(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
             options = torch.nn.LinearCrossEntropyOptions()
@@ -186,7 +184,7 @@ def _linear_cross_entropy(
 
 
 def _layers(width: int, device: torch.device) -> int:
-    """As the model of this width has, but one on a CPU, which all of d24's would take ten seconds a call."""
+    """The model's number of layers; 1 on a CPU, where all of d24's would take ten seconds per call."""
     return 1 if device.type == "cpu" else 12 if width == WIDTHS["d12"] else 24
 
 
@@ -207,7 +205,7 @@ def orthogonalize_at(size: str, width: int, rows: int, device: torch.device, dty
 
 
 def muon_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    """A whole step for the matrices of one shape."""
+    """A whole Muon step for the matrices of one shape."""
     layers, shape = _layers(width, device), (width, 4 * width)
     beta, lr, decay = (torch.tensor(value, device=device) for value in (0.95, 1.0, 0.1))
 
@@ -236,7 +234,7 @@ def muon_at(size: str, width: int, rows: int, device: torch.device, dtype: torch
 
 
 def linear_fp8_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
-    """Beside the same layer in the dtype, from which it differs by e4m3's 3 bits and e5m2's 2."""
+    """Compared with the same layer in `dtype`; it differs by rounding to e4m3 (3 bits) and e5m2 (2 bits)."""
     matmul = 2 * rows * width * 4 * width
     return Operation(
         "linear_fp8", f"{size} {rows}x{width}x{4 * width}",
@@ -256,7 +254,7 @@ def _has_fp8(device: torch.device) -> bool:
     return True
 
 
-BUILDERS = {  # what takes the most of a training step first
+BUILDERS = {  # the largest shares of a training step first
     "attention": attention_at,
     "windowed_attention": windowed_attention_at,
     "document_attention": document_attention_at,
@@ -274,9 +272,7 @@ BUILDERS = {  # what takes the most of a training step first
     "relu2": relu2_at,
     "linear_cross_entropy_uncapped": linear_cross_entropy_uncapped_at,
 }
-
-
-LENGTHS = "attention_lengths"  # thirty operations: only where it is named
+LENGTHS = "attention_lengths"  # thirty operations, only if named
 
 
 def operations(
@@ -286,9 +282,8 @@ def operations(
     names: tuple[str, ...],
     only: tuple[str, ...] = (),
 ) -> Iterator[Operation]:
-    """Every named operation for `rows` rows of tokens, at one size and then all again at the other: d24 first
-    on a GPU, d12 on a CPU; or at the sizes in `only`. Each is made when its turn comes, because masks take
-    memory.
+    """The named operations (all by default) for `rows` tokens, at each size (only those in `only`, if given):
+    d24 first on a GPU, d12 first on a CPU. They are built lazily, because masks take memory.
     """
     for size in only:
         known(size, WIDTHS, "size")

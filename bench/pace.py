@@ -1,7 +1,7 @@
-"""`hotlap bench speedrun`: what this machine makes of a speedrun's step, beside those who have run it.
+"""`hotlap bench speedrun`: a speedrun's training step on this machine, beside the records.
 
-The step is that of `hotlap bench training`, at the recipe's shape; a step of several micro-batches is so many
-forward and backward passes and one optimiser's step.
+It is measured like `hotlap bench training`, at the recipe's shape. A step of several micro-batches is counted
+as that many forward and backward passes and one optimizer step.
 """
 
 from __future__ import annotations
@@ -44,37 +44,35 @@ from hotlap.train.speedruns.records import (
 )
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = PRETRAIN | {GPT2_GRADE: gpt2_grade}
-GPT2_BOS = 50256  # opens a document in shards of GPT-2's vocabulary
+GPT2_BOS = 50256  # starts a document in GPT-2's token shards
 ASSUMES = (
-    "every step takes as long as those measured; validations, checkpoints and compilation are not counted; "
-    "and the recipe's tokens are enough, which only a run shows"
+    "every step takes as long as those measured; validation, checkpoints and compilation are not counted; "
+    "and the recipe's tokens suffice to reach the goal, which only a run shows"
 )
 
 
 @dataclass(frozen=True)
 class SpeedrunConfig:
-    """Measure the steps of a speedrun's recipe, and set them beside the records: tokens/s, MFU, memory, and
-    the time that the whole run would take.
+    """Measure a speedrun's training step beside the records: tokens/s, MFU, memory, and the time of a whole
+    run.
     """
 
     recipe: str = ""
-    """A preset of `hotlap pretrain`, or gpt2-grade; by default gpt2-grade on a GPU and tiny on a CPU."""
+    """A preset of `hotlap pretrain`, or gpt2-grade; the default is gpt2-grade on a GPU and tiny on a CPU."""
     rows: int = 0
-    """Rows that go through the model at once on each rank; 0 is the recipe's, or fewer where the memory does
-    not suffice.
-    """
+    """Rows per forward pass on each rank; 0: the recipe's, or fewer if they do not fit in memory."""
     steps: int = 10
-    """Steps that are measured, after two that are not."""
+    """Steps to measure, after two warm-up steps."""
     data: Path | None = None
-    """Folder of shards to read; random tokens without."""
+    """Folder of token shards to read; random tokens by default."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block. auto: on a GPU."""
+    """torch.compile each block; auto: on a GPU only."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
-    """Measure, write speedrun.json, .csv and .png, and return the rows: ours first, then the records'."""
+    """Measure, write speedrun.json, .csv and .png, and return the rows: ours, then the records."""
     on_gpu = default_device().type == "cuda"
     name = config.recipe or (GPT2_GRADE if on_gpu else "tiny")
     recipe = RECIPES[known(name, RECIPES, "recipe")]()
@@ -100,19 +98,19 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
 
 
 def goal(name: str) -> str:
-    """The recipe of the targets that a preset is for."""
+    """The speedrun that a preset belongs to."""
     return {"d24": GPT2_GRADE}.get(name, name)
 
 
 def compared_with(name: str) -> list[Record]:
-    """The records of the recipe; all of them, by FLOP/s, where it has none of its own."""
+    """The records of a recipe; if it has none, all records, to compare by FLOP/s."""
     return of_recipe(goal(name)) or list(RECORDS)
 
 
 def measure_that_fits(
     recipe: PretrainConfig, config: SpeedrunConfig, compiled: bool, batches: Batches, world: World
 ) -> tuple[int, dict]:
-    """Rows at once, and what measure_training found with them."""
+    """The rows per forward pass that fit, and the result of measure_training with them."""
     per_rank = max(1, recipe.batch_rows // world.size)
     wanted = int(recipe.micro_batch) if recipe.micro_batch.isdigit() else per_rank
     rows = config.rows or min(wanted, per_rank)
@@ -121,20 +119,20 @@ def measure_that_fits(
             return rows, measure_training(recipe.model, rows, config.steps, compiled, world, batches)
         except torch.OutOfMemoryError:
             if config.rows or rows == 1 or world.size > 1:  # the other ranks wait for this one
-                raise MemoryError(f"{rows} rows at once are too many; give fewer by --rows") from None
-        log.info("%d rows at once are too many for the memory; trying %d", rows, rows // 2)
+                raise MemoryError(f"{rows} rows do not fit in memory; give fewer with --rows") from None
+        log.info("%d rows do not fit in memory; trying %d", rows, rows // 2)
         rows //= 2
         start_afresh(world.device)
 
 
 def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: World) -> dict:
-    """The recipe's step and run, from the parts of the step that was measured."""
+    """The row of a whole step and run of the recipe, computed from the measured parts of a step."""
     context = recipe.model.context
     passes = max(1, round(recipe.batch_rows / (rows * world.size)))
     each = sum(found[f"{part}_ms"] for part in ("data_wait", "forward", "backward"))
     ms = passes * each + found["optimizer_ms"]
     speed = 1e3 * passes * rows * world.size * context / ms
-    share = speed / found["tokens_per_second"]  # the optimiser's step is paid for once, not at each pass
+    share = speed / found["tokens_per_second"]  # the optimizer runs once per step, not once per pass
     tokens = recipe.tokens
     seconds = tokens / speed
     price = dollars_per_hour(device_name(world.device), world.size)
@@ -151,8 +149,8 @@ def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: Wo
 
 
 def record_row(record: Record, ours: dict, shape: GPTConfig) -> dict:
-    """A record, and our ratio to it for each GPU: in tokens/s where the recipe is the same, and in FLOP/s, of
-    both by 6N where the record says nothing of its attention.
+    """The row of a record, with our ratio to it per GPU: in FLOP/s, and in tokens/s for the same recipe.
+    FLOPs are 6N for both if the record does not state its attention.
     """
     each = record.tokens_per_second / record.gpus
     same = record.recipe and record.recipe == goal(ours["case"].split()[0])
@@ -175,27 +173,27 @@ def record_row(record: Record, ours: dict, shape: GPTConfig) -> dict:
 
 
 def expected_throughput(recipe: PretrainConfig, world: World) -> dict | None:
-    """What the records let us expect of these GPUs."""
+    """The throughput to expect of these GPUs, going by the records."""
     found = throughput(device_name(world.device), world.size, nanochat_flops(meta_model(recipe.model)))
     return found and dataclasses.asdict(found)
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """The table for people, and what the projection assumes."""
+    """The table, and the projected time of a run with what it assumes."""
     columns = ["provider", "gpus", "ms", "tokens_per_second_each", "tflops_each", "mfu", "formula", "seconds"]
     ratios = ("our_tokens_per_gpu", "our_flops_per_gpu")
     columns += [ratio for ratio in ratios if any(row.get(ratio) for row in rows)]
     ours = rows[0]
     hours, name = ours["seconds"] / 3600, ours["case"].split()[0]
     line = f"{ours['case']} on {ours['gpus']} x {ours['device']}: {hours:.3g} hours"
-    line += f" for its {ours['tokens'] / 1e6:,.0f}M tokens"
+    line += f" for {ours['tokens'] / 1e6:,.0f}M tokens"
     line += f" (goal: {GOALS[goal(name)]})" if goal(name) in GOALS else ""
     line += f", about ${ours['dollars']:.2f}" if ours["dollars"] else ""
-    return [results.table(rows, columns), "", line, f"Assumed: {ASSUMES}."]
+    return [results.table(rows, columns), "", line, f"Assumes: {ASSUMES}."]
 
 
 def shard_batches(folder: Path) -> Batches:
-    """Batches from a folder of shards, of the tokenizer beside them or GPT-2's."""
+    """Batches from a folder of token shards, by the tokenizer in it or else GPT-2's."""
     from hotlap.model.tokenizer import Tokenizer
     from hotlap.model.weights import TOKENIZER
 
@@ -217,7 +215,7 @@ def shard_batches(folder: Path) -> Batches:
 
 
 def bars(unit: str, figure: Any, rows: list[dict]) -> None:
-    """A bar for each row, ours on top: tokens/s of a GPU, or model TFLOP/s."""
+    """A bar for each row, ours on top: tokens/s or model TFLOP/s per GPU."""
     name, scale = ("tokens_per_second_each", 1e3) if unit == "tokens/s" else ("tflops_each", 1.0)
     figure.set_size_inches(9, 1.6 + 0.3 * len(rows))
     axes = figure.subplots()
@@ -230,12 +228,11 @@ def bars(unit: str, figure: Any, rows: list[dict]) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     largest = max(row[name] / scale for row in rows)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.25 * largest))
-    axes.set_xlabel("thousand tokens/s for each GPU" if scale > 1 else "model TFLOP/s for each GPU")
+    axes.set_xlabel("thousand tokens/s per GPU" if scale > 1 else "model TFLOP/s per GPU")
     axes.set_title(rows[0]["case"], fontsize=9)
 
 
 def main(arguments: list[str]) -> None:
     """`hotlap bench speedrun`."""
-    print(
-        "\n".join(summary(bench_speedrun(options.parse(SpeedrunConfig, arguments, command="bench speedrun"))))
-    )
+    config = options.parse(SpeedrunConfig, arguments, command="bench speedrun")
+    print("\n".join(summary(bench_speedrun(config))))

@@ -1,4 +1,4 @@
-"""What a device can do: the ceilings that it reaches in a copy and in a large matmul."""
+"""Measured ceilings of a device: memory bandwidth of a copy, and FLOP/s of a large matmul."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hotlap.kernels.dispatch import fast_dtype
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured in the run: bytes/s of a copy, read and written, and FLOP/s of a large matmul in `dtype`."""
+    """Measured bytes/s of a copy (read plus write), and FLOP/s of a large matmul in `dtype`."""
 
     copy: float
     matmul: float
@@ -24,9 +24,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """A copy of a buffer far larger than any cache, and a matmul of random matrices (never zeros: they run
-    faster).
-    """
+    """Time a copy far larger than any cache, and a matmul of random matrices (zeros would run faster)."""
     large = device.type == "cuda"
     source = torch.randn((1 << 28) if large else (1 << 25), device=device)
     target = torch.empty_like(source)

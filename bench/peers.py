@@ -1,5 +1,5 @@
-"""`hotlap bench peers`: a training step of nanoGPT, nanochat and modded-nanogpt, from the user's checkouts,
-beside ours, in one run. Nothing is written to a checkout.
+"""`hotlap bench peers`: time training steps of nanoGPT, nanochat and modded-nanogpt, from your checkouts, and
+ours in the same run. Nothing is written to the checkouts.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
 
 @dataclass(frozen=True)
 class PeersConfig:
-    """Time a whole training step (forward, backward, optimiser) of a peer and of ours at one shape and
+    """Time a whole training step (forward, backward, optimizer) of peers and of hotlap at the same shape and
     batch.
     """
 
     nanogpt: Path | None = None
     """Your checkout of nanoGPT."""
     nanochat: Path | None = None
-    """Your checkout of nanochat, whose requirements must be installed."""
+    """Your checkout of nanochat; its requirements must be installed."""
     modded: Path | None = None
-    """Your checkout of modded-nanogpt, with its data: beside our 124m, at the batch of its scripts."""
+    """Your checkout of modded-nanogpt, with its data; it is compared with our 124m, at its scripts' batch."""
     models: tuple[str, ...] = ()
-    """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and 124m, d12 and d24 on a GPU."""
+    """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU; 124m, d12 and d24 on a GPU."""
     rows: int = 0
-    """Rows of the model's context in a step; 0 is a usual number."""
+    """Rows per step; 0: a usual number for the model."""
     seconds: float = 5.0
-    """Time for each."""
+    """Measuring time of each step."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_peers(config: PeersConfig) -> list[dict]:
@@ -57,7 +57,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
     builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
     paths = {name: getattr(config, name) for name in (*builders, "modded") if getattr(config, name)}
     if not paths:
-        raise ValueError("no peer; name a checkout by --nanogpt PATH, --nanochat PATH or --modded PATH")
+        raise ValueError("no peer; name a checkout with --nanogpt PATH, --nanochat PATH or --modded PATH")
     for name, path in paths.items():
         if not path.is_dir():
             raise FileNotFoundError(f"no checkout of {name} at {path}")
@@ -75,7 +75,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             start_afresh(device)
             try:
                 rows += bench_pair(name, shape, peer, builders[peer], paths[peer], config, device)
-            except RuntimeError as error:  # out of memory, or of a compiler: the others go on
+            except RuntimeError as error:  # such as out of memory; the other pairs still run
                 case, note = f"step {name} beside {peer}", failure(error)
                 rows.append({"case": case, "provider": peer, "ms": None, "note": note})
                 log.error("%s: %s", case, note)
@@ -94,7 +94,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
 def bench_pair(
     name: str, shape: GPTConfig, peer: str, build: Callable, path: Path, config: PeersConfig, device
 ) -> list[dict]:
-    """Our step and a peer's, interleaved. For nanoGPT ours has the plain shape, without the speedrun
+    """Time our step and a peer's, interleaved. Beside nanoGPT, our model is a plain GPT without the speedrun
     extras.
     """
     if peer == "nanogpt":
@@ -122,12 +122,12 @@ def bench_pair(
                 "times_as_fast_as_peer": timings[peer].median / timing.median,
             }
         )
-        log.info("%s", "  ".join(f"{k} {results.shown(v)}" for k, v in rows[-1].items()))
+        log.info("%s", results.as_line(rows[-1]))
     return rows
 
 
 def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
-    """micro_rows: rows that go through the model at once; 0 is all."""
+    """Our training step. micro_rows: rows per forward pass; 0 is all."""
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type))
     model.to_empty(device=device).init_weights()
@@ -146,7 +146,7 @@ def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
 
 
 def nanogpt_step(path: Path, shape: GPTConfig, device) -> Step:
-    """nanoGPT's step as its train.py takes it: AdamW, clipping, bf16 under autocast and compiled on a GPU."""
+    """nanoGPT's step as in its train.py: AdamW, clipping, and on a GPU compiled, with bf16 autocast."""
     module = module_at("nanogpt_model", path / "model.py")
     config = module.GPTConfig(
         block_size=shape.context, vocab_size=shape.vocab_size, n_layer=shape.layers, n_head=shape.heads,
@@ -170,7 +170,7 @@ def nanogpt_step(path: Path, shape: GPTConfig, device) -> Step:
 
 
 def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
-    """nanochat's step as its base_train.py takes it: its own Muon and AdamW, the model compiled on a GPU."""
+    """nanochat's step as in its base_train.py: its own Muon and AdamW, the model compiled on a GPU."""
     sys.path.insert(0, str(path))
     try:
         with nothing_written():
@@ -202,7 +202,7 @@ def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
 
 
 def module_at(name: str, path: Path) -> ModuleType:
-    """A module from a file, under a name of its own."""
+    """Import a file as a module called `name`."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; is that a checkout of the peer?")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -215,7 +215,7 @@ def module_at(name: str, path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def nothing_written():
-    """Import without leaving bytecode in the checkout."""
+    """Import without writing bytecode into the checkout."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the three calls of the suite do on a GPU: their phases, and how they share it."""
+"""The phases of the suite's three calls, and how they share the GPU."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.tiles import tuned_file
 
 TESTS = Path(__file__).parents[1] / "tests"
-SANITIZED = (  # a test each of what reads and writes at offsets that it computes itself
+SANITIZED = (  # tests of the kernels that compute their own offsets
     "kernels/test_triton_attention.py", "kernels/test_triton_rms_norm.py",
     "kernels/test_triton_cross_entropy.py", "kernels/test_triton_orthogonalize.py",
 )  # fmt: skip
 ATTENTION = ("attention", "document_attention", "long_attention", "windowed_attention")
 TUNED = ("attention_forward", "attention_backward", "linear_relu2", "orthogonalize")
-COUNTED = ("rms_norm", "attention", "linear_relu2", "orthogonalize", "cross_entropy")  # by ncu
-ENDING = 8  # seconds that a command has to say what it has found, when its time is over
+COUNTED = ("rms_norm", "attention", "linear_relu2", "orthogonalize", "cross_entropy")  # profiled with ncu
+ENDING = 8  # seconds for a command to print its findings after its time limit
 
 
 class Phase(NamedTuple):
-    """A part of a call. run(folder, limit, resume) returns an exit code; limit: seconds; resume: go on with
-    what it has left in the folder.
+    """A part of a call. run(folder, limit, resume) returns an exit code. limit: in seconds. resume: continue
+    from the results in the folder.
     """
 
     name: str
     seconds: float  # at most
     run: Callable[[Path, float, bool], int | None]
-    place: float = 1.0  # share of the machine: phases whose shares add up to 1 run side by side
+    place: float = 1.0  # share of the machine: phases run in parallel while their shares add up to at most 1
 
 
 def ceilings(folder: Path, limit: float, resume: bool) -> None:
-    """The device as it is found, and what it reaches in a copy and in a large matmul."""
+    """The state of the device, and its throughput in a copy and in a large matmul."""
     device = default_device()
     found = measure_ceilings(device)
     copy, matmul = found.in_tera()
@@ -67,7 +67,7 @@ def ceilings(folder: Path, limit: float, resume: bool) -> None:
 
 
 def kernels(folder: Path, limit: float, resume: bool, **config: object) -> int:
-    """Each operation against every provider; or few of them, quickly."""
+    """`hotlap bench kernels`, with some of its fields set."""
     rows = bench_kernels(KernelsConfig(minutes=limit / 60, out=folder, resume=resume, **config))
     return int(any(map(is_fault, rows)))
 
@@ -87,7 +87,7 @@ def inference(folder: Path, limit: float, resume: bool, **config: object) -> int
 
 
 def tuning(folder: Path, limit: float, resume: bool, **config: object) -> int:
-    """Measure tiles, and keep a copy of the table, of a part of it too."""
+    """Tune tiles, and copy the table to the folder, even if tuning was cut off."""
     try:
         return tune(TuneConfig(**config))
     finally:
@@ -97,7 +97,7 @@ def tuning(folder: Path, limit: float, resume: bool, **config: object) -> int:
 
 
 def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> int:
-    """The tests that a GPU has to pass. Compilers take most of the time, on one core each."""
+    """The tests marked `gpu`, in parallel: most of the time goes to compiling, on one core each."""
     if importlib.util.find_spec("pytest") is None:
         raise ImportError("the native tests need pytest: pip install pytest pytest-xdist")
     command = [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "-v"]
@@ -118,7 +118,7 @@ def native_tests(folder: Path, limit: float, resume: bool, workers: int = 0) -> 
 
 
 def sanitizer(folder: Path, limit: float, resume: bool) -> int:
-    """Small kernels under compute-sanitizer, which finds what they read or write beyond their tensors."""
+    """Kernel tests under compute-sanitizer, which finds reads and writes out of bounds."""
     if not shutil.which("compute-sanitizer"):
         raise FileNotFoundError("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "3"]
@@ -128,7 +128,7 @@ def sanitizer(folder: Path, limit: float, resume: bool) -> int:
 
 
 def counters(folder: Path, limit: float, resume: bool) -> int:
-    """What ncu reads of our kernels: how busy they keep the memory and the tensor cores, and what stalls."""
+    """Our kernels under ncu: memory and tensor-core utilisation, and stalls."""
     if not shutil.which("ncu"):
         raise FileNotFoundError("ncu is not on the PATH; it comes with Nsight Compute")
     command = ["ncu", "--clock-control", "none", "--set", "detailed", "-k", "regex:^_", "-c", "12", "--csv"]
@@ -138,18 +138,18 @@ def counters(folder: Path, limit: float, resume: bool) -> int:
 
 
 def call_kernels(names: tuple[str, ...]) -> None:
-    """Forward and backward passes of some operations, once each, for a profiler around this process."""
+    """Forward and backward pass of each operation, once, to be profiled by ncu."""
     for operation in operations(16384, default_device(), torch.bfloat16, names, ("d24",)):
         outputs_and_gradients(operation, operation.providers["hotlap"], operation.tensors())
 
 
 def passed_on(command: list[str], seconds: float) -> int:
-    """The exit code of a command that says what it has to say to our log; it is asked to end in time."""
+    """The exit code of a command that prints to our log; after `seconds` it is interrupted, then killed."""
     sys.stdout.flush()
     process = subprocess.Popen(command, cwd=TESTS.parent)
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
-    process.send_signal(2)  # pytest then says what it has found
+    process.send_signal(2)  # SIGINT: pytest prints its findings
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(ENDING) or 1
     process.kill()
@@ -168,7 +168,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def smoke(name: str) -> Phase:
-    """An operation at a training size, alone: is it right, and does it run?"""
+    """A quick check that an operation runs and is right at a training size."""
     run = partial(kernels, operations=(name,), rows=4096, sizes=("d24",), seconds=0.05, compile=False)
     return Phase(f"smoke-{name}", 90, run, place=0.12)
 

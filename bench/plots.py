@@ -1,9 +1,8 @@
-"""Results as pictures. Each returns False where there is nothing to draw, or no matplotlib to draw with."""
+"""Plots of results: `draw` saves what one of the other functions draws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None]) -> bool:
-    """Draw the rows that have a time: content puts them on a figure."""
+    """Save a figure of the rows that have a time, drawn by content(figure, rows). False if there are none, or
+    no matplotlib.
+    """
     timed = [row for row in rows if row.get("ms") is not None]
     if not timed:
         return False
@@ -26,14 +27,9 @@ def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None
     return True
 
 
-def draw_kernels(rows: list[dict], path: Path) -> bool:
-    """A line for each operation, a panel for each direction, a dot for each provider: its share of the
-    measured ceiling.
-    """
-    return draw(rows, path, _kernels)
+def kernels(figure: Any, rows: list[dict]) -> None:
+    """Share of the measured ceiling: a line per operation, a panel per direction, a dot per provider."""
 
-
-def _kernels(figure: Any, rows: list[dict]) -> None:
     def operation_of(row: dict) -> str:
         name, _, size = row["case"].split(" ", 2)
         return f"{name} {size}"
@@ -69,12 +65,8 @@ def _kernels(figure: Any, rows: list[dict]) -> None:
     )
 
 
-def draw_training(rows: list[dict], path: Path, phases: tuple[str, ...]) -> bool:
-    """A bar for each model: the milliseconds of each phase of its step."""
-    return draw(rows, path, partial(_training, phases))
-
-
-def _training(phases: tuple[str, ...], figure: Any, rows: list[dict]) -> None:
+def training(phases: tuple[str, ...], figure: Any, rows: list[dict]) -> None:
+    """A bar per model: milliseconds of each phase of its step."""
     figure.set_size_inches(9, 1.6 + 0.34 * len(rows))
     axes, left = figure.subplots(), [0.0] * len(rows)
     for phase in phases:
@@ -88,16 +80,12 @@ def _training(phases: tuple[str, ...], figure: Any, rows: list[dict]) -> None:
         axes.text(end, place, text, va="center", fontsize=7)
     names = [row["case"] + row["provider"].removeprefix("hotlap") for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
-    axes.set(xlabel="ms of a step", xlim=(0, 1.35 * max(left)), ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel="ms per step", xlim=(0, 1.35 * max(left)), ylim=(len(rows) - 0.5, -0.5))
     figure.legend(loc="outside upper left", ncols=len(phases), fontsize=8)
 
 
-def draw_inference(rows: list[dict], path: Path) -> bool:
-    """Tokens/s over the number of sequences, beside what the memory allows."""
-    return draw(rows, path, _inference)
-
-
-def _inference(figure: Any, rows: list[dict]) -> None:
+def inference(figure: Any, rows: list[dict]) -> None:
+    """Tokens/s over the batch size, and the limit that memory bandwidth sets."""
     figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
     for provider in dict.fromkeys(row["provider"] for row in rows):
@@ -106,10 +94,10 @@ def _inference(figure: Any, rows: list[dict]) -> None:
         axes.plot(batches, [row["tokens_per_second"] for row in own], "o-", label=provider)
     limits = {int(row["case"].split()[-1]): 1e3 / row["limit_ms"] for row in rows}
     speeds = [batch * steps for batch, steps in limits.items()]
-    axes.plot(list(limits), speeds, "k--", label="limit of the memory's measured bandwidth")
+    axes.plot(list(limits), speeds, "k--", label="limit by measured memory bandwidth")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(limits), list(map(str, limits)))
-    axes.set(xlabel="sequences decoded at once", ylabel="tokens/s", yscale="log")
+    axes.set(xlabel="batch size", ylabel="tokens/s", yscale="log")
     axes.set_title(rows[0]["case"].rsplit(" batch", 1)[0], fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

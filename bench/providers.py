@@ -1,4 +1,4 @@
-"""An operation to measure: its inputs, its reference, who provides it, and its costs."""
+"""An operation to benchmark: its inputs, its reference, its providers and its costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hotlap.common.log import log
 
-Function = Callable[..., Any]  # of the tensors, to one tensor or a tuple of them
+Function = Callable[..., Any]  # of tensors, returning one tensor or a tuple
 
 CONTEXT, LONG, HEAD_DIM = 2048, 8192, 128
 WIDTHS = {"d12": 768, "d24": 1536}
@@ -22,8 +22,8 @@ WIDTHS = {"d12": 768, "d24": 1536}
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation at one size. Functions take `tensors`; gradients are of the first `differentiable` ones.
-    Costs are of the forward pass and the backward pass.
+    """One operation at one size. Functions take `tensors`; the first `differentiable` ones get gradients.
+    Costs are for the forward pass and the backward pass.
     """
 
     name: str
@@ -32,25 +32,25 @@ class Operation:
     differentiable: int
     reference: Function
     providers: dict[str, Function]
-    bytes: tuple[float, float] = (0, 0)  # the least that must be moved
-    flops: tuple[float, float] = (0, 0)  # where matmuls bound it
+    bytes: tuple[float, float] = (0, 0)  # that must be moved at least
+    flops: tuple[float, float] = (0, 0)  # if matmuls bound it
     directions: tuple[str, ...] = ("forward", "backward", "both")
-    rounding: float = 0  # what results may be off by in any case, where it is the operation's own to round
+    rounding: float = 0  # error always allowed, for an operation that rounds by design
     rows: int = 0  # of tokens
-    with_rows: Callable[[int], Operation] | None = None  # the same for another number of rows
+    with_rows: Callable[[int], Operation] | None = None  # the same operation with another number of rows
 
     def case(self, direction: str = "") -> str:
-        """Its name in the results, as a whole or in one direction."""
+        """Its name in the results, for all directions or one."""
         return " ".join(filter(None, (self.name, direction, self.size)))
 
     def cases(self) -> set[str]:
-        """Every name that its rows in the results have."""
+        """All names that its rows can have in the results."""
         return {self.case(), *map(self.case, self.directions)}
 
 
 @functools.cache
 def installed(module: str, name: str) -> Function | None:
-    """A function of a package, or None where that is not installed or cannot be imported, which is logged."""
+    """A function of a package; None if it is not installed, or fails to import, which is logged."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -61,7 +61,7 @@ def installed(module: str, name: str) -> Function | None:
 
 
 def liger(name: str, device: torch.device) -> Function | None:
-    """A function of Liger's, which run on GPUs alone."""
+    """A function of Liger, which needs a GPU."""
     return installed("liger_kernel.transformers.functional", name) if device.type == "cuda" else None
 
 
@@ -70,5 +70,5 @@ def normal(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def with_torch(ours: Function, reference: Function, **others: Function) -> dict[str, Function]:
-    """The providers that are always there: ours, the reference as it is, and the reference compiled."""
+    """Providers: ours, the reference in eager mode and compiled, and others."""
     return {"hotlap": ours, "eager": reference, "compile": torch.compile(reference, dynamic=False), **others}

@@ -1,4 +1,4 @@
-"""Measurements on disk: JSON and CSV with the device, versions, commit and date, and a page of them all."""
+"""Results on disk: JSON and CSV with device, versions, commit and date, and a page that shows them all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.machine import circumstances, device_name, device_state, now
 
-RESULTS = Path("bench/results")  # in the current folder, which is the checkout
-TITLE = "# Measurements"  # first line of a page
+RESULTS = Path("bench/results")  # in the current folder, usually the checkout
+TITLE = "# Measurements"  # first line of the page
 
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, with + where files differ from it; empty outside of one."""
+    """The commit of this checkout, with + if files differ from it; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -38,9 +38,9 @@ def device_folder(device: torch.device) -> Path:
 
 
 def open_file(kind: str, out: Path | None, device: torch.device, keep: bool = False) -> Path:
-    """Where to save a kind of results, kind.json in a folder that can be written; asked before time is spent.
+    """The path of a new kind.json, in a folder that is known to be writable.
 
-    keep: leave there what an earlier run has measured, to be continued; else that is renamed by its date.
+    keep: leave an earlier file in place, to resume it; else it is renamed by its date.
     """
     folder = out or device_folder(device)
     check_folder(folder)
@@ -49,18 +49,18 @@ def open_file(kind: str, out: Path | None, device: torch.device, keep: bool = Fa
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder, and raise an OSError where results cannot be written to it."""
+    """Make a folder, and raise an OSError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = f"no results can be written to {folder} ({error.strerror}); name another --out"
+        reason = f"cannot write results to {folder} ({error.strerror}); name another --out"
         raise type(error)(reason) from None
 
 
 def rename_earlier(path: Path) -> Path:
-    """Rename the results of an earlier run by their date, and return where new ones go."""
+    """Rename the results of an earlier run by their date, and return the path for new ones."""
     if path.exists():
         date = re.sub(r"[^0-9]+", "-", str(load(path).get("date", "")))
         path.replace(path.with_stem(f"{path.stem}-{date.strip('-')}"))
@@ -68,16 +68,15 @@ def rename_earlier(path: Path) -> Path:
 
 
 def write_traceback(folder: Path, what: str) -> None:
-    """Keep the whole of an error that is being handled, of which a row has room for a line."""
+    """Append the traceback of the error being handled to errors.txt; a row only has room for one line."""
     with open(folder / "errors.txt", "a", encoding="utf-8") as file:
         file.write(f"{now()} {what}\n{traceback.format_exc()}\n")
 
 
 def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> None:
-    """Write path, its .csv, and the page of the repository's results. rows: `case` and `provider` name what
-    was measured, the rest is what was found.
+    """Write path, its .csv, and the page of all results. rows: `case` and `provider` say what was measured.
 
-    Called again whenever there are more rows, so that a run that is cut off leaves what it has measured.
+    Call it again whenever there are more rows, so that a run that is cut off leaves its results.
     """
     state, warnings = device_state(device)
     content = {
@@ -101,7 +100,7 @@ def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> 
 
 
 def load(path: Path, device: torch.device | None = None) -> dict:
-    """Results from disk. DataError where they are none, ValueError where they are not of the device."""
+    """Read a result file. DataError if it is none, ValueError if it is from another device."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["kind"], content["device"], [(row["case"], row["provider"]) for row in content["rows"]]
@@ -111,13 +110,13 @@ def load(path: Path, device: torch.device | None = None) -> dict:
         raise DataError(f"{path} is not a file of results ({error!r})") from error
     if device and content["device"] != device_name(device):
         raise ValueError(
-            f"{path} is of {content['device']}, and this is {device_name(device)}; name another --out"
+            f"{path} is from {content['device']}, and this is {device_name(device)}; name another --out"
         )
     return content
 
 
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Rows as a table in Markdown, numbers to four digits; by default with every column that has a value."""
+    """Rows as a Markdown table, numbers to four digits. columns: all that have a value by default."""
     columns = columns or list(
         dict.fromkeys(n for row in rows for n, value in row.items() if value is not None)
     )
@@ -139,21 +138,21 @@ def shown(value: object) -> str:
 
 
 def write_page(folder: Path) -> Path | None:
-    """README.md of the results in a folder: each file's device, date and commit, and its rows. None where
-    there is another README.md, which is left as it is.
+    """Write README.md for the results in a folder: each file's device, date, commit and rows. None if the
+    folder has another README.md, which is kept.
     """
     page = folder / "README.md"
     if page.exists() and not page.read_text(encoding="utf-8").startswith(TITLE):
-        log.warning("%s is not a page of results, and is left as it is", page)
+        log.warning("%s is not a page of results; left unchanged", page)
         return None
-    lines = [TITLE, "", "Made by `hotlap bench`; each table is the JSON file that it names.", ""]
+    lines = [TITLE, "", "Written by `hotlap bench`. Each table shows the JSON file that it links to.", ""]
     for path in sorted(folder.rglob("*.json")):
         try:
             content = load(path)
         except DataError:
             continue
         if content["kind"] != path.stem:
-            continue  # an earlier run's
+            continue  # of an earlier run
         with_ = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
         lines += [
             f"## {content['device']}: {path.stem}",

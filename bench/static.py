@@ -1,11 +1,10 @@
-"""`hotlap bench static`: compile every kernel for GPUs that are not here, and read what the compilers say.
+"""`hotlap bench static`: compile every kernel for six GPU architectures, without a GPU, and check the code.
 
-No driver is needed. A kernel fails where it does not compile or fit the shared memory, misses tensor cores
-with a matmul, or the TMA with tensor descriptors, computes in float64 (floats arrive in it from Inductor,
-but have to be narrowed first), or reads tiles of 16-bit numbers in less than 16 bytes a thread although rows
-are aligned. At its default tile, of each form that it has, it also fails where it spills much, or keeps more
-programs on a processor than fit.
-Results are cached by the source of the kernel and the versions of the tools.
+A kernel has a fault if it does not compile, exceeds shared memory, has a matmul without tensor-core
+instructions or tensor descriptors without TMA, computes in float64 (Inductor passes floats as float64;
+narrowing them is fine), or reads tiles of 16-bit numbers in less than 16 bytes per thread although rows are
+aligned. The default tile of each form of the kernel must also not spill much, nor keep more programs on a
+multiprocessor than fit. Results are cached by kernel source and tool versions.
 """
 
 from __future__ import annotations
@@ -45,29 +44,29 @@ MODULES = (
     "orthogonalize",
     "muon",
 )
-# Bytes a thread that a default tile may spill. A few do not show: for dk and dv at heads of 256 an H100 took
-# 5.0 ms with a tile that spills 104, and 6.6 with one that spills 8.
+# Bytes per thread that a default tile may spill. Some spilling does not matter: for dk and dv with heads of
+# 256, an H100 took 5.0 ms with a tile that spills 104 bytes, and 6.6 ms with one that spills 8.
 SPILL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Target(NamedTuple):
-    """A GPU architecture: what a block, and what a processor holds."""
+    """A GPU architecture: the limits of a block and of a multiprocessor."""
 
     device: Device
     backend: str
     architecture: int | str
     tensor_core: str  # pattern of the instruction
-    shared: int  # bytes of a processor
-    warps: int  # of a processor
-    blocks: int  # of a processor
-    registers: int = 65536  # of a processor, 32 bits each
+    shared: int  # bytes per multiprocessor
+    warps: int  # per multiprocessor
+    blocks: int  # per multiprocessor
+    registers: int = 65536  # per multiprocessor, 32 bits each
 
 
 def nvidia(
     name: str, compute: int, tensor_core: str, shared_kib: int, warps: int, blocks: int, processors: int
 ):
-    block = (shared_kib - 1) << 10  # a block's reserve
+    block = (shared_kib - 1) << 10  # 1 KiB is reserved per block
     return Target(
         Device(name, block, processors, tma=compute >= 90, compute=compute),
         "cuda",
@@ -100,24 +99,39 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """Compile every kernel for GPUs that are not here, and fail where one would run badly."""
+    """Compile every kernel for six GPU architectures, and fail if one would run badly."""
 
     arch: tuple[str, ...] = tuple(TARGETS)
-    """Targets: sm_80 sm_89 sm_90 sm_100 sm_120 gfx942."""
+    """Architectures: sm_80 sm_89 sm_90 sm_100 sm_120 gfx942."""
     kernel: tuple[str, ...] = MODULES
-    """Files of kernels, such as rms_norm."""
+    """Kernel files, such as rms_norm."""
     all: bool = False
-    """Every tile of the tables and float16 too, not only what is used where nothing was tuned."""
+    """Compile all tiles, and float16 too, not only the default tiles."""
+
+
+def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Compile everything, and return the rows. modules: what to import for each name in config.kernel."""
+    modules = modules or {name: f"hotlap.kernels.{name}" for name in MODULES}
+    for name, given, known in (("arch", config.arch, TARGETS), ("kernel", config.kernel, modules)):
+        if unknown := [value for value in given if value not in known]:
+            raise ValueError(f"--{name} {unknown[0]} is unknown; known: {', '.join(known)}")
+    if triton is None:
+        raise ValueError("hotlap bench static needs Triton: pip install triton")
+    if INTERPRETED:
+        raise ValueError("hotlap bench static cannot compile with TRITON_INTERPRET=1; unset it")
+    context = multiprocessing.get_context("spawn")  # a forked process that has used torch may hang
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
+        return list(pool.map(examine, jobs(config, modules), chunksize=1))
 
 
 class Job(NamedTuple):
-    """One compilation, by name: what a worker process can look up again."""
+    """One compilation, by names that a worker process can look up."""
 
     module: str  # to import
-    case: int
+    case: int  # index into the module's cases
     dtype: str
     target: str
-    tile: int  # in the table
+    tile: int  # index into the table
     default: bool
 
 
@@ -132,7 +146,7 @@ def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
                     table = list(case.table(case.size, device))
                     fitting = fitting_tiles(case.table, case.size, device)
                     fitting = [tile for tile in fitting if case.arguments_of(tile) is not None]
-                    first = {tile.kernel: tile for tile in reversed(fitting)}  # of each form of the kernel
+                    first = {tile.kernel: tile for tile in reversed(fitting)}  # for each form of the kernel
                     for tile in fitting if config.all else reversed(first.values()):
                         default = tile == first[tile.kernel]
                         found.append(Job(modules[name], i, dtype, target, table.index(tile), default))
@@ -140,7 +154,7 @@ def jobs(config: StaticConfig, modules: dict[str, str]) -> list[Job]:
 
 
 def examine(job: Job) -> dict[str, Any]:
-    """Compile, or find the result in the cache: the row of the table, with the list of its faults."""
+    """Compile a job, unless it is cached, and return its row of the table with a list of faults."""
     module, target = importlib.import_module(job.module), TARGETS[job.target]
     case = module.cases(DTYPES[job.dtype])[job.case]
     tile = list(case.table(case.size, target.device))[job.tile]
@@ -160,7 +174,7 @@ def examine(job: Job) -> dict[str, Any]:
     try:
         compiled = compile_case(kernel, arguments, tile, target)
         row |= judge(compiled, tile, target, job.default, case.small)
-    except Exception as error:  # whatever the compiler throws is the finding; not stored, as it may pass
+    except Exception as error:  # any compiler error is a fault; not cached, as it may be transient
         text = " ".join(str(error).split())[:200]
         return row | {"faults": [f"does not compile: {type(error).__name__} {text}"]}
     stored.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +183,7 @@ def examine(job: Job) -> dict[str, Any]:
 
 
 def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
-    """Triton's compiled kernel. Pointers and integers are multiples of 16, as they are for aligned rows."""
+    """Compile with Triton. Pointers and integers are declared multiples of 16, as for aligned rows."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -191,7 +205,7 @@ def compile_case(kernel, arguments: dict[str, Any], tile: Tile, target: Target):
 
 
 def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = False) -> dict[str, Any]:
-    """Numbers of a compiled kernel, and its faults. small: as of `Case`."""
+    """Statistics of a compiled kernel, and its faults. small: see `Case`."""
     code, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
     if target.backend == "cuda":
         registers, spilled = resources(compiled.asm["cubin"])
@@ -200,34 +214,34 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
         float64 = {name for name in instructions if ".f64" in name and not name.startswith(narrowing)}
     else:
         registers = max(int(x) for x in re.findall(r"\.vgpr_count: +(\d+)", code))
-        # scalars spill to lanes of vector registers, and cost no memory
+        # scalars spill to lanes of vector registers, not to memory
         spilled = sum(int(x) for x in re.findall(r"\.private_segment_fixed_size: +(\d+)", code))
         float64 = set(re.findall(r"\bv_(?!cvt_f32_f64)\w+_f64\w*", code))
     resident = blocks_resident(registers, shared, compiled.metadata.num_warps, target)
     tensor_core = len(re.findall(rf"{target.tensor_core}|mma\.sync" if small else target.tensor_core, code))
     ttir = compiled.asm.get("ttir", "")  # Gluon has none
     wanted, loads = tile_bytes(ttir, target.device.warp * tile.warps), accesses(code, "load")
-    wide = sum(size for size in loads if size >= 16)  # less than wanted also where branches share a load
+    wide = sum(size for size in loads if size >= 16)  # can also be less than wanted if branches share a load
     narrow = sum(loads) - wide
     faults = []
     if shared > target.device.shared_memory:
         faults.append(f"needs {shared} bytes of shared memory; a block has {target.device.shared_memory}")
     if shared > tile.shared > 0:
-        faults.append(f"needs {shared} bytes of shared memory; its tile says {tile.shared}")
+        faults.append(f"needs {shared} bytes of shared memory; its tile states {tile.shared}")
     if spilled > SPILL and default:
-        faults.append(f"spills {spilled} bytes a thread")
+        faults.append(f"spills {spilled} bytes per thread")
     if ("tt.dot" in ttir or "warp_group_dot" in compiled.asm["source"]) and not tensor_core:
-        faults.append("has a matmul, and no tensor-core instruction")
+        faults.append("has a matmul without tensor-core instructions")
     if "tt.descriptor_load" in compiled.asm["source"] and "cp.async.bulk.tensor" not in code:
-        faults.append("reads by tensor descriptors, and has no TMA instruction")
+        faults.append("has tensor descriptors without TMA instructions")
     if float64:
         faults.append(f"computes in float64: {', '.join(sorted(float64))}")
     if narrow >= wanted - wide > 0:
         faults.append(
-            f"reads tiles narrowly: {narrow} bytes a thread in less than 16 at a time, {wide} in more"
+            f"reads tiles narrowly: {narrow} bytes per thread in loads under 16 bytes, {wide} in others"
         )
     if resident < tile.per_processor and default:
-        faults.append(f"keeps {tile.per_processor} programs on a processor that holds {resident}")
+        faults.append(f"keeps {tile.per_processor} programs on a multiprocessor that holds {resident}")
     return {
         "shared": shared,
         "registers": registers,
@@ -242,9 +256,9 @@ def judge(compiled, tile: Tile, target: Target, default: bool, small: bool = Fal
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, a thread: Triton's kernels put nothing there but what they spill.
+    """Registers and spilled bytes per thread: Triton's kernels use the stack only for spills.
 
-    A stack that no instruction loads from does not count: with descriptors, compilers have zeroed one.
+    A stack that is never loaded from does not count: with descriptors, compilers may only zero one.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -260,11 +274,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def blocks_resident(registers: int, shared: int, warps: int, target: Target) -> int:
-    """How many blocks a processor holds at once."""
+    """How many blocks a multiprocessor holds at once."""
     if target.backend == "cuda":
         of_a_warp = -(-registers * 32 // 256) * 256
         by_registers = target.registers // of_a_warp // warps
-    else:  # four units with 512 vector registers a lane each, shared out in eights, and at most eight waves
+    else:  # four SIMDs with 512 vector registers per lane, allocated in eights, and at most eight waves each
         by_registers = 4 * min(8, 512 // max(8, -(-registers // 8) * 8)) // warps
     reserve = 1024 if target.backend == "cuda" else 0
     by_shared = target.shared // (shared + reserve) if shared else target.blocks
@@ -272,7 +286,7 @@ def blocks_resident(registers: int, shared: int, warps: int, target: Target) -> 
 
 
 def tile_bytes(ttir: str, threads: int) -> int:
-    """Bytes that each thread reads of whole tiles, in a kernel that reads tiles of 16-bit numbers; else 0."""
+    """Bytes per thread in loads of the largest tiles, for a kernel that loads 16-bit tiles; else 0."""
     loads = re.findall(r"tt\.load .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>", ttir)
     sizes = [(math.prod(map(int, shape.split("x"))), int(bits) // 8) for shape, bits in loads]
     largest = max((size for size, _ in sizes), default=0)
@@ -293,7 +307,7 @@ AMD_BYTES = {
 
 
 def accesses(code: str, kind: str) -> list[int]:
-    """Bytes a thread of each global "load" or "store", in PTX or in AMD's assembly."""
+    """Bytes per thread of each global "load" or "store", in PTX or AMD assembly."""
     found = []
     for suffix in re.findall(rf"\b{'ld' if kind == 'load' else 'st'}\.global([\w.:]*)", code):
         vector, bits = re.search(r"\.v(\d)\b", suffix), re.search(r"\d+$", suffix)
@@ -306,7 +320,7 @@ def accesses(code: str, kind: str) -> list[int]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as text, one a line, with the faults below the row that has them."""
+    """Rows as text, one per line, each followed by its faults."""
     columns = [name for name in max(rows, key=len, default={}) if name != "faults"]
     cells = [columns, *([str(row.get(column, "-")) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -317,23 +331,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """The rows of the table. modules: where to import each name in config.kernel from."""
-    modules = modules or {name: f"hotlap.kernels.{name}" for name in MODULES}
-    for name, given, known in (("arch", config.arch, TARGETS), ("kernel", config.kernel, modules)):
-        if unknown := [value for value in given if value not in known]:
-            raise ValueError(f"--{name} {unknown[0]} is unknown; known: {', '.join(known)}")
-    if triton is None:
-        raise ValueError("hotlap bench static needs Triton: pip install triton")
-    if INTERPRETED:
-        raise ValueError("hotlap bench static compiles, and TRITON_INTERPRET=1 forbids it; unset it")
-    context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
-        return list(pool.map(examine, jobs(config, modules), chunksize=1))
-
-
 def main(arguments: list[str]) -> int:
-    """`hotlap bench static`: print the table; 1 where a kernel has a fault."""
+    """`hotlap bench static`: print the table; exit code 1 if a kernel has a fault."""
     config = options.parse(StaticConfig, arguments, command="bench static")
     start = time.monotonic()
     rows = run(config)

@@ -1,10 +1,10 @@
-"""`hotlap bench look | check | figures`: three calls for a GPU that is there for minutes.
+"""`hotlap bench look | check | figures`: three independent calls for a GPU that is available for minutes.
 
-Each stands alone, and is a list of phases. A phase is a process with a time limit, a folder and a log of its
-own: a kernel that hangs, or takes the GPU's context with it, ends its phase, and the others have their time.
-After each phase everything is packed into one file, and a page that sums it up is printed last.
+A call is a list of phases. Each phase is a process with its own time limit, folder and log, so a kernel that
+hangs or corrupts the GPU context ends its own phase only. After each phase, all results are packed into one
+file; at the end a summary is printed.
 
-`python -m hotlap.bench.suite look --out DIR` needs no more than torch, Triton and numpy.
+`python -m hotlap.bench.suite look --out DIR` needs only torch, Triton and numpy.
 """
 
 from __future__ import annotations
@@ -29,38 +29,39 @@ from hotlap.common import files
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging
 
-SHORTEST = 5  # seconds that are worth starting a phase for
-GRACE = 10  # seconds that a phase has to end by itself, when its time is over
-LAST_LINES = 3  # of the log of a phase that failed, on the page
+SHORTEST = 5  # seconds; with less time left, no phase is started
+GRACE = 10  # seconds for a phase to exit by itself after its time limit
+LAST_LINES = 3  # of a failed phase's log, in the summary
 
 
 @dataclass(frozen=True)
 class SuiteConfig:
-    """Run the phases of a call, and pack what they find into one file."""
+    """Run the phases of a call, and pack the results into one file."""
 
     out: Path | None = None
-    """Folder for the results, with nothing in it yet; they are packed into a file beside it, OUT.tar.gz. By
-    default the call and the date, here."""
+    """Empty folder for the results, packed into OUT.tar.gz beside it; CALL-DATE by default."""
     cache: Path | None = None
-    """Folder for what Triton and Inductor compile, to be taken to another machine; by default theirs."""
+    """Folder for the caches of Triton and Inductor, to copy to another machine; their own by default."""
     minutes: float = 0
-    """Time for everything; 0 is the call's own. Phases that do not fit are listed."""
+    """Time limit for the call; 0: its default. Phases that do not fit are listed."""
     phases: tuple[str, ...] = ()
-    """Names of the phases to run, in place of all that the call has."""
+    """Phases to run; all by default."""
 
 
 def run_suite(call: str, config: SuiteConfig) -> int:
-    """Run a call. Returns 1 where a phase failed, else 0."""
+    """Run a call. Returns 1 if a phase failed, else 0."""
     groups = phases.CALLS[known(call, phases.CALLS, "call")]
     names = {phase.name for group in groups for phase in group}
     for name in config.phases:
         known(name, names, "phase")
     if not 0 <= config.minutes < float("inf"):
-        raise ValueError(f"minutes={config.minutes} must be positive, or 0 for the call's own")
+        raise ValueError(f"minutes={config.minutes} must be positive, or 0 for the call's default")
     out = config.out or Path(f"{call}-{re.sub('[^0-9]+', '-', results.now()).strip('-')}")
     results.check_folder(out)
     if any(out.iterdir()):
-        raise ValueError(f"{out} has files, which would pass for what this call finds; name another --out")
+        raise ValueError(
+            f"{out} has files that could be mistaken for results of this call; name another --out"
+        )
     if config.cache:
         for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             os.environ[variable] = str(config.cache.absolute() / name)
@@ -80,15 +81,14 @@ class Running(NamedTuple):
     process: multiprocessing.Process
     phase: Phase
     began: float
-    end: float  # of its time, after which it has GRACE
-    rows: int  # of results that it found there
+    end: float  # time limit, before GRACE
+    rows: int  # result rows that an earlier attempt left
 
 
 def run_together(group: list[Phase], out: Path, end: float):
-    """Run phases side by side, as many at once as their places allow; yields each one's name and verdict.
+    """Run phases in parallel, as many at once as their places allow; yields the name and verdict of each.
 
-    One that ends before its results are complete, but has measured more than was there before, goes on with
-    the rest.
+    A phase that exits with incomplete results is restarted to resume, as long as each attempt adds rows.
     """
     waiting, running = list(group), []
     while waiting or running:
@@ -114,7 +114,7 @@ def run_together(group: list[Phase], out: Path, end: float):
 
 
 def start(phase: Phase, out: Path, end: float, rows: int = -1) -> Running:
-    """Begin a phase, or go on with one that has left so many rows of results."""
+    """Start a phase. rows: how many an earlier attempt left, to resume from; -1 for a first attempt."""
     began = time.monotonic()
     seconds = min(phase.seconds, end - began)
     folder = out / phase.name
@@ -126,8 +126,8 @@ def start(phase: Phase, out: Path, end: float, rows: int = -1) -> Running:
 
 
 def run_phase(phase: Phase, folder: Path, seconds: float, resume: bool) -> None:
-    """The process of a phase: everything that it and its children say goes to its log."""
-    os.setsid()  # so that its children end with it
+    """Run a phase in this process, with all output of it and its children in its log."""
+    os.setsid()  # a process group, so that its children can be killed with it
     with open(folder / "log.txt", "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -144,7 +144,7 @@ def run_phase(phase: Phase, folder: Path, seconds: float, resume: bool) -> None:
 
 
 def finish(process: multiprocessing.Process) -> int | None:
-    """The exit code of a phase, or None where it had to be ended. Its children end with it."""
+    """The exit code of a phase, or None if it had to be killed. Its children are killed too."""
     code = process.exitcode
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -156,27 +156,27 @@ def finish(process: multiprocessing.Process) -> int | None:
 
 def verdict(code: int | None, seconds: float) -> str:
     if code is None:
-        return f"FAILED: cut off after {seconds:.0f} s; what it had measured is written"
+        return f"FAILED: cut off after {seconds:.0f} s; results so far are saved"
     return f"done in {seconds:.0f} s" if code == 0 else f"FAILED with exit code {code} after {seconds:.0f} s"
 
 
 def result_files(folder: Path) -> list[dict]:
-    """What the files of results in a folder hold."""
+    """The contents of the result files in a folder."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(DataError):  # of another kind
+        with contextlib.suppress(DataError):  # not a result file
             found.append(results.load(path))
     return found
 
 
 def unfinished_rows(folder: Path) -> int:
-    """How many rows the results have that say of themselves that they are not complete; -1 where none do."""
+    """Rows in the result files that are marked incomplete; -1 if there are none."""
     found = [content for content in result_files(folder) if content.get("complete") is False]
     return sum(len(content["rows"]) for content in found) if found else -1
 
 
 def summary(outcome: dict[str, str], out: Path) -> str:
-    """A page: what became of each phase, what it measured in a line a row, and why it failed."""
+    """The summary: the verdict of each phase, a line per result row, and why it failed."""
     lines = []
     for name, said in outcome.items():
         lines.append(f"== {name}: {said}")
@@ -204,7 +204,7 @@ def short(row: dict) -> str:
 
 
 def pack(out: Path, page: str) -> None:
-    """Write the page, and everything in the folder, to one file beside it."""
+    """Write the summary, and pack the folder into one file beside it."""
     files.write(out / "summary.txt", page + "\n")
     part = out.parent / f".{out.name}.tar.gz.part"
     with tarfile.open(part, "w:gz", compresslevel=3) as archive:
@@ -213,30 +213,19 @@ def pack(out: Path, page: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`hotlap bench look`, `check` and `figures`, whose flags are read without tyro."""
-    parser = argparse.ArgumentParser(prog="hotlap bench", description=SuiteConfig.__doc__)
-    parser.add_argument("call", help=", ".join(phases.CALLS))
-    parser.add_argument(
-        "--out", type=Path, help="empty folder for the results; by default the call and the date"
-    )
-    parser.add_argument("--cache", type=Path, help="folder for what Triton and Inductor compile")
-    parser.add_argument("--minutes", type=float, default=0, help="time for everything")
-    parser.add_argument("--phases", nargs="*", default=(), help="names of the phases to run; by default all")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    """`hotlap bench look`, `check` and `figures`. Reads flags with argparse, as tyro may be missing."""
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--out", type=Path, help="empty folder for the results; CALL-DATE by default")
+    flags.add_argument("--cache", type=Path, help="folder for the caches of Triton and Inductor")
+    flags.add_argument("--minutes", type=float, default=0, help="time limit for the call")
+    flags.add_argument("--phases", nargs="*", default=(), help="phases to run; all by default")
+    flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="hotlap bench")
+    calls = parser.add_subparsers(dest="call", required=True)
+    for call in phases.CALLS:
+        calls.add_parser(call, parents=[flags], description=SuiteConfig.__doc__)
     given = parser.parse_args(arguments)
     return run_suite(given.call, SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases)))
-
-
-def look(arguments: list[str]) -> int:
-    return main(["look", *arguments])
-
-
-def check(arguments: list[str]) -> int:
-    return main(["check", *arguments])
-
-
-def figures(arguments: list[str]) -> int:
-    return main(["figures", *arguments])
 
 
 if __name__ == "__main__":

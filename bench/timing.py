@@ -1,8 +1,8 @@
-"""Timing that can be believed: warm, on fresh data, interleaved, and with its spread.
+"""Reliable timing: warm, on data outside the caches, interleaved, and with its spread.
 
-On a GPU, blocks of calls are captured as a CUDA graph and timed by device events, so that the host's share is
-left out; on a CPU by the host's clock. Variants take turns, forwards and backwards, so that what drifts
-(clocks, temperature, other users) falls on all of them alike.
+On a GPU, blocks of calls are captured as a CUDA graph and timed by device events, which leaves out host
+overhead; on a CPU, the host's clock is used. Variants take turns, in alternating order, so that drift
+(clocks, temperature, other users) affects all of them equally.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import torch
 
 from hotlap.common.log import log
 
-Call = Callable[[int], object]  # a call on buffer set i
+Call = Callable[[int], object]  # call(i) uses buffer set i
 
-BLOCK_SECONDS = 2e-3  # the least that is timed at once, far above the clocks' resolution
+BLOCK_SECONDS = 2e-3  # shortest block to time, far above the clocks' resolution
 WARM_UP_SECONDS = 0.05
 FEWEST_SAMPLES = 5
 # Notes of rows without a time.
 NO_TIME = "skipped: no time left"
 OUT_OF_MEMORY = "out of memory; give fewer --rows"
 FAILED = "does not run:"
-CACHE_FACTOR = 2.5  # how far the rotating buffers exceed the last-level cache
+CACHE_FACTOR = 2.5  # size of all buffer sets, as a multiple of the last-level cache
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of the samples, and the quantiles that 10 % lie below and above."""
+    """Seconds of one call: the median of the samples, and their 10 % and 90 % quantiles."""
 
     median: float
     low: float
     high: float
     samples: int
-    graph: bool = False  # of a CUDA graph's replay, so without the host's share
+    graph: bool = False  # from a CUDA graph, so without host overhead
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
@@ -54,7 +54,7 @@ class Timing:
 
 
 def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
-    """How many sets of inputs to rotate over, so that none is still in the cache when its turn comes."""
+    """How many sets of inputs to rotate over, so that none is still cached when its turn comes."""
     cache = 32 << 20
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -69,11 +69,10 @@ def measure(
     seconds: float = 0.3,
     capture: bool = True,
 ) -> dict[str, Timing]:
-    """Time each variant for about `seconds`, all interleaved. A variant is called with the number of a buffer
-    set.
+    """Time each variant for about `seconds`, interleaved. A variant is called with the index of a buffer set.
 
-    capture: whether to time a CUDA graph of the calls; not for what waits for the GPU, such as whole training
-    steps. Raises what a variant raises; one that does not run should not be in here.
+    capture: time a CUDA graph of the calls; not for calls that wait for the GPU, such as whole training
+    steps. Raises what a variant raises.
     """
     with side_stream(device) if capture else contextlib.nullcontext():
         blocks = {name: _block(name, call, device, sets, capture) for name, call in variants.items()}
@@ -89,9 +88,9 @@ def measure(
 
 
 class Block(NamedTuple):
-    """As many calls as are timed at once."""
+    """The calls that are timed together."""
 
-    seconds: Callable[[], float]  # runs them, and returns the seconds of one
+    seconds: Callable[[], float]  # runs them, and returns the seconds per call
     graph: bool = False
 
 
@@ -104,7 +103,7 @@ def _block(name: str, call: Call, device: torch.device, sets: int, capture: bool
         synchronize(device)
     one = (time.perf_counter() - began) / calls
     count = max(1, min(1000, round(BLOCK_SECONDS / one)))
-    count = -(-count // sets) * sets if count > 1 else 1  # whole rounds of the buffer sets
+    count = -(-count // sets) * sets if count > 1 else 1  # a multiple of the buffer sets
     if device.type != "cuda":
         return Block(lambda: _host_seconds(call, count, sets))
     return _device_block(name, call, max(count, sets), sets, capture)
@@ -136,35 +135,35 @@ def _device_block(name: str, call: Call, count: int, sets: int, capture: bool) -
         return start.elapsed_time(end) / 1e3 / times / count
 
     seconds(1)  # the first replay uploads the graph
-    # The host's clock, by which `count` was found, saw launches too: a graph of as many calls is over sooner,
-    # and its own launch would count.
+    # `count` comes from the host's clock, which includes launches. A graph of as many calls takes less time,
+    # so it is replayed until its own launch no longer matters.
     times = max(1, min(100, round(BLOCK_SECONDS / max(1e-9, count * seconds(1)))))
     return Block(lambda: seconds(times), graph is not None)
 
 
 def _captured(name: str, call: Call, calls: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-    """A CUDA graph of the calls on the current stream, on which they are warm; None, with the reason logged,
-    where there can be none.
+    """A CUDA graph of the calls, already warm on the current stream. None if there can be none, which is
+    logged with its reason.
     """
     if why := _waits_for_gpu(call):
-        log.info("%s is timed with the host's share, without a CUDA graph: %s", name, why)
+        log.info("%s is timed with host overhead, without a CUDA graph: %s", name, why)
         return None
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, stream=stream):
             calls()
     except RuntimeError as error:
-        log.warning("%s is timed without a CUDA graph, which failed: %s", name, str(error).splitlines()[0])
-        torch.cuda.set_stream(stream)  # torch forgets to, where a capture fails
+        log.warning("%s is timed without a CUDA graph: capture failed: %s", name, str(error).splitlines()[0])
+        torch.cuda.set_stream(stream)  # torch does not, if a capture fails
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-            pass  # a capture that ends well lets torch's random numbers go on
+            pass  # a successful capture makes torch's random generator usable again
         return None
     return graph
 
 
 def _waits_for_gpu(call: Call) -> str:
-    """Where a call waits for the GPU, so that no graph can hold it, or nothing. Asked beforehand, because a
-    capture that fails leaves torch's random numbers and streams unusable.
+    """Why a call cannot be captured, because it waits for the GPU; empty if it does not. Checked beforehand,
+    because a failed capture leaves torch's random generator and streams unusable.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -181,8 +180,8 @@ def _waits_for_gpu(call: Call) -> str:
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, work on a stream of its own. Graphs cannot be captured on the default stream, and a backward
-    pass runs on the stream of its forward pass.
+    """On a GPU, use a side stream. Graphs cannot be captured on the default stream, and a backward pass runs
+    on the stream of its forward pass.
     """
     if device.type != "cuda":
         yield
@@ -205,7 +204,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """The seconds between marks in the work of a device, which nothing waits for until they are read."""
+    """Seconds between marks in a device's work. Only reading them waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device, self.marks = device, []
@@ -228,17 +227,17 @@ class Stopwatch:
 
 
 class Budget:
-    """Time for one case after the other: a case is begun where there is time for one like the last."""
+    """A time limit for a sequence of cases: start one only if there is time for one like the last."""
 
     def __init__(self, minutes: float):
-        """0 minutes are no limit."""
+        """0 minutes: no limit."""
         if not 0 <= minutes < math.inf:
             raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
         self.end = time.monotonic() + 60 * minutes if minutes else math.inf
         self.began: float | None = None
 
     def fits(self) -> bool:
-        """Whether to begin a case now; the one before is over."""
+        """Whether to start a case now. Call it once before each case."""
         now = time.monotonic()
         last = 0 if self.began is None else now - self.began
         self.began = now
@@ -246,9 +245,7 @@ class Budget:
 
 
 def start_afresh(device: torch.device) -> None:
-    """Forget what was compiled, which would count towards the compiler's limit for each function, and free
-    memory.
-    """
+    """Drop compiled code, which counts towards torch.compile's limit per function, and free memory."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -256,7 +253,7 @@ def start_afresh(device: torch.device) -> None:
 
 
 def failure(error: Exception) -> str:
-    """The note of a row for what was raised in its place."""
+    """The note of a row for an error."""
     of_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
     if isinstance(error, torch.OutOfMemoryError) or of_cpu:
         return OUT_OF_MEMORY

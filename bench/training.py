@@ -1,8 +1,7 @@
-"""`hotlap bench training`: what a training step takes on this device, and where its time goes. Under torchrun
-it is the step of all ranks, so that several runs show how it scales.
+"""`hotlap bench training`: how long a training step takes on this device, and where the time goes.
 
-Steps are those of the training loop: batches come from a shard of tokens, packed by documents and prefetched.
-The tokens are random and the documents as long as FineWeb's.
+Under torchrun it measures the step of all ranks. Steps are those of the training loop: batches are packed
+from a token shard and prefetched. Tokens are random; document lengths are distributed as in FineWeb.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from hotlap.bench import results
+from hotlap.bench import plots, results
 from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
-from hotlap.bench.plots import draw_training
 from hotlap.bench.timing import NO_TIME, OUT_OF_MEMORY, Budget, Stopwatch, Timing, failure, start_afresh
 from hotlap.common import options
 from hotlap.common.log import log
@@ -41,8 +39,8 @@ from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
 KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")
-INSIDE = ("relu2",)  # what takes the place of one of them that is switched off
-UNTIMED = 2  # steps before those that are measured
+INSIDE = ("relu2",)  # used in place of one of them that is switched off
+UNTIMED = 2  # warm-up steps
 BOS = 0
 
 Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]
@@ -50,34 +48,31 @@ Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Measure training steps on random tokens: tokens/s, MFU, memory, and the time of each part, the wait for
-    data too.
-    """
+    """Measure training steps on random tokens: tokens/s, MFU, memory, and the time of each part."""
 
     models: tuple[str, ...] = ()
-    """Of tiny, 124m, d12, d20 and d24; none is tiny on a CPU, and all but tiny on a GPU."""
+    """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU, all others on a GPU."""
     rows: int = 0
-    """Rows of the model's context in a step; 0 is a usual number, or half of it until the memory suffices."""
+    """Rows per forward pass; 0: a usual number, halved until it fits in memory."""
     micro_batches: int = 1
-    """Passes of so many rows in a step, whose gradients are summed before the optimiser's."""
+    """Forward and backward passes per step (gradient accumulation)."""
     steps: int = 10
-    """Steps that are measured, after two that are not."""
+    """Steps to measure, after two warm-up steps."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block. auto: on a GPU."""
+    """torch.compile each block; auto: on a GPU only."""
     fp8: bool = False
     """Run large matmuls in fp8."""
     without: bool = False
-    """Where Triton kernels are in use, measure again with each of them switched off, and with all: what they
-    are worth."""
+    """Measure again with each Triton kernel switched off, and with all of them off."""
     minutes: float = 0
-    """Start nothing new after so many minutes, and list what was left out; 0 is no limit."""
+    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
     out: Path | None = None
-    """Folder for the results; by default bench/results/DEVICE."""
+    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_training(config: TrainingConfig) -> list[dict]:
-    """Measure each model, write training.json, .csv and .png, and return the rows. Out of memory, or whatever
-    else a model ends with, is a row too.
+    """Measure each model, write training.json, .csv and .png, and return the rows. A model that fails, for
+    example out of memory, has a row that says so.
     """
     for name in ("steps", "micro_batches"):
         if getattr(config, name) < 1:
@@ -99,7 +94,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
         path = results.open_file("training", config.out, world.device) if world.leads else None
         if path:
             log_warnings(world.device)
-        for label, off in variants:  # all models as they are first
+        for label, off in variants:  # first all models with all kernels
             provider = f"hotlap without {label}" if label else "hotlap"
             for name, shape in shapes.items():
                 for row in bench_model(name, shape, off, config, budget, world, path):
@@ -108,7 +103,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
                     if path:
                         results.save(path, rows, world.device)
     if path:
-        draw_training(rows, path.with_suffix(".png"), PHASES)
+        plots.draw(rows, path.with_suffix(".png"), partial(plots.training, PHASES))
         log.info("written to %s", path)
     return rows
 
@@ -122,8 +117,8 @@ def bench_model(
     world: World,
     path: Path | None,
 ) -> Iterator[dict]:
-    """A row of the model with some kernels switched off; and before it, where the number of rows is ours to
-    choose, one for each number that the memory does not suffice for.
+    """A model's row, with the kernels in `off` switched off. If `config.rows` is 0, rows for larger numbers
+    of rows that ran out of memory come first.
 
     path: of the results, on the rank that writes them.
     """
@@ -142,16 +137,10 @@ def bench_model(
         try:
             with switched_off(off):
                 found = measure_training(
-                    shape,
-                    count,
-                    config.steps,
-                    compiled,
-                    world,
-                    random_batches,
-                    config.micro_batches,
-                    config.fp8,
-                )
-        except Exception as error:  # whatever a model ends with is its row, and the others go on
+                    shape, count, config.steps, compiled, world, random_batches,
+                    config.micro_batches, config.fp8,
+                )  # fmt: skip
+        except Exception as error:  # recorded as the model's row; the other models still run
             if world.size > 1:
                 raise  # the other ranks wait for this one
             note = failure(error)
@@ -166,9 +155,7 @@ def bench_model(
 
 @contextlib.contextmanager
 def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> Iterator[Iterator[list[Batch]]]:
-    """This rank's batches of `count` rows for so many steps, from a shard in a temporary folder by the way
-    that training takes.
-    """
+    """This rank's batches of `count` rows for `steps` steps, read from a temporary shard as training does."""
     random = np.random.default_rng(0)
     together = count * world.size
     length = (steps + 4) * together * shape.context  # the loader reads ahead
@@ -187,7 +174,7 @@ def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> It
 
 @contextlib.contextmanager
 def switched_off(names: tuple[str, ...]) -> Iterator[None]:
-    """Let some files of kernels use torch."""
+    """Let these kernel modules use plain torch."""
     modules = [importlib.import_module(f"hotlap.kernels.{name}") for name in names]
     before = [module.use_triton for module in modules]
     for module in modules:
@@ -199,7 +186,7 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
             module.use_triton = use_triton
 
 
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # or blocks would run without being compiled
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else blocks would silently run uncompiled
 def measure_training(
     shape: GPTConfig,
     count: int,
@@ -210,8 +197,8 @@ def measure_training(
     micro: int = 1,
     fp8: bool = False,
 ) -> dict[str, float | bool | None]:
-    """One model, with `count` rows on each rank at once, `micro` times a step: median milliseconds of a step
-    and its parts, throughput, utilisation, and this rank's peak memory.
+    """Measure a model with `micro` passes of `count` rows per step on each rank: median milliseconds of a
+    step and its parts, throughput, MFU, and this rank's peak memory.
     """
     device = world.device
     if device.type == "cuda":
@@ -245,7 +232,7 @@ def measure_training(
 
 
 def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT, MuonAdamW]:
-    """A model and its optimiser as training makes them."""
+    """A model and its optimizer, built as in training."""
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(world.device.type))
     if fp8:
@@ -258,8 +245,8 @@ def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT
 def step_seconds(
     model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, world: World
 ) -> list[float]:
-    """Seconds of one step: the wait for its batches on the device, forward passes, backward passes, optimiser
-    with the norm of the gradients.
+    """Seconds of one step, by part: waiting for its batches, forward passes, backward passes, and the
+    optimizer with the gradient norm.
     """
     watch = Stopwatch(world.device)
     some = [batch.to(world.device) for _ in range(micro) for batch in next(batches)]

@@ -1,10 +1,9 @@
-"""`hotlap bench tune`: measure the tiles of every table on the GPU at hand, and write down the fastest.
+"""`hotlap bench tune`: find the fastest tile of every kernel on this GPU, and use it from then on.
 
-Each case runs in bfloat16 at a size that does not fit the caches; then, with the tiles found, the Gram form
-of the orthogonalisation, and each backend of attention. All are timed as CUDA graphs, because the host takes
-longer to launch a small kernel than the GPU to run it. Compiling, which takes longest, is done on all cores
-beforehand. What was measured is used from then on; the file is in the user's cache, and removing it undoes
-this.
+Each case runs in bfloat16 at a size that does not fit in the caches. Then, with those tiles,
+orthogonalisation is timed with and without its Gram form, and attention with each backend. All are timed as
+CUDA graphs, because launching a small kernel takes longer than running it. Compiling takes the most time, so
+it is done first, on all cores. The results are a file in the user's cache; delete it to undo the tuning.
 """
 # B batch, T time, H heads, C head dim
 
@@ -42,152 +41,30 @@ from hotlap.kernels.tiles import (
     write_tuned,
 )
 
-GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below, the Gram form has no fewer FLOPs
-MARGIN = 0.98  # of the default's time: what a candidate has to beat, for less is noise
+GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below these, the Gram form saves no FLOPs
+MARGIN = 0.98  # a candidate must beat this share of the default's time; less is noise
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Measure the tiles of every kernel on this GPU, and write down the fastest for later runs."""
+    """Find the fastest tiles for every kernel on this GPU, and use them in later runs."""
 
     kernel: tuple[str, ...] = (*MODULES, "attention")
-    """Files of kernels, such as rms_norm; attention: its backends."""
+    """Kernel files, such as rms_norm; attention tunes the choice of its backend."""
     seconds: float = 0.05
-    """Time for each tile. Tiles take turns."""
-
-
-def measure_tiles(case: Case, seconds: float, device: torch.device) -> dict[int, float]:
-    """Milliseconds of each fitting tile that runs, by its place. Tiles take turns."""
-    facts = device_facts(device)
-    tiles, launch = fitting_tiles(case.table, case.size, facts), case.run(device)
-    chosen, key = tuned_tiles(facts.name), tile_key(case.table, case.size)
-
-    def launch_with(tile: Tile, _: int) -> None:
-        with choice_of(chosen, key, tile):
-            launch()
-
-    variants = {}
-    for i, tile in enumerate(tiles):
-        try:
-            launch_with(tile, 0)
-        except (RuntimeError, triton.runtime.errors.TritonError) as error:
-            log.warning("%s does not run with %s: %s", case.kernel, tile, error)
-        else:
-            variants[str(i)] = partial(launch_with, tile)
-    times = milliseconds(variants, seconds, device) if variants else {}
-    return {int(i): ms for i, ms in times.items()}
-
-
-@contextlib.contextmanager
-def choice_of(chosen: dict[str, Tile], key: str, tile: Tile) -> Iterator[None]:
-    """Let launches take a tile, whatever is chosen for their key."""
-    before, chosen[key] = chosen.get(key), tile
-    pick_tile.cache_clear()
-    try:
-        yield
-    finally:
-        del chosen[key]
-        if before is not None:
-            chosen[key] = before
-        pick_tile.cache_clear()
-
-
-def milliseconds(variants: dict[str, Call], seconds: float, device: torch.device) -> dict[str, float]:
-    timings = timing.measure(variants, device, seconds=seconds)
-    return {name: 1e3 * timing.median for name, timing in timings.items()}
-
-
-def compile_tiles(module: str, place: int) -> None:
-    """Launch a case once with each of its tiles, in a process of its own, for Triton's cache."""
-    device = torch.device("cuda")
-    case = importlib.import_module(f"hotlap.kernels.{module}").cases(torch.bfloat16)[place]
-    facts, launch = device_facts(device), case.run(device)
-    for tile in fitting_tiles(case.table, case.size, facts):
-        with choice_of(tuned_tiles(facts.name), tile_key(case.table, case.size), tile):
-            launch()
-    torch.cuda.synchronize()
-
-
-def compile_all(found: list[tuple[str, int]]) -> None:
-    """Compile the cases, by module and place, on all cores. What fails here will fail, and say so, later."""
-    workers = min(len(found), max(1, (os.cpu_count() or 1) - 1))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(compile_tiles, *case) for case in found]
-        for future, (module, place) in zip(futures, found, strict=True):
-            if error := future.exception():
-                log.warning("%s, case %d, was not compiled ahead: %s", module, place, error)
-
-
-def fastest(tiles: list[Tile], times: dict[int, float]) -> Tile:
-    """The fastest tile, or the default, the first, where none is clearly faster."""
-    best = min(times, key=times.__getitem__)
-    return tiles[best] if times[best] < MARGIN * times.get(0, math.inf) else tiles[0]
-
-
-def measure_gram(seconds: float, device: torch.device) -> Iterator[tuple[float, tuple[float, float]]]:
-    """For each aspect ratio the milliseconds of an orthogonalisation with the Gram form and without, which
-    take turns, of 12 matrices with a shorter side of 1536.
-    """
-    for aspect in GRAM_ASPECTS:
-        x = torch.randn(12, 1536, round(1536 * aspect), device=device, dtype=torch.float16)
-        x /= aspect**0.5 * 1536**0.5  # so that a norm is 1536^0.5
-        variants = {
-            name: lambda _, x=x, limit=limit: _steps(x, POLAR_EXPRESS, 1536**0.5, limit)
-            for name, limit in (("gram", 1.0), ("plain", math.inf))
-        }
-        times = milliseconds(variants, seconds, device)
-        yield aspect, (times["gram"], times["plain"])
-
-
-def from_where(times: dict[float, tuple[float, float]]) -> float:
-    """The least aspect ratio from which on the first time is the smaller one, of those tried; or inf."""
-    least = math.inf
-    for aspect in sorted(times, reverse=True):
-        gram, plain = times[aspect]
-        if gram >= MARGIN * plain:
-            break
-        least = aspect
-    return least
-
-
-def measure_backends(seconds: float, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
-    """For each head size, length and window its key, and the milliseconds of each backend that can do it.
-
-    Forward and backward of 16k tokens at a width of 2048; backends take turns.
-    """
-    for C, T, window in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384), (None, 512, 1024)):
-        if window and window >= T:
-            continue
-        shape = (3, 16384 // T, T, 2048 // C, C)
-        inputs = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
-        dy = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
-        variants: dict[str, Call] = {}
-        for backend in ("triton", *(("flash", "cudnn") if window is None else ()), "flash-attn"):
-            run = partial(step, inputs, dy, window, backend)
-            try:
-                run(0)
-            except (ValueError, RuntimeError, AssertionError) as error:  # not installed, or not for this GPU
-                log.info("attention: no %s here: %s", backend, error)
-            else:
-                variants[backend] = run
-        yield case_key(C, T, window or 0), milliseconds(variants, seconds, device)
-
-
-def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: str, _: int) -> None:
-    y = attention(*inputs, window, backend=backend)
-    torch.autograd.grad(y, inputs, dy)
+    """Measuring time of each tile."""
 
 
 def tune(config: TuneConfig) -> int:
-    """Measure, print a line a case, and write the file."""
+    """Measure, print a line per case, and write the file."""
     if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
     if not config.seconds > 0:
         raise ValueError(f"seconds={config.seconds} must be positive")
     if not torch.cuda.is_available():
-        raise ValueError("hotlap bench tune measures on a GPU, and this machine has none")
+        raise ValueError("hotlap bench tune needs a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":
-        raise ValueError("hotlap bench tune is for Triton; unset HOTLAP_KERNELS and TRITON_INTERPRET")
+        raise ValueError("hotlap bench tune needs Triton; unset HOTLAP_KERNELS and TRITON_INTERPRET")
     device = torch.device("cuda", torch.cuda.current_device())
     facts = device_facts(device)
     results, choices = dict(tuned_tiles(facts.name)), dict(tuned_choices(facts.name))
@@ -195,7 +72,7 @@ def tune(config: TuneConfig) -> int:
     for name in (name for name in MODULES if name in config.kernel):
         module = importlib.import_module(f"hotlap.kernels.{name}")
         for place, case in enumerate(module.cases(torch.bfloat16)):
-            key = tile_key(case.table, case.size)  # kernels that share a table are tuned by the first
+            key = tile_key(case.table, case.size)  # kernels that share a table are tuned once, by the first
             cases.setdefault(key, (case, (name, place)))
     compile_all([found for _, found in cases.values()])
     for key, (case, _) in cases.items():
@@ -219,6 +96,128 @@ def tune(config: TuneConfig) -> int:
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
     print(write_tuned(facts.name, results, choices))
     return 0
+
+
+def compile_all(found: list[tuple[str, int]]) -> None:
+    """Compile the cases, given by module and index, on all cores. Failures show again when measuring."""
+    workers = min(len(found), max(1, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compile_tiles, *case) for case in found]
+        for future, (module, place) in zip(futures, found, strict=True):
+            if error := future.exception():
+                log.warning("%s, case %d, was not compiled ahead: %s", module, place, error)
+
+
+def compile_tiles(module: str, place: int) -> None:
+    """Fill Triton's cache: launch a case once with each of its tiles. Runs in a worker process."""
+    device = torch.device("cuda")
+    case = importlib.import_module(f"hotlap.kernels.{module}").cases(torch.bfloat16)[place]
+    facts, launch = device_facts(device), case.run(device)
+    for tile in fitting_tiles(case.table, case.size, facts):
+        with choice_of(tuned_tiles(facts.name), tile_key(case.table, case.size), tile):
+            launch()
+    torch.cuda.synchronize()
+
+
+def measure_tiles(case: Case, seconds: float, device: torch.device) -> dict[int, float]:
+    """Milliseconds of each fitting tile that runs, by its index. Timings are interleaved."""
+    facts = device_facts(device)
+    tiles, launch = fitting_tiles(case.table, case.size, facts), case.run(device)
+    chosen, key = tuned_tiles(facts.name), tile_key(case.table, case.size)
+
+    def launch_with(tile: Tile, _: int) -> None:
+        with choice_of(chosen, key, tile):
+            launch()
+
+    variants = {}
+    for i, tile in enumerate(tiles):
+        try:
+            launch_with(tile, 0)
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:
+            log.warning("%s does not run with %s: %s", case.kernel, tile, error)
+        else:
+            variants[str(i)] = partial(launch_with, tile)
+    times = milliseconds(variants, seconds, device) if variants else {}
+    return {int(i): ms for i, ms in times.items()}
+
+
+@contextlib.contextmanager
+def choice_of(chosen: dict[str, Tile], key: str, tile: Tile) -> Iterator[None]:
+    """Make launches with this key use `tile`."""
+    before, chosen[key] = chosen.get(key), tile
+    pick_tile.cache_clear()
+    try:
+        yield
+    finally:
+        del chosen[key]
+        if before is not None:
+            chosen[key] = before
+        pick_tile.cache_clear()
+
+
+def milliseconds(variants: dict[str, Call], seconds: float, device: torch.device) -> dict[str, float]:
+    timings = timing.measure(variants, device, seconds=seconds)
+    return {name: 1e3 * timing.median for name, timing in timings.items()}
+
+
+def fastest(tiles: list[Tile], times: dict[int, float]) -> Tile:
+    """The fastest tile, or the default (the first) if none is clearly faster."""
+    best = min(times, key=times.__getitem__)
+    return tiles[best] if times[best] < MARGIN * times.get(0, math.inf) else tiles[0]
+
+
+def measure_gram(seconds: float, device: torch.device) -> Iterator[tuple[float, tuple[float, float]]]:
+    """For each aspect ratio, milliseconds to orthogonalise 12 matrices with a shorter side of 1536, with the
+    Gram form and without.
+    """
+    for aspect in GRAM_ASPECTS:
+        x = torch.randn(12, 1536, round(1536 * aspect), device=device, dtype=torch.float16)
+        x /= aspect**0.5 * 1536**0.5  # so that the norm is 1536^0.5
+        variants = {
+            name: lambda _, x=x, limit=limit: _steps(x, POLAR_EXPRESS, 1536**0.5, limit)
+            for name, limit in (("gram", 1.0), ("plain", math.inf))
+        }
+        times = milliseconds(variants, seconds, device)
+        yield aspect, (times["gram"], times["plain"])
+
+
+def from_where(times: dict[float, tuple[float, float]]) -> float:
+    """The smallest aspect ratio from which the Gram form is always faster, of those tried; else inf."""
+    least = math.inf
+    for aspect in sorted(times, reverse=True):
+        gram, plain = times[aspect]
+        if gram >= MARGIN * plain:
+            break
+        least = aspect
+    return least
+
+
+def measure_backends(seconds: float, device: torch.device) -> Iterator[tuple[str, dict[str, float]]]:
+    """For each head dim, length and window: its key, and milliseconds of each backend that supports it.
+
+    Times forward and backward of 16k tokens at width 2048.
+    """
+    for C, T, window in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384), (None, 512, 1024)):
+        if window and window >= T:
+            continue
+        shape = (3, 16384 // T, T, 2048 // C, C)
+        inputs = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
+        dy = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
+        variants: dict[str, Call] = {}
+        for backend in ("triton", *(("flash", "cudnn") if window is None else ()), "flash-attn"):
+            run = partial(step, inputs, dy, window, backend)
+            try:
+                run(0)
+            except (ValueError, RuntimeError, AssertionError) as error:  # not installed, or not for this GPU
+                log.info("attention: %s is not available: %s", backend, error)
+            else:
+                variants[backend] = run
+        yield case_key(C, T, window or 0), milliseconds(variants, seconds, device)
+
+
+def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: str, _: int) -> None:
+    y = attention(*inputs, window, backend=backend)
+    torch.autograd.grad(y, inputs, dy)
 
 
 def main(arguments: list[str]) -> int:

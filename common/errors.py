@@ -1,4 +1,4 @@
-"""Errors that users can cause, and how a program shows them: one line and an exit code."""
+"""Errors that users can cause, shown as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 70, 65, 66, 73
 
 
 class DataError(ValueError):
-    """A file or record that cannot be used: says which, what is wrong, and what to try."""
+    """A file or record is unusable. The message says which, what is wrong, and what to try."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved where it was."""
+    """The run was asked to stop, and has saved a checkpoint."""
 
 
 class RankLost(Exception):
-    """Another process of the run failed or does not answer; says which, and what it said."""
+    """Another rank failed or does not respond. The message says which, and its error."""
 
 
-EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
+EXIT_CODES: dict[type[BaseException], int] = {  # the first match counts
     Interrupted: 130,
     KeyboardInterrupt: 130,
     RankLost: TRY_AGAIN,
@@ -38,7 +38,7 @@ EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
 
 
 def known(name: str, names: object, what: str) -> str:
-    """name where it is one of names; else a ValueError with the nearest ones."""
+    """Return name if it is one of names; else raise a ValueError that suggests the closest one."""
     if name in names:
         return name
     near = difflib.get_close_matches(str(name), list(names), n=1)
@@ -47,12 +47,10 @@ def known(name: str, names: object, what: str) -> str:
 
 
 def guarded(action: Callable[[], int | None], debug: bool) -> int:
-    """Run action, and return its exit code; an error becomes `error: ...` on one line, or with debug a
-    traceback.
-    """
+    """Run action and return its exit code. An error is printed as one line, or raised if debug is set."""
     try:
         return action() or 0
-    except BrokenPipeError:  # who read our output has left
+    except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
@@ -61,8 +59,8 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
         if code == BUG:
-            text = f"{type(error).__name__}: {text} (a bug; --debug shows where)"
-        rank = int(os.environ.get("RANK", 0))  # of torchrun's processes
+            text = f"{type(error).__name__}: {text} (a bug; --debug shows the traceback)"
+        rank = int(os.environ.get("RANK", 0))  # under torchrun
         if not isinstance(error, Interrupted):
             text = f"rank {rank}: error: {text}" if rank else f"error: {text}"
         if not (rank and isinstance(error, Interrupted)):

@@ -1,4 +1,4 @@
-"""Files: the cache folder, hashes, and writing that a crash cannot spoil."""
+"""Files: the cache folder, hashes and atomic writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be downloaded, computed or measured again; it may not exist yet."""
+    """The user's cache folder, for what can be downloaded or computed again; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
 
 
@@ -22,14 +22,14 @@ def file_sha256(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file of text in UTF-8, whole or not at all: a process that is killed leaves what was there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # so that two processes may write the same file
+    """Write a UTF-8 text file atomically: a killed process leaves the old file."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
     part.write_text(text, encoding="utf-8", newline="")
     part.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The log of hotlap."""
+"""The logger of hotlap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ log = logging.getLogger("hotlap")
 
 
 def set_up_logging() -> None:
-    """Send the project's log to standard error, one line a record. Called by programs, never on import."""
+    """Send the log to standard error, one line per record. Called by programs, never on import."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""Which machine, with which versions, and when: what a measurement states beside its figures."""
+"""The machine, versions and date that are recorded with a measurement, and the state of the device."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import torch
 from hotlap.common.log import log
 
 PACKAGES = ("hotlap", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
-# NVML's reasons for low clocks: hardware, heat as software and hardware see it, power brake
+# NVML's reasons for low clocks: hardware slowdown, software and hardware thermal slowdown, power brake
 SLOWED = 0x08 | 0x20 | 0x40 | 0x80
-BUSY = 0.15  # share of the processors that others may use before times are doubtful
+BUSY = 0.15  # CPU share of other processes above which times are unreliable
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What a result states of where it is from: the device's name, the versions and the date."""
+    """Device name, versions and date."""
     return {"device": device_name(device), "versions": versions(), "date": now()}
 
 
 def device_name(device: torch.device) -> str:
-    """What the driver calls the device; for a CPU its model and the number of threads in use."""
+    """The driver's name of a GPU; for a CPU, its model and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -42,7 +42,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python, torch (which names its build), CUDA or ROCm, and what is installed of PACKAGES."""
+    """Versions of Python, torch (with its build), CUDA or ROCm, and the installed ones of PACKAGES."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,31 +52,31 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """The date and the minute, in UTC."""
+    """Date and time in UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
-    """Clocks, power, temperature and users of a GPU, and warnings where they would spoil a measurement. What
-    the driver does not tell is None.
+    """Clocks, power, temperature and processes of a GPU (None if unknown), and warnings about those that
+    would distort a measurement.
     """
     if device.type != "cuda" or torch.version.hip:
         return {}, []
     try:
         import pynvml
     except ImportError:
-        return {}, ["nvidia-ml-py is missing, so clocks and other users of the GPU are not known"]
+        return {}, ["nvidia-ml-py is missing, so clocks and other processes on the GPU are unknown"]
     try:
         pynvml.nvmlInit()
         driver = pynvml.nvmlSystemGetDriverVersion()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError as error:
-        return {}, [f"the GPU's state cannot be read: {error}"]
+        return {}, [f"cannot read the GPU's state: {error}"]
 
     def ask(name: str, *more: object) -> Any:
         try:
             return getattr(pynvml, f"nvmlDeviceGet{name}")(handle, *more)
-        except (pynvml.NVMLError, AttributeError):  # not of this card, or not in this version
+        except (pynvml.NVMLError, AttributeError):  # not supported by this GPU or driver
             return None
 
     def watts(name: str) -> float | None:
@@ -95,7 +95,7 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
     }
     warnings = []
     if (ask("CurrentClocksEventReasons") or 0) & SLOWED:
-        warnings.append(f"the GPU is slowed by heat or power ({state['temperature_c']} C)")
+        warnings.append(f"the GPU is throttled by heat or power ({state['temperature_c']} C)")
     cap, usual = state["power_cap_w"], state["power_cap_default_w"]
     if cap and usual and cap < 0.95 * usual:
         warnings.append(f"the GPU's power is capped at {cap:.0f} of {usual:.0f} W")
@@ -105,14 +105,14 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
 
 
 def busy_share(seconds: float = 0.2) -> float | None:
-    """How much of the processors others use while we wait, or None where the system does not tell."""
+    """CPU share of other processes, sampled while this one sleeps; None if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
 
     def ticks() -> tuple[int, int]:
         fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]  # all, and those idle or waiting for a disk
+        return sum(fields), fields[3] + fields[4]  # total, and idle or waiting for a disk
 
     before = ticks()
     time.sleep(seconds)
@@ -121,10 +121,10 @@ def busy_share(seconds: float = 0.2) -> float | None:
 
 
 def log_warnings(device: torch.device) -> None:
-    """Say what would spoil a measurement that is about to begin."""
+    """Warn about whatever would distort a measurement that is about to start."""
     warnings = device_state(device)[1]
     share = busy_share() if device.type == "cpu" else None
     if share and share > BUSY:
-        warnings.append(f"other processes use {share:.0%} of the processors, which spoils times")
+        warnings.append(f"other processes use {share:.0%} of the CPUs, which distorts times")
     for warning in warnings:
         log.warning("warning: %s", warning)

@@ -1,6 +1,4 @@
-"""Flags from frozen dataclasses: a preset, then a TOML file, then the command line; and config.json of the
-result. tyro types and checks the values of all three.
-"""
+"""Frozen dataclasses from a preset, a TOML file and flags, in that order; tyro checks all values."""
 
 from __future__ import annotations
 
@@ -33,20 +31,20 @@ def parse(
     presets: dict[str, Callable[[], Config]] | None = None,
     depth: Callable[[int], Config] | None = None,
 ) -> Config:
-    """The configuration that a command line means.
+    """The configuration for a command line.
 
-    presets and depth give the values to start from (--preset NAME, --depth N), --config FILE.toml overrides
-    them, and every other flag overrides that.
+    --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE.toml
+    overrides them, and other flags override the file.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
-    notes = ["--config FILE.toml: values for these flags"]
+    notes = ["--config FILE.toml: read these flags from a file"]
     if presets:
         first.add_argument("--preset")
-        notes.append(f"--preset NAME: values to start from: {', '.join(presets)}")
+        notes.append(f"--preset NAME: start from a preset: {', '.join(presets)}")
     if depth:
         first.add_argument("--depth", type=int)
-        notes.append("--depth N: nanochat's model of N layers, with everything else by rule")
+        notes.append("--depth N: start from nanochat's rules for a model of N layers")
     notes.append("--debug: show the traceback of an error")
     chosen, rest = first.parse_known_args(arguments)
     if getattr(chosen, "preset", None) and getattr(chosen, "depth", None):
@@ -63,13 +61,13 @@ def parse(
 
 
 def from_flags(start: Config, arguments: list[str], **texts: str) -> Config:
-    """start with the fields that flags change. tyro prints help and mistakes, and exits."""
+    """`start`, changed by flags. tyro prints help and mistakes, and exits."""
     try:
         import tyro
     except ImportError as error:
         raise ImportError(
-            "the package tyro is missing, which reads the flags: pip install tyro. Without it there is "
-            "python -m hotlap.bench.suite look --out DIR"
+            "flags need the package tyro: pip install tyro. Without it, only "
+            "`python -m hotlap.bench.suite look --out DIR` works"
         ) from error
     return tyro.cli(type(start), default=start, args=arguments, **texts)
 
@@ -84,7 +82,7 @@ def read_toml(path: Path) -> dict:
 
 
 def merge(config: Config, values: dict, where: str) -> Config:
-    """config with a TOML table's values in place of its own. where: what the table is from, for errors."""
+    """config, changed by the values of a TOML table. where: the source of the table, for errors."""
     fields = flat(dataclasses.asdict(config))
     for key, value in flat(values).items():
         name = known(key.replace("-", "_"), fields, f"key in {where}")
@@ -97,7 +95,7 @@ def merge(config: Config, values: dict, where: str) -> Config:
 
 
 def flat(table: dict, prefix: str = "") -> dict[str, Any]:
-    """A table of tables as one, with keys like `loop.steps`."""
+    """Flatten nested tables to keys like `loop.steps`."""
     found = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
@@ -106,7 +104,7 @@ def flat(table: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def as_flag(name: str, value: Any) -> list[str]:
-    """The arguments that give a field a TOML value: --loop.steps=5, --model.no-smear, --tasks facts core."""
+    """Arguments that set a field to a TOML value: --loop.steps=5, --model.no-smear, --tasks facts core."""
     if isinstance(value, list):
         return [f"--{name}", *words(value)]
     if isinstance(value, bool):
@@ -115,12 +113,12 @@ def as_flag(name: str, value: Any) -> list[str]:
 
 
 def words(value: Any) -> list[str]:
-    """The items of a list, and of the lists in it, as a command line has them: in one row."""
+    """The items of nested lists as a flat list of arguments."""
     return [word for item in value for word in words(item)] if isinstance(value, list) else [str(value)]
 
 
 def unboxed(text: str) -> str:
-    """The first paragraph of what tyro prints in a box, below the box's title."""
+    """The first paragraph in the box that tyro prints, below its title."""
     _, _, paragraphs = text.partition("\n")
     found = (part.replace("│", " ").split() for part in re.split("[─-]{9,}", paragraphs))
     return " ".join(next(filter(None, found), []))

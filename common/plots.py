@@ -1,4 +1,4 @@
-"""Figures, where matplotlib is installed."""
+"""Figures, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from hotlap.common.log import log
 
 
 def new_figure(**settings: Any) -> Any | None:
-    """A matplotlib Figure that no window belongs to. None where matplotlib is missing, which is logged once.
+    """A matplotlib Figure without a window. None if matplotlib is missing, which is logged once.
 
-    settings: as matplotlib takes them, such as figsize in inches.
+    settings: arguments of Figure, such as figsize in inches.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say_what_is_missing()
+        log_missing()
         return None
     return Figure(layout="constrained", **settings)
 
 
 @functools.cache
-def say_what_is_missing() -> None:
-    log.info("no pictures: matplotlib is missing; pip install 'hotlap[plot]'")
+def log_missing() -> None:
+    log.info("no plots, as matplotlib is missing: pip install 'hotlap[plot]'")

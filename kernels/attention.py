@@ -13,11 +13,11 @@ zeros.
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
+from hotlap.common.log import log
 from hotlap.kernels.attention_backward import (
     _attention_dk_dv_tiles,
     _attention_dq_tiles,
@@ -35,8 +35,6 @@ from hotlap.kernels.attention_torch import (
 )
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
-
-log = logging.getLogger("hotlap")
 
 
 def visible_keys(T: int, S: int, window: int | None, document_start: Tensor | None, device) -> Tensor:

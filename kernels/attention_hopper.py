@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hotlap.common.log import log
 from hotlap.kernels.attention_blocks import block_at, edges, place
 from hotlap.kernels.dispatch import INTERPRETED, Device
 from hotlap.kernels.tiles import Tile, type_name
@@ -53,7 +53,6 @@ except ImportError as error:
     fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
     MISSING = str(error)
 
-log = logging.getLogger("hotlap")
 
 HEAD = 128  # the only head size that was measured
 WARPS = 4  # of a consumer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,13 +20,13 @@ from torch.library import custom_op, triton_op
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from hotlap.common.log import log
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # not available on this platform
     triton = tl = None
-
-log = logging.getLogger("hotlap")
 
 # TRITON_INTERPRET as @triton.jit has seen it
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-HEAD_DIM = 128  # of every model that is built from a depth: the size that attention kernels like best
-ROPE_BASE = 100_000.0  # of the rotary frequencies
-MLP_RATIO = 4  # width of the MLP as a multiple of the residual stream's
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # what attention is built and tested for
+HEAD_DIM = 128  # of models built from a depth; the fastest size for attention kernels
+ROPE_BASE = 100_000.0  # base of the rotary frequencies
+MLP_RATIO = 4  # hidden width of the MLP / width
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # supported by the attention kernels
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,11 @@ class GPTConfig:
     """Shape and options of a `GPT`. The defaults are nanochat's d12."""
 
     vocab_size: int = 32768
-    """Number of token ids, special tokens included. A tokenizer that is given says how many."""
+    """Number of token ids, special tokens included; set from the tokenizer if one is given."""
     context: int = 2048
     """Longest sequence in tokens."""
     layers: int = 12
+    """Number of transformer blocks."""
     width: int = 768
     """Size of the residual stream."""
     heads: int = 6
@@ -27,21 +28,21 @@ class GPTConfig:
     kv_heads: int = 6
     """Key and value heads; fewer than `heads` is grouped-query attention."""
     window_pattern: str = "SSSL"
-    """One letter a layer, repeated over the depth: S sees `short_window` keys, L all. The last layer is
-    always L.
+    """Attention window of each layer, repeated over the depth: S is a quarter of the context, L all of it.
+    The last layer is always L.
     """
     qk_gain: float = 1.2
-    """Queries and keys are multiplied by it after their norm, which sharpens attention."""
+    """Factor on queries and keys after QK-norm, which sharpens attention."""
     value_embeddings: bool = True
-    """Every other layer adds a gated per-token embedding to its values."""
+    """Add a gated per-token embedding to the attention values in every other layer."""
     residual_scalars: bool = True
-    """Learned scale of the residual and of the token's own embedding x0 at each layer."""
+    """Learn a scale per layer for the residual stream and for the token's embedding x0."""
     smear: bool = True
-    """Mix a gated share of the previous token's embedding into each token's."""
+    """Add a gated share of the previous token's embedding to each token's."""
     backout: bool = True
     """Subtract a learned share of the middle layer's residual before the head."""
     softcap: float = 15.0
-    """Logits become softcap * tanh(logits / softcap); 0 leaves them as they are."""
+    """Logits become softcap * tanh(logits / softcap); 0 turns this off."""
 
     @property
     def head_dim(self) -> int:
@@ -49,7 +50,7 @@ class GPTConfig:
 
     @property
     def short_window(self) -> int:
-        """A quarter of the context, rounded up to 128 tokens, and never more than the context."""
+        """A quarter of the context, rounded up to a multiple of 128, at most the context."""
         return min(self.context, -(-self.context // 4 // 128) * 128)
 
     @property
@@ -93,7 +94,7 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int = 32768, context: int = 2048, **fields) -> GPTConfig:
-        """nanochat's rule: 64 wide for each layer, rounded up to whole heads of 128."""
+        """nanochat's rule: width 64 per layer, rounded up to a multiple of the head dim 128."""
         heads = -(-depth * 64 // HEAD_DIM)
         shape = {"layers": depth, "width": heads * HEAD_DIM, "heads": heads, "kv_heads": heads}
         return cls(vocab_size=vocab_size, context=context, **(shape | fields)).validate()

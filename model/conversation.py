@@ -1,14 +1,14 @@
-"""Conversations to token ids and their loss mask, and answers back to messages.
+"""Render conversations to token ids and a loss mask, and parse answers back to messages.
 
-A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant's
-message may carry one `tool_calls` entry (name `calculator`, argument `expression`), which a `tool` message
-with the result follows, and then the assistant goes on; all of it is one assistant turn:
+A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant
+message may have one `tool_calls` entry (name `calculator`, argument `expression`). A `tool` message with the
+result follows, then the assistant continues; all of this is one assistant turn:
 
     <|bos|> <|user_start|> What is 2 + 3? <|user_end|>
     <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5.
     <|assistant_end|>
 
-Prompts are built as ids, piece by piece, so text can never become one of these marks.
+Prompts are built from ids, not text, so text can never become one of these special tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOOL = "calculator"
 
 
 def check_messages(messages: object) -> list[dict]:
-    """Return messages, or raise DataError saying which message is wrong and why."""
+    """Return messages. DataError says which message is wrong, and why."""
     if not isinstance(messages, list) or not messages:
         raise DataError("`messages` must be a list of at least one message")
     expected = ("system", "user")
@@ -36,7 +36,7 @@ def check_messages(messages: object) -> list[dict]:
             raise DataError(f"message {i} needs a `role` of {', '.join(ROLES)}")
         role, calls = message["role"], message.get("tool_calls")
         if role not in expected:
-            raise DataError(f"message {i} is from {role!r}, where {' or '.join(expected)} must come")
+            raise DataError(f"message {i} is from {role!r}; expected {' or '.join(expected)}")
         if not isinstance(message.get("content"), str | None):
             raise DataError(f"message {i}: `content` must be a string")
         if calls and role != "assistant":
@@ -53,7 +53,7 @@ def check_messages(messages: object) -> list[dict]:
 
 
 def tool_expression(message: dict, index: int) -> str:
-    """The expression of the assistant's one calculator call."""
+    """The expression of an assistant message's calculator call."""
     try:
         (call,) = message["tool_calls"]
         arguments = call["function"]["arguments"]
@@ -68,10 +68,10 @@ def tool_expression(message: dict, index: int) -> str:
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of a whole conversation and its loss mask: True for what the model is trained to say.
+    """Ids of a whole conversation and its loss mask, True for tokens that carry loss.
 
-    That is the assistant's text, its tool calls and the end of its turn; not the mark that opens its turn,
-    nor a tool's result. Raises DataError for a conversation that is out of order.
+    These are the assistant's text, its tool calls and the end of its turn; not the start of its turn, nor
+    tool results. DataError if the messages are not in a valid order.
     """
     ids, loss_mask = [tokenizer.bos], [False]
 
@@ -108,18 +108,18 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
 
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation that ends with the user, up to where the assistant begins to speak."""
+    """Ids of a conversation that ends with a user message, up to the start of the assistant's turn."""
     if check_messages(messages)[-1]["role"] != "user":
         raise DataError("a prompt must end with a message from the user")
     return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]
 
 
 class AnswerParts:
-    """Splits an answer into what a person reads and what stays hidden, token by token.
+    """Splits an answer, token by token, into text to show and hidden tool calls and results.
 
-    `part` is where the answer is: in "text", which is shown, or in a tool's "call", "called" (between the
-    call and its result) or its "result", which are hidden. <|result_end|> always leads back to text, however
-    disordered the marks before it. `call` and `result` hold the ids of the latest call and result.
+    `part` is the current part: "text", which is shown, or a tool's "call", "called" (between call and
+    result) or "result", which are hidden. <|result_end|> always returns to text, even if special tokens
+    before it were out of order. `call` and `result` hold the ids of the latest call and result.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -132,7 +132,7 @@ class AnswerParts:
         self.result: list[int] = []
 
     def push(self, token: int) -> str:
-        """The part that the token belongs to; a mark belongs to the part that it begins."""
+        """The part that the token belongs to; a special token belongs to the part that it starts."""
         mark = self.marks.get(token)
         if mark == "tool_start":
             self.part, self.call = "call", []
@@ -150,15 +150,15 @@ class AnswerParts:
 
 
 def spoken(ids: Iterable[int], tokenizer: Tokenizer) -> str:
-    """The text of an answer without tool calls and their results."""
+    """The text of an answer, without tool calls and results."""
     parts = AnswerParts(tokenizer)
     return tokenizer.decode(token for token in ids if parts.push(token) == "text").strip()
 
 
 def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
-    """The messages that a generated answer is: text, calls of the calculator and their results.
+    """A generated answer as messages: text, calculator calls and their results.
 
-    An answer that was cut off is kept as far as it goes; half a call is dropped.
+    A truncated answer is kept; an incomplete call at its end is dropped.
     """
     parts, text, messages = AnswerParts(tokenizer), [], []
     for token in ids:
@@ -175,5 +175,5 @@ def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
             text = []
         text.append(token)
     last = tokenizer.decode(text).strip()
-    # without a closing word, the calls before it lead nowhere
+    # calls without text after them are dropped
     return [*messages, {"role": "assistant", "content": last}] if last else []

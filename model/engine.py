@@ -1,7 +1,7 @@
-"""Generation: a key-value cache with a slot for each sequence, and requests that share the model's forwards.
+"""Generation: a KV cache with a slot per sequence, and requests that share forward passes.
 
-Each request has its own random generator and its own tools. Its answer does not depend on its batch mates,
-except that matmuls of different shapes may round differently.
+Each request has its own random generator and tools. Its answer does not depend on the other requests in the
+batch, except that matmuls of different shapes may round differently.
 """
 # B slots, S positions, K kv heads, C head dim, D width
 
@@ -26,13 +26,13 @@ from hotlap.model.tools import TOOLS, Tools, run_tool
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
 
-GROWTH = 128  # a cache grows by multiples of so many tokens a slot
+GROWTH = 128  # the cache grows in multiples of this many tokens per slot
 
 
 class KVCache:
     """Keys and values of B sequences of up to S tokens, each with its own length.
 
-    Layers have tensors of their own: of a view, a compiled step would write a copy, and copy it back.
+    Each layer has its own tensors: with views of one tensor, a compiled step would copy them back and forth.
     """
 
     def __init__(self, config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device):
@@ -45,7 +45,7 @@ class KVCache:
         self.use(torch.arange(slots, device=device), 1)
 
     def clear(self, slot: int, length: int) -> None:
-        """Empty a slot for a sequence of up to `length` tokens; all slots grow where they are shorter."""
+        """Empty a slot for a sequence of up to `length` tokens. All slots grow if they are shorter."""
         missing = length - self.k[0].shape[1]
         if missing > 0:
             missing += -length % GROWTH
@@ -56,18 +56,18 @@ class KVCache:
         self.last_embedding[slot] = 0
 
     def use(self, slots: Tensor, new_tokens: int) -> None:
-        """Say which slots (B,) the next forward continues, by how many tokens each."""
+        """Set the slots (B,) that the next forward pass continues, and how many tokens it adds to each."""
         self.slots = slots
         offset = torch.arange(new_tokens, device=slots.device)
-        self.held = self.lengths[slots]  # (B,) before the forward
+        self.held = self.lengths[slots]  # (B,) tokens before the forward pass
         self.positions = self.held[:, None] + offset  # (B, T)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Store k and v (B, T, K, C), and return the attention of q (B, T, H, C) to all that is stored."""
+        """Store k and v (B, T, K, C), and return the attention of q (B, T, H, C) over the whole cache."""
         return decode_attention(q, k, v, self.k[layer], self.v[layer], self.slots, self.held, window)
 
     def previous_embedding(self, x: Tensor) -> Tensor:
-        """The embedding before each of x (B, T, D): zero before the first token of a sequence."""
+        """The previous token's embedding for each of x (B, T, D); zero for the first token of a sequence."""
         previous = torch.cat((self.last_embedding[self.slots], x[:, :-1]), dim=1)
         self.last_embedding[self.slots] = x[:, -1:]
         return previous
@@ -79,52 +79,52 @@ class KVCache:
 class Token(NamedTuple):
     id: int
     sampled: bool
-    """False if it was forced: part of a tool's result. A loss mask for reinforcement learning."""
+    """False if it was forced (a tool's result). Serves as the loss mask for reinforcement learning."""
     logprob: float | None
-    """Log-probability in nats under the model itself, at temperature 1, without top-k and over the whole
-    (padded) table, as the training loss has it. None unless the request asked for it."""
+    """Log-probability in nats at temperature 1, without top-k, over the whole (padded) vocabulary, as in the
+    training loss. None unless requested."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and its answer, as far as it has come. `Engine.add` makes them."""
+    """A prompt and its answer so far. Made by `Engine.add`."""
 
     prompt: list[int]
     sampling: Sampling
     tools: Tools
     logprobs: bool
-    room: int  # tokens that the answer may have
+    room: int  # maximum length of the answer in tokens
     generator: torch.Generator
     parts: AnswerParts
     slot: int | None = None  # None while it waits
     tokens: list[Token] = field(default_factory=list)
-    """The answer so far. The mark that ends it is one of them."""
+    """The answer so far, including the token that ends it."""
     forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
-    """stop: the model ended its answer. length: `max_tokens` or the context did."""
+    """stop: the model ended its answer. length: `max_tokens` or the context was reached."""
 
     @property
     def answer(self) -> list[int]:
-        """Ids of the answer, without the mark that ends it."""
+        """Ids of the answer, without the token that ends it."""
         ids = [token.id for token in self.tokens]
         return ids[:-1] if self.finish_reason == "stop" else ids
 
 
 class Engine:
-    """Generates with a model for up to `slots` requests at once; further ones wait in a queue.
+    """Generates for up to `slots` requests at once; others wait in a queue.
 
-    A request reserves room for its prompt and its longest answer. The cache has `slots` times the most that
-    any request has reserved so far; it grows when a longer one gets a slot, and never shrinks. An engine is
-    for one thread.
+    A request reserves cache for its prompt and its longest answer. Every slot has room for the longest
+    request so far; the cache grows when a longer one gets a slot, and never shrinks. Use an engine from one
+    thread.
 
-    Each step is exactly one forward of the model, even when there are no requests. With FSDP2, a forward is
-    a collective: each rank has an engine and requests of its own, and all ranks must take the same number of
-    steps. They do so if all step until all are done:
+    Each step is exactly one forward pass, even without requests. With FSDP2, a forward pass is a collective:
+    each rank has its own engine and requests, and all ranks must take the same number of steps. They do if
+    all of them step until all are done:
 
         while world.total(engine.busy)[0]:
             engine.step()
 
-    `generate` and `complete` stop when their own requests are done, so they need a model that is not sharded.
+    `generate` and `complete` stop when their own requests are done, so they need an unsharded model.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64):
@@ -142,7 +142,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request runs or waits."""
+        """Whether any request is running or waiting."""
         return bool(self.waiting) or any(self.slots)
 
     def add(
@@ -150,8 +150,8 @@ class Engine:
     ) -> Request:
         """Queue a prompt. ValueError if it is empty or fills the context.
 
-        When the model writes a tool call, `run_tool` runs it, and the tokens of its result follow the call
-        at once, forced. If `tools` is empty, nothing is run or forced.
+        When the model ends a tool call, `run_tool` runs it, and the tokens of its result are forced to
+        follow. If `tools` is empty, nothing is run or forced.
         """
         context = self.model.config.context
         if not 0 < len(prompt) < context:
@@ -165,16 +165,16 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request where it is; one that has ended stays as it is."""
+        """End a request now. No effect if it has already ended."""
         if request.finish_reason is None:
             self._end(request, "cancelled")
 
     @torch.no_grad()  # not inference_mode: FSDP2 keeps gathered weights for training
     def step(self) -> list[tuple[Request, Token]]:
-        """One forward: of one request's prompt where one waits and a slot is free, else of the last token of
-        every running request. Returns the next token of each request that was in it.
+        """One forward pass: over the prompt of one waiting request if a slot is free, else over the last
+        token of every running request. Returns the next token of each request in the pass.
 
-        After an exception (Ctrl-C is one) the requests can only be cancelled.
+        After an exception, including Ctrl-C, requests can only be cancelled.
         """
         while self.waiting and None in self.slots:
             request = self.waiting.popleft()
@@ -183,7 +183,7 @@ class Engine:
             self.cache.clear(request.slot, len(request.prompt) + request.room)
         running = [request for request in self.slots if request]
         batch = [request for request in running if not request.tokens][:1] or running
-        if not batch:  # other ranks wait for this forward
+        if not batch:  # other ranks wait for this forward pass
             self.cache.clear(0, 1)
             self._forward([[self.tokenizer.bos]], [0])
             return []
@@ -195,7 +195,7 @@ class Engine:
         return step
 
     def _forward(self, ids: list[list[int]], slots: list[int]) -> Tensor:
-        """Logits (B, V) after the given new tokens of some slots."""
+        """Logits (B, V) after appending tokens to slots."""
         new = torch.tensor(ids, device=self.device)
         self.cache.use(torch.tensor(slots, device=self.device), new.shape[1])
         logits = self.model(new, cache=self.cache, last=True)[:, 0]
@@ -203,10 +203,10 @@ class Engine:
         return logits
 
     def _next_tokens(self, requests: list[Request], logits: Tensor) -> list[Token]:
-        """The next token of each request, drawn from its row of logits (B, V), unless another is forced."""
+        """The next token of each request: the forced one, or sampled from its row of logits (B, V)."""
         if not logits.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite; its weights are spoilt")
-        text = logits[:, : self.tokenizer.vocab_size]  # the table may be padded beyond the vocabulary
+            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+        text = logits[:, : self.tokenizer.vocab_size]  # the head may be padded beyond the vocabulary
         drawn = sample(text, [r.sampling for r in requests], [r.generator for r in requests]).tolist()
         sampled = [not r.forced for r in requests]
         ids = [r.forced.popleft() if r.forced else token for r, token in zip(requests, drawn, strict=True)]
@@ -240,7 +240,7 @@ class Engine:
             self.slots[request.slot] = None
 
     def generate(self, prompt: list[int], sampling: Sampling, tools: Tools = TOOLS) -> Iterator[int]:
-        """Ids of one answer as they come, without the mark that ends it. Closing it cancels the request."""
+        """Stream the ids of one answer, without the token that ends it. Closing it cancels the request."""
         request = self.add(prompt, sampling, tools)
         try:
             while request.finish_reason is None:
@@ -249,7 +249,7 @@ class Engine:
             self.cancel(request)
 
     def complete(self, prompts: list[list[int]], sampling: Sampling, tools: Tools = TOOLS) -> list[list[int]]:
-        """The whole answers, as ids. Prompt i draws with the seed `sampling.seed` + i."""
+        """The ids of complete answers. Prompt i samples with seed `sampling.seed` + i."""
         requests: list[Request] = []
         try:
             for i, prompt in enumerate(prompts):

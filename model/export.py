@@ -1,4 +1,4 @@
-"""Models for others to use, from runs and checkpoints."""
+"""`hotlap export weights`: write a model for other programs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hotlap.model.weights import STATE, load_model, model_folder, save_model, st
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model as one directory: config.json, tokenizer.json and model.safetensors."""
+    """Write a model directory with config.json, tokenizer.json and model.safetensors."""
 
     model: Path = Path("runs/tiny/sft")
     """Run, checkpoint or model directory."""
     out: Path = Path("exported")
-    """The folder to write; it must not exist yet, or be empty."""
+    """Folder to write; it must be empty or not exist yet."""
 
 
 def export_weights(config: ExportConfig) -> Path:
-    """Write the model in float32 and whole, whatever number of ranks saved it, and return its folder."""
+    """Write the model in float32, unsharded, and return its folder."""
     out = config.out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; name a new folder by --out")
+        raise FileExistsError(f"{out} exists already; name a new folder with --out")
     folder = model_folder(config.model)
     model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def export_weights(config: ExportConfig) -> Path:
     partial.mkdir()
     try:
         save_model(partial, model, tokenizer)
-        if trained_for := stage(folder):  # a base model stays known as one
+        if trained_for := stage(folder):  # chat.py needs to know a base model
             (partial / STATE).write_text(json.dumps({"stage": trained_for}) + "\n")
         partial.rename(out)
     except BaseException:

@@ -1,13 +1,11 @@
-"""What a model costs: parameters, FLOPs a token, bytes of memory, and the share of a device's peak that is
-used.
+"""What a model costs: parameters, training FLOPs per token, bytes of memory, and MFU.
 
-Two formulas for the FLOPs of training a token, forward and backward:
+There are two formulas for training FLOPs per token, forward and backward:
 
-* `nanochat_flops`: 6 for each weight of a matmul (embeddings are look-ups), and 12 H C min(window, T) for
-  each layer's attention, as if every query saw a full window. Compare with nanochat, nanoGPT and PaLM by this
-  one.
-* `causal_flops`: the same with the keys that a query really sees: its own and those before it, at most a
-  window. This is what the arithmetic takes.
+* `nanochat_flops`: 6 for each matmul weight (embeddings are look-ups), and 12 H C min(window, T) for each
+  layer's attention, as if every query saw a full window. It compares with nanochat, nanoGPT and PaLM.
+* `causal_flops`: the same, but counting only the keys that a query sees: itself and earlier ones in its
+  window. This is the arithmetic that is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch.nn as nn
 from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.gpt import GPT, Linear
 
-# Dense bf16 FLOP/s on paper, by words of the name that the driver gives; the first match counts.
+# Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
 PEAK_BF16 = (
     ("B200", 2250e12),
@@ -42,15 +40,15 @@ PEAK_BF16 = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Paper peak of the device in bf16 FLOP/s, or None where it is not known."""
+    """The device's data-sheet peak in bf16 FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     return of_card(PEAK_BF16, torch.cuda.get_device_name(device))
 
 
 def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
-    """The entry of a card in a table of peaks, or None: an L40 is no L4, and a laptop's card, a 4090 D, a
-    3090 Ti or a share of a card (MIG) is not the card itself.
+    """The entry of a GPU in a table of peaks, or None. An L40 is not an L4; laptop GPUs, the 4090 D, the
+    3090 Ti and MIG slices have no entry.
     """
     if re.search(r"\b(Laptop|D|Ti|MIG)\b", name):
         return None
@@ -58,7 +56,7 @@ def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:
-    """Number of parameters by part; `matmul` are those of `matrices` and `head`, the weights of matmuls."""
+    """Number of parameters by part. `matmul` is `matrices` plus `head`: all weights of matmuls."""
     linear = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
     embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.head.weight.numel()
@@ -74,13 +72,13 @@ def parameter_counts(model: GPT) -> dict[str, int]:
 
 
 def meta_model(config: GPTConfig) -> GPT:
-    """The model without memory: for counting."""
+    """The model on the meta device, to count with."""
     with torch.device("meta"):
         return GPT(config)
 
 
 def nanochat_flops(model: GPT, T: int | None = None) -> int:
-    """Training FLOPs a token at rows of T tokens, nanochat's formula."""
+    """Training FLOPs per token for rows of T tokens, by nanochat's formula."""
     c, counts = model.config, parameter_counts(model)
     T = T or c.context
     attention = sum(12 * c.heads * c.head_dim * min(window, T) for window in c.windows)
@@ -88,13 +86,13 @@ def nanochat_flops(model: GPT, T: int | None = None) -> int:
 
 
 def causal_flops(model: GPT, T: int | None = None) -> int:
-    """Training FLOPs a token at rows of T tokens, with the keys that each query sees."""
+    """Training FLOPs per token for rows of T tokens, counting only the keys that each query sees."""
     c, counts = model.config, parameter_counts(model)
     T = T or c.context
     attention = 0.0
     for window in c.windows:
         w = min(window, T)
-        keys = w * (w + 1) / 2 + (T - w) * w  # seen by the T queries together
+        keys = w * (w + 1) / 2 + (T - w) * w  # seen by all T queries
         attention += 12 * c.heads * c.head_dim * keys / T
     return round(6 * counts["matmul"] + attention)
 
@@ -102,11 +100,11 @@ def causal_flops(model: GPT, T: int | None = None) -> int:
 def training_bytes(
     model: GPT, rows: int, T: int, shards: int = 1, activation_bytes: int = 2
 ) -> dict[str, int]:
-    """Memory of a training step on one of `shards` ranks, at `rows` rows of T tokens, by part.
+    """Bytes of memory by part, for a training step on one of `shards` ranks with `rows` rows of T tokens.
 
-    Activations are an estimate from the shapes. copies: with several ranks what is whole on each for a while,
-    embeddings and head with their gradients in float32, and two blocks in the dtype of activations; on one
-    rank the blocks' weights in that dtype, if it is not theirs, which the backward pass needs again.
+    Activations are estimated from the shapes. copies: on several ranks, what is gathered at a time:
+    embeddings and head with their gradients in float32, and two blocks in the activations' dtype; on one
+    rank, the blocks' weights cast to that dtype, kept for the backward pass.
     """
     c, counts = model.config, parameter_counts(model)
     blocks = sum(p.numel() for p in model.blocks.parameters())
@@ -127,7 +125,5 @@ def training_bytes(
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: the share of the peak that training's arithmetic takes; None for an unknown
-    device.
-    """
+    """Model FLOPs utilisation: the share of the peak that training reaches; None if the peak is unknown."""
     return None if peak is None else flops_per_token * tokens_per_second / peak

@@ -1,4 +1,4 @@
-"""manifest.json of a checkpoint: what it is, and the size and hash of each of its files and of itself."""
+"""A checkpoint's manifest.json: what it is, the size and hash of each file, and a hash of the manifest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TENSORS = "*.safetensors"
 
 
 def manifest_text(fields: dict) -> str:
-    """The file's text: the fields, and as the last one the hash of their text."""
+    """The text of manifest.json: the fields, and last the hash of their text."""
     digest = hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest()
     return json.dumps(fields | {"sha256": digest}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest's fields. DataError where it is missing, of another format, or not as it was written."""
+    """The manifest's fields. DataError if it is missing, of another format, or has changed."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -29,25 +29,25 @@ def read_manifest(folder: Path) -> dict:
         version = fields["format"]
         fields.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); use another checkpoint") from error
+        raise DataError(f"cannot read {path} ({error!r}); use another checkpoint") from error
     if version != FORMAT:
-        raise DataError(f"{path} is of checkpoint format {version}; this version reads {FORMAT}")
+        raise DataError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")
     if text != manifest_text(fields):
         raise DataError(f"{path} has changed since it was saved; use another checkpoint")
     return fields
 
 
 def verify(folder: Path, rank: int = 0, size: int = 1, weights_only: bool = False) -> dict:
-    """Check a checkpoint's files against its manifest, and return that. DataError names one that is off.
+    """Check a checkpoint's files against its manifest, and return it. DataError names a file that is wrong.
 
-    rank, size: each of `size` processes hashes its share of the bytes. weights_only: leave out subfolders,
-    which a model directory does not need.
+    rank, size: each of `size` processes hashes its share of the bytes. weights_only: skip subfolders, which a
+    model directory does not need.
     """
     manifest = read_manifest(folder)
     entries = {n: e for n, e in manifest["files"].items() if not (weights_only and "/" in n)}
     for path in sorted(folder.glob(TENSORS) if weights_only else folder.rglob(TENSORS)):
         if path.relative_to(folder).as_posix() not in entries:
-            raise DataError(f"{path} is not one of the checkpoint's files; use another checkpoint")
+            raise DataError(f"{path} does not belong to the checkpoint; use another checkpoint")
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:

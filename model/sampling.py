@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Sampling the next token from logits."""
 # B batch, V vocab, K the largest top_k
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose: temperature 0 takes the most likely token."""
+    """How to sample the next token."""
 
     temperature: float = 0.6
+    """0 takes the most likely token."""
     top_k: int = 50
-    """Only the k most likely tokens can be drawn; 0 is all."""
+    """Sample from the k most likely tokens; 0: from all."""
     max_tokens: int = 256
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     seed: int = 0
+    """Seed of the random generator."""
 
     def validate(self) -> Sampling:
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
@@ -32,12 +34,12 @@ class Sampling:
 
 
 def sample(logits: Tensor, settings: list[Sampling], generators: list[torch.Generator]) -> Tensor:
-    """One id for each row of logits (B, V): returns (B,) int64.
+    """Sample one id per row of logits (B, V); returns (B,) int64.
 
     Each row has its own settings and generator, so its draw does not depend on the other rows. The method is
     torch.multinomial's: the id with the largest p / q, where q ~ Exp(1).
     """
-    greedy = [s.temperature < 1e-5 for s in settings]  # so little that dividing by it may overflow
+    greedy = [s.temperature < 1e-5 for s in settings]  # dividing by less may overflow
     likeliest = logits.argmax(-1)
     if all(greedy):
         return likeliest

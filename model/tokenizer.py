@@ -20,8 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from hotlap.common import files
 from hotlap.common.errors import DataError
 
-# Llama 3's way of cutting text into words before merging: contractions, words with the mark or space before
-# them, numbers of up to three digits, punctuation, line ends, spaces. llama.cpp knows it under that name.
+# Llama 3's pre-tokenization: contractions, words with the mark or space before them, numbers of up to three
+# digits, punctuation, line ends, spaces. llama.cpp knows it under that name.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,9 +39,10 @@ SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 
 
 class Tokenizer:
-    """Ids 0 to `text_size` - 1 are text, the special tokens follow.
+    """Ids 0 to `text_size` - 1 are text; the special tokens follow.
 
-    definition: what tokenizer.json holds. Make one with `train_bpe`, `train_characters`, `load` or `gpt2`.
+    definition: the content of tokenizer.json. Make one with `train_bpe`, `train_characters`, `load` or
+    `gpt2`.
     """
 
     def __init__(self, definition: str):
@@ -73,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. FileNotFoundError or DataError where that cannot be."""
+        """Read a tokenizer.json. FileNotFoundError or DataError if it cannot be read."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
@@ -90,7 +91,7 @@ class Tokenizer:
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text. Always below `text_size`, also where the text spells a special token."""
+        """Ids of text, always below `text_size`, even if the text spells a special token."""
         if self.is_bpe:
             return self._encoding.encode_ordinary(text)
         try:
@@ -106,20 +107,20 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; none for a special one."""
+        """The bytes of a token; empty for a special token."""
         return self._tokens[token] if token < self.text_size else b""
 
     def byte_counts(self) -> list[int]:
-        """Bytes of each id, 0 for special ones: what bits per byte divides by."""
+        """Number of bytes of each id, 0 for special tokens: the denominator of bits per byte."""
         return [len(self.token_bytes(token)) for token in range(self.vocab_size)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special ones vanish, and broken UTF-8 becomes U+FFFD."""
+        """Text of ids. Special tokens are dropped, and invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
-    """Decodes ids one at a time, holding back the bytes of a character until it is whole."""
+    """Decodes ids one at a time, holding back the bytes of an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -129,12 +130,12 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What is left; a character that never became whole is U+FFFD."""
+        """The remaining text; an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of `vocab_size` ids, special tokens included; fewer where the text has no more
+    """Train byte-level BPE with `vocab_size` ids, special tokens included; fewer if the text runs out of
     merges.
     """
     if vocab_size < SMALLEST_BPE:
@@ -152,7 +153,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_characters(text: str) -> Tokenizer:
-    """One id for each distinct character of text."""
+    """A tokenizer with one id per distinct character of text."""
     characters = sorted(set(text))
     if not characters:
         raise DataError("the text is empty; a character tokenizer needs at least one character")
@@ -164,19 +165,19 @@ def train_characters(text: str) -> Tokenizer:
 
 
 def gpt2() -> Tokenizer:
-    """GPT-2's 50,256 text tokens and our special ones, of which <|bos|> takes the id of its <|endoftext|>."""
+    """GPT-2's 50,256 text tokens and our special tokens; <|bos|> has the id of GPT-2's <|endoftext|>."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' errors are OSErrors
         raise OSError(
-            f"GPT-2's vocabulary could not be downloaded ({error}); on a machine with a network, run "
+            f"cannot download GPT-2's vocabulary ({error}); on a machine with network access, run "
             "python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")' and copy TIKTOKEN_CACHE_DIR here"
         ) from error
     return from_ranks(encoding._mergeable_ranks, GPT2_PATTERN)
 
 
 def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
-    """A byte-level BPE from tiktoken's ranks: merges are recovered by splitting each token with lower
+    """A byte-level BPE from tiktoken's ranks. Merges are recovered by splitting each token with the lower
     ranks.
     """
     character_of = byte_level_alphabet()
@@ -193,7 +194,7 @@ def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
 
 
 def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
-    """A tokenizer that cuts text by the pattern and then works on bytes."""
+    """A tokenizer that splits text by the pattern, then works on bytes."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -206,13 +207,13 @@ def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
 
 
 def finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
-    """Append the special tokens and hand over what tokenizer.json will hold."""
+    """Append the special tokens, and return a Tokenizer."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(tokenizer.to_str())
 
 
 def byte_level_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in tokenizer.json: GPT-2's table."""
+    """The printable character of each byte in tokenizer.json, by GPT-2's table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -1,6 +1,6 @@
-"""The tools that a model may call: a calculator, which walks the syntax tree and never calls eval.
+"""Tools that a model may call: a calculator, which walks the syntax tree and never calls eval.
 
-A tool is a function from text to text. What it cannot do it answers with `error: ...`; it does not raise.
+A tool is a function from text to text. It does not raise: it returns `error: ...` instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Tools = Mapping[str, Callable[[str], str]]
 
 MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 30
-MAX_DIGITS = 300  # of any number on the way
+MAX_DIGITS = 300  # of any intermediate result
 MAX_EXPONENT = 1000
 CHARACTERS = set("0123456789.eE+-*/%() ")
 
@@ -33,7 +33,7 @@ def calculate(expression: str) -> str:
     """Result of an arithmetic expression as text, or `error: ...`. Numbers and + - * / // % ** ( ) only."""
     if len(expression) > MAX_LENGTH:
         return "error: too long"
-    if not set(expression) <= CHARACTERS:  # words would only make Python's parser complain
+    if not set(expression) <= CHARACTERS:  # keeps words from Python's parser
         return "error: not arithmetic"
     try:
         value = _evaluate(ast.parse(expression.strip(), mode="eval").body, 0)
@@ -50,7 +50,7 @@ TOOLS: Tools = {"calculator": calculate}
 
 
 def run_tool(call: str, tools: Tools) -> str:
-    """Run a call: `name: text` goes to the tool of that name, any other text to the first tool."""
+    """Run a call: `name: text` calls the tool of that name, any other text the first tool."""
     name, colon, text = call.partition(":")
     if colon and name.strip() in tools:
         return tools[name.strip()](text.strip())

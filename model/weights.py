@@ -1,7 +1,7 @@
-"""Model directories: config.json, tokenizer.json and weights in .safetensors. Nothing in them can run code.
+"""Model directories: config.json, tokenizer.json and weights in .safetensors. Loading one never runs code.
 
-The weights are one file, or the shards that the processes of a run wrote; torch.distributed.checkpoint reads
-both, with or without a process group, and into sharded models.
+Weights are one file, or the shards that the ranks of a run wrote. torch.distributed.checkpoint reads both,
+with or without a process group, and into sharded models.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER, WEIGHTS, STATE = "config.json", "tokenizer.json", "model.safetensors", "state.json"
-SHOWN = 5  # differences that an error lists
+SHOWN = 5  # differences listed in an error
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write a model directory with its weights in one file into an existing folder."""
+    """Write a model, with its weights in one file, into an existing folder."""
     save_description(folder, model.config, tokenizer)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
 
 
 def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
-    """Write what a model directory has beside its weights."""
+    """Write config.json and tokenizer.json."""
     text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     tokenizer.save(folder / TOKENIZER)
 
 
 def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of a model directory, or of the newest checkpoint of a run."""
+    """Load model and tokenizer from a model directory, or from the newest checkpoint of a run."""
     folder, config, tokenizer = open_model(path)
     with torch.device("meta"):
         model = GPT(config, compute_dtype)
-    model.to_empty(device=device).init_weights()  # for the tables that are not stored
+    model.to_empty(device=device).init_weights()  # for buffers that are not stored
     load_weights(model, folder)
     return model.eval(), tokenizer
 
 
 def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
-    """Where the model lies that a path means, checked against its hashes, its shape and its tokenizer."""
+    """Find the model of a path and check its hashes. Returns its folder, shape and tokenizer."""
     folder = model_folder(path)
-    if (folder / MANIFEST).is_file():  # a model directory from elsewhere has no hashes to check
+    if (folder / MANIFEST).is_file():  # exported models have no hashes
         verify(folder, weights_only=True)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     config = load_config(folder)
     if config.vocab_size < tokenizer.vocab_size:
         raise DataError(
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
-            "they are not of one run"
+            "they are from different runs"
         )
     return folder, config, tokenizer
 
@@ -76,7 +76,7 @@ def load_config(folder: Path) -> GPTConfig:
 
 
 def stage(folder: Path) -> str | None:
-    """What a model was trained for last, "pretrain" or "sft", where its directory says so."""
+    """The last training stage of a model, "pretrain" or "sft"; None if its directory does not say."""
     try:
         return json.loads((folder / STATE).read_text(encoding="utf-8")).get("stage")
     except FileNotFoundError:
@@ -86,8 +86,8 @@ def stage(folder: Path) -> str | None:
 
 
 def load_weights(model: GPT, folder: Path) -> None:
-    """Fill a model, sharded or not, from the weights in a folder, which must be the model's in names, shapes
-    and dtypes: nothing is cast. Each process reads what it needs of them, and none waits for another.
+    """Load the weights in a folder into a model, sharded or not. Names, shapes and dtypes must be the same:
+    nothing is cast. Each process reads only what it needs, without waiting for others.
     """
     weights = model.state_dict()
     if found := tensor_differences(folder, weights):
@@ -96,7 +96,7 @@ def load_weights(model: GPT, folder: Path) -> None:
 
 
 def tensor_differences(folder: Path, into: dict[str, torch.Tensor]) -> list[str]:
-    """`name: saved X, current Y` for each tensor that is not stored in a folder as it is in `into`."""
+    """`name: saved X, current Y` for each tensor that differs between a folder and `into`."""
     stored, found = stored_tensors(folder), []
     for name in sorted({*stored, *into}):
         saved = current = "nothing"
@@ -104,7 +104,7 @@ def tensor_differences(folder: Path, into: dict[str, torch.Tensor]) -> list[str]
             size, dtype = stored[name].size, stored[name].properties.dtype
             saved = described(size, dtype)
             if sum(math.prod(chunk.sizes) for chunk in stored[name].chunks) != math.prod(size):
-                saved = "parts that do not make a whole"
+                saved = "incomplete parts"
         if name in into:
             current = described(into[name].shape, into[name].dtype)
         if saved != current:
@@ -129,27 +129,27 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
+            raise DataError(f"cannot read {path}: {error}") from error
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"the tensors of {folder} cannot be read: {error!r}") from error
+        raise DataError(f"cannot read the tensors of {folder}: {error!r}") from error
 
 
 def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
-    """Copy what is stored in a folder into tensors that it fits, one slice at a time."""
+    """Read the tensors in a folder into existing tensors of the same names, shapes and dtypes."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it may be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         try:
             reader = HuggingFaceStorageReader(str(folder))
             dcp.load(into, storage_reader=reader, no_dist=True)
         except dcp.CheckpointException as error:
             cause, _ = error.failures[0]
-            raise DataError(f"the tensors of {folder} cannot be read: {cause}") from cause
+            raise DataError(f"cannot read the tensors of {folder}: {cause}") from cause
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model directory that a path means: itself, or the newest checkpoint in a run."""
+    """The model directory of a path: the path itself, or the newest checkpoint of a run."""
     path = Path(path)
     if is_model(path):
         return path
@@ -169,7 +169,7 @@ def is_model(path: Path) -> bool:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. One without a manifest was never finished."""
+    """The complete checkpoints of a run, oldest first. One without a manifest is incomplete."""
     found = {p: re.fullmatch(r"step-(\d{6,})", p.name) for p in (run / "checkpoints").glob("step-*")}
     whole = [p for p, name in found.items() if name and (p / MANIFEST).is_file()]
     return sorted(whole, key=lambda p: int(found[p][1]))

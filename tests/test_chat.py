@@ -59,8 +59,8 @@ def test_a_session_in_a_pipe_survives_whatever_is_typed(workplace):
         [
             "unknown command /dance; /help", "/temperature warm: needs a number from 0 to 10",
             "/temperature nan", "/temperature 11", "(nothing)", "1,000,000 characters; at most 100,000",
-            "the context of 128 must leave 8 for an answer; shorten it", "needs a file", "No such file",
-            "nothing was",
+            "the context of 128 must leave 8 for an answer; shorten it", "name a file", "No such file",
+            "the conversation is empty",
         ]
     ):  # fmt: skip
         assert part in problems[number]
@@ -99,7 +99,7 @@ def test_a_wrong_path_lists_the_models(workplace):
 def test_without_a_path_the_newest_model_answers_and_a_bad_setting_is_one_line(workplace):
     os.utime(workplace / "runs" / "talker" / "config.json", (1, 1))
     code, output, errors = run_chat("--max-tokens", 4, lines=b"The quick\n/quit\n", folder=workplace)
-    assert code == 0 and "[runs/base: " in errors and "a base model: it continues text" in errors and output
+    assert code == 0 and "[runs/base: " in errors and "base model: it continues text" in errors and output
     code, output, errors = run_chat("--temperature", "nan", folder=workplace)
     assert code == 2 and errors == "error: temperature=nan must be a number from 0 to 10\n"
 
@@ -140,7 +140,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(tiny_tokenizer, capsys):
         prompt = render_prompt(chat.messages[:-1], tiny_tokenizer)
         assert len(prompt) + 8 <= 64
         assert chat.engine.model.fed[0][: len(prompt)] == prompt
-    assert "[the context is full: the first 1 questions" in capsys.readouterr().out
+    assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().out
     assert chat.messages[-2]["content"] == "Q8?" and 1 < len(chat.messages) // 2 < 9
     check_messages(chat.messages)
 

@@ -144,7 +144,7 @@ def test_from_text_to_an_answer(work, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "parameters on cpu" in printed.err and printed.out.endswith("\n") and "error" not in printed.err
     assert main(["chat", "base", "-p", "The square", "--max-tokens", "8"]) == 0
-    assert "a base model" in capsys.readouterr().err
+    assert "base model: " in capsys.readouterr().err
 
 
 def test_a_source_that_fails_in_the_middle_leaves_nothing_that_looks_whole(work, capsys, monkeypatch):

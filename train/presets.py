@@ -15,12 +15,12 @@ from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.sft import SFTConfig
 
-REFERENCE_DEPTH = 12  # where nanochat's rates were tuned
+REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
 RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
-FINEWEB_VALIDATION = 10_485_760  # tokens, by the rules of the track
-GPT2_TOKENS = 1.15e9  # of the run
+FINEWEB_VALIDATION = 10_485_760  # tokens, by the track's rules
+GPT2_TOKENS = 1.15e9  # of the gpt2-124m run
 GPT2_MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50304 * 768
 
 
@@ -40,7 +40,7 @@ def shakespeare_char() -> PretrainConfig:
 
 
 def tiny() -> PretrainConfig:
-    """The base model of the demo: minutes on two cores."""
+    """The demo's base model: minutes on two CPU cores."""
     model = GPTConfig(
         vocab_size=4096, context=256, layers=4, width=192, heads=3, kv_heads=3, window_pattern="L",
         value_embeddings=False,
@@ -54,7 +54,7 @@ def tiny() -> PretrainConfig:
 
 
 def tiny_sft() -> SFTConfig:
-    """The fine-tuning of the demo."""
+    """The demo's fine-tuning."""
     return SFTConfig(
         out=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
         schedule=ScheduleConfig(warmup_steps=0, warmdown=0.6, final_lr=0.0, momentum_warmup_steps=100),
@@ -63,10 +63,10 @@ def tiny_sft() -> SFTConfig:
 
 
 def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: float = 12) -> PretrainConfig:
-    """nanochat's dial: the depth sets width, tokens, batch, learning rates and weight decay.
+    """nanochat's rules: the depth sets width, tokens, batch, learning rates and weight decay.
 
-    Tokens are `ratio` for each matmul parameter; the batch grows with tokens^0.383, the rates with the
-    batch's square root, and the weight decay falls as the run gets longer.
+    A run has `ratio` tokens per matmul parameter. The batch grows with tokens^0.383 and the learning rates
+    with the square root of the batch; weight decay falls as the run gets longer.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
@@ -85,11 +85,10 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
 
 
 def gpt2_124m() -> PretrainConfig:
-    """The main track of modded-nanogpt: to 3.28 nats a token of FineWeb with 124M matmul parameters.
+    """modded-nanogpt's main track: 124M matmul parameters to a loss of 3.28 nats per token on FineWeb.
 
-    The shape is GPT-2's, the rates follow nanochat's rules for the tokens of a step and of the run. Batch and
-    windows grow in three stages, as in the records since 2025 (a third of the batch and a quarter of the
-    windows first).
+    GPT-2's shape, with learning rates by nanochat's rules for the batch and the length of the run. Batch and
+    attention windows grow in three stages, from a third and a quarter, as in the records since 2025.
     """
     rules = from_depth(12, vocab_size=50304, ratio=GPT2_TOKENS / GPT2_MATMUL_PARAMETERS)
     batch_rows = 192  # 393,216 tokens
@@ -106,7 +105,7 @@ def gpt2_124m() -> PretrainConfig:
 
 
 def gpt2_grade(depth: int = 24) -> PretrainConfig:
-    """nanochat's speedrun, to a model as good as GPT-2 (1.5B): 8 tokens for each matmul parameter."""
+    """nanochat's speedrun to GPT-2 (1.5B) grade: 8 tokens per matmul parameter."""
     rules = from_depth(depth, ratio=8)
     return dataclasses.replace(
         rules, out=Path("runs/gpt2-grade/pretrain"), data="data/climbmix", micro_batch="auto",
@@ -144,7 +143,7 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
 
 
 def matmul_parameters(config: GPTConfig) -> int:
-    """Parameters that are weights of matmuls: all but embeddings and scalars."""
+    """Number of parameters in matmuls: all but embeddings and scalars."""
     return parameter_counts(meta_model(config))["matmul"]
 
 

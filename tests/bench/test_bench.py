@@ -99,7 +99,7 @@ def test_a_gpu_that_is_slowed_capped_or_busy_is_warned_of(monkeypatch):
         monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu(reasons))
         state, warnings = machine.device_state(gpu)
         assert state["power_w"] == 400 and state["sm_clock_mhz"] == 1200
-        for said in ("slowed by heat or power (91 C)", "capped at 500 of 700 W", "2 other processes"):
+        for said in ("throttled by heat or power (91 C)", "capped at 500 of 700 W", "2 other processes"):
             assert any(said in warning for warning in warnings)
     monkeypatch.setitem(sys.modules, "pynvml", a_busy_gpu())
     assert not any("slowed" in warning for warning in machine.device_state(gpu)[1])
@@ -135,7 +135,7 @@ def test_what_a_driver_does_not_tell_is_left_open(monkeypatch):
 def test_a_cpu_that_others_use_is_warned_of(monkeypatch, caplog):
     monkeypatch.setattr(machine, "busy_share", lambda: 0.5)
     machine.log_warnings(CPU)
-    assert "other processes use 50% of the processors" in caplog.text
+    assert "other processes use 50% of the CPUs" in caplog.text
 
 
 def test_a_case_is_begun_where_there_is_time_for_one_like_the_last(monkeypatch):
@@ -206,7 +206,7 @@ def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, mon
         return {"ms": 1.0, "note": "", "mfu_nanochat": 0.205}
 
     monkeypatch.setattr(training, "measure_training", measure_training)
-    monkeypatch.setattr(training, "draw_training", lambda *_: False)
+    monkeypatch.setattr(training.plots, "draw", lambda *_: False)
     rows = training.bench_training(training.TrainingConfig(("tiny", "124m"), out=tmp_path))
     assert [(row["case"], row["note"]) for row in rows[:3]] == [
         ("tiny 16x64", "out of memory; give fewer --rows"),
@@ -221,7 +221,7 @@ def test_half_the_rows_are_tried_where_the_memory_does_not_suffice(tmp_path, mon
 
 def test_a_model_of_nanochats_is_set_against_what_nanochat_reaches(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "measure_training", lambda *_: {"ms": 1.0, "mfu_nanochat": 0.492})
-    monkeypatch.setattr(training, "draw_training", lambda *_: False)
+    monkeypatch.setattr(training.plots, "draw", lambda *_: False)
     rows = training.bench_training(training.TrainingConfig(("d12", "d24"), out=tmp_path))
     assert [row["over_nanochats_mfu"] for row in rows] == pytest.approx([1.2, 0.984])
 
@@ -277,11 +277,11 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
         (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
         (["training", "--micro-batches", "0"], 2, "micro_batches=0 must be at least 1"),
         (["training", "--fp8"], 2, "fp8 needs an NVIDIA GPU of compute capability 8.9 or later, and not cpu"),
-        (["training", "--models", "d13"], 2, "unknown model 'd13'; known: tiny"),
+        (["training", "--models", "d13"], 2, "unknown model: 'd13'; did you mean"),
         (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
         (["peers", "--nanogpt", ".", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
         (["tune", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
-        (["peers"], 2, "name a checkout by --nanogpt PATH"),
+        (["peers"], 2, "name a checkout with --nanogpt PATH"),
         (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
         (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),
         (["look", "--minutes", "-1"], 2, "minutes=-1.0 must be positive"),

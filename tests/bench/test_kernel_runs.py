@@ -138,7 +138,7 @@ def test_a_gpu_that_is_lost_ends_the_run_with_what_is_known_and_how_to_go_on(tmp
     monkeypatch.setattr(RELU2, breaks)
     flags = ["--operations", "relu2", "--rows", "16", "--seconds", "0.001", "--no-compile"]
     assert main(["bench", "kernels", *flags, "--out", str(tmp_path)]) == 74
-    assert "has left the GPU unusable in relu2 d12 16x3072; --resume does" in capsys.readouterr().err
+    assert "left the GPU unusable in relu2 d12 16x3072; continue with --resume" in capsys.readouterr().err
     (row,) = results.load(tmp_path / "kernels.json")["rows"]
     assert row["provider"] == "hotlap" and "illegal memory access" in row["note"]
     assert kernels.is_fault(row)
@@ -147,5 +147,5 @@ def test_a_gpu_that_is_lost_ends_the_run_with_what_is_known_and_how_to_go_on(tmp
 def test_results_of_another_device_are_not_continued(tmp_path):
     content = {"kind": "kernels", "device": "another", "rows": []}
     (tmp_path / "kernels.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is of another, and this is"):
+    with pytest.raises(ValueError, match="is from another, and this is"):
         bench_kernels(KernelsConfig(("relu2",), resume=True, out=tmp_path, **QUICK))

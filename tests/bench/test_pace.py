@@ -64,7 +64,7 @@ def test_rows_are_halved_until_the_memory_suffices(monkeypatch):
     with joined() as world:
         assert measure_that_fits(tiny(), SpeedrunConfig(), False, None, world)[0] == 4
         assert tried == [16, 8, 4]
-        with pytest.raises(MemoryError, match="fewer by --rows"):
+        with pytest.raises(MemoryError, match="fewer with --rows"):
             measure_that_fits(tiny(), SpeedrunConfig(rows=16), False, None, world)
 
 
@@ -90,7 +90,7 @@ def test_the_benchmark_writes_its_table_with_sources_and_assumptions(work, capsy
     assert all(row["source"] and row["our_flops_per_gpu"] > 0 for row in others)
     assert "only a run shows" in content["assumes"] and content["expected"] is None
     assert (work / "found" / "speedrun.png").read_bytes().startswith(b"\x89PNG")
-    assert "Assumed: every step" in capsys.readouterr().out
+    assert "Assumes: every step" in capsys.readouterr().out
 
 
 def test_an_unknown_recipe_is_refused(work, capsys):

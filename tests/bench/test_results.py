@@ -51,10 +51,10 @@ def test_comparing_flags_what_is_slower_beyond_the_noise_and_refuses_other_devic
     row["case"] = "other"
     after.write_text(json.dumps({"kind": "peers", "device": "card", "rows": [row]}))
     assert main(["bench", "compare", str(before), str(after)]) == 2
-    assert "holds kernels" in (said := capsys.readouterr().err) and "compare files of one kind" in said
+    assert "(kernels) and" in (said := capsys.readouterr().err) and "compare files of the same kind" in said
     write_result(after, "other card", 1.0, 0.1)
     assert main(["bench", "compare", str(before), str(after)]) == 2
-    assert "compare files of one device" in capsys.readouterr().err
+    assert "compare files from the same device" in capsys.readouterr().err
 
 
 def test_what_else_differs_between_two_files_is_said(tmp_path):
@@ -64,7 +64,11 @@ def test_what_else_differs_between_two_files_is_said(tmp_path):
         content = json.loads(path.read_text()) | {"commit": commit, "warnings": [f"busy at {commit}"]}
         path.write_text(json.dumps(content))
     lines = compare.compare(compare.CompareConfig(before, after))[2:]
-    assert lines == ["commit: 1, then 2", "warning of before: busy at 1", "warning of after: busy at 2"]
+    assert lines == [
+        "commit: before 1, after 2",
+        "warning in before: busy at 1",
+        "warning in after: busy at 2",
+    ]
 
 
 def test_a_run_sets_aside_what_an_earlier_one_left(tmp_path):
@@ -93,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_time_is_spent(name, tmp
     (tmp_path / "file").write_text("")
     assert main(["bench", name, "--out", str(tmp_path / "file")]) == 73
     said = capsys.readouterr().err
-    assert "no results can be written to" in said and "ceiling" not in said and "name another --out" in said
+    assert "cannot write results to" in said and "ceiling" not in said and "name another --out" in said
 
 
 def test_the_page_of_results_is_what_the_files_say(tmp_path):

@@ -55,7 +55,7 @@ def test_bad_kernels_are_rejected_each_for_its_reason_also_from_the_cache(tmp_pa
         "oversize": "bytes of shared memory; a block has 101376",
         "narrow": "narrowly",
         "float64": "computes in float64",
-        "descriptor": "has no TMA instruction",
+        "descriptor": "without TMA instructions",
         "crowded": "keeps 5 programs",
     }
     assert faults.keys() == reasons.keys()

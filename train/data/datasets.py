@@ -1,7 +1,7 @@
-"""The public datasets that speedruns train on: their repositories on the Hugging Face hub, and their files.
+"""Public datasets of the speedruns: their repositories on the Hugging Face hub, and their files.
 
-Revisions are pinned, and the size and sha256 of two files. For other files, those that the hub states at the
-first download are recorded (`hub.json` beside them) and must not change afterwards.
+Revisions are pinned, and so are size and sha256 of two files. For the others, the values that the hub states
+at the first download are recorded in `hub.json` beside them, and must not change afterwards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Dataset:
 
 
 def check_parquet(path: Path, column: str) -> None:
-    """DataError if the file has no such column, or its row groups are too large for memory."""
+    """DataError if the file lacks the column, or has too large row groups."""
     from pyarrow import ArrowException, parquet
 
     try:

@@ -1,8 +1,8 @@
 """Files of datasets on the Hugging Face hub: downloaded once, and checked at every call.
 
 huggingface_hub downloads into a staging folder, because it checks sizes alone and replaces files of the same
-name. A file moves to its place once its size and sha256 (pinned, or stated by the hub) and its format are
-right. `hub.json` beside the data records size and sha256. HF_ENDPOINT names a mirror, HF_TOKEN an account.
+name. A file moves into place once its size, its sha256 (pinned, or stated by the hub) and its format are
+verified. `hub.json` beside the data records size and sha256. HF_ENDPOINT names a mirror, HF_TOKEN an account.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AT_ONCE = 4  # files downloaded or hashed in parallel
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download into a folder will fetch, and how many bytes are there already."""
+    """The files that a download will fetch, and the bytes already in the folder."""
 
     folder: Path
     missing: dict[str, Content]
@@ -70,7 +70,7 @@ def download(dataset: Dataset, folder: Path, names: list[str]) -> None:
 
 
 def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
-    """Whether all files are there and as recorded. Those that have changed are removed."""
+    """Whether all files exist and are as recorded. Files that have changed are removed."""
     from tqdm import tqdm
 
     record = read_record(dataset, folder)
@@ -93,8 +93,8 @@ def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
 
 
 def adopt(dataset: Dataset, folder: Path, names: list[str]) -> None:
-    """Record files that someone else put in the folder. DataError names one that differs from the hub's; it
-    stays as it is.
+    """Record files that hotlap did not download. DataError names one that differs from the hub's; it is
+    kept.
     """
     record = read_record(dataset, folder)
     for name, content in expected(dataset, folder, [n for n in names if n not in record]).items():

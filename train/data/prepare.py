@@ -27,7 +27,7 @@ from hotlap.train.data.sources import (
 )
 
 CHARACTERS_PER_PIECE = 10_000  # documents are cut into pieces for tokenizer training
-CLIMBMIX_TOKENS = 50_000_000  # in a shard of 250M characters, at least
+CLIMBMIX_TOKENS = 50_000_000  # at least, in a shard of 250M characters
 TOKENIZER_SHARDS = 8  # of ClimbMix, to train a tokenizer on
 SAMPLE = 100_000  # characters on which a tokenizer's compression is measured
 
@@ -37,12 +37,13 @@ class TokenizerConfig:
     """Train a tokenizer on text."""
 
     source: str = "pydocs"
-    """pydocs, shakespeare, climbmix, or text, .jsonl or .parquet files: a path, a folder or a pattern."""
+    """pydocs, shakespeare, climbmix, or text, .jsonl or .parquet files (path, folder, pattern)."""
     shards: int = 8
     """Number of climbmix training shards to read."""
     out: Path = Path("tokenizer.json")
     """File to write."""
     kind: Literal["bpe", "characters"] = "bpe"
+    """Byte-level BPE, or one token per character."""
     vocab_size: int = 4096
     """Vocabulary size of a bpe tokenizer, special tokens included."""
     max_chars: int = 2_000_000_000
@@ -58,10 +59,9 @@ class DataConfig:
     """Turn text into token shards, split into training and validation by document."""
 
     source: str = "pydocs"
-    """pydocs, shakespeare, fineweb, climbmix, or text, .jsonl or .parquet files: a path, a folder or a
-    pattern."""
+    """pydocs, shakespeare, fineweb, climbmix, or text, .jsonl or .parquet files (path, folder, pattern)."""
     shards: int = 8
-    """Training shards: of fineweb 100M tokens (0.2 GB) each, of climbmix 250M characters (0.1 GB) each."""
+    """Training shards; each has 100M tokens (0.2 GB) of fineweb, or 250M characters (0.1 GB) of climbmix."""
     out: Path | None = None
     """Folder to write; data/SOURCE by default."""
     tokenizer: str = "tokenizer.json"

@@ -1,4 +1,4 @@
-"""FineWeb and ClimbMix: download them and make token shards."""
+"""Download FineWeb and ClimbMix, and make token shards of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from hotlap.train.data.shards import encoded, read_shard, write_shard
 from hotlap.train.data.sources import parquet_documents
 
 GPT2_BOS = 50256
-TOKEN_BYTES = (1.3, 2.6)  # at most, per byte of ClimbMix's parquet files, with 2 and with 4 bytes per token
-
-
-def with_progress(texts: Iterable[str], name: str) -> Iterator[str]:
-    """The same documents, with a progress bar."""
-    from tqdm import tqdm
-
-    return iter(tqdm(texts, name, unit=" documents", unit_scale=True, disable=None, leave=False))
+TOKEN_BYTES = (1.3, 2.6)  # at most, per byte of ClimbMix's parquet files, for 2-byte and 4-byte tokens
 
 
 def fineweb(folder: Path, shards: int) -> None:
@@ -70,6 +63,13 @@ def climbmix(folder: Path, shards: int, tokenizer: Tokenizer) -> None:
         write_shard(tokens, np.concatenate(documents), tokenizer.vocab_size)
         log.info("%s: %s tokens", tokens, f"{sum(map(len, documents)):,}")
     log.info("%s: ClimbMix, %d training shards and 1 validation shard", folder, shards)
+
+
+def with_progress(texts: Iterable[str], name: str) -> Iterator[str]:
+    """The same documents, with a progress bar."""
+    from tqdm import tqdm
+
+    return iter(tqdm(texts, name, unit=" documents", unit_scale=True, disable=None, leave=False))
 
 
 def download_plan(source: str, folder: Path, shards: int) -> hub.DownloadPlan:

@@ -1,6 +1,4 @@
-"""From nothing to a model that answers: corpus, tokenizer, pretraining, fine-tuning, scores, report,
-conversation.
-"""
+"""The demo: train a tokenizer and a base model, fine-tune it, score it, write a report, open a chat."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ from hotlap.train.speedruns.result import talk_to
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Train a model that answers questions about Python, in minutes, with nothing but this machine."""
+    """Train a model that answers questions about Python, in minutes, without a GPU or a download."""
 
     out: Path = Path("runs/tiny")
-    """Directory of everything that this makes."""
+    """Folder for everything this command writes."""
 
 
 def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
-    """Run every stage that is not done yet, print the scores and a conversation, and return the scores."""
+    """Run the stages that are not done yet, print the report, and return the scores."""
     began = time.perf_counter()
     run = config.out
     base = dataclasses.replace(tiny(), out=run / "pretrain", resume="auto")
@@ -46,10 +44,10 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         scores = evaluate_tasks(engine)[0] | {"validation_bpb": bits}
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
-        # last, because it says that the run is complete
+        # written last: it marks the run as complete
         files.write(scores_path, json.dumps(scores, indent=1) + "\n")
     print((run / "report.md").read_text())
-    print(f"the whole report: {run / 'report.md'}\ntalk to it:       python chat.py {tuned.out}")
+    print(f"report: {run / 'report.md'}\nchat:   python chat.py {tuned.out}")
     return scores
 
 
@@ -61,17 +59,17 @@ def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
 
 
 def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, str]]) -> None:
-    """report.md: the scores, a conversation, and where the stages' own reports are."""
+    """Write report.md: the scores, a sample conversation, and links to the reports of both stages."""
     shown = {
-        "facts of Python answered right, asked in new words": f"{scores['facts']:.1%}",
-        "new sums right, with the calculator": f"{scores['arithmetic']:.1%}",
-        "new words spelled right": f"{scores['spelling']:.1%}",
-        "bits per byte of held-out documentation": f"{scores['validation_bpb']:.3f}",
+        "questions about Python in new phrasings, answered correctly": f"{scores['facts']:.1%}",
+        "new sums solved with the calculator": f"{scores['arithmetic']:.1%}",
+        "new words spelled correctly": f"{scores['spelling']:.1%}",
+        "bits per byte on held-out documentation": f"{scores['validation_bpb']:.3f}",
         "seconds": f"{scores['seconds']:.0f}",
     }
-    lines = ["# A model from nothing", "", "| | |", "|---|---|"]
+    lines = ["# A model trained from scratch", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items()]
-    lines += ["", "## A conversation with it", ""]
+    lines += ["", "## Sample conversation", ""]
     lines += [line for q, a in sample for line in (f"> **you** {q}", ">", f"> **hotlap** {a}", "")]
     lines += ["Curves: [pretraining](pretrain/report.md), [fine-tuning](sft/report.md).", ""]
     files.write(run / "report.md", "\n".join(lines))

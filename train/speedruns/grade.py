@@ -1,4 +1,4 @@
-"""nanochat's speedrun: a base model as good as GPT-2 (1.5B) by CORE, which is then taught to converse."""
+"""nanochat's speedrun: a base model that beats GPT-2 (1.5B) on CORE, then fine-tuned for chat."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from hotlap.train.presets import gpt2_grade, gpt2_grade_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
 from hotlap.train.speedruns.plan import confirm, download_words, plan, plan_words
-from hotlap.train.speedruns.records import with_a_loss
-from hotlap.train.speedruns.result import draw_comparison, show_report, talk_to, write_result
+from hotlap.train.speedruns.result import talk_to, write_result
 
 GPT2_CORE = 0.256525
 
 
 @dataclass(frozen=True)
 class GradeConfig:
-    """Train a model as good as GPT-2 (CORE above 0.256525), and teach it to converse: nanochat's speedrun."""
+    """nanochat's speedrun: train a model that beats GPT-2 on CORE (0.256525), then fine-tune it for chat."""
 
     out: Path = Path("runs/gpt2-grade")
-    """Directory of everything that this makes."""
+    """Folder for everything this command writes."""
     depth: int = 24
-    """Layers; everything else follows from it."""
+    """Number of layers; everything else follows from it."""
     data: Path = Path("data/climbmix")
-    """Folder of ClimbMix's shards and their tokenizer; what is missing is downloaded and made."""
+    """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
     talks: str = "smoltalk"
-    """Conversations to learn from: smoltalk (which is downloaded) with the tasks, tasks (facts, sums,
-    spelling, greetings), or a .jsonl or .parquet file."""
+    """smoltalk (downloaded; adds the built-in tasks), tasks (only those), or a .jsonl or .parquet file."""
     core_bundle: Path | None = None
-    """nanochat's folder eval_bundle; downloaded where none is named."""
+    """nanochat's eval_bundle folder; downloaded by default."""
     micro_batch: str = "auto"
-    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
     fp8: bool = False
     """Run large matmuls in fp8."""
     yes: bool = False
-    """Do not ask before it starts."""
+    """Start without asking for confirmation."""
 
 
 def grade_speedrun(config: GradeConfig) -> dict:
-    """nanochat's speedrun: tokenizer, pretraining, CORE and bits per byte, conversations; and its scores."""
+    """Train, score and fine-tune. Returns the result, or {} if the user declines the plan. All ranks call
+    it.
+    """
     recipe = dataclasses.replace(
         gpt2_grade(config.depth), out=config.out / "pretrain", data=str(config.data),
         micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",
@@ -62,9 +62,9 @@ def grade_speedrun(config: GradeConfig) -> dict:
         download = download_words("climbmix", config.data, shards, world)
         if world.leads and (talks := conversations_plan(config.talks)):
             download += f"; {plan_words(talks, talks.folder)}"
-        title = f"a model of {config.depth} layers to a CORE of {GPT2_CORE} and into conversation"
+        title = f"a {config.depth}-layer model with a CORE above {GPT2_CORE}, fine-tuned for chat"
         lines = plan(recipe, world, download)
-        lines["length"] += f"; then conversations from {config.talks}, which the time is without"
+        lines["length"] += f"; then fine-tuning on {config.talks}, not included in the time below"
         if not confirm(title, lines, config.yes, world):
             return {}
         with world.leader_first("climbmix"):
@@ -92,17 +92,11 @@ def grade_speedrun(config: GradeConfig) -> dict:
             "bpb": scores["bpb"]["bpb"], "seconds": last["seconds"], "tokens": last["tokens"],
         }  # fmt: skip
         if world.leads:
-            draw_comparison(
-                [recipe.out], with_a_loss("gpt2-grade"), "validation_bpb", config.out / "curves.png"
-            )
-            write_result(config.out, title, result)
+            write_result(config.out, title, result, [recipe.out], [])
     return result
 
 
 def main(arguments: list[str]) -> int:
     """`hotlap speedrun gpt2-grade`."""
     config = options.parse(GradeConfig, arguments, command="speedrun gpt2-grade")
-    if not grade_speedrun(config):
-        return 0
-    show_report(config.out)
-    return talk_to(config.out / "sft")
+    return talk_to(config.out / "sft") if grade_speedrun(config) else 0

@@ -1,4 +1,7 @@
-"""The best model of a fixed time: which depth, context and batch suit the work that a device does in it."""
+"""karpathy/autoresearch's speedrun: the best bits per byte that a device reaches in a fixed time.
+
+Depth, context and batch are chosen from the FLOP/s that a short trial measures.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +31,82 @@ from hotlap.train.presets import REFERENCE_BATCH
 from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, pretrain
 from hotlap.train.run.folder import CONFIG
 from hotlap.train.speedruns.plan import confirm, download_words, plan
-from hotlap.train.speedruns.records import with_a_loss
-from hotlap.train.speedruns.result import draw_comparison, show_report, write_result
+from hotlap.train.speedruns.records import MINUTES, of_recipe
+from hotlap.train.speedruns.result import write_result
 
 VOCABULARY = 8192
 NO_LIMIT = 1_000_000  # steps: the clock ends the run
 TRIAL = GPTConfig.from_depth(4, VOCABULARY, 512)
 TRIAL_SECONDS = 3.0
 
-# FLOPs of a run, and the depth, context and tokens of a step that gave the best bits per byte of those tried.
-# Between the rows, depth and tokens are interpolated over the logarithm of the FLOPs, and rounded down.
+# FLOPs of a run; then the depth, context and tokens per step with the best bits per byte among those tried.
+# Between rows, depth and tokens are interpolated over log FLOPs and rounded down.
 BEST = (
-    # A minute or two of two CPU cores on `pydocs`: 1.413, and 1.414 with half the tokens a step; 3 layers of
-    # 256 had 1.586 with 4,096 tokens a step and 1.694 with 8,192, 4 layers 1.714 (a run each).
+    # A minute or two on two CPU cores, `pydocs`: 1.413, or 1.414 with half the tokens per step. 3 layers of
+    # width 256 reached 1.586 with 4,096 tokens per step and 1.694 with 8,192; 4 layers 1.714 (one run each).
     (2e13, 2, 512, 1 << 13),
     (1.2e17, 8, 2048, 1 << 19),  # karpathy/autoresearch's baseline: 300 s of an H100, 0.9979 bits per byte
 )
 
 
+@dataclass(frozen=True)
+class MinutesConfig:
+    """Train the best model this device can in a fixed time, by karpathy/autoresearch's protocol."""
+
+    out: Path = Path("runs/minutes")
+    """Folder for the run."""
+    minutes: float = 5.0
+    """Minutes of training, without start-up, compilation and validation."""
+    data: str = "climbmix"
+    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of token shards."""
+    dtype: Dtype = "auto"
+    """Compute dtype."""
+    yes: bool = False
+    """Start without asking for confirmation."""
+
+
+def minutes_speedrun(config: MinutesConfig) -> dict:
+    """Train and report. Returns the result, or {} if the user declines the plan. All ranks call it.
+
+    On ClimbMix the protocol asks for a vocabulary of 8,192, and bits per byte on the first 40 x 524,288
+    tokens of the last shard.
+    """
+    with joined() as world:
+        hub, data = config.data == "climbmix", config.data
+        flops = trial_flops(world, config.dtype)
+        if hub:
+            data = f"data/climbmix-{VOCABULARY}"
+        recipe = dataclasses.replace(
+            timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
+            validation_tokens=40 * REFERENCE_BATCH if hub else 0,
+        )  # fmt: skip
+        recipe = as_begun(recipe).validate()
+        tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
+        shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
+        download = download_words("climbmix", Path(data), shards, world) if hub else "nothing"
+        title = f"the best model in {config.minutes:g} minutes on {config.data}"
+        lines = plan(recipe, world, download)
+        lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
+        lines["length"] += f"; ends after {MOST_EPOCHS} epochs if the corpus is a single shard"
+        if not confirm(title, lines, config.yes, world):
+            return {}
+        if hub:
+            with world.leader_first("climbmix"):
+                if world.leads:
+                    climbmix_with_tokenizer(Path(data), shards, VOCABULARY)
+        last = pretrain(recipe)
+        result = {
+            "bpb": last["validation_bpb"], "depth": recipe.model.layers, "minutes": config.minutes,
+            "seconds": last["seconds"], "tokens": last["tokens"], "data": config.data,
+        }  # fmt: skip
+        if world.leads:
+            records = of_recipe(MINUTES) if hub else []
+            write_result(config.out, title, result, [config.out], records)
+    return result
+
+
 def trial_flops(world: World, dtype: str) -> float:
-    """FLOP/s that this device reaches in steps of a small model, as training takes them."""
+    """FLOP/s (nanochat's formula) of all ranks in training steps of a small model."""
     with torch.device("meta"):
         model = GPT(TRIAL, compute_dtype(dtype, world.device))
     parallelize(model, world, "none", compile=False)
@@ -67,25 +126,12 @@ def trial_flops(world: World, dtype: str) -> float:
         (seconds,) = world.total(seconds + taken if world.leads and steps else 0.0)
         steps += 1
         if steps == 1:
-            seconds = 0.0  # the first one compiles kernels
+            seconds = 0.0  # the first step compiles kernels
     return nanochat_flops(model) * ids.numel() * world.size * (steps - 1) / seconds
 
 
-def best_shape(flops: float) -> tuple[int, int, int]:
-    """Depth, context and tokens of a step for a run of so many FLOPs, from the table."""
-    (low, depth, context, tokens), (high, deepest, longest, most) = next(
-        (a, b) for a, b in itertools.pairwise(BEST) if flops < b[0] or b is BEST[-1]
-    )
-    place = max(0.0, math.log(flops / low) / math.log(high / low)) + 1e-9  # rows are not rounded down
-    return (
-        int(depth + place * (deepest - depth)),
-        context if place < 0.5 else longest,
-        1 << int(math.log2(tokens) + place * math.log2(most / tokens)),
-    )
-
-
 def timed(out: Path, data: str, minutes: float, flops: float) -> PretrainConfig:
-    """The run of so many minutes on a device that does `flops` FLOP/s."""
+    """The configuration of a run of this many minutes at `flops` FLOP/s."""
     depth, context, tokens = best_shape(60 * minutes * flops)
     return PretrainConfig(
         out=out, data=data, model=GPTConfig.from_depth(depth, VOCABULARY, context),
@@ -95,65 +141,21 @@ def timed(out: Path, data: str, minutes: float, flops: float) -> PretrainConfig:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MinutesConfig:
-    """The best bits per byte that this device reaches in a fixed time: karpathy/autoresearch's protocol."""
-
-    out: Path = Path("runs/minutes")
-    """Directory of the run."""
-    minutes: float = 5.0
-    """Of training; start-up, compilation and validation are not counted."""
-    data: str = "climbmix"
-    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of shards."""
-    dtype: Dtype = "auto"
-    """What the model computes in."""
-    yes: bool = False
-    """Do not ask before it starts."""
-
-
-def minutes_speedrun(config: MinutesConfig) -> dict:
-    """The best model of a fixed time, and its result.
-
-    The protocol with climbmix: a vocabulary of 8,192, and bits per byte on the first 40 x 524,288 tokens of
-    ClimbMix's last shard.
-    """
-    with joined() as world:
-        hub, data = config.data == "climbmix", config.data
-        flops = trial_flops(world, config.dtype)
-        if hub:
-            data = f"data/climbmix-{VOCABULARY}"
-        recipe = dataclasses.replace(
-            timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
-            validation_tokens=40 * REFERENCE_BATCH if hub else 0,
-        )  # fmt: skip
-        recipe = as_begun(recipe).validate()
-        tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
-        shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
-        download = download_words("climbmix", Path(data), shards, world) if hub else "nothing"
-        title = f"the best model of {config.minutes:g} minutes on {config.data}"
-        lines = plan(recipe, world, download)
-        lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the {flops / 1e12:.3g} TFLOP/s measured"
-        lines["length"] += f"; but at most {MOST_EPOCHS} times through a corpus of one shard"
-        if not confirm(title, lines, config.yes, world):
-            return {}
-        if hub:
-            with world.leader_first("climbmix"):
-                if world.leads:
-                    climbmix_with_tokenizer(Path(data), shards, VOCABULARY)
-        last = pretrain(recipe)
-        result = {
-            "bpb": last["validation_bpb"], "depth": recipe.model.layers, "minutes": config.minutes,
-            "seconds": last["seconds"], "tokens": last["tokens"], "data": config.data,
-        }  # fmt: skip
-        if world.leads:
-            records = with_a_loss("minutes") if hub else []
-            draw_comparison([config.out], records, "validation_bpb", config.out / "curves.png")
-            write_result(config.out, title, result)
-    return result
+def best_shape(flops: float) -> tuple[int, int, int]:
+    """Depth, context and tokens per step for a run of this many FLOPs, from the table."""
+    (low, depth, context, tokens), (high, deepest, longest, most) = next(
+        (a, b) for a, b in itertools.pairwise(BEST) if flops < b[0] or b is BEST[-1]
+    )
+    place = max(0.0, math.log(flops / low) / math.log(high / low)) + 1e-9  # a row itself is not rounded down
+    return (
+        int(depth + place * (deepest - depth)),
+        context if place < 0.5 else longest,
+        1 << int(math.log2(tokens) + place * math.log2(most / tokens)),
+    )
 
 
 def as_begun(recipe: PretrainConfig) -> PretrainConfig:
-    """The recipe in the shape that its run has, if it was begun when the device was measured otherwise."""
+    """The recipe in the shape that its run was started with, even if another speed is measured now."""
     path = recipe.out / CONFIG
     if not path.exists():
         return recipe
@@ -165,6 +167,4 @@ def as_begun(recipe: PretrainConfig) -> PretrainConfig:
 
 def main(arguments: list[str]) -> None:
     """`hotlap speedrun minutes`."""
-    config = options.parse(MinutesConfig, arguments, command="speedrun minutes")
-    if minutes_speedrun(config):
-        show_report(config.out)
+    minutes_speedrun(options.parse(MinutesConfig, arguments, command="speedrun minutes"))

@@ -1,4 +1,4 @@
-"""What a speedrun will do, said before it does it: size, work, memory, disk, download, time and cost."""
+"""The plan that a speedrun prints before it starts: size, work, memory, disk, download, time and cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hotlap.train.speedruns.records import dollars_per_hour, throughput
 
 
 def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> dict[str, str]:
-    """The plan of `runs` pretrainings, a line for each of its parts. download: what will be, in words."""
-    model = meta_model(config.model)
+    """The lines of the plan for `runs` pretraining runs, by name. download: the text of that line."""
+    shape, model = config.model, meta_model(config.model)
     counts, flops = parameter_counts(model), nanochat_flops(model)
     lines = {
-        "parameters": f"{counts['total'] / 1e6:,.1f}M, {counts['matmul'] / 1e6:,.1f}M of them in matmuls",
-        "model": f"{config.model.layers} layers of {config.model.width}, context of {config.model.context:,}",
+        "parameters": f"{counts['total'] / 1e6:,.1f}M, {counts['matmul'] / 1e6:,.1f}M in matmuls",
+        "model": f"{shape.layers} layers, width {shape.width}, context {shape.context:,}",
     }
     device = device_name(world.device)
     where = f"{world.size} x {device}" if world.size > 1 else device
@@ -36,15 +36,15 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
         )
         hours = tokens / expected.tokens_per_second / 3600 if expected else None
     if runs > 1:
-        lines["length"] += f", {runs} times"
+        lines["length"] += f", for each of {runs} runs"
     lines |= {"memory": memory(config, world), "disk": disk(config, runs), "download": download, "on": where}
     if hours is None:
-        lines["time"] = "unknown for this device; hotlap bench speedrun measures it"
+        lines["time"] = "unknown for this device; `hotlap bench speedrun` estimates it"
     else:
         shown = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
-        lines["time"] = f"about {shown}" + (f" each of {runs} runs" if runs > 1 else "")
+        lines["time"] = f"about {shown}" + (" per run" if runs > 1 else "")
         if expected and not config.loop.minutes:
-            lines["time"] += f", at {expected.assumes}"
+            lines["time"] += f", assuming {expected.assumes}"
     price = dollars_per_hour(device, world.size)
     if price and hours is not None:
         lines["cost"] = f"about ${price[0] * hours * runs:,.2f}, at ${price[0]:g} an hour ({price[1]})"
@@ -52,38 +52,38 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
 
 
 def memory(config: PretrainConfig, world: World) -> str:
-    """Of each rank, with one row at once: how many more fit is seen when the model is there."""
+    """Memory of each rank. How many rows fit at once is only known once the model is built."""
     size = 4 if config.dtype == "float32" else 2
     parts = training_bytes(meta_model(config.model), 1, config.model.context, world.size, size)
     row = parts.pop("activations")
     return (
-        f"about {sum(parts.values()) / GB:.2f} GB and {row / GB:.2f} GB for each row at once, "
-        f"of {device_bytes(world) / GB:.1f} GB on each rank"
+        f"about {sum(parts.values()) / GB:.2f} GB, plus {row / GB:.2f} GB per row of a micro-batch; "
+        f"each rank has {device_bytes(world) / GB:.1f} GB"
     )
 
 
 def disk(config: PretrainConfig, runs: int) -> str:
     parts = training_bytes(meta_model(config.model), 1, config.model.context)
-    return (
-        f"about {runs * 2 * (parts['parameters'] + parts['optimizer']) / GB:.2f} GB for two checkpoints"
-        + (" a run" if runs > 1 else "")
-    )
+    size = runs * 2 * (parts["parameters"] + parts["optimizer"]) / GB
+    return f"about {size:.2f} GB for two checkpoints" + (" per run" if runs > 1 else "")
 
 
 def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:
-    """Print a plan, and whether to carry it out: it is agreed to already, or somebody agrees now."""
+    """Print a plan, and return whether to carry it out. yes: do not ask."""
     if not world.leads:
         return True
     print(f"{title}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()), flush=True)
     if yes:
         return True
     if world.size > 1 or not sys.stdin.isatty():
-        raise ValueError("nobody is here to agree to this plan; give --yes to carry it out")
-    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+        raise ValueError(
+            "cannot ask for confirmation under torchrun or without a terminal; give --yes to start"
+        )
+    return input("Continue? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def download_words(source: str, folder: Path, shards: int, world: World) -> str:
-    """What will be downloaded for `shards` shards to train on."""
+    """The download line of the plan, for this many training shards."""
     if not world.leads:
         return ""
     return plan_words(public.download_plan(source, folder, shards), folder)
@@ -91,5 +91,5 @@ def download_words(source: str, folder: Path, shards: int, world: World) -> str:
 
 def plan_words(found: DownloadPlan, folder: Path) -> str:
     if not found.missing:
-        return f"nothing, {folder} has it"
-    return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, for {folder}"
+        return f"nothing: {folder} is complete"
+    return f"{len(found.missing)} files, {found.bytes_missing / 1e9:.2f} GB, to {folder}"

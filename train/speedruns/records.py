@@ -1,7 +1,7 @@
-"""The records of other projects as data, and what they let us expect of a machine.
+"""Other projects' records as data, and the throughput and hourly price to expect of a machine.
 
-Each figure is from the project's own repository; `source` says where. What follows from figures is computed:
-tokens/s, ms of a step, MFU. The MFU that a record is known by is in `stated_mfu`, with the formula for it.
+Every figure comes from the project's own repository, cited in `source`. Tokens/s, ms per step and MFU are
+computed from the figures. `stated_mfu` is the MFU that a record is known by, and `formula` what it counts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from hotlap.model.flops import PEAK_BF16, of_card
 
-# FLOPs a token for MFU: 6 for each weight of a matmul, and for attention nothing, what causal attention
-# needs on average (6 L D T), or what full windows would (12 L D T; hotlap.model.flops.nanochat_flops).
+# FLOPs per token for MFU: 6 for each matmul weight, plus attention: none, causal on average (6 L D T), or
+# full windows (12 L D T; hotlap.model.flops.nanochat_flops).
 SIX_N, CAUSAL, FULL = "6N", "6N + causal attention", "6N + attention over full windows"
 
 GPT2_124M, GPT2_350M, GPT2_GRADE, MINUTES = "gpt2-124m", "gpt2-350m", "gpt2-grade", "minutes"
@@ -23,45 +23,45 @@ GOALS = {
     MINUTES: "bits per byte on ClimbMix after 300 s",
 }
 
-DEFAULT_MFU = 0.35  # of a card without a record here
+DEFAULT_MFU = 0.35  # for a GPU without a record here
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run that somebody else made."""
+    """A run of another project."""
 
     name: str
     project: str
     recipe: str
-    """What it is compared with: one of GOALS, or "" where nothing of ours is like it."""
+    """Our recipe with the same goal: one of GOALS, or "" if there is none."""
     date: str
     source: str
-    """The repository, and what in it says so."""
+    """The repository, and the file in it."""
     device: str
-    """As in PEAK_BF16."""
+    """A name in PEAK_BF16."""
     gpus: int
     weights: int
     """Matmul parameters."""
     attention: int
-    """FLOPs a token of attention by the formula."""
+    """FLOPs per token for attention, by the formula."""
     formula: str
-    """Of the MFU: SIX_N, CAUSAL or FULL."""
+    """FLOPs that the MFU counts: SIX_N, CAUSAL or FULL."""
     batch: int | None
-    """Tokens of a step; None where it changes."""
+    """Tokens per step; None if it changes."""
     steps: int
     tokens: int
     seconds: float
-    """Of training, without validations."""
+    """Training time, without validation."""
     score: float
     metric: str
-    """loss (nats a token on the first 10,485,760 of FineWeb's validation), bpb or CORE."""
+    """loss (nats per token on FineWeb's first 10,485,760 validation tokens), bpb or CORE."""
     untimed: int = 0
-    """Steps that the seconds leave out."""
+    """Steps not included in `seconds`."""
     stated_mfu: float | None = None
     fp8: bool = False
-    """Matmuls in fp8, so that the share of the bf16 peak has no bound of 1."""
+    """Matmuls in fp8, so the MFU (of the bf16 peak) can exceed 1."""
     bpb: float | None = None
-    """Validation bits per byte, of the record's own text and tokenizer."""
+    """Validation bits per byte on the record's own text."""
 
     @property
     def flops_per_token(self) -> int:
@@ -78,12 +78,12 @@ class Record:
 
     @property
     def mfu(self) -> float:
-        """By its formula, of the bf16 peak."""
+        """By the record's formula, as a share of the bf16 peak."""
         return self.flops_per_token * self.tokens_per_second / self.gpus / PEAKS[self.device]
 
     @property
     def nanochat_mfu(self) -> float | None:
-        """By nanochat's formula; None where the record says nothing of its attention."""
+        """By nanochat's formula; None if the record does not state its attention."""
         if self.formula == SIX_N:
             return None
         full = self.attention * (2 if self.formula == CAUSAL else 1)
@@ -109,7 +109,7 @@ def modded(
     number: int, what: str, date: str, log: str, weights: int, attention: int | None, batch: int, steps: int,
     seconds: float, loss: float, mfu: float, untimed: int = 0, fp8: bool = False,
 ) -> Record:  # fmt: skip
-    """A record of modded-nanogpt's main track, on eight H100s, by the log that came with it."""
+    """A record of modded-nanogpt's main track on eight H100s, from its log."""
     return Record(
         f"#{number} {what}", "modded-nanogpt", GPT2_124M, date, f"{TRACK_1}/{log}", "H100", 8, weights,
         attention or 0, CAUSAL if attention else SIX_N, batch, steps, batch * steps, seconds, loss, "loss",
@@ -121,8 +121,8 @@ def nanochat(
     run: int, what: str, date: str, depth: int, gates: int, attention: int, batch: int, steps: int,
     seconds: float, core: float, bpb: float, fp8: bool = True, mfu: float | None = None,
 ) -> Record:  # fmt: skip
-    """A run of nanochat's leaderboard, on eight H100s. Runs 4 to 6 have no steps of their own there: they
-    follow from the ratio by scripts/base_train.py of the run's commit.
+    """A run of nanochat's leaderboard on eight H100s. It states no steps for runs 4 to 6: they are
+    computed from the ratio, as scripts/base_train.py does at the run's commit.
     """
     weights = D24_WEIGHTS + gates if depth == 24 else D26_WEIGHTS
     return Record(
@@ -231,7 +231,7 @@ RECORDS = (
     ),
 )  # fmt: skip
 
-# Dollars for an hour of one GPU.
+# Dollars per hour of one GPU.
 PRICES = {
     "H100": (3.0, f"{NANOCHAT} README.md of 2026: about $3, $24 for eight"),
     "A100": (1.75, "karpathy/llm.c scripts/run_gpt2_124M.sh of 2024: $14 for eight of 80 GB"),
@@ -240,7 +240,7 @@ PRICES = {
 
 @dataclass(frozen=True)
 class Throughput:
-    """tokens/s that a machine may reach, with the MFU (nanochat's formula) and what was assumed for it."""
+    """Expected tokens/s of a machine, the MFU (nanochat's formula), and where that MFU comes from."""
 
     tokens_per_second: float
     mfu: float
@@ -248,19 +248,20 @@ class Throughput:
 
 
 def of_recipe(recipe: str) -> list[Record]:
-    """The records to set a recipe beside, the oldest first."""
+    """The records of a recipe, oldest first."""
     return sorted((t for t in RECORDS if t.recipe == recipe), key=lambda t: t.date)
 
 
 def card(name: str) -> str | None:
-    """The words of PEAK_BF16 for what a driver calls a card, or None."""
+    """The name in PEAK_BF16 of a GPU with the driver's name `name`, or None."""
     return of_card(tuple((words, words) for words in PEAKS), name)
 
 
 def throughput(name: str, gpus: int, flops_per_token: float) -> Throughput | None:
-    """What to expect of `gpus` cards of that name on a model of so many FLOPs a token (nanochat's formula),
-    in bf16: the MFU of the record on the same card with the nearest number of FLOPs a token. None for a
-    card without a known peak, or for a CPU.
+    """Expected throughput in bf16 of `gpus` GPUs with the driver's name `name`; None if its peak is unknown.
+
+    The MFU is that of the bf16 record on the same GPU with the most similar FLOPs per token (nanochat's
+    formula).
     """
     words = card(name)
     if words is None:
@@ -269,20 +270,14 @@ def throughput(name: str, gpus: int, flops_per_token: float) -> Throughput | Non
     if records:
         near = min(records, key=lambda t: abs(math.log(t.flops_per_token / flops_per_token)))
         mfu = near.nanochat_mfu
-        assumes = f"the {mfu:.0%} of the bf16 peak that {near.project}'s {near.name} reached on {near.gpus} "
-        assumes += f"{words}"
+        assumes = f"{mfu:.0%} MFU, as {near.project}'s {near.name} on {near.gpus} {words}"
     else:
         mfu = DEFAULT_MFU
-        assumes = f"{mfu:.0%} of the {words}'s bf16 peak, for which no record is known here"
+        assumes = f"{mfu:.0%} MFU, as there is no record on the {words}"
     return Throughput(mfu * PEAKS[words] * gpus / flops_per_token, mfu, assumes)
 
 
 def dollars_per_hour(name: str, gpus: int = 1) -> tuple[float, str] | None:
-    """The price of so many cards of that name for an hour, and who says so; None where nobody here does."""
+    """The hourly price of `gpus` GPUs of that name, and its source; None if unknown."""
     price = PRICES.get(card(name) or "")
     return price and (price[0] * gpus, price[1])
-
-
-def with_a_loss(recipe: str) -> list[Record]:
-    """The records that a recipe's curve is drawn beside: those whose score is a loss or bits per byte."""
-    return [t for t in RECORDS if t.recipe == recipe and t.metric in ("loss", "bpb")]

@@ -1,4 +1,4 @@
-"""What a speedrun came to: result.json, report.md, and its curve beside the records."""
+"""The result of a speedrun: result.json, and report.md with its curve beside the records."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns.records import Record
 
 
-def write_result(out: Path, title: str, result: dict) -> None:
-    """result.json, and report.md with the same numbers and the picture."""
+def write_result(
+    out: Path,
+    title: str,
+    result: dict,
+    runs: list[Path],
+    records: list[Record],
+    score: str = "validation_bpb",
+) -> None:
+    """Write result.json, curves.png and report.md, and print the report.
+
+    runs, records, score: see `draw_comparison`.
+    """
     files.write(out / "result.json", json.dumps(result, indent=1) + "\n")
+    draw_comparison(runs, records, score, out / "curves.png")
     lines = [f"# {title[0].upper()}{title[1:]}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]
     if (out / "curves.png").exists():
-        lines += ["", "![the run beside others](curves.png)"]
+        lines += ["", "![validation of the runs and the records](curves.png)"]
     files.write(out / "report.md", "\n".join([*lines, ""]))
+    print("\n".join([*lines, "", str(out / "report.md")]))
 
 
 def shown(value: object) -> str:
@@ -32,8 +44,8 @@ def shown(value: object) -> str:
 
 
 def draw_comparison(runs: list[Path], records: list[Record], score: str, path: Path) -> bool:
-    """Validations of runs over tokens and over seconds of training, beside the records; False, with
-    a line in the log, where matplotlib is missing.
+    """Draw the validation curves of runs over tokens and over training seconds, with the records as points.
+    False if matplotlib is missing.
 
     score: the metric, validation_loss or validation_bpb.
     """
@@ -55,12 +67,8 @@ def draw_comparison(runs: list[Path], records: list[Record], score: str, path: P
     return True
 
 
-def show_report(out: Path) -> None:
-    print(f"{(out / 'report.md').read_text()}\n{out / 'report.md'}")
-
-
 def talk_to(model: Path) -> int:
-    """Open a conversation with a model, where somebody sits at a terminal; the exit code of that."""
+    """Open a chat with a model if this is a terminal, and return its exit code."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return 0
     return subprocess.call([sys.executable, "-m", "hotlap.cli", "chat", str(model)])

@@ -1,7 +1,4 @@
-"""The speedruns that people know, each from the download to the result with its statistics.
-
-The rules are those of their authors; each function says what they ask for. All ranks call it.
-"""
+"""modded-nanogpt's main track: 124M parameters to a loss of 3.28 on FineWeb, over several seeds."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from hotlap.train.distributed.world import joined
 from hotlap.train.presets import gpt2_124m
 from hotlap.train.pretrain import pretrain
 from hotlap.train.speedruns.plan import confirm, download_words, plan
-from hotlap.train.speedruns.records import with_a_loss
-from hotlap.train.speedruns.result import draw_comparison, show_report, write_result
+from hotlap.train.speedruns.records import GPT2_124M, of_recipe
+from hotlap.train.speedruns.result import write_result
 
 SHARD_TOKENS = 100_000_000  # of FineWeb
 TRACK_LOSS = 3.28
@@ -28,27 +25,27 @@ TRACK_P = 0.01
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Train 124M parameters to a loss of 3.28 on FineWeb, by the rules of modded-nanogpt's main track."""
+    """modded-nanogpt's main track: train 124M parameters to a loss of 3.28 on FineWeb."""
 
     out: Path = Path("runs/gpt2-124m")
-    """Directory of the runs and their report."""
+    """Folder for the runs and their report."""
     data: Path = Path("data/fineweb")
-    """Folder of FineWeb's shards in GPT-2's tokens; those that are missing are downloaded."""
+    """Folder of FineWeb token shards; missing ones are downloaded."""
     runs: int = 1
-    """How many times, each with another seed: the rules want a mean below 3.28 with p < 0.01."""
+    """Number of runs, each with its own seed; the rules ask for a mean loss below 3.28 with p < 0.01."""
     micro_batch: str = "auto"
-    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
     dtype: Dtype = "auto"
-    """What the model computes in."""
+    """Compute dtype."""
     yes: bool = False
-    """Do not ask before it starts."""
+    """Start without asking for confirmation."""
 
 
 def track_speedrun(config: TrackConfig) -> dict:
-    """The main track of modded-nanogpt, and its result; {} where nobody agreed to the plan.
+    """Train all runs. Returns the result, or {} if the user declines the plan. All ranks call it.
 
-    Its rules: the tokens of FineWeb's shards as they are; the loss on the first 10,485,760 that validate;
-    compiling and warming up before the clock starts, with the state restored; no clock during validations.
+    The track's rules: FineWeb's tokens in their given order; the loss on the first 10,485,760 validation
+    tokens; compiling and warming up is not timed if the state is restored afterwards; nor is validation.
     """
     if config.runs < 1:
         raise ValueError(f"runs={config.runs} must be at least 1")
@@ -72,8 +69,7 @@ def track_speedrun(config: TrackConfig) -> dict:
         ]
         result = track_result(runs, test)
         if world.leads:
-            draw_comparison(folders, with_a_loss("gpt2-124m"), "validation_loss", config.out / "curves.png")
-            write_result(config.out, title, result)
+            write_result(config.out, title, result, folders, of_recipe(GPT2_124M), "validation_loss")
     return result
 
 
@@ -81,12 +77,12 @@ def one_sided_test():
     try:
         from scipy.stats import ttest_1samp
     except ImportError as error:
-        raise ImportError("the p-value of several runs needs scipy: pip install 'hotlap[stats]'") from error
+        raise ImportError("the p-value needs scipy: pip install 'hotlap[stats]'") from error
     return ttest_1samp
 
 
 def track_result(runs: list[dict[str, float]], test) -> dict:
-    """Means over runs, and the p-value of the track's one-sided t-test that the mean loss is below 3.28."""
+    """Means over runs, and the p-value of a one-sided t-test that the mean loss is below 3.28."""
     losses = [run["validation_loss"] for run in runs]
     p = float(test(losses, TRACK_LOSS, alternative="less").pvalue) if len(runs) > 1 else None
     return {
@@ -103,6 +99,4 @@ def track_result(runs: list[dict[str, float]], test) -> dict:
 
 def main(arguments: list[str]) -> None:
     """`hotlap speedrun gpt2-124m`."""
-    config = options.parse(TrackConfig, arguments, command="speedrun gpt2-124m")
-    if track_speedrun(config):
-        show_report(config.out)
+    track_speedrun(options.parse(TrackConfig, arguments, command="speedrun gpt2-124m"))

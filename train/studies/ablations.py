@@ -1,10 +1,8 @@
-"""What each part of the recipe is worth at small scale: the demo's model without it, or with another in its
-place, at equal time.
+"""`hotlap ablations`: train the demo's model without each part of its recipe, at equal training time.
 
-`hotlap ablations --seconds 20 --seeds 3 --out DIR`, on a machine with nothing else to do.
-A part that is a field of the configuration is changed there. The rest are functions, which are replaced while
-a variant trains. Nothing is tuned again for a variant but the learning rates of AdamW for the matrices, which
-Muon's says nothing of, and of a tied head: the best of their rows counts.
+Run it on an otherwise idle machine. Parts that are config fields are changed there; the others are functions,
+replaced while a variant trains. Nothing is retuned, except the learning rates of AdamW for the matrices and
+of the tied head: they run at several, and the best counts.
 """
 
 from __future__ import annotations
@@ -49,27 +47,28 @@ FIELDS = {
     "weight decay 0.28": "optim.weight_decay=0.28",
     "batch in three stages": "schedule.stages=[[0.25, 1.0], [0.5, 1.0], [1.0, 1.0]]",
 }
-ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # for matrices
-TIED_RATES = (1, 5)  # of the one table, as multiples of the head's
+ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # learning rates of the matrices
+TIED_RATES = (1, 5)  # learning rates of the tied table, as multiples of the head's
 
 
 @dataclass(frozen=True)
 class AblationsConfig:
-    """Train the demo's base model without each part of its recipe, at equal time on several seeds."""
+    """Train the demo's base model without each part of its recipe, at equal time and on several seeds."""
 
     seconds: float = 20
-    """Of training for each run."""
+    """Training time of each run."""
     seeds: int = 3
+    """Runs of each variant."""
     only: tuple[str, ...] = ()
-    """Names of variants; by default all."""
+    """Names of the variants to train; all by default."""
     base: str = ""
-    """Assignments that hold for all runs: "loop.clip=1.0 model.layers=2"."""
+    """Assignments for all runs: "loop.clip=1.0 model.layers=2"."""
     out: Path = Path("runs/ablations")
-    """Folder of the runs and of the table: sweep.json, sweep.md and sweep.png."""
+    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
 
 def ablate(config: AblationsConfig) -> list[dict]:
-    """Train them all, and return the rows of the table."""
+    """Train the variants, and return the rows of the table."""
     variants = ablations(options.merge(tiny(), sweep.assignments(config.base), "--base"))
     chosen = [known(name, variants, "ablation") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}
@@ -79,7 +78,7 @@ def ablate(config: AblationsConfig) -> list[dict]:
 
 
 def ablations(base: PretrainConfig) -> dict[str, Variant]:
-    """Every variant by name, the base first."""
+    """All variants by name, the base first."""
     variants = {BASE: Variant(base)}
     for name, text in FIELDS.items():
         variants[name] = Variant(options.merge(base, sweep.assignments(text), name))
@@ -104,7 +103,7 @@ def ablations(base: PretrainConfig) -> dict[str, Variant]:
 
 @contextmanager
 def replaced(owner: Any, name: str, other: Callable) -> Iterator[None]:
-    """A function of a module or class is `other` for a while."""
+    """Replace a function of a module or class by `other` for the duration."""
     before = getattr(owner, name)
     setattr(owner, name, other)
     try:
@@ -115,7 +114,7 @@ def replaced(owner: Any, name: str, other: Callable) -> Iterator[None]:
 
 @contextmanager
 def adamw_for_matrices() -> Iterator[None]:
-    """Train the matrices of the blocks like the head, by AdamW with betas (0.9, 0.95)."""
+    """Train the blocks' matrices with AdamW, betas (0.9, 0.95)."""
     groups_of = muon_adamw.parameter_groups
 
     def groups(*given: object) -> list[dict]:
@@ -123,7 +122,7 @@ def adamw_for_matrices() -> Iterator[None]:
         return [g | {"muon": False, "betas": (0.9, 0.95)} if g["muon"] else g for g in found]
 
     def nothing(optimizer: MuonAdamW) -> None:
-        """No matrix is orthogonalised, so none travels."""
+        """No matrix is orthogonalised, so none is exchanged."""
 
     with replaced(muon_adamw, "parameter_groups", groups), replaced(MuonAdamW, "_plan_exchange", nothing):
         yield
@@ -131,7 +130,7 @@ def adamw_for_matrices() -> Iterator[None]:
 
 @contextmanager
 def random_projections() -> Iterator[None]:
-    """Projections back to the residual stream start as GPT-2's, not at 0."""
+    """Initialise the projections back to the residual stream as GPT-2 does, not with zeros."""
     original = GPT.initial_weights
 
     def initial_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -148,7 +147,7 @@ def random_projections() -> Iterator[None]:
 
 @contextmanager
 def no_document_masks() -> Iterator[None]:
-    """Tokens see what lies before them in the row, of other documents too, in training and validation."""
+    """Tokens attend to all earlier tokens of the row, across documents, in training and validation."""
     forward = GPT.forward
 
     def without(model: GPT, ids: Tensor, targets: Tensor | None = None, document_start=None, **more):
@@ -160,8 +159,8 @@ def no_document_masks() -> Iterator[None]:
 
 @contextmanager
 def tied_head() -> Iterator[None]:
-    """One table is embedding and head. It starts small, like a head, which the norm of the embedding does not
-    mind.
+    """One table is embedding and head. It starts small, like a head; the norm after the embedding rescales
+    it.
     """
     build, original = GPT.__init__, GPT.initial_weights
 
@@ -170,7 +169,7 @@ def tied_head() -> Iterator[None]:
         model.head.weight = model.embedding.weight
 
     def initial_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
-        model.head.weight = model.embedding.weight  # parted where a model left the meta device
+        model.head.weight = model.embedding.weight  # leaving the meta device separates them
         generator = torch.Generator(model.embedding.weight.device).manual_seed(seed + 1)
         for name, value in original(model, seed):
             if name == "embedding.weight":

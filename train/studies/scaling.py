@@ -1,7 +1,7 @@
-"""`hotlap scaling`: a series of depths, each trained as long as is best for it, and what it says of larger
-ones: power laws of the loss, and the depth to train for a budget of FLOPs, hours or dollars.
+"""`hotlap scaling`: train several depths, each compute-optimally, fit scaling laws, and predict which depth
+to train for a budget of FLOPs, hours or dollars.
 
-A law is bpb = A x^-b, or with enough runs bpb = E + A x^-b, where E is what no size of model would learn.
+A law is bpb = A x^-b, or with enough runs bpb = E + A x^-b, where E is the irreducible loss.
 """
 
 from __future__ import annotations
@@ -31,41 +31,45 @@ from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
-FEWEST_FOR_FLOOR = 6  # runs from which an E is fitted: three numbers from fewer would fit noise
-FAR = 10  # times the largest run's FLOPs, from which a law is a guess
+FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit noise
+FAR = 10  # extrapolating beyond this multiple of the largest run's FLOPs is marked as a guess
 DEEPEST = 100
-UNTIMED = 2
+UNTIMED = 2  # first steps, not timed
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Train a series of depths, each for its compute-optimal time, and fit how the loss falls.
+    """Train several depths, each compute-optimally, and fit scaling laws to their losses.
 
-    Runs that are done are not trained again, so more depths and budgets can be asked for later.
+    Finished runs are kept: rerun with more depths or budgets to extend the series.
     """
 
     depths: tuple[int, ...] = (12, 14, 16, 18, 20)
+    """Numbers of layers, at least two."""
     ratio: float = 12
-    """Training tokens for each matmul parameter."""
+    """Training tokens per matmul parameter."""
     vocab_size: int = 32768
+    """Vocabulary size of the tokenizer."""
     context: int = 2048
+    """Length of a row in tokens."""
     data: str = "pydocs"
-    """As of `hotlap pretrain`."""
+    """See `hotlap pretrain --help`."""
     tokenizer: str = "bpe"
-    """As of `hotlap pretrain`."""
+    """See `hotlap pretrain --help`."""
     micro_batch: str = "auto"
-    """Rows that go through the model at once on each rank: a number, all, or auto (as many as fit)."""
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
     seed: int = 0
+    """Seed of every run."""
     out: Path = Path("runs/scaling")
-    """Folder of the runs (d12, ...) and of what they say: scaling.json, scaling.md and scaling.png."""
+    """Folder for the runs (d12, ...) and the results: scaling.json, scaling.md and scaling.png."""
     budget_flops: float = 0
-    """Say which depth to train for so many FLOPs."""
+    """Predict the depth to train for this many FLOPs."""
     budget_hours: float = 0
-    """Say which depth to train in so many hours of this machine."""
+    """Predict the depth to train in this many hours on this machine."""
     budget_dollars: float = 0
-    """Say which depth to train for so many dollars."""
+    """Predict the depth to train for this many dollars."""
     dollars_per_hour: float = 0
-    """Price of this machine; 0 is a published one, where there is one for its GPUs."""
+    """Hourly price of this machine; 0: a published price, if there is one for its GPUs."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Law:
-    """bpb = floor + factor * x^-exponent. exponent_error: its standard error where there are more than two
-    runs. floors: the least and the largest floor that any one run less would give.
+    """bpb = floor + factor * x^-exponent.
+
+    exponent_error: standard error; None for two runs. floors: the range of the floor when any one run is left
+    out.
     """
 
     floor: float
@@ -98,26 +104,26 @@ class Law:
     exponent_error: float | None
     floors: tuple[float, float] | None
     residual: float
-    """Root mean square of what is left, in bits per byte."""
+    """Root mean square error of the fit, in bits per byte."""
 
     def at(self, x: float) -> float:
         return self.floor + self.factor * x**-self.exponent
 
     def __str__(self) -> str:
         sure = (
-            "two runs: nothing says how sure"
+            "no error estimate from two runs"
             if self.exponent_error is None
             else f"± {self.exponent_error:.3f}"
         )
-        text = f"exponent {self.exponent:.3f} ({sure}), off by {self.residual:.4f}"
+        text = f"exponent {self.exponent:.3f} ({sure}), RMS error {self.residual:.4f}"
         if self.floors:
             low, high = self.floors
-            text += f", floor {self.floor:.3f} ({low:.3f} to {high:.3f} with one run less)"
+            text += f", floor {self.floor:.3f} ({low:.3f} to {high:.3f} with any one run left out)"
         return text
 
 
 def scaling(config: ScalingConfig) -> str:
-    """Train the series, write what it says, and return it as text."""
+    """Train the series, write the results, and return scaling.md's text."""
     device = device_name(default_device())
     price = dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
     runs = check(config, price)
@@ -129,7 +135,7 @@ def scaling(config: ScalingConfig) -> str:
                 log.info("depth %d: %d of %d", depth, len(points) + 1, len(runs))
             points.append(train_point(dataclasses.replace(run, data=str(folder)), world))
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
-        lines = [f"{device}, {config.data}, {config.ratio:g} tokens for each matmul parameter.", ""]
+        lines = [f"{device}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
         lines += [*table(points), "", *law_lines(laws, len(points)), ""]
         lines += budget_lines(config, points, laws["flops"], price)
         if world.leads:
@@ -138,24 +144,24 @@ def scaling(config: ScalingConfig) -> str:
 
 
 def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, PretrainConfig]:
-    """The series' runs by depth, or a ValueError before any time is spent."""
+    """The runs of the series by depth. ValueError if the config cannot work."""
     if len(set(config.depths)) != len(config.depths) or len(config.depths) < 2:
-        raise ValueError(f"depths={list(config.depths)} must be two different ones or more")
+        raise ValueError(f"depths={list(config.depths)} must be at least two different depths")
     budgets = (config.budget_flops, config.budget_hours, config.budget_dollars, config.dollars_per_hour)
     if not all(0 <= budget < float("inf") for budget in budgets):
-        raise ValueError("budgets and prices must be 0 (none) or more")
+        raise ValueError("budgets and prices must be 0 (none) or positive")
     if config.budget_dollars and not (config.dollars_per_hour or price):
-        raise ValueError("no price of this machine is known; give --dollars-per-hour")
+        raise ValueError("the price of this machine is unknown; give --dollars-per-hour")
     return {depth: depth_run(config, depth) for depth in sorted(config.depths)}
 
 
 def check_vocabulary(config: ScalingConfig) -> None:
-    """The head is counted among the parameters that set how long a run is, so its size has to be so."""
+    """ValueError if the tokenizer has another size: head parameters count towards the length of a run."""
     size = -(-Tokenizer.load(config.out / TOKENIZER).vocab_size // 64) * 64
     if size != -(-config.vocab_size // 64) * 64:
         raise ValueError(
-            f"vocab_size={config.vocab_size}, but the tokenizer has {size} ids (in 64s); give "
-            f"--vocab-size {size} and another --out"
+            f"vocab_size={config.vocab_size}, but the tokenizer has {size} ids (rounded up to a multiple of "
+            f"64); give --vocab-size {size} and another --out"
         )
 
 
@@ -185,8 +191,8 @@ def cost(run: PretrainConfig) -> tuple[float, float]:
 
 
 def fit_law(x: Sequence[float], bpb: Sequence[float]) -> Law:
-    """Least squares of log(bpb - floor) over log x: with the floor that leaves the least, where there are
-    runs enough, else with none.
+    """Least squares of log(bpb - floor) over log x. The floor is the best-fitting one if there are enough
+    runs, else 0.
     """
     x, y = np.asarray(x, float), np.asarray(bpb, float)
     if len(x) < FEWEST_FOR_FLOOR:
@@ -229,14 +235,14 @@ def table(points: Sequence[Point]) -> list[str]:
 def law_lines(laws: dict[str, Law], count: int) -> list[str]:
     lines = [f"bits per byte over {AXES[axis]}: {law}" for axis, law in laws.items()]
     if count < FEWEST_FOR_FLOOR:
-        lines.append(f"No floor: it takes {FEWEST_FOR_FLOOR} runs, and these are {count}.")
+        lines.append(f"No floor was fitted: that needs {FEWEST_FOR_FLOOR} runs, and there are {count}.")
     return lines
 
 
 def budget_lines(
     config: ScalingConfig, points: Sequence[Point], law: Law, price: tuple[float, str] | None
 ) -> list[str]:
-    """For each budget that was given, the deepest model that it pays for, and what it may reach."""
+    """For each budget: the deepest model it can train, and the predicted bits per byte."""
     largest = max(points, key=lambda p: p.flops)
     rate = largest.flops_per_second
     hourly, source = (config.dollars_per_hour, "as given") if config.dollars_per_hour else price or (0.0, "")
@@ -244,7 +250,7 @@ def budget_lines(
     if config.budget_flops:
         budgets.append((f"{config.budget_flops:.3g} FLOPs", config.budget_flops))
     if (config.budget_hours or config.budget_dollars) and rate is None:
-        raise ValueError(f"{largest.name} is too short for its speed to be known; train a deeper one too")
+        raise ValueError(f"{largest.name} is too short to measure its speed; add a deeper model to --depths")
     if config.budget_hours:
         budgets.append((f"{config.budget_hours:g} hours", config.budget_hours * 3600 * rate))
     if config.budget_dollars:
@@ -252,14 +258,14 @@ def budget_lines(
         budgets.append((text, config.budget_dollars / hourly * 3600 * rate))
     lines = [budget_line(config, text, flops, law, largest) for text, flops in budgets]
     if lines and rate:
-        lines.append(f"Hours assume the {rate / 1e12:.3g} TFLOP/s of {largest.name}, at the same MFU.")
+        lines.append(f"Hours assume the {rate / 1e12:.3g} TFLOP/s of {largest.name}.")
     return lines
 
 
 def budget_line(config: ScalingConfig, text: str, flops: float, law: Law, largest: Point) -> str:
     depth = deepest(config, flops)
     if depth is None:
-        return f"{text}: less than the smallest model needs"
+        return f"{text}: too little for the smallest model"
     needed, tokens = cost(depth_run(config, depth))
     line = f"{text}: depth {depth}, {tokens / 1e6:,.1f}M tokens, {needed:.3g} FLOPs"
     if largest.flops_per_second:
@@ -271,12 +277,12 @@ def budget_line(config: ScalingConfig, text: str, flops: float, law: Law, larges
 
 
 def deepest(config: ScalingConfig, flops: float) -> int | None:
-    """The largest depth whose compute-optimal run costs no more."""
+    """The largest depth whose compute-optimal run fits in `flops`."""
     found = None
     for depth in range(1, DEEPEST + 1):
         try:
             needed = cost(depth_run(config, depth))[0]
-        except ValueError:  # too small for a step of its own
+        except ValueError:  # too small for even one step
             continue
         if needed > flops:
             break
@@ -292,7 +298,7 @@ def write(
     device: str,
     lines: list[str],
 ) -> None:
-    """scaling.json, scaling.md and scaling.png."""
+    """Write scaling.json, scaling.md and scaling.png."""
     content = {
         "device": device,
         "points": [dataclasses.asdict(p) for p in points],
@@ -306,7 +312,7 @@ def write(
 
 
 def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path: Path) -> bool:
-    """Bits per byte over FLOPs, parameters and tokens: the series, its laws, and others' runs."""
+    """Bits per byte over FLOPs, parameters and tokens: the series, its laws and other projects' runs."""
     figure = new_figure(figsize=(12, 4.2))
     if figure is None:
         return False
@@ -318,7 +324,9 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
         axes.plot(line, [law.at(v) for v in line], "k--", lw=0.8, label=f"exponent {law.exponent:.3f}")
         axes.plot(x, [p.bpb for p in points], "o", label="this series")
         if others:
-            axes.plot(others, [p.bpb for p in peers], "x", color="C1", label="others, on their own text")
+            axes.plot(
+                others, [p.bpb for p in peers], "x", color="C1", label="other projects, on their own text"
+            )
         for p in points:
             axes.annotate(p.name, (getattr(p, axis), p.bpb), (4, 4), textcoords="offset points", fontsize=7)
         axes.set(xlabel=label, xscale="log", yscale="log")
@@ -330,7 +338,7 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
 
 
 def peers() -> list[Point]:
-    """Runs of others, to be drawn beside the series."""
+    """Runs of other projects, to draw beside the series."""
     return [
         Point(f"{t.project} {t.name}", float(t.flops_per_token * t.tokens), t.weights, t.tokens, t.bpb)
         for t in RECORDS

@@ -1,4 +1,4 @@
-"""Several runs of one series, one after the other: a shared corpus, and what is done is not done again."""
+"""A series of runs: one shared corpus, and finished runs are not trained again."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hotlap.train.run.metrics import METRICS, read_metrics
 
 @contextmanager
 def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Path]:
-    """Own the folder of a series, and yield the folder of shards that its runs read: the one that config
-    names, or one that is made in `out` with config's tokenizer.
+    """Lock the folder of a series, and yield the folder of token shards for its runs: the one that config
+    names, or one made in `out` with config's tokenizer.
     """
     with ExitStack() as stack:
         with world.leader_first(f"make the data of {out}"):
@@ -30,32 +30,34 @@ def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Pat
 
 
 def train_once(config: PretrainConfig, world: World, keep: bool) -> dict[str, float]:
-    """The last metrics of a run: from its folder where it is done, else trained, from where it stopped.
+    """The last metrics of a run, which is trained or resumed unless it is finished.
 
-    keep: its checkpoints. A ValueError where the folder is of a run with another configuration.
+    keep: keep its checkpoints. ValueError if the folder has a run with another configuration.
     """
     last = world.together(lambda: finished(config) if world.leads else None)[0]
     if last is None:
         try:
             last = pretrain(dataclasses.replace(config, resume="auto"))
         except Interrupted:
-            raise Interrupted(f"stopped and saved in {config.out}; the same command goes on") from None
+            raise Interrupted(
+                f"stopped and saved in {config.out}; rerun the same command to resume"
+            ) from None
     if world.leads and not keep:
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     return last
 
 
 def finished(config: PretrainConfig) -> dict[str, float] | None:
-    """The last line of a run that made all its steps and validated; None where there is more to do."""
+    """The last metrics of a finished run; None if it is not finished."""
     if not (config.out / METRICS).exists():
         return None
-    open_run(config.out, dataclasses.replace(config, resume="auto"), resume=True)  # or it is of another
+    open_run(config.out, dataclasses.replace(config, resume="auto"), resume=True)  # checks the configuration
     last = (read_metrics(config.out / METRICS) or [{}])[-1]
     done = last.get("step") == config.loop.steps - 1 and last.get("validation_bpb") is not None
     return last if done else None
 
 
 def logged_step_seconds(run: Path, skip: int) -> list[float]:
-    """Seconds of each step of a run but its first ones."""
+    """Seconds of each step of a run after the first `skip`."""
     ends = [line["seconds"] for line in read_metrics(run / METRICS)]
     return [after - before for before, after in zip(ends[skip - 1 :], ends[skip:], strict=False)]

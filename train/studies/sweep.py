@@ -1,8 +1,8 @@
-"""`hotlap sweep`: does a change help? Variants of a recipe beside the recipe as it is, at equal tokens or at
-equal time, on several seeds.
+"""`hotlap sweep`: does a change help? Train variants of a recipe beside the unchanged one (the base), at
+equal tokens or equal time, on several seeds.
 
-All variants of a seed read the same rows, so differences to the base are taken within a seed. Runs take turns
-(all variants of seed 0, then of seed 1), so that a series that is cut off is one with fewer seeds.
+All variants of a seed read the same rows, so differences to the base are taken within a seed. All variants of
+seed 0 run first, then those of seed 1, so an interrupted series is a complete one with fewer seeds.
 """
 
 from __future__ import annotations
@@ -31,40 +31,38 @@ from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 BASE = "base"
-TURNS, PROBED, UNTIMED = 5, 6, 2  # how steps are timed: so often, so many, of which the first do not count
-SPREAD = 1.3  # of the median step to the fastest, from which a machine is busy with something else
+TURNS, PROBED, UNTIMED = 5, 6, 2  # timing: turns per variant, steps per turn, first steps not timed
+SPREAD = 1.3  # median step / fastest step; above it, the machine is busy with something else
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Train variants of a recipe at equal tokens or at equal time, and say how they differ from it."""
+    """Train variants of a recipe at equal tokens or equal time, and compare them with the recipe."""
 
     variants: tuple[str, ...] = ()
-    """Each a string of assignments in TOML: "model.smear=false optim.matrix_lr=0.01"."""
+    """Each is a string of TOML assignments: "model.smear=false optim.matrix_lr=0.01"."""
     preset: str = "tiny"
-    """The recipe to start from."""
+    """The recipe: a preset of `hotlap pretrain`."""
     base: str = ""
-    """Assignments that hold for the recipe and all variants: 'data="text.txt" loop.steps=100'."""
+    """Assignments for the recipe and all variants: 'data="text.txt" loop.steps=100'."""
     seconds: float = 0
-    """Give each variant as many steps as fit in so many seconds, as measured first; 0 gives each as many
-    tokens as the recipe has.
-    """
+    """Training time of each run, turned into steps by timing each variant first; 0: equal tokens."""
     seeds: int = 3
     """Runs of each variant."""
     out: Path = Path("runs/sweep")
-    """Folder of the runs and of the table: sweep.json, sweep.md and sweep.png."""
+    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration, and what else is changed while it trains."""
+    """A configuration, and a context manager that changes other things while it trains."""
 
     config: PretrainConfig
     changed: Callable[[], AbstractContextManager] = nullcontext
 
 
 def sweep(config: SweepConfig, device: str) -> list[dict]:
-    """Run the sweep that config describes, and return the rows of its table. device: its name."""
+    """Run a sweep, and return the rows of its table. device: its name."""
     from hotlap.train.presets import PRETRAIN
 
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
@@ -74,31 +72,34 @@ def sweep(config: SweepConfig, device: str) -> list[dict]:
 
 
 def assignments(text: str) -> dict:
-    """The tables that `a.b=1 c="x y"` means in TOML."""
+    """The TOML tables of `a.b=1 c="x y"`."""
     lines = re.sub(r"\s+(?=[\w.-]+\s*=)", "\n", text.strip())
     try:
         return tomllib.loads(lines)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(
-            f"{text!r} is not a string of assignments ({error}); write model.smear=false optim.matrix_lr=0.01"
+            f"{text!r} is not a string of TOML assignments ({error}); an example: model.smear=false "
+            "optim.matrix_lr=0.01"
         ) from error
 
 
 def run_variants(
     variants: Mapping[str, Variant], seconds: float, seeds: int, out: Path, device: str
 ) -> list[dict]:
-    """Train each variant on each seed in a folder of its own under `out`, and return the rows of the table,
-    the base's first. What is done is not done again.
+    """Train each variant on each seed in its own folder under `out`, and return the rows of the table, the
+    base first. Finished runs are not trained again.
     """
     if seeds < 1 or not 0 <= seconds < math.inf:
-        raise ValueError(f"seeds={seeds} must be at least 1 and seconds={seconds} 0 (equal tokens) or more")
+        raise ValueError(
+            f"seeds={seeds} must be at least 1, and seconds={seconds} positive or 0 (equal tokens)"
+        )
     base = variants[BASE].config
     for name, variant in variants.items():
         variant.config.validate()
         if shared_by_all(variant.config) != shared_by_all(base):
             raise ValueError(f"{name!r} changes data or tokenizer, which all variants share; use --base")
     if len({folder_name(name) for name in variants}) < len(variants):
-        raise ValueError("two variants are the same but for their spaces and signs")
+        raise ValueError("two variants would get the same folder: they differ only in spaces or punctuation")
     with joined() as world, shared_data(base, out, world) as folder:
         speeds = seconds_per_step(variants, folder, out, world) if seconds else {}
         found: dict[str, list[dict]] = {name: [] for name in variants}
@@ -107,13 +108,8 @@ def run_variants(
                 steps = max(1, int(seconds / speeds[name])) if seconds else equal_tokens(base, variant.config)
                 run = variant_run(variant.config, folder, steps, seed, out / f"{folder_name(name)}-{seed}")
                 if world.leads:
-                    log.info(
-                        "run %d of %d: %s, seed %d",
-                        seed * len(variants) + i + 1,
-                        seeds * len(variants),
-                        name,
-                        seed,
-                    )
+                    count = len(variants)
+                    log.info("run %d of %d: %s, seed %d", seed * count + i + 1, seeds * count, name, seed)
                 found[name].append(outcome(run, variant, world))
                 rows = table_rows(found)
                 if world.leads:
@@ -122,18 +118,18 @@ def run_variants(
 
 
 def shared_by_all(config: PretrainConfig) -> tuple:
-    """Bits per byte of other text say nothing about a recipe, and the corpus is made into tokens once."""
+    """What variants must not change: bits per byte compare only on the same text, tokenized once."""
     return config.data, config.tokenizer, config.model.vocab_size
 
 
 def equal_tokens(base: PretrainConfig, config: PretrainConfig) -> int:
-    """Steps of config that read as many tokens as the base does in its own."""
+    """Steps in which config reads as many tokens as the base does in its run."""
     tokens = [c.tokens / c.loop.steps for c in (base, config)]
     return max(1, round(base.loop.steps * tokens[0] / tokens[1]))
 
 
 def variant_run(config: PretrainConfig, folder: Path, steps: int, seed: int, out: Path) -> PretrainConfig:
-    """A variant's run: it validates and saves at its end alone, and is compiled however long it is."""
+    """A variant's run. It validates and saves only at its end; on a GPU, `auto` compiles even a short run."""
     compile = (
         {"cuda": "on", "cpu": "off"}[default_device().type] if config.compile == "auto" else config.compile
     )
@@ -142,7 +138,7 @@ def variant_run(config: PretrainConfig, folder: Path, steps: int, seed: int, out
 
 
 def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
-    """What a run came to. One whose loss is no number any more is one without a result."""
+    """The result of a run; bpb is None if the loss diverged to NaN or infinity."""
     tokens = run.tokens
     try:
         with variant.changed():
@@ -163,10 +159,11 @@ def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
 def seconds_per_step(
     variants: Mapping[str, Variant], folder: Path, out: Path, world: World
 ) -> dict[str, float]:
-    """Seconds of each variant's fastest step, which others on the machine disturb the least; variants take
-    turns, so that what is busy for a while slows all. Of a variant in stages, the mean over the steps of its
-    stages. Kept in steps.json: a series that goes on, goes on with them. Variants that are new to it are
-    measured beside the base, and count by what they take of its step.
+    """Seconds per step of each variant: its fastest step, averaged over the stages of its schedule.
+
+    The fastest step is the one least disturbed by other processes; variants take turns, so that load on the
+    machine slows all of them. Kept in steps.json for when the series is resumed. Variants added later are
+    timed beside the base, and scaled by the base's saved time.
     """
     path = out / "steps.json"
     saved = world.together(lambda: json.loads(path.read_text()) if path.exists() else {})[0]
@@ -190,8 +187,8 @@ def seconds_per_step(
     spread = max(median(seconds) / min(seconds) for seconds in times.values())
     if world.leads and spread > SPREAD:
         log.warning(
-            "warning: a usual step takes %.1f times the fastest: the machine is busy, and the steps given "
-            "to each variant may be unfair", spread
+            "warning: the median step takes %.1f times as long as the fastest: the machine is busy, and the "
+            "variants may not get the same training time", spread
         )  # fmt: skip
     share = saved.get(BASE, now[BASE]) / now[BASE]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
@@ -201,7 +198,7 @@ def seconds_per_step(
 
 
 def one_size(config: PretrainConfig) -> list[PretrainConfig]:
-    """For each stage of a configuration, one whose steps are all of that stage's rows, with whole windows."""
+    """For each stage of the schedule, a configuration with that stage's rows throughout, and full windows."""
     schedule = dataclasses.replace(config.schedule, stages=((1.0, 1.0),))
     rows = stage_rows(config.schedule, config.batch_rows)
     return [dataclasses.replace(config, batch_rows=count, schedule=schedule) for count in rows]
@@ -209,7 +206,7 @@ def one_size(config: PretrainConfig) -> list[PretrainConfig]:
 
 def table_rows(found: Mapping[str, list[dict]]) -> list[dict]:
     """A row for each variant that has runs: means over seeds with standard errors, and the difference to the
-    base over the seeds that both have.
+    base over the seeds that both have run.
     """
     base = [run["bpb"] for run in found[BASE]]
     rows = []
@@ -218,7 +215,7 @@ def table_rows(found: Mapping[str, list[dict]]) -> list[dict]:
             continue
         scores = [run["bpb"] for run in runs]
         pairs = [(a, b) for a, b in zip(scores, base, strict=False) if a is not None and b is not None]
-        whole = None not in scores  # a recipe that fails once has no mean
+        whole = None not in scores  # no mean if any run diverged
         bpb, bpb_error, _ = statistics(scores if whole else [])
         apart, apart_error, p = statistics([a - b for a, b in pairs] if whole and name != BASE else [])
         times = [run["ms"] for run in runs if run["ms"]]
@@ -237,8 +234,8 @@ def table_rows(found: Mapping[str, list[dict]]) -> list[dict]:
 
 
 def statistics(values: list[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean, its standard error, and the p-value of Student's t against a mean of 0 (two-sided). None is what
-    so few values, or a machine without scipy, cannot tell.
+    """Mean, its standard error, and the p-value of a two-sided t-test against a mean of 0. None for what
+    needs more values, or scipy.
     """
     if len(values) < 2:
         return (values[0] if values else None), None, None
@@ -255,7 +252,7 @@ def folder_name(variant: str) -> str:
 
 
 def write(out: Path, rows: list[dict], device: str, seconds: float, base: PretrainConfig) -> None:
-    """sweep.json, sweep.md and sweep.png."""
+    """Write sweep.json, sweep.md and sweep.png."""
     equal = f"{seconds:g} s of training" if seconds else "the same number of tokens"
     content = {
         "device": device,
@@ -264,21 +261,21 @@ def write(out: Path, rows: list[dict], device: str, seconds: float, base: Pretra
         "rows": rows,
     }
     files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
-    lines = [f"{device}, each run {equal}.", "", markdown(rows), "", EXPLAINED, ""]
+    lines = [f"{device}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
     if draw(rows, out / "sweep.png", equal):
         lines += ["![differences](sweep.png)", ""]
     files.write(out / "sweep.md", "\n".join(lines))
 
 
 EXPLAINED = (
-    "Bits per byte of held-out text, ± standard error over the seeds. Differences to the base are taken "
-    "within a seed; negative is better. p: two-sided paired t-test, for each variant alone; of twenty "
-    "without an effect one is expected below 0.05."
+    "Bits per byte on held-out text, ± standard error over seeds. Differences to the base are taken within "
+    "a seed; negative is better. p: two-sided paired t-test, not corrected for multiple comparisons: one in "
+    "twenty variants without an effect falls below 0.05."
 )
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table for people."""
+    """The table in Markdown."""
 
     def number(value: float | None, form: str) -> str:
         return "n/a" if value is None else format(value, form)
@@ -304,7 +301,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path, equal: str) -> bool:
-    """The difference of each variant with its error, the best on top."""
+    """Draw the difference to the base of each variant with its error, best on top."""
     shown = [row for row in rows if row["difference"] is not None]
     if not shown:
         return False
@@ -320,7 +317,7 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row["variant"] for row in shown], fontsize=8)
     axes.set(ylim=(len(shown) - 0.5, -0.5))
-    axes.set_xlabel(f"bits per byte more than the base (± standard error), after {equal}", fontsize=9)
+    axes.set_xlabel(f"difference to the base in bits per byte (± standard error), after {equal}", fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     return True
@@ -328,6 +325,5 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
 
 def main(arguments: list[str]) -> None:
     """`hotlap sweep`."""
-    print(
-        markdown(sweep(options.parse(SweepConfig, arguments, command="sweep"), device_name(default_device())))
-    )
+    config = options.parse(SweepConfig, arguments, command="sweep")
+    print(markdown(sweep(config, device_name(default_device()))))

@@ -55,7 +55,7 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
 
     assert main(small_speedrun) == 0
     printed = capsys.readouterr()
-    assert "resuming after step 6" in printed.err and "# A model from nothing" in printed.out
+    assert "resuming after step 6" in printed.err and "# A model trained from scratch" in printed.out
     scores = json.loads((tmp_path / "tiny" / "scores.json").read_text())
     assert set(scores) == {"facts", "arithmetic", "spelling", "validation_bpb", "seconds"}
     report = (tmp_path / "tiny" / "report.md").read_text()

@@ -61,7 +61,7 @@ def test_the_track_goes_from_the_download_to_its_statistics(small_track, tmp_pat
 
     assert main([*TRACK, "--runs", "3", "--yes"]) == 0
     printed = capsys.readouterr()
-    assert "3 files, 0.00 GB, for data" in printed.out and "384" not in printed.err.split("tokens")[0]
+    assert "3 files, 0.00 GB, to data" in printed.out and "384" not in printed.err.split("tokens")[0]
     assert set(small_track.fetched()) == {
         f"fineweb_{n}_00000{i}.bin" for n, i in (("val", 0), ("train", 1), ("train", 2))
     }
@@ -188,7 +188,7 @@ def test_the_grade_is_scored_with_core_and_taught_to_converse(small_grade, tmp_p
     command, hub = small_grade
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert f"; 5 files, 0.00 GB, for {tmp_path}/cache/hotlap/smoltalk" in printed.out
+    assert f"; 5 files, 0.00 GB, to {tmp_path}/cache/hotlap/smoltalk" in printed.out
     assert set(SMOLTALK.names(4)) < set(hub.fetched())
     result = json.loads((tmp_path / "grade/result.json").read_text())
     assert (

@@ -15,13 +15,14 @@ PHRASINGS = (
     "Spell the word {}, please.",
 )
 HELD_OUT_PHRASING = "Can you spell {} for me?"
+WORDS = 6000  # the most frequent ones
 HELD_OUT_SHARE = 20  # 1 word in 20 is never trained on
 
 
-def words(texts: list[str], count: int = 6000) -> list[str]:
-    """The most frequent plain words of the texts, of three to ten letters."""
+def words(texts: list[str]) -> list[str]:
+    """The most frequent words of three to ten lowercase letters in the texts."""
     found = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,10}\b", text))
-    return [word for word, _ in found.most_common(count)]
+    return [word for word, _ in found.most_common(WORDS)]
 
 
 def is_held_out(word: str) -> bool:
