@@ -27,7 +27,7 @@ from hotlap.common.machine import device_name, log_warnings
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
-from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
+from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.data.shards import shard_documents, shard_paths
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import PRETRAIN, gpt2_grade, matmul_parameters
@@ -80,7 +80,7 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
         raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
     batches = shard_batches(config.data) if config.data else random_batches
     with joined() as world:
-        path = results.open_file("speedrun", config.out, world.device) if world.leads else None
+        path = results.open_file("speedrun", config.out, world.device) if world.is_main else None
         if path:
             log_warnings(world.device)
         compiled = on_gpu if config.compile == "auto" else config.compile == "on"
@@ -208,7 +208,7 @@ def shard_batches(folder: Path) -> Batches:
         steps_ = step_batches(
             rows, batch_rows=count * world.size, micro_rows=count, rank=world.rank, world=world.size
         )
-        with contextlib.closing(made_ahead(steps_, world.device)) as found:
+        with contextlib.closing(prefetched(steps_, world.device)) as found:
             yield found
 
     return batches

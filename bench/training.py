@@ -30,9 +30,9 @@ from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
-from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
+from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.data.shards import shard_documents, write_shard
-from hotlap.train.distributed.sharding import accumulate, local, materialize, parallelize
+from hotlap.train.distributed.sharding import local, materialize, parallelize, set_gradient_sync
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
@@ -91,7 +91,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
         variants += [("any kernel", (*KERNELS, *INSIDE))]
     rows: list[dict] = []
     with joined() as world:
-        path = results.open_file("training", config.out, world.device) if world.leads else None
+        path = results.open_file("training", config.out, world.device) if world.is_main else None
         if path:
             log_warnings(world.device)
         for label, off in variants:  # first all models with all kernels
@@ -168,7 +168,7 @@ def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> It
         write_shard(path, tokens, shape.vocab_size)
         rows = PackedRows([partial(shard_documents, path, shape.vocab_size, BOS)], shape.context, seed=0)
         steps_ = step_batches(rows, batch_rows=together, micro_rows=count, rank=world.rank, world=world.size)
-        with contextlib.closing(made_ahead(steps_, world.device)) as batches:
+        with contextlib.closing(prefetched(steps_, world.device)) as batches:
             yield batches
 
 
@@ -253,7 +253,7 @@ def step_seconds(
     tokens = world.size * sum(batch.inputs.numel() for batch in some)
     watch.mark()
     for i, batch in enumerate(some):
-        accumulate(model, i, micro)
+        set_gradient_sync(model, i, micro)
         loss = next_token_loss(model, batch)[0] / tokens
         watch.mark()
         loss.backward()

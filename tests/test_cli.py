@@ -228,7 +228,7 @@ def test_a_loss_that_explodes_names_the_step(work, capsys, monkeypatch):
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(work, capsys, monkeypatch):
-    real = stage.made_ahead
+    real = stage.prefetched
 
     def stopped(items, device):
         for i, item in enumerate(real(items, device)):
@@ -237,7 +237,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(work, capsys, monkeypatch):
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "made_ahead", stopped)
+        patch.setattr(stage, "prefetched", stopped)
         assert pretrain_here() == INTERRUPTED
         last = capsys.readouterr().err.splitlines()[-1]
         assert "after step 2 of 4" in last and "--resume" in last

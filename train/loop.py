@@ -88,7 +88,7 @@ def fit(
     finished = state.finished or state.step == config.steps
     clock, checker = Clock(config), StepChecker(config.bad_steps, state.recent)
     metrics_of = step_metrics(model, world)
-    if world.leads:
+    if world.is_main:
         require_space(run, checkpoint_bytes(model.state_dict(), dict(optimizer.named_state())))
     with (
         Saver(run, world) as saver,
@@ -108,7 +108,7 @@ def fit(
             stragglers.arrive(step)
             weight, tokens, stopping, elapsed = world.total(
                 sum(b.weight for b in micro), sum(b.inputs.numel() for b in micro), stop.asked,
-                state.seconds if world.leads else 0.0,
+                state.seconds if world.is_main else 0.0,
             )  # fmt: skip
             share = set_schedule(model, optimizer, schedule, step, clock.fraction(step, elapsed))
             done = clock.is_last(step, elapsed)

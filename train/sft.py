@@ -63,8 +63,8 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     with joined() as world:
         check_machine(config, world)
         base, shape, tokenizer = open_model(config.base)
-        with world.leader_first(f"download {config.data}"):
-            if world.leads:
+        with world.main_first(f"download {config.data}"):
+            if world.is_main:
                 download_conversations(config.data)
         rows, held_out = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
         trained, validated = conversation_digests(rows), conversation_digests(held_out)
@@ -91,7 +91,7 @@ def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, worl
 
     conversations = tqdm(
         conversations_of(split, config.data, config.seed), split, unit=" conversations", unit_scale=True,
-        disable=None if world.leads else True, leave=False,
+        disable=None if world.is_main else True, leave=False,
     )  # fmt: skip
     return conversation_rows(conversations, tokenizer, T, config.seed, shuffle=split == "train")
 

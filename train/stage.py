@@ -22,7 +22,7 @@ from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_weights
-from hotlap.train.data.rows import Batch, PackedRows, made_ahead, step_batches
+from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
     device_bytes,
@@ -129,8 +129,8 @@ def common_rows(config: StageConfig) -> int:
 def opened(config: StageConfig, world: World, prepare: Callable[[], T]) -> Iterator[T]:
     """Lock the run's directory and yield what prepare() returns. Rank 0 calls it first, then the others."""
     with ExitStack() as stack:
-        with world.leader_first(f"open {config.out}"):
-            if world.leads:
+        with world.main_first(f"open {config.out}"):
+            if world.is_main:
                 stack.enter_context(run_lock(config.out))
                 open_run(config.out, config, config.resume != "no")
             prepared = prepare()
@@ -173,7 +173,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
         evaluate=stage.evaluate and (lambda: stage.evaluate(model, micro_rows)),
         profile=config.profile, warm_up=warm_up,
     )  # fmt: skip
-    if world.leads:
+    if world.is_main:
         write_report(config.out)
     return last
 
@@ -188,7 +188,7 @@ def row_batches(
             rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
             world=world.size, share=rows_share(config.schedule, steps),
         )  # fmt: skip
-        return made_ahead(found, world.device)
+        return prefetched(found, world.device)
 
     return batches
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
-from hotlap.train.distributed.sharding import accumulate, local, replica_count
+from hotlap.train.distributed.sharding import local, replica_count, set_gradient_sync
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.losses import Loss
@@ -46,7 +46,7 @@ def take_step(
     own = torch.zeros((), device=world.device)
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
-        accumulate(model, i, len(micro))
+        set_gradient_sync(model, i, len(micro))
         value, found = loss(model, batch)
         if i == 0 and fault("loss", world.rank, step) == "nan":
             value = value * float("nan")

@@ -14,7 +14,7 @@ from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 
 def agree(world: World) -> tuple:
-    with world.leader_first("a test"):
+    with world.main_first("a test"):
         pass
     return world.total(world.rank, 1.0), world.gather({"rank": world.rank})
 

@@ -96,7 +96,7 @@ class Batch:
         return dataclasses.replace(tall, weight=times * self.weight)
 
 
-def made_ahead(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+def prefetched(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
     """The same batches, prefetched by a thread, and pinned if the device is a GPU."""
     if device.type == "cuda":
         steps = ([batch.change(Tensor.pin_memory) for batch in micro] for micro in steps)

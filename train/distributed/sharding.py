@@ -129,7 +129,7 @@ def should_compile(choice: str, device: torch.device, steps: int) -> bool:
     return True
 
 
-def accumulate(model: GPT, i: int, count: int) -> None:
+def set_gradient_sync(model: GPT, i: int, count: int) -> None:
     """Call before micro-batch i of count: gather parameters only for the first, and reduce gradients only
     after the last.
     """

@@ -59,7 +59,7 @@ class Stragglers:
         self.late = 0.0
         for rank, mine in enumerate(late):
             others = statistics.median(late[:rank] + late[rank + 1 :])
-            if mine > MIN_RATIO * others and mine - others > MIN_SHARE * seconds and self.world.leads:
+            if mine > MIN_RATIO * others and mine - others > MIN_SHARE * seconds and self.world.is_main:
                 log.warning(
                     "rank %d is a straggler: it starts each step after %.3f s, the others after %.3f s (%.1f "
                     "times); its data or its machine is slow", rank, mine, others, mine / max(others, 1e-9),

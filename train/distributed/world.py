@@ -43,7 +43,7 @@ class World:
     timeout: float = 300  # seconds to wait for another rank
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which does what only one process should do."""
         return self.rank == 0
 
@@ -84,10 +84,10 @@ class World:
         return [value for value, _ in outcomes]
 
     @contextmanager
-    def leader_first(self, what: str) -> Iterator[None]:
+    def main_first(self, what: str) -> Iterator[None]:
         """Run the body on rank 0, then on the others. what: a name that is unique within the run."""
         key = f"done/{what}"
-        if not self.leads:
+        if not self.is_main:
             self.store.wait([key], PREPARATION_TIMEOUT)
             if problem := self.store.get(key).decode():
                 raise RankLost(f"rank 0: {problem}")
@@ -161,7 +161,7 @@ def use_loopback() -> None:
 
 def set_log_rank(world: World) -> None:
     """Log everything on rank 0. Other ranks log only warnings and errors, prefixed with their rank."""
-    if world.size > 1 and not world.leads:
+    if world.size > 1 and not world.is_main:
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
             handler.setFormatter(logging.Formatter(f"rank {world.rank}: %(message)s"))

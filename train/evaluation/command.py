@@ -109,7 +109,7 @@ def evaluate_model(config: EvalConfig) -> dict:
             scores["bpb"] = bits_per_byte(engine.model, rows, tokenizer, world)
         if core_tasks:
             scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
-        if world.leads:
+        if world.is_main:
             for task in [task for task in TASKS if task in config.tasks]:
                 scores[task], wrong[task] = examine(engine, task)
             if prompts:
@@ -122,7 +122,7 @@ def evaluate_model(config: EvalConfig) -> dict:
             "seconds": round(time.perf_counter() - began, 1),
             "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
         }  # fmt: skip
-        if config.out and world.leads:
+        if config.out and world.is_main:
             config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -131,7 +131,7 @@ def open_bundle(config: EvalConfig, world: World) -> list[Task]:
     """CORE's tasks from config.core_bundle, or from a download by rank 0."""
     folder = config.core_bundle
     if folder is None:
-        with world.leader_first("CORE's bundle"):
+        with world.main_first("CORE's bundle"):
             folder = core_bundle(cache_folder())
     return read_bundle(folder, config.max_per_task)
 

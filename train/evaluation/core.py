@@ -191,7 +191,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: Wo
     total = sum(len(range(world.rank, len(task.examples), world.size)) for task in tasks)
     scores: dict[str, dict] = {}
     with tqdm(
-        total=total, unit="example", desc="CORE", dynamic_ncols=True, disable=None if world.leads else True
+        total=total, unit="example", desc="CORE", dynamic_ncols=True, disable=None if world.is_main else True
     ) as bar:
         for task in tasks:
             score = counted(count_right(model, tokenizer, task, world, bar), len(task.examples))

@@ -157,7 +157,7 @@ class Saver:
                 files = {name: entry for part in parts for name, entry in sorted(part.items())}
                 self._together(lambda: self._commit(partial, snapshot, files))
         except BaseException:
-            if self.world.leads:
+            if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -167,7 +167,7 @@ class Saver:
     def _create_folder(self, snapshot: Snapshot) -> Path | None:
         """Check the snapshot; on rank 0, create the temporary folder, unless the step is already saved."""
         check_finite(snapshot)
-        if not self.world.leads:
+        if not self.world.is_main:
             return None
         folder = self.run / CHECKPOINTS
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ class Saver:
         number = f"{self.world.rank + 1:05d}"  # torch numbers shards from 1
         (partial / random_file(self.world.rank)).write_text(json.dumps(snapshot.random) + "\n")
         mine = [partial / random_file(self.world.rank), *partial.rglob(f"shard-{number}-*")]
-        if self.world.leads:
+        if self.world.is_main:
             save_description(partial, snapshot.config, snapshot.tokenizer)
             (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
             mine += [partial / name for name in (CONFIG, TOKENIZER, STATE)]
@@ -219,7 +219,7 @@ class Saver:
 
     def _commit(self, partial: Path, snapshot: Snapshot, files: dict[str, dict]) -> None:
         """On rank 0: write the manifest, rename the folder to its final name, delete old checkpoints."""
-        if not self.world.leads:
+        if not self.world.is_main:
             return
         step, folder = snapshot.step, partial.parent
         fault("checkpoint-manifest", 0, step)

@@ -46,10 +46,10 @@ class Progress:
 
         self.world, self.name, self.of = world, run.name, f"/{steps}" if steps else ""
         self.twentieth = 0
-        self.metrics = Metrics(run / METRICS, start) if world.leads else None
+        self.metrics = Metrics(run / METRICS, start) if world.is_main else None
         self.bar = tqdm(
             total=steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True,
-            disable=None if world.leads else True,
+            disable=None if world.is_main else True,
         )  # fmt: skip
 
     def __enter__(self) -> Progress:

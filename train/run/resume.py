@@ -37,7 +37,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
     run, which is loaded or refused, never replaced by another. Damaged or later checkpoints of the run are
     renamed to aside-step-..., so that the run writes them again.
     """
-    if world.leads:
+    if world.is_main:
         remove_unfinished(run)
     found = world.together(lambda: run_checkpoints(run))[0]
     if choice == "no":
@@ -55,7 +55,7 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
         manifest = verify_checkpoint(folder, world)
     check_same_tokenizer(run, folder, manifest)
     state = load_checkpoint(folder, manifest, model, optimizer, world)
-    if world.leads:
+    if world.is_main:
         for later in found:
             if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
                 log.warning("%s is renamed to %s", later, move_aside(later).name)

@@ -60,15 +60,15 @@ def grade_speedrun(config: GradeConfig) -> dict:
         shards = math.ceil(recipe.tokens / CLIMBMIX_TOKENS)
         check_conversations(config.talks)
         download = download_words("climbmix", config.data, shards, world)
-        if world.leads and (talks := conversations_plan(config.talks)):
+        if world.is_main and (talks := conversations_plan(config.talks)):
             download += f"; {plan_words(talks, talks.folder)}"
         title = f"a {config.depth}-layer model with a CORE above {GPT2_CORE}, fine-tuned for chat"
         lines = plan(recipe, world, download)
         lines["length"] += f"; then fine-tuning on {config.talks}, not included in the time below"
         if not confirm(title, lines, config.yes, world):
             return {}
-        with world.leader_first("climbmix"):
-            if world.leads:
+        with world.main_first("climbmix"):
+            if world.is_main:
                 climbmix_with_tokenizer(config.data, shards, recipe.model.vocab_size)
                 download_conversations(config.talks)
         scores_path = config.out / "scores.json"
@@ -79,7 +79,7 @@ def grade_speedrun(config: GradeConfig) -> dict:
                 core_bundle=config.core_bundle, out=scores_path,
             )  # fmt: skip
             evaluate_model(tasks)
-        read = world.together(lambda: json.loads(scores_path.read_text()) if world.leads else None)
+        read = world.together(lambda: json.loads(scores_path.read_text()) if world.is_main else None)
         scores = read[0]["scores"]
         talking = dataclasses.replace(
             gpt2_grade_sft(recipe, config.talks), out=config.out / "sft", micro_batch=config.micro_batch,
@@ -91,7 +91,7 @@ def grade_speedrun(config: GradeConfig) -> dict:
             "core": core, "interval": scores["core"]["interval"], "reached": core > GPT2_CORE,
             "bpb": scores["bpb"]["bpb"], "seconds": last["seconds"], "tokens": last["tokens"],
         }  # fmt: skip
-        if world.leads:
+        if world.is_main:
             write_result(config.out, title, result, [recipe.out], [])
     return result
 

@@ -91,15 +91,15 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         if not confirm(title, lines, config.yes, world):
             return {}
         if hub:
-            with world.leader_first("climbmix"):
-                if world.leads:
+            with world.main_first("climbmix"):
+                if world.is_main:
                     climbmix_with_tokenizer(Path(data), shards, VOCABULARY)
         last = pretrain(recipe)
         result = {
             "bpb": last["validation_bpb"], "depth": recipe.model.layers, "minutes": config.minutes,
             "seconds": last["seconds"], "tokens": last["tokens"], "data": config.data,
         }  # fmt: skip
-        if world.leads:
+        if world.is_main:
             records = of_recipe(MINUTES) if hub else []
             write_result(config.out, title, result, [config.out], records)
     return result
@@ -123,7 +123,7 @@ def trial_flops(world: World, dtype: str) -> float:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         taken = time.perf_counter() - began
-        (seconds,) = world.total(seconds + taken if world.leads and steps else 0.0)
+        (seconds,) = world.total(seconds + taken if world.is_main and steps else 0.0)
         steps += 1
         if steps == 1:
             seconds = 0.0  # the first step compiles kernels

@@ -70,7 +70,7 @@ def disk(config: PretrainConfig, runs: int) -> str:
 
 def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:
     """Print a plan, and return whether to carry it out. yes: do not ask."""
-    if not world.leads:
+    if not world.is_main:
         return True
     print(f"{title}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()), flush=True)
     if yes:
@@ -84,7 +84,7 @@ def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:
 
 def download_words(source: str, folder: Path, shards: int, world: World) -> str:
     """The download line of the plan, for this many training shards."""
-    if not world.leads:
+    if not world.is_main:
         return ""
     return plan_words(public.download_plan(source, folder, shards), folder)
 

@@ -59,8 +59,8 @@ def track_speedrun(config: TrackConfig) -> dict:
         title = f"GPT-2 (124M) to a loss of {TRACK_LOSS} on FineWeb"
         if not confirm(title, plan(recipe, world, download, config.runs), config.yes, world):
             return {}
-        with world.leader_first("fineweb"):
-            if world.leads:
+        with world.main_first("fineweb"):
+            if world.is_main:
                 public.fineweb(config.data, shards)
         folders = [config.out / f"run-{seed}" for seed in range(config.runs)]
         runs = [
@@ -68,7 +68,7 @@ def track_speedrun(config: TrackConfig) -> dict:
             for seed, folder in enumerate(folders)
         ]
         result = track_result(runs, test)
-        if world.leads:
+        if world.is_main:
             write_result(config.out, title, result, folders, of_recipe(GPT2_124M), "validation_loss")
     return result
 

@@ -131,14 +131,14 @@ def scaling(config: ScalingConfig) -> str:
         world.together(lambda: check_vocabulary(config))
         points = []
         for depth, run in runs.items():
-            if world.leads:
+            if world.is_main:
                 log.info("depth %d: %d of %d", depth, len(points) + 1, len(runs))
             points.append(train_point(dataclasses.replace(run, data=str(folder)), world))
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
         lines = [f"{device}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
         lines += [*table(points), "", *law_lines(laws, len(points)), ""]
         lines += budget_lines(config, points, laws["flops"], price)
-        if world.leads:
+        if world.is_main:
             write(config.out, points, laws, peers(), device, lines)
     return "\n".join(lines)
 
@@ -176,7 +176,7 @@ def depth_run(config: ScalingConfig, depth: int) -> PretrainConfig:
 
 def train_point(run: PretrainConfig, world: World) -> Point:
     last = train_once(run, world, keep=True)
-    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.is_main else [])[0]
     tokens, step = cost(run)[1], run.batch_rows * run.model.context
     return Point(
         run.out.name, cost(run)[0], matmul_parameters(run.model), tokens, last["validation_bpb"],

@@ -22,8 +22,8 @@ def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Pat
     names, or one made in `out` with config's tokenizer.
     """
     with ExitStack() as stack:
-        with world.leader_first(f"make the data of {out}"):
-            if world.leads:
+        with world.main_first(f"make the data of {out}"):
+            if world.is_main:
                 stack.enter_context(run_lock(out))
             _, folder = prepare(out, config.data, config.tokenizer, config.model.vocab_size)
         yield folder
@@ -34,7 +34,7 @@ def train_once(config: PretrainConfig, world: World, keep: bool) -> dict[str, fl
 
     keep: keep its checkpoints. ValueError if the folder has a run with another configuration.
     """
-    last = world.together(lambda: finished(config) if world.leads else None)[0]
+    last = world.together(lambda: finished(config) if world.is_main else None)[0]
     if last is None:
         try:
             last = pretrain(dataclasses.replace(config, resume="auto"))
@@ -42,7 +42,7 @@ def train_once(config: PretrainConfig, world: World, keep: bool) -> dict[str, fl
             raise Interrupted(
                 f"stopped and saved in {config.out}; rerun the same command to resume"
             ) from None
-    if world.leads and not keep:
+    if world.is_main and not keep:
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     return last
 

@@ -107,12 +107,12 @@ def run_variants(
             for i, (name, variant) in enumerate(variants.items()):
                 steps = max(1, int(seconds / speeds[name])) if seconds else equal_tokens(base, variant.config)
                 run = variant_run(variant.config, folder, steps, seed, out / f"{folder_name(name)}-{seed}")
-                if world.leads:
+                if world.is_main:
                     count = len(variants)
                     log.info("run %d of %d: %s, seed %d", seed * count + i + 1, seeds * count, name, seed)
                 found[name].append(outcome(run, variant, world))
                 rows = table_rows(found)
-                if world.leads:
+                if world.is_main:
                     write(out, rows, device, seconds, base)
     return rows
 
@@ -146,7 +146,7 @@ def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
     except FloatingPointError as error:
         log.warning("%s: %s", run.out, error)
         return {"bpb": None, "steps": run.loop.steps, "tokens": tokens, "seconds": None, "ms": None}
-    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
+    times = world.gather(logged_step_seconds(run.out, UNTIMED) if world.is_main else [])[0]
     return {
         "bpb": last["validation_bpb"],
         "steps": run.loop.steps,
@@ -176,23 +176,23 @@ def seconds_per_step(
         for (name, i), found in times.items():
             place = out / f"timing-{turn}-{folder_name(name)}-{i}"
             run = variant_run(stages[name][i], folder, PROBED, 0, place)
-            if world.leads:
+            if world.is_main:
                 shutil.rmtree(run.out, ignore_errors=True)
             with variants[name].changed():
                 pretrain(dataclasses.replace(run, validation_tokens=run.model.context))
-            found += world.gather(logged_step_seconds(run.out, UNTIMED) if world.leads else [])[0]
-            if world.leads:
+            found += world.gather(logged_step_seconds(run.out, UNTIMED) if world.is_main else [])[0]
+            if world.is_main:
                 shutil.rmtree(run.out)
     now = {name: mean(min(times[name, i]) for i in range(len(stages[name]))) for name in stages}
     spread = max(median(seconds) / min(seconds) for seconds in times.values())
-    if world.leads and spread > SPREAD:
+    if world.is_main and spread > SPREAD:
         log.warning(
             "warning: the median step takes %.1f times as long as the fastest: the machine is busy, and the "
             "variants may not get the same training time", spread
         )  # fmt: skip
     share = saved.get(BASE, now[BASE]) / now[BASE]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
-    if world.leads:
+    if world.is_main:
         files.write(path, json.dumps(speeds, indent=1) + "\n")
     return speeds
 

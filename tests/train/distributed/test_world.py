@@ -17,7 +17,7 @@ def test_every_rank_gets_the_sums_and_all_values(size):
 def test_a_process_without_torchrun_is_a_group_of_one_and_leaves_it():
     for _ in range(2):
         with joined() as world:
-            assert (world.rank, world.size, world.leads) == (0, 1, True)
+            assert (world.rank, world.size, world.is_main) == (0, 1, True)
             with joined() as inner:
                 assert inner is world
 

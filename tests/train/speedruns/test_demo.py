@@ -39,7 +39,7 @@ def small_speedrun(tmp_path, monkeypatch) -> list[str]:
 
 
 def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path, small_speedrun, capsys):
-    real = stage.made_ahead
+    real = stage.prefetched
 
     def failing(items, device):
         for i, item in enumerate(real(items, device)):
@@ -48,7 +48,7 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
             yield item
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "made_ahead", failing)
+        patch.setattr(stage, "prefetched", failing)
         assert main(small_speedrun) == 74
     assert not (tmp_path / "tiny" / "scores.json").exists()
     capsys.readouterr()
