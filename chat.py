@@ -69,9 +69,9 @@ class Chat:
                     yield decoder.push(token)
             yield decoder.finish()
         finally:
-            said = parse_answer(ids, self.engine.tokenizer)
-            if said:
-                self.messages += said
+            messages = parse_answer(ids, self.engine.tokenizer)
+            if messages:
+                self.messages += messages
             else:
                 self.messages.pop()
 

@@ -198,7 +198,7 @@ def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -
     counts, T = parameter_counts(model), model.config.context
     log.info(
         "%s: %.2fM parameters (%.2fM in matmuls), %.1f MFLOP per token (%.1f causal), %s, %s on %s%s",
-        out, counts["total"] / 1e6, (counts["matrices"] + counts["head"]) / 1e6,
+        out, counts["total"] / 1e6, counts["matmul"] / 1e6,
         nanochat_flops(model, T) / 1e6, causal_flops(model, T) / 1e6, about,
         str(model.compute_dtype).removeprefix("torch."), f"{world.size} x " if world.size > 1 else "",
         world.device.type,

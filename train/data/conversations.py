@@ -221,7 +221,7 @@ def conversation_rows(
     stays text.
     """
     dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
-    ids, said, starts = array(dtype.char), bytearray(), array("q")  # these grow in place
+    ids, loss_mask, starts = array(dtype.char), bytearray(), array("q")  # these grow in place
     total = dropped = spelled_special = 0
     for messages, tokens, mask in rendered(conversations, tokenizer):
         total += 1
@@ -231,7 +231,7 @@ def conversation_rows(
             continue
         starts.append(len(ids))
         ids.extend(tokens)
-        said.extend(mask)
+        loss_mask.extend(mask)
     if dropped:
         log.info("%d of %d conversations are longer than %d tokens; skipped", dropped, total, T)
     if not starts:
@@ -241,9 +241,9 @@ def conversation_rows(
     if spelled_special:
         log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
     ids.append(0)  # the last token of a shard is only a target
-    said.append(False)
+    loss_mask.append(False)
     documents = Documents(
-        np.frombuffer(ids, dtype), np.frombuffer(starts, np.int64), np.frombuffer(said, bool)
+        np.frombuffer(ids, dtype), np.frombuffer(starts, np.int64), np.frombuffer(loss_mask, bool)
     )
     return PackedRows([lambda: documents], T, seed, shuffle)
 

@@ -150,8 +150,8 @@ def as_table(result: dict) -> str:
                 lines.append(f"{shown}{part['centred']:9.4f}")
         else:
             lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
-    for text, said in result["samples"]:
-        lines += ["", f"> {text}", said.strip()]
+    for text, answer in result["samples"]:
+        lines += ["", f"> {text}", answer.strip()]
     return "\n".join(lines)
 
 
