@@ -156,9 +156,9 @@ def step_metrics(model: GPT, world: World) -> Callable[..., dict[str, float]]:
         state: RunState, outcome: Outcome, lr_share: float, tokens_per_second: float, waited: float
     ) -> dict[str, float]:
         return {
+            **outcome.metrics,  # first, so that none replaces a metric of the loop
             "step": state.step - 1,
             "loss": outcome.loss,
-            **outcome.metrics,
             "gradient_norm": outcome.norm,
             "lr_share": lr_share,
             "tokens_per_second": tokens_per_second,

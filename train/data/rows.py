@@ -98,9 +98,14 @@ class Batch:
 
 def prefetched(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
     """The same batches, prefetched by a thread, and pinned if the device is a GPU."""
-    if device.type == "cuda":
-        steps = ([batch.change(Tensor.pin_memory) for batch in micro] for micro in steps)
-    return prefetch(steps)
+    return prefetch(pinned(steps, device) if device.type == "cuda" else steps)
+
+
+def pinned(steps: Iterable[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same batches in pinned memory, for one thread."""
+    torch.cuda.set_device(device)  # a new thread starts on GPU 0, whichever GPU the process has
+    for micro in steps:
+        yield [batch.change(Tensor.pin_memory) for batch in micro]
 
 
 class PackedRows:
