@@ -32,18 +32,15 @@ def question(text: str, tokenizer: Tokenizer) -> list[int]:
     return render_prompt([{"role": "user", "content": text}], tokenizer)
 
 
-def share_right(engine: Engine, examples: list[tuple[str, str]]) -> tuple[float, list[tuple[str, str, str]]]:
-    """Accuracy of greedy answers by exact match up to whitespace, and the wrong ones as (question, expected,
-    answer).
-    """
+def wrong_answers(engine: Engine, examples: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(question, expected, answer) of each greedy answer that differs in more than whitespace."""
     tokenizer = engine.tokenizer
     answers = greedy(engine, [question(text, tokenizer) for text, _ in examples])
-    wrong = [
+    return [
         (text, expected, answer)
         for (text, expected), answer in zip(examples, (spoken(a, tokenizer) for a in answers), strict=True)
         if " ".join(answer.split()) != " ".join(expected.split())
     ]
-    return 1 - len(wrong) / len(examples), wrong
 
 
 TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
@@ -56,18 +53,10 @@ TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]]:
     """Accuracy on a built-in task with its interval and n, and the wrong answers."""
     examples = TASKS[task]()
-    share, wrong = share_right(engine, examples)
-    log.info("%s: %.1f %% of %d correct", task, 100 * share, len(examples))
-    return counted(len(examples) - len(wrong), len(examples)), wrong
-
-
-def evaluate_tasks(
-    engine: Engine, tasks: tuple[str, ...] = tuple(TASKS)
-) -> tuple[dict[str, float], dict[str, list]]:
-    """Accuracy on each task's held-out questions, and the wrong answers."""
-    examined = {task: examine(engine, task) for task in tasks}
-    shares = {task: score["accuracy"] for task, (score, _) in examined.items()}
-    return shares, {task: wrong for task, (_, wrong) in examined.items()}
+    wrong = wrong_answers(engine, examples)
+    score = counted(len(examples) - len(wrong), len(examples))
+    log.info("%s: %.1f %% of %d correct", task, 100 * score["accuracy"], len(examples))
+    return score, wrong
 
 
 def load_engine(path: Path, device: torch.device | None = None) -> Engine:

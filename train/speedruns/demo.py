@@ -12,7 +12,7 @@ from hotlap.common import files, options
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
-from hotlap.train.evaluation.questions import QUESTIONS, evaluate_tasks, load_engine
+from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, load_engine
 from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
@@ -41,7 +41,8 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
         engine = load_engine(tuned.out)
-        scores = evaluate_tasks(engine)[0] | {"validation_bpb": bits}
+        scores = {task: examine(engine, task)[0]["accuracy"] for task in TASKS}
+        scores["validation_bpb"] = bits
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
         # written last: it marks the run as complete

@@ -27,6 +27,7 @@ from hotlap.common.plots import new_figure
 from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
+from hotlap.train.presets import PRETRAIN
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
@@ -63,8 +64,6 @@ class Variant:
 
 def sweep(config: SweepConfig, device: str) -> list[dict]:
     """Run a sweep, and return the rows of its table. device: its name."""
-    from hotlap.train.presets import PRETRAIN
-
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}

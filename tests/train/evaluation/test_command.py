@@ -25,7 +25,7 @@ from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation import command, questions
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.evaluation.command import EvalConfig, as_table, evaluate_model
-from hotlap.train.evaluation.questions import share_right
+from hotlap.train.evaluation.questions import wrong_answers
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 TEXTS = ["Je préfère les gâteaux", "The dog does not mind.", "5"]
@@ -71,11 +71,9 @@ def engine(tiny_tokenizer) -> Engine:
     return Engine(model.eval(), tiny_tokenizer)
 
 
-def test_the_share_of_right_answers_counts_and_shows_the_wrong_ones(engine):
+def test_wrong_answers_are_those_that_differ_in_more_than_whitespace(engine):
     examples = [("dog?", "fox"), ("2 + 3?", "It  is\n5."), ("dog?", "cat"), ("2 + 3?", "It is 6.")]
-    share, wrong = share_right(engine, examples)
-    assert share == 0.5
-    assert wrong == [("dog?", "cat", "fox"), ("2 + 3?", "It is 6.", "It is 5.")]
+    assert wrong_answers(engine, examples) == [("dog?", "cat", "fox"), ("2 + 3?", "It is 6.", "It is 5.")]
 
 
 def test_a_model_with_nan_fails_and_is_not_scored(tiny_tokenizer):
@@ -84,7 +82,7 @@ def test_a_model_with_nan_fails_and_is_not_scored(tiny_tokenizer):
         model.blocks[0].mlp.fc.weight[0, 0] = float("nan")
         model.blocks[0].mlp.proj.weight += 0.1
     with pytest.raises(FloatingPointError, match="not finite"):
-        share_right(Engine(model, tiny_tokenizer), [("dog?", "fox")])
+        wrong_answers(Engine(model, tiny_tokenizer), [("dog?", "fox")])
     rows = PackedRows([lambda: documents(tiny_tokenizer)], 64, 0, shuffle=False)
     with joined() as world, pytest.raises(FloatingPointError, match="not finite"):
         validation(model, rows, tiny_tokenizer, 2, world)
