@@ -21,8 +21,8 @@ from hotlap.kernels.cross_entropy import softcap_logits
 from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
+from hotlap.kernels.qkv import attention_inputs, rotary_tables
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
-from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
 
 GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
@@ -78,12 +78,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         c = self.config
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_dim)
-        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)  # (B, T, H, C), (B, T, K, C) twice
+        qkv, gate = self.qkv(x).view(B, T, -1, c.head_dim), None  # (B, T, H + 2K, C)
         if self.value_gate is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, c.kv_heads, c.head_dim)
-        q, k = qk_norm_rotary(q, k, cos, sin, c.qk_gain)
+            gate = self.value_gate(x[..., :GATE_CHANNELS])  # (B, T, K)
+            value_embedding = value_embedding.view(B, T, c.kv_heads, c.head_dim)
+        q, k, v = attention_inputs(qkv, c.kv_heads, cos, sin, c.qk_gain, gate, value_embedding)
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:

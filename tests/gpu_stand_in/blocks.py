@@ -32,8 +32,8 @@ BF16, F32, F16, I64 = torch.bfloat16, torch.float32, torch.float16, torch.int64
 BLOCK = {  # the kernels of a block, forward and backward, but for attention's, of which compilers see nothing
     "_rms_norm_forward_kernel",
     "_rms_norm_backward_kernel",
-    "_rotary_forward_kernel",
-    "_rotary_backward_kernel",
+    "_qkv_forward_kernel",
+    "_qkv_backward_kernel",
     "_linear_relu2_tma_kernel",
 }
 
