@@ -118,10 +118,12 @@ class Block(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
-        if mix is not None:  # in the block, where a compiler fuses it
+        if mix is None:
+            normalised = rms_norm(x)
+        else:
             scale, x0_scale, x0 = mix
-            x = scale * x + x0_scale * x0
-        attended = self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
+            normalised, x = rms_norm_residual(x, x0, scales=(scale, x0_scale))  # scale * x + x0_scale * x0
+        attended = self.attention(normalised, value_embedding, cos, sin, document_start, cache)
         normalised, x = rms_norm_residual(attended, x)  # x + attended
         return x + self.mlp(normalised)
 
