@@ -247,6 +247,8 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, document_start: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The normalised residual stream that the head reads: (B, T, D) in the compute dtype."""
         c = self.config
+        if not c.document_masks:
+            document_start = None
         if cache is None:
             if ids.shape[1] > c.context:
                 raise ValueError(f"{ids.shape[1]} tokens are more than the model's context of {c.context}")

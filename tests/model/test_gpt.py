@@ -154,7 +154,7 @@ def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
 
 CHANGES = {
     "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "vocab_size": 640,
-    "window_pattern": "L", "qk_gain": 1.0, "value_embeddings": False,
+    "window_pattern": "L", "document_masks": False, "qk_gain": 1.0, "value_embeddings": False,
     "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
 }  # fmt: skip
 
@@ -163,7 +163,7 @@ CHANGES = {
 def test_every_field_of_the_configuration_changes_the_function(field, random_model):
     base = tiny_config(context=512, layers=3, kv_heads=1, window_pattern="S")
     changed = dataclasses.replace(base, **{field: CHANGES[field]})
-    ids = ids_of(1, 300)
+    ids, start = ids_of(1, 300), (torch.arange(300)[None] >= 20) * 20  # a short document and a long one
     with torch.no_grad():
         one, model = random_model(base), random_model(changed)
         same = {
@@ -172,7 +172,7 @@ def test_every_field_of_the_configuration_changes_the_function(field, random_mod
             if n in model.state_dict() and p.shape == model.state_dict()[n].shape
         }
         model.load_state_dict(same, strict=False)  # what differs is then the field, and not the dice
-        a, b = one(ids), model(ids)
+        a, b = (model(ids, document_start=start) for model in (one, model))
     assert a.shape != b.shape or relative_error(b, a.double()) > 1e-3
 
 
