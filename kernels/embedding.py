@@ -1,9 +1,9 @@
 """Embedding: rows of a table, y[i] = weight[ids[i]], in the compute dtype.
 
-The gradient of a row is the sum of the gradients of the tokens with its id. A frequent id has hundreds of
-them, so they are added up in float32. Tokens are sorted by id, and the tokens of an id are a run that one
-program adds up, in the order of the tokens: two runs agree bit for bit, without atomics. All tables of a
-model share one sort.
+The gradient of a row is the sum of the gradients of the tokens with its id, hundreds of them if the id is
+frequent, so it is computed in float32. The tokens are sorted by id, once for all tables of a model. The
+tokens of an id are then a run, which one program adds up in a fixed order: there are no atomics, and results
+agree bit for bit.
 
 Bound by memory. Bytes for N tokens of D elements of e bytes, a float32 table of V rows, U of which occur:
 forward (4 + e) N D, of which rows read again may come from a cache; backward e N D + 4 V D for a gradient of
