@@ -224,8 +224,8 @@ def test_compiles_whole_to_the_same_gradients_of_two_micro_batches():
 
 def test_fake_tensors_have_the_shapes_of_real_ones():
     with FakeTensorMode():
-        weight = torch.empty(9, 33, requires_grad=True)
-        ids = torch.empty(2, 17, dtype=torch.int64)
+        weight = torch.empty(9, 33, device=DEVICE, requires_grad=True)
+        ids = torch.empty(2, 17, dtype=torch.int64, device=DEVICE)
         for _ in range(2):
             y = embedding(ids, weight, torch.bfloat16, accumulate=True)
             y.sum().backward()

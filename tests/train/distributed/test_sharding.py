@@ -7,7 +7,7 @@ from helpers.rank_functions import gathers, gradients_that_autograd_sees, small_
 from helpers.ranks import in_world, run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from hotlap.kernels.dispatch import triton
+from hotlap.kernels.dispatch import INTERPRETED
 from hotlap.model.gpt import GPT
 from hotlap.train.distributed.sharding import materialize, parallelize
 from hotlap.train.distributed.world import joined
@@ -37,7 +37,7 @@ def test_backward_gathers_all_blocks_but_the_last_again_and_no_table():
     assert run_ranks(2, in_world, gathers)[0] == (layers + tables + 1, layers - 1)
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
 def test_the_kernels_of_a_model_that_is_not_sharded_add_micro_batches_in_place():
     (seen,) = run_ranks(1, in_world, gradients_that_autograd_sees, env={"HOTLAP_KERNELS": "triton"})
     assert seen == [True, False, False]
