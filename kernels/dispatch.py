@@ -94,6 +94,11 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type != "meta" and x.dtype in DTYPES and kernel_choice(x.device.type) == "triton"
 
 
+def traced() -> bool:
+    """Whether a compiler or a dispatch mode records the operations that run now."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
@@ -156,8 +161,7 @@ class kernel_op:
         self.eager = eager
 
     def __call__(self, *inputs):
-        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        plain = not traced and type(inputs[0]) in (Tensor, Parameter)
+        plain = not traced() and type(inputs[0]) in (Tensor, Parameter)
         if not plain:
             return self.op(*inputs)
         output = self.eager(*inputs)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
+from hotlap.kernels.embedding import embedding, token_runs
 from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
@@ -54,6 +55,18 @@ class Linear(nn.Linear):
         if self.fp8 and torch.is_grad_enabled():
             return linear_fp8(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of float32 weights, whose rows are read in the compute dtype.
+
+    accumulate: add to a gradient that exists in place, as `embedding` says.
+    """
+
+    accumulate = False
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, runs: tuple[Tensor, Tensor] | None) -> Tensor:
+        return embedding(ids, self.weight, dtype, runs, self.accumulate)
 
 
 class Attention(nn.Module):
@@ -134,12 +147,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config.validate()
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.head = Linear(config.width, config.vocab_size)
         kv_width = config.kv_heads * config.head_dim
         self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, kv_width) for i in config.value_embedding_layers}
+            {str(i): Embedding(config.vocab_size, kv_width) for i in config.value_embedding_layers}
         )
         if config.residual_scalars:
             self.residual_scale = nn.Parameter(torch.empty(config.layers))
@@ -266,7 +279,8 @@ class GPT(nn.Module):
             cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         else:
             cos, sin = self.cos[cache.positions], self.sin[cache.positions]  # (B, T, C/2)
-        x = rms_norm(self.embedding(ids).to(self.compute_dtype))  # (B, T, D)
+        runs = token_runs(ids, self.embedding.weight)  # sorted once for all tables
+        x = rms_norm(self.embedding(ids, self.compute_dtype, runs))  # (B, T, D)
         if c.smear:
             x = self.smeared(x, document_start, cache)
         x0, middle = x, None
@@ -276,7 +290,7 @@ class GPT(nn.Module):
                 mix = self.residual_scale[i].to(x.dtype), self.x0_scale[i].to(x.dtype), x0
             value_embedding = None
             if i in c.value_embedding_layers:
-                value_embedding = self.value_embeddings[str(i)](ids).to(x.dtype)
+                value_embedding = self.value_embeddings[str(i)](ids, x.dtype, runs)
             x = block(x, mix, value_embedding, cos, sin, document_start, cache)
             if c.backout and i == c.layers // 2:
                 middle = x

@@ -33,6 +33,8 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_linear_relu2_kernel": ["out"],
         "_linear_relu2_tma_kernel": ["out"],
         "_linear_relu2_apart_kernel": ["out"],
+        "_embedding_forward_kernel": ["y"],
+        "_embedding_backward_kernel": ["grad"],
         "_cross_entropy_forward_kernel": ["losses", "lse"],
         "_cross_entropy_backward_kernel": ["dlogits"],
     }
