@@ -66,9 +66,9 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         model, optimizer = made(shape, on_gpu, False, world)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         with random_batches(shape, rows, config.steps + UNTIMED, world) as batches:
-            steps = [step_seconds(model, optimizer, batches, 1, world) for _ in range(config.steps)]
+            steps = step_seconds(model, optimizer, batches, 1, config.steps, world)
             with profile(activities=activities, acc_events=True) as profiler:
-                parts = step_seconds(model, optimizer, batches, 1, world)
+                (parts,) = step_seconds(model, optimizer, batches, 1, 1, world)
         found = kernel_times(profiler, on_gpu)
         case = f"{config.model} {rows}x{shape.context}"
         table = [{"case": case, "provider": "whole step, before", "ms": 1e3 * sum(steps[-1])}]

@@ -22,6 +22,7 @@ from hotlap.bench.attention import (
 from hotlap.bench.providers import CONTEXT, HEAD_DIM, WIDTHS, Function, Operation, liger, normal, with_torch
 from hotlap.common.errors import known
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
+from hotlap.kernels.embedding import embedding, embedding_ref
 from hotlap.kernels.fp8 import check_fp8, linear_fp8, linear_fp8_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
@@ -134,6 +135,26 @@ def cross_entropy_at(size: str, width: int, rows: int, device: torch.device, dty
         1, partial(cross_entropy_ref, softcap=SOFTCAP),
         with_torch(partial(cross_entropy, softcap=SOFTCAP), partial(cross_entropy_ref, softcap=SOFTCAP)),
         (moved, 2 * moved),
+    )  # fmt: skip
+
+
+def embedding_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    """Of a float32 table in `dtype`; ids are as frequent as words are (Zipf's law)."""
+
+    def ours(weight: Tensor, ids: Tensor) -> Tensor:
+        return embedding(ids, weight, dtype)
+
+    def reference(weight: Tensor, ids: Tensor) -> Tensor:
+        return embedding_ref(ids, weight, weight.dtype if weight.dtype == torch.float64 else dtype)
+
+    moved, table = rows * width * dtype.itemsize, 4 * VOCABULARY * width
+    return Operation(
+        "embedding", f"{size} {rows}x{VOCABULARY}x{width}",
+        lambda: (
+            torch.randn(VOCABULARY, width, device=device),
+            (VOCABULARY ** torch.rand(rows, device=device)).long() - 1,
+        ),
+        1, reference, with_torch(ours, reference), (moved + 4 * rows * width, moved + table),
     )  # fmt: skip
 
 
@@ -271,6 +292,7 @@ BUILDERS = {  # the largest shares of a training step first
     "attention_inputs": attention_inputs_at,
     "decode_attention": decode_attention_at,
     "cross_entropy": cross_entropy_at,
+    "embedding": embedding_at,
     "relu2": relu2_at,
     "linear_cross_entropy_uncapped": linear_cross_entropy_uncapped_at,
 }

@@ -34,6 +34,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 SANITIZED = (  # tests of the kernels that compute their own offsets
     "kernels/test_triton_attention.py", "kernels/test_triton_rms_norm.py",
     "kernels/test_triton_cross_entropy.py", "kernels/test_triton_orthogonalize.py",
+    "kernels/test_embedding.py",
 )  # fmt: skip
 ATTENTION = ("attention", "document_attention", "long_attention", "windowed_attention")
 TUNED = ("attention_forward", "attention_backward", "linear_relu2", "orthogonalize")

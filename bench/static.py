@@ -32,6 +32,7 @@ from hotlap.kernels.dispatch import INTERPRETED, Device, triton
 from hotlap.kernels.tiles import Tile, fitting_tiles
 
 MODULES = (
+    "embedding",
     "rms_norm",
     "qkv",
     "relu2",

@@ -38,7 +38,16 @@ from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
-KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "qkv", "rms_norm")
+KERNELS = (
+    "attention",
+    "embedding",
+    "linear_relu2",
+    "linear_cross_entropy",
+    "muon",
+    "orthogonalize",
+    "qkv",
+    "rms_norm",
+)
 INSIDE = ("relu2",)  # used in place of one of them that is switched off
 UNTIMED = 2  # warm-up steps
 BOS = 0
@@ -205,8 +214,8 @@ def measure_training(
         torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = made(shape, compiled, fp8, world)
     with batches_of(shape, count, micro * (steps + UNTIMED), world) as batches:
-        seconds = [step_seconds(model, optimizer, batches, micro, world) for _ in range(UNTIMED + steps)]
-    first, samples = sum(seconds[0]), seconds[UNTIMED:]
+        first = step_seconds(model, optimizer, batches, micro, UNTIMED, world)
+        samples = step_seconds(model, optimizer, batches, micro, steps, world)
     whole = Timing.of([sum(sample) for sample in samples])
     parts = {
         f"{phase}_ms": 1e3 * Timing.of(list(seconds)).median
@@ -226,7 +235,7 @@ def measure_training(
         "mfu_causal": mfu(causal_flops(model), each, peak),
         "tflops": nanochat_flops(model) * each / 1e12,
         "memory_gb": memory,
-        "first_step_s": first,  # compilation, mostly
+        "first_step_s": sum(first[0]),  # compilation, mostly
         "compiled": compiled,
     }
 
@@ -243,27 +252,33 @@ def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT
 
 
 def step_seconds(
-    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, world: World
-) -> list[float]:
-    """Seconds of one step, by part: waiting for its batches, forward passes, backward passes, and the
-    optimizer with the gradient norm.
+    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, steps: int, world: World
+) -> list[list[float]]:
+    """Seconds of each of `steps` steps, by part: waiting for its batches, forward passes, backward passes,
+    and the optimizer with the gradient norm.
+
+    As in training, the host waits for a GPU once a step, for the norm, and prepares the next step while the
+    GPU still updates the weights.
     """
     watch = Stopwatch(world.device)
-    some = [batch.to(world.device) for _ in range(micro) for batch in next(batches)]
-    tokens = world.size * sum(batch.inputs.numel() for batch in some)
-    watch.mark()
-    for i, batch in enumerate(some):
-        set_gradient_sync(model, i, micro)
-        loss = next_token_loss(model, batch)[0] / tokens
+    for _ in range(steps):
+        some = [batch.to(world.device) for _ in range(micro) for batch in next(batches)]
+        tokens = world.size * sum(batch.inputs.numel() for batch in some)
         watch.mark()
-        loss.backward()
+        for i, batch in enumerate(some):
+            set_gradient_sync(model, i, micro)
+            loss = next_token_loss(model, batch)[0] / tokens
+            watch.mark()
+            loss.backward()
+            watch.mark()
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.get_total_norm(gradients).item()
+        optimizer.step()
+        optimizer.zero_grad()
         watch.mark()
-    torch.nn.utils.get_total_norm([local(p.grad) for p in model.parameters() if p.grad is not None])
-    optimizer.step()
-    optimizer.zero_grad()
-    watch.mark()
-    wait, *passes, update = watch.seconds()
-    return [wait, sum(passes[::2]), sum(passes[1::2]), update]
+    times, each = watch.seconds(), 2 * micro + 2
+    parts = [times[start : start + each] for start in range(0, len(times), each)]
+    return [[wait, sum(passes[::2]), sum(passes[1::2]), update] for wait, *passes, update in parts]
 
 
 def main(arguments: list[str]) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._library.infer_schema import infer_schema
-from torch._library.triton import set_wrap_triton_enabled
 from torch.library import custom_op, triton_op
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -38,9 +38,19 @@ def jit(function: Callable) -> Any:
     return triton.jit(function) if triton else function
 
 
+class _Thread(threading.local):
+    launches = False  # whether an operation of this thread launches kernels now, so that nothing traces them
+
+
+_thread = _Thread()
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which before torch 2.13 refuses kernels that are interpreted."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    """`torch.library.wrap_triton` for tracers, or just the kernel where `kernel_op` launches it.
+
+    An interpreted kernel is never wrapped, which torch refuses before 2.13.
+    """
+    return kernel if INTERPRETED or _thread.launches else torch.library.wrap_triton(kernel)
 
 
 @functools.cache
@@ -84,6 +94,11 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type != "meta" and x.dtype in DTYPES and kernel_choice(x.device.type) == "triton"
 
 
+def traced() -> bool:
+    """Whether a compiler or a dispatch mode records the operations that run now."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
@@ -110,8 +125,11 @@ class kernel_op:
         opaque: bool = False,
     ):
         def launch(*inputs):
-            with set_wrap_triton_enabled(False):
+            outer, _thread.launches = _thread.launches, True
+            try:
                 return implementation(*inputs)
+            finally:
+                _thread.launches = outer
 
         name = f"hotlap::{name}"
         if triton and not (INTERPRETED or opaque):
@@ -135,11 +153,15 @@ class kernel_op:
                 return output
 
         Eager.backward = staticmethod(backward)
-        self.eager = Eager.apply
+
+        def eager(*inputs):
+            learns = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
+            return Eager.apply(*inputs) if learns else launch(*inputs)
+
+        self.eager = eager
 
     def __call__(self, *inputs):
-        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        plain = not traced and type(inputs[0]) in (Tensor, Parameter)
+        plain = not traced() and type(inputs[0]) in (Tensor, Parameter)
         if not plain:
             return self.op(*inputs)
         output = self.eager(*inputs)

@@ -31,6 +31,8 @@ class GPTConfig:
     """Attention window of each layer, repeated over the depth: S is a quarter of the context, L all of it.
     The last layer is always L.
     """
+    document_masks: bool = True
+    """Train each document of a packed row on its own; without, its tokens see the documents before it too."""
     qk_gain: float = 1.2
     """Factor on queries and keys after QK-norm, which sharpens attention."""
     value_embeddings: bool = True
@@ -103,11 +105,12 @@ class GPTConfig:
     def from_dict(cls, fields: dict) -> GPTConfig:
         """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it.
 
-        Only qk_gain may be missing: older files lack it, and their models were trained with its default.
+        Only document_masks and qk_gain may be missing: older files lack them, and their models were trained
+        with the defaults.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(fields) - {"qk_gain"}):
+        if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()

@@ -118,7 +118,11 @@ def fit(
                 if accepted:
                     optimizer.step()
             optimizer.zero_grad()
-            if world.device.type == "cuda":
+            saves = done or stopping or (step + 1) % config.save_every == 0
+            evaluates = evaluate and not stopping and (done or (step + 1) % config.evaluate_every == 0)
+            # Otherwise a GPU still updates the weights while the host prepares the next step, whose time this
+            # is part of: take_step waits for it.
+            if (saves or evaluates) and world.device.type == "cuda":
                 torch.cuda.synchronize()
             stragglers.leave()
             seconds = time.perf_counter() - began
@@ -126,11 +130,11 @@ def fit(
             state.last = metrics_of(state, outcome, share, tokens / seconds, waited)
             stragglers.report(step, seconds)
             profile_step()
-            if done or stopping or state.step % config.save_every == 0:
+            if saves:
                 check_copies(world, model, optimizer, step)
                 saver.save(model, optimizer, tokenizer, state)
             evaluated = {}
-            if evaluate and not stopping and (done or state.step % config.evaluate_every == 0):
+            if evaluates:
                 if done:
                     saver.finish()  # commit the last checkpoint before anything else can fail
                 evaluated = evaluate()

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import cross_entropy
+from hotlap.kernels.embedding import embedding
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.muon import muon_momentum
@@ -56,6 +57,10 @@ def loss_of_head(x, head):
     return linear_cross_entropy(x, head, torch.zeros(x.shape[0], dtype=torch.int64), 15.0)
 
 
+def look_up(weight):
+    return embedding(torch.arange(weight.shape[0]) // 2, weight, BF16)
+
+
 def attend(q, k, v):
     return attention(q, k, v, 16, backend="triton")
 
@@ -70,6 +75,7 @@ OPERATIONS = {  # and tensors for a number of rows
     "rms_norm": (rms_norm, lambda rows: [random(rows, 64), random(64, dtype=torch.float32)]),
     "rms_norm_residual": (rms_norm_residual, lambda rows: [random(rows, 64), random(rows, 64)]),
     "linear_relu2": (linear_relu2, lambda rows: [random(rows, 64), random(128, 64), random(64, 128)]),
+    "embedding": (look_up, lambda rows: [random(rows, 64, dtype=torch.float32)]),
     "cross_entropy": (loss, lambda rows: [random(rows, 640)]),
     "linear_cross_entropy": (loss_of_head, lambda rows: [random(rows, 64), random(640, 64)]),  # opaque
     "attention_inputs": (

@@ -3,6 +3,7 @@
 import torch
 from helpers.tools import tiny_config
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.model.gpt import GPT
 from hotlap.train.distributed.sharding import materialize, parallelize
@@ -53,6 +54,42 @@ def train_steps(
         "losses": losses,
         "weights": {name: whole(p).detach().float().numpy() for name, p in model.named_parameters()},
     }
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers in it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.c10d._allgather_base_.default
+        return function(*args, **(kwargs or {}))
+
+
+def gathers(world: World) -> tuple[int, int]:
+    """All-gathers of a forward pass, and of the backward pass after it."""
+    model = small_gpt("float32")
+    parallelize(model, world, "none", compile=False)
+    materialize(model, world.device, seed=1)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    with Gathers() as forward:
+        loss = model(ids, ids)
+    with Gathers() as backward:
+        loss.backward()
+    return forward.count, backward.count
+
+
+def gradients_that_autograd_sees(world: World) -> list[bool]:
+    """Of the token embedding, in each of three micro-batches."""
+    model = small_gpt("float32")
+    parallelize(model, world, "none", compile=False)
+    materialize(model, world.device, seed=1)
+    seen = []
+    model.embedding.weight.register_hook(lambda gradient: seen.append(gradient is not None))
+    for i in range(3):
+        model.embedding(torch.tensor([[i, 0]]), torch.float32, None).sum().backward()
+    assert model.embedding.weight.grad[:4, 0].tolist() == [4, 1, 1, 0]
+    return seen
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,8 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_qkv_backward_kernel": ["de", "dgate", "dqkv"],
         "_rms_norm_forward_kernel": ["rstd", "total", "y"],
         "_rms_norm_backward_kernel": ["dresidual", "dscales", "dx"],
+        "_embedding_forward_kernel": ["y"],
+        "_embedding_backward_kernel": ["grad"],
         "_cross_entropy_forward_kernel": ["losses", "lse"],
         "_cross_entropy_backward_kernel": ["dlogits"],
     }

@@ -76,8 +76,12 @@ def test_loss_and_gradient_at_once_are_those_of_two_passes(vocab, softcap, z_los
     expected = outputs_and_gradients(
         lambda x: cross_entropy(x, targets, softcap, "none", z_loss), (logits,), [dloss]
     )
+    fast = softcap and dtype == torch.bfloat16 and DEVICE.type == "cuda"  # by the GPU's own tanh
     torch.testing.assert_close(
-        (losses, rows), tuple(expected), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6
+        (losses, rows),
+        tuple(expected),
+        rtol=1e-6 if dtype == torch.float32 else 1e-2,
+        atol=1e-2 if fast else 1e-6,
     )
     assert not memory[:, vocab:].any()
 

@@ -17,6 +17,7 @@ from hotlap.kernels import (
     attention_forward,
     cross_entropy,
     dispatch,
+    embedding,
     fp8,
     linear_cross_entropy,
     linear_relu2,
@@ -57,6 +58,10 @@ def in_two_passes(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
 
+def look_up(weight, ids):
+    return embedding.embedding(ids, weight, BF16, accumulate=True).sum()
+
+
 def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
@@ -77,6 +82,7 @@ STEPS = (  # a function that ends in a scalar; its tensors, of which floats want
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda x, targets: cross_entropy.cross_entropy(x, targets, 15.0), (BF16, 32, 640), (I64, 32)),
     (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
+    (look_up, (F32, 640, 64), (I64, 2, 16)),
     (attend, *[(BF16, 2, 32, 2, 16)] * 3, (I32, 2, 32)),
     (project, (BF16, 2, 32, 4, 16), *[(F32, 32, 8)] * 2, (BF16, 2, 32, 1), (BF16, 2, 32, 1, 16)),
     (mix, *[(BF16, 32, 64)] * 2, *[(BF16,)] * 2),
@@ -91,7 +97,18 @@ FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_rel
 def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
-    for module in (attention_forward, cross_entropy, fp8, linear_relu2, muon, orthogonalize, qkv, rms_norm):
+    modules = (
+        attention_forward,
+        cross_entropy,
+        embedding,
+        fp8,
+        linear_relu2,
+        muon,
+        orthogonalize,
+        qkv,
+        rms_norm,
+    )
+    for module in modules:
         module.device_facts = lambda _: H100
     changed, operations = {}, set()
 

@@ -49,6 +49,9 @@ def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -
             block.forward = torch.compile(block.forward, dynamic=False)
     if world.size > 1:
         shard(model, mesh_of(world))
+    else:
+        for table in (model.embedding, *model.value_embeddings.values()):
+            table.accumulate = True
 
 
 def mesh_of(world: World) -> DeviceMesh:
@@ -72,6 +75,7 @@ def shard(model: GPT, mesh: DeviceMesh) -> None:
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for table in model.value_embeddings.values():
         fully_shard(table, mesh=mesh, mp_policy=exact)
+        table.set_unshard_in_backward(False)  # its gradient does not depend on its weight
     fully_shard(model, mesh=mesh, mp_policy=exact)
     for module in sharded_modules(model):  # take_step divides by the weight of the whole step
         module.set_gradient_divide_factor(1.0)

@@ -39,6 +39,7 @@ FIELDS = {
     "no smear": "model.smear=false",
     "no backout": "model.backout=false",
     "no softcap": "model.softcap=0.0",
+    "no document masks": "model.document_masks=false",
     "QK gain 1": "model.qk_gain=1.0",
     "warmdown over 20 %": "schedule.warmdown=0.2",
     "warmdown to 0": "schedule.final_lr=0.0",
@@ -97,7 +98,6 @@ def ablations(base: PretrainConfig) -> dict[str, Variant]:
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
         "no QK-norm": Variant(base, partial(replaced, gpt, "attention_inputs", rotary_alone)),
         "no rotary": Variant(base, partial(replaced, gpt, "attention_inputs", qk_norm_alone)),
-        "no document masks": Variant(base, no_document_masks),
     }
 
 
@@ -142,18 +142,6 @@ def random_projections() -> Iterator[None]:
             yield name, value
 
     with replaced(GPT, "initial_weights", initial_weights):
-        yield
-
-
-@contextmanager
-def no_document_masks() -> Iterator[None]:
-    """Tokens attend to all earlier tokens of the row, across documents, in training and validation."""
-    forward = GPT.forward
-
-    def without(model: GPT, ids: Tensor, targets: Tensor | None = None, document_start=None, **more):
-        return forward(model, ids, targets, **more)
-
-    with replaced(GPT, "forward", without):
         yield
 
 

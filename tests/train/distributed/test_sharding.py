@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers.rank_functions import small_gpt, train_steps, whole
+from helpers.rank_functions import gathers, gradients_that_autograd_sees, small_gpt, train_steps, whole
 from helpers.ranks import in_world, run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
+from hotlap.kernels.dispatch import INTERPRETED
 from hotlap.model.gpt import GPT
 from hotlap.train.distributed.sharding import materialize, parallelize
 from hotlap.train.distributed.world import joined
@@ -29,6 +30,17 @@ def test_any_number_of_ranks_has_the_same_losses(alone, size, env):
 def test_recomputing_and_compiling_change_no_loss(alone, recompute, compile):
     found = run_ranks(1, in_world, train_steps, "float32", recompute, compile)[0]
     np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+
+
+def test_backward_gathers_all_blocks_but_the_last_again_and_no_table():
+    layers, tables = 3, 2
+    assert run_ranks(2, in_world, gathers)[0] == (layers + tables + 1, layers - 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
+def test_the_kernels_of_a_model_that_is_not_sharded_add_micro_batches_in_place():
+    (seen,) = run_ranks(1, in_world, gradients_that_autograd_sees, env={"HOTLAP_KERNELS": "triton"})
+    assert seen == [True, False, False]
 
 
 def test_bfloat16_trains_to_about_the_same_loss(alone):
