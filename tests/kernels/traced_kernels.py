@@ -16,6 +16,7 @@ from hotlap.kernels import (
     attention,
     attention_forward,
     cross_entropy,
+    decode_linear,
     dispatch,
     fp8,
     linear_cross_entropy,
@@ -55,11 +56,17 @@ def in_two_passes(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
 
+def decode_step(x, x0, weight, scale):
+    y, total = decode_linear.norm_linear(x, weight, (scale, scale, x0))
+    return y + total
+
+
 def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
 
-STEPS = (  # a function that ends in a scalar; its tensors, of which floats want gradients unless it is Muon's
+STEPS = (  # a function that ends in a scalar, and its tensors, of which floats want gradients if it learns
+    (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16,)),
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
@@ -77,7 +84,7 @@ FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_rel
 def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
-    for module in (attention_forward, cross_entropy, fp8, linear_relu2, muon, orthogonalize):
+    for module in (attention_forward, cross_entropy, decode_linear, fp8, linear_relu2, muon, orthogonalize):
         module.device_facts = lambda _: H100
     changed, operations = {}, set()
 
@@ -100,7 +107,7 @@ def main() -> None:
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
-            learns = function is not muon_step
+            learns = function not in (decode_step, muon_step)
             given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
             loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
             if learns:
