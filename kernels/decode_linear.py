@@ -1,6 +1,6 @@
 """Products of a few rows with a large weight, as in decoding, fused with what surrounds them in a block.
 
-    norm_linear:      total = a x + b x0,  y = rms_norm(total) W^T,  and maybe relu(y)^2
+    norm_linear:      total = a x + b x0,  n = rms_norm(total),  y = n W^T or relu(n W^T)^2,  n_{:G} V^T
     linear_residual:  y = x W^T + residual
 
 Bound by memory: N D e bytes of W, for elements of e bytes. Each program streams a few rows of W over their
@@ -13,7 +13,7 @@ row, 2^-12 in float16).
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
 and for float32 on a GPU (no tensor cores), both functions are the reference.
 """
-# R rows (tokens), D inner dimension, N outputs
+# R rows (tokens), D inner dimension, N outputs, K gates of V, which read G channels
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hotlap.kernels.dispatch import (
 )
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm_ref
-from hotlap.kernels.tiles import Case, Table, Tile, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
 
 ROWS = 16  # of x, as many as a matmul instruction takes
 RESERVE = 2 << 10  # bytes of shared memory for sums over warps and the like
@@ -45,14 +45,20 @@ Mix = tuple[Tensor, Tensor, Tensor]  # a, b (one element each) and x0 (as x)
 
 
 def norm_linear_ref(
-    x: Tensor, weight: Tensor, mix: Mix | None = None, squared_relu: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    mix: Mix | None = None,
+    gate: Tensor | None = None,
+    squared_relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The specification: each step is rounded to the dtype of x."""
     if mix is not None:
         a, b, x0 = mix
         x = a.to(x.dtype) * x + b.to(x.dtype) * x0
-    y = F.linear(rms_norm_ref(x), weight.to(x.dtype))
-    return (relu2(y) if squared_relu else y), x
+    normalised = rms_norm_ref(x)
+    y = F.linear(normalised, weight.to(x.dtype))
+    gates = None if gate is None else F.linear(normalised[..., : gate.shape[1]], gate.to(x.dtype))
+    return (relu2(y) if squared_relu else y), x, gates
 
 
 def linear_residual_ref(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -61,15 +67,37 @@ def linear_residual_ref(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 
 
 @jit
+def _mix(p, q, a, b):
+    """a p + b q, rounded as the next layer adds to it."""
+    return (a * p.to(tl.float32) + b * q.to(tl.float32)).to(p.dtype)
+
+
+@jit
+def _store_gates(
+    x, a, b, x0, gate, gates, rstd, R, D, K, G,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    r, k, g = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)[None, :]
+    real = (r < R) & (g < G)
+    p = tl.load(x + r * D + g, real, other=0.0)  # (ROWS, BLOCK_G)
+    if x0 is not None:
+        p = _mix(p, tl.load(x0 + r * D + g, real, other=0.0), a, b)
+    v = tl.load(gate + k[:, None] * G + g, (k[:, None] < K) & (g < G), other=0.0)  # (BLOCK_K, BLOCK_G)
+    out = tl.sum(p.to(tl.float32)[:, None, :] * v.to(tl.float32)[None, :, :], 2) * rstd  # (ROWS, BLOCK_K)
+    tl.store(gates + r * K + k[None, :], out.to(gates.dtype.element_ty), (r < R) & (k[None, :] < K))
+
+
+@jit
 def _decode_linear_kernel(
-    x, a, b, x0, w, residual, y, total, w_n, R, N, D, eps,
-    NORM: tl.constexpr, RELU2: tl.constexpr,
+    x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+    NORM: tl.constexpr, RELU2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of y (R, N) from rows of w (N, D); everything else is contiguous. Each warp takes
-    BLOCK_D of every WARPS * BLOCK_D along D. The first program writes total.
+    BLOCK_D of every WARPS * BLOCK_D along D. Where total or gates are asked for, the last program writes
+    them; it has no columns of y.
     """
-    program = tl.program_id(0)
+    program, last = tl.program_id(0), tl.num_programs(0) - 1
     n = (program * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)  # offsets pass 2^31
     d = tl.arange(0, WARPS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     r = tl.arange(0, ROWS)
@@ -86,9 +114,8 @@ def _decode_linear_kernel(
         p = tl.load(x + start + left, mask, other=0.0)
         q = tl.load(right, inside[:, :, None] & (n < N)[None, None, :], other=0.0)
         if x0 is not None:
-            p = a * p.to(tl.float32) + b * tl.load(x0 + start + left, mask, other=0.0).to(tl.float32)
-            p = p.to(x.dtype.element_ty)  # normalise the rounded sum: the next layer adds to it
-            tl.store(total + start + left, p, mask & (program == 0))
+            p = _mix(p, tl.load(x0 + start + left, mask, other=0.0), a, b)
+            tl.store(total + start + left, p, mask & (program == last))
         if NORM:
             wide = p.to(tl.float32)
             squares += tl.sum(wide * wide, 2)
@@ -96,7 +123,10 @@ def _decode_linear_kernel(
         right += WARPS * BLOCK_D
     out = tl.sum(sums, 0)  # (ROWS, BLOCK_N)
     if NORM:
-        out *= tl.rsqrt(tl.sum(squares, 0) / D + tl.cast(eps, tl.float32))[:, None]
+        rstd = tl.rsqrt(tl.sum(squares, 0) / D + tl.cast(eps, tl.float32))[:, None]
+        out *= rstd
+        if gate is not None and program == last:
+            _store_gates(x, a, b, x0, gate, gates, rstd, R, D, K, G, ROWS, BLOCK_K, BLOCK_G)
     if RELU2:
         out = tl.where(out < 0, 0.0, out)  # unlike a maximum, keeps NaN
         out *= out
@@ -148,36 +178,42 @@ def _product(
     a: Tensor | None,
     b: Tensor | None,
     x0: Tensor | None,
+    gate: Tensor | None,
     residual: Tensor | None,
     norm: bool,
     squared_relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """y (..., N), and a x + b x0, which is empty where there is no x0."""
-    y, total = _empty(x, weight, a, b, x0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., N), a x + b x0 and the gates (..., K); what is not asked for is empty."""
+    y, total, gates = _empty(x, weight, a, b, x0, gate)
     if y.numel() == 0:
-        return y, total
+        return y, total, gates
     N, D = weight.shape
+    K, G = (0, 0) if gate is None else gate.shape
     R, device = math.prod(x.shape[:-1]), device_facts(x.device)
-    x, x0, residual = (t if t is None else t.contiguous() for t in (x, x0, residual))  # a few rows
+    x, x0, gate, residual = (t if t is None else t.contiguous() for t in (x, x0, gate, residual))  # small
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     tile = pick_tile(_table(N, device), 1 if R == 1 else ROWS, device)
+    programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + (x0 is not None or gate is not None)
     with torch.cuda.device_of(x):
-        wrap_triton(_decode_linear_kernel)[(triton.cdiv(N, tile.blocks["BLOCK_N"]),)](
-            x, a, b, x0, weight, residual, y, None if x0 is None else total, weight.stride(0), R, N, D, EPS,
-            NORM=norm, RELU2=squared_relu, **tile.arguments,
+        wrap_triton(_decode_linear_kernel)[(programs,)](
+            x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,
+            None if gate is None else gates, weight.stride(0), R, N, D, K, G, EPS, NORM=norm,
+            RELU2=squared_relu, BLOCK_K=next_power_of_2(K), BLOCK_G=next_power_of_2(G), **tile.arguments,
         )  # fmt: skip
-    return y, total
+    return y, total, gates
 
 
-def _empty(x: Tensor, weight: Tensor, a, b, x0, *_) -> tuple[Tensor, Tensor]:
-    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
-    return y, torch.empty(0 if x0 is None else x.shape, dtype=x.dtype, device=x.device)
+def _empty(x: Tensor, weight: Tensor, a, b, x0, gate, *_) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
+    shapes = (*rows, weight.shape[0]), x.shape if x0 is not None else (0,)
+    gates = (0,) if gate is None else (*rows, gate.shape[0])
+    return tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (*shapes, gates))
 
 
 _decode_linear = kernel_op("decode_linear", _product, _empty)
 
 
-def _fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
+def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether the product of x (..., D) and weight (N, D), with what is fused with it, runs the kernel."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *others))
     few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype
@@ -185,34 +221,42 @@ def _fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
 
 
 def norm_linear(
-    x: Tensor, weight: Tensor, mix: Mix | None = None, squared_relu: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(y, total): y = rms_norm(total) weight^T, or its relu(.)^2, where total = a x + b x0, or x without mix.
+    x: Tensor,
+    weight: Tensor,
+    mix: Mix | None = None,
+    gate: Tensor | None = None,
+    squared_relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, total, gates): y = n weight^T, or its relu(.)^2, of n = rms_norm(total), where total = a x + b x0,
+    or x without a mix; and gates = n_{:G} gate^T, or None without a gate.
 
-    x, x0: (..., D); weight: (N, D); a, b: one element each, rounded to the dtype of x. Returns (..., N) and
-    (..., D) in that dtype.
+    x, x0: (..., D); weight: (N, D); a, b: one element each, rounded to the dtype of x; gate: (K, G). Returns
+    (..., N), (..., D) and (..., K) in that dtype.
     """
     _check(x, weight)
     if mix is not None and (mix[2].shape != x.shape or mix[2].dtype != x.dtype):
         given = f"x0 is {tuple(mix[2].shape)} {mix[2].dtype}"
         raise ValueError(f"{given}; it has to be as x, {tuple(x.shape)} {x.dtype}")
-    if not _fuses(x, weight, *(mix or ())):
-        return norm_linear_ref(x, weight, mix, squared_relu)
-    y, total = _decode_linear(x, weight, *(mix or (None, None, None)), None, True, squared_relu)
-    return y, x if mix is None else total
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] > x.shape[-1]):
+        raise ValueError(f"gate is {tuple(gate.shape)}; needed are (K, G), with G up to {x.shape[-1]}")
+    others = (*(mix or ()), *(() if gate is None else (gate,)))
+    if not fuses(x, weight, *others):
+        return norm_linear_ref(x, weight, mix, gate, squared_relu)
+    a, b, x0 = mix or (None, None, None)
+    y, total, gates = _decode_linear(x, weight, a, b, x0, gate, None, True, squared_relu)
+    return y, x if mix is None else total, None if gate is None else gates
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """residual + x weight^T of x (..., D), weight (N, D) and residual (..., N), in the dtype of x."""
     _check(x, weight)
-    if residual.shape != (*x.shape[:-1], weight.shape[0]) or residual.dtype != x.dtype:
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual.shape != shape or residual.dtype != x.dtype:
         given = f"residual is {tuple(residual.shape)} {residual.dtype}"
-        raise ValueError(
-            f"{given}; it has to be as the product, {(*x.shape[:-1], weight.shape[0])} {x.dtype}"
-        )
-    if not _fuses(x, weight, residual):
+        raise ValueError(f"{given}; it has to be as the product, {shape} {x.dtype}")
+    if not fuses(x, weight, residual):
         return linear_residual_ref(x, weight, residual)
-    return _decode_linear(x, weight, None, None, None, residual, False, False)[0]
+    return _decode_linear(x, weight, None, None, None, None, residual, False, False)[0]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -228,23 +272,26 @@ def cases(dtype: torch.dtype) -> list[Case]:
     """
     if dtype == torch.float32:
         return []
-    t, absent = f"*{type_name(dtype)}", dict.fromkeys(("a", "b", "x0", "residual", "total"))
-    common = {"x": t, "w": t, "y": t, "w_n": "i32", "N": "i32", "D": "i32", "eps": "fp64", **absent}
+    t, absent = f"*{type_name(dtype)}", dict.fromkeys(("a", "b", "x0", "gate", "residual", "total", "gates"))
+    common = {"x": t, "w": t, "y": t, "eps": "fp64", "BLOCK_K": 0, "BLOCK_G": 0, **absent}
+    common |= dict.fromkeys(("w_n", "N", "D", "K", "G"), "i32")
+    fused = {**dict.fromkeys(("x0", "total", "a", "b", "gate", "gates"), t), "BLOCK_K": 16, "BLOCK_G": 16}
     forms = {
         "norm, relu2": (6144, 1536, {"NORM": True, "RELU2": True}),
         "residual": (1536, 6144, {"NORM": False, "RELU2": False, "residual": t}),
-        "mix, norm": (4608, 1536, {"NORM": True, "RELU2": False, "x0": t, "total": t, "a": t, "b": t}),
+        "mix, norm, gate": (4608, 1536, {"NORM": True, "RELU2": False, **fused}),
     }
 
     def run(rows: int, N: int, D: int, form: dict, device: torch.device):
         weights = torch.randn(12, N, D, device=device, dtype=dtype) / D**0.5  # 12: more than caches hold
         x, residual = (torch.randn(rows, width, device=device, dtype=dtype) for width in (D, N))
         mix = (x[0, 0], x[0, 1], x) if "x0" in form else (None, None, None)
+        gate = weights[0, :12, :12] if "gate" in form else None
         added = residual if "residual" in form else None
 
         def launch():
             for weight in weights:
-                _product(x, weight, *mix, added, form["NORM"], form["RELU2"])
+                _product(x, weight, *mix, gate, added, form["NORM"], form["RELU2"])
 
         return launch
 

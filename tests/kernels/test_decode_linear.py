@@ -45,6 +45,9 @@ def is_as_exact_as(function, reference, *inputs):
     exact = reference(*(tuple(map(as_double, x)) if isinstance(x, tuple) else as_double(x) for x in inputs))
     results = [function(*inputs), reference(*inputs), exact]
     for ours, torchs, exact in zip(*(x if isinstance(x, tuple) else (x,) for x in results), strict=True):
+        if exact is None:
+            assert ours is torchs is None
+            continue
         assert ours.dtype == torchs.dtype
         assert error(ours, exact) <= 2 * error(torchs, exact) + SMALLEST_ERROR
 
@@ -55,9 +58,9 @@ def test_every_form_is_as_exact_as_torch(shape, dtype, only_kernel):
     if DEVICE.type == "cuda" and dtype == torch.float32:
         pytest.skip("float32 is torch's there")
     x, x0, residual, weight, a, b = case(*shape, dtype)
-    for squared_relu in (False, True):
-        for mix in (None, (a, b, x0)):
-            is_as_exact_as(norm_linear, norm_linear_ref, x, weight, mix, squared_relu)
+    gate = random(3, min(12, shape[1]), dtype=dtype, grad=False, seed=4)
+    for form in ((None, None, True), ((a, b, x0),), ((a, b, x0), gate), (None, gate)):
+        is_as_exact_as(norm_linear, norm_linear_ref, x, weight, *form)
     is_as_exact_as(linear_residual, linear_residual_ref, x, weight, residual)
 
 
@@ -65,7 +68,7 @@ def test_every_form_is_as_exact_as_torch(shape, dtype, only_kernel):
 def test_the_norm_differs_from_the_reference_by_the_rounding_that_it_leaves_out(dtype):
     """Half an ulp of each normalised element, and of both results; and what a float32 sum rounds."""
     x, _, _, weight, _, _ = case(16, 333, 70, dtype)
-    (y, _), (expected, _) = norm_linear(x, weight), norm_linear_ref(x, weight)
+    y, expected = norm_linear(x, weight)[0], norm_linear_ref(x, weight)[0]
     normalised = module.rms_norm_ref(x.double())
     half = UNIT[dtype] / 2
     most = half * (normalised.abs() @ weight.double().abs().T) + 2 * half * expected.double().abs() + 2**-19
@@ -75,7 +78,7 @@ def test_the_norm_differs_from_the_reference_by_the_rounding_that_it_leaves_out(
 
 def test_the_sum_is_rounded_before_it_is_normalised():
     x, x0, _, weight, a, b = case(3, 100, 40, torch.bfloat16)
-    y, total = norm_linear(x, weight, (a, b, x0))
+    y, total, _ = norm_linear(x, weight, (a, b, x0))
     assert torch.equal(total, (a.float() * x.float() + b.float() * x0.float()).bfloat16())
     assert torch.equal(y, norm_linear(total, weight)[0])
 
@@ -84,7 +87,8 @@ def test_scales_of_float32_are_rounded_to_the_dtype_of_x():
     x, x0, _, weight, _, _ = case(3, 100, 40, torch.bfloat16)
     a, b = (torch.tensor([value], device=DEVICE) for value in (1.234567, 0.2345678))
     rounded = norm_linear(x, weight, (a[0].bfloat16(), b[0].bfloat16(), x0))
-    assert all(map(torch.equal, norm_linear(x, weight, (a[0], b[0], x0)), rounded))
+    for one, other in zip(norm_linear(x, weight, (a[0], b[0], x0))[:2], rounded, strict=False):
+        assert torch.equal(one, other)
 
 
 def test_without_a_mix_the_sum_is_x_itself():
@@ -103,7 +107,8 @@ def test_strides_do_not_matter(layout, only_kernel):
         return apart.select(1 if layout == "rows apart" else -1, 0)
 
     x, x0, residual, weight, a, b = (t if t.dim() == 0 else view(t) for t in case(4, 100, 40))
-    is_as_exact_as(norm_linear, norm_linear_ref, x, weight, (a, b, x0))
+    gate = weight[..., :12].reshape(-1, 12)[::5]  # rows apart
+    is_as_exact_as(norm_linear, norm_linear_ref, x, weight, (a, b, x0), gate)
     is_as_exact_as(linear_residual, linear_residual_ref, x, weight, residual)
 
 
@@ -124,7 +129,7 @@ def test_one_row_and_rows_in_a_batch_agree():
 def test_what_is_not_a_number_stays_in_its_row():
     x, _, _, weight, _, _ = case(4, 40, 33)
     x[1, 3] = float("nan")
-    y, _ = norm_linear(x, weight, squared_relu=True)
+    y, *_ = norm_linear(x, weight, squared_relu=True)
     assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
 
 
@@ -135,8 +140,8 @@ def test_a_row_of_zeros_gives_zeros():
 
 def test_no_rows_give_no_rows():
     x, x0, residual, weight, a, b = case(2, 40, 33)
-    y, total = norm_linear(x[:0], weight, (a, b, x0[:0]))
-    assert y.shape == (0, 33) and total.shape == (0, 40)
+    y, total, gates = norm_linear(x[:0], weight, (a, b, x0[:0]), weight[:4, :8])
+    assert y.shape == (0, 33) and total.shape == (0, 40) and gates.shape == (0, 4)
     assert linear_residual(x[:0], weight, residual[:0]).shape == (0, 33)
 
 
@@ -150,7 +155,7 @@ def test_what_the_kernel_does_not_take_is_the_reference(reason, monkeypatch):
         weight.requires_grad_()
     if reason == "gradient of a scale":
         a.requires_grad_()
-    y, _ = norm_linear(x, weight, (a, b, x0))
+    y, *_ = norm_linear(x, weight, (a, b, x0))
     assert torch.equal(y, norm_linear_ref(x, weight, (a, b, x0))[0])
     assert y.requires_grad == reason.startswith("gradient")
     if reason != "gradient of a scale":
@@ -165,14 +170,14 @@ def test_a_weight_that_learns_is_fused_where_no_gradient_is_taken(only_kernel):
 
 def test_the_operation_keeps_the_rules_of_torch():
     x, x0, residual, weight, a, b = case(3, 40, 33)
-    opcheck(module._decode_linear.op, (x, weight, a, b, x0, None, True, True))
-    opcheck(module._decode_linear.op, (x, weight, None, None, None, residual, False, False))
+    opcheck(module._decode_linear.op, (x, weight, a, b, x0, weight[:4, :8].clone(), None, True, True))
+    opcheck(module._decode_linear.op, (x, weight, *[None] * 4, residual, False, False))
 
 
 def test_compiles_whole_to_the_same_results():
     def function(x, x0, residual, weight, a, b):
-        y, total = norm_linear(x.sin(), weight, (a, b, x0))
-        return linear_residual(total, weight, residual) + y
+        y, total, gates = norm_linear(x.sin(), weight, (a, b, x0), weight[:4, :8])
+        return linear_residual(total, weight, residual) + y, gates
 
     inputs = case(3, 40, 33)
     compiled = torch.compile(function, fullgraph=True)(*inputs)
@@ -194,6 +199,7 @@ def test_wrong_shapes_are_named():
         (lambda: norm_linear(x[:, :39], weight), r"x is \(3, 39\) and weight \(33, 40\)"),
         (lambda: norm_linear(x, weight, (a, b, x0[:2])), r"x0 is \(2, 40\)"),
         (lambda: norm_linear(x, weight, (a, b, x0.half())), "float16"),
+        (lambda: norm_linear(x, weight, None, weight.T[:, :33].repeat(1, 2)), r"gate is \(40, 66\)"),
         (lambda: linear_residual(x, weight, residual[:, :5]), r"residual is \(3, 5\)"),
         (lambda: linear_residual(x, weight, residual.half()), "float16"),
     ):

@@ -56,9 +56,9 @@ def in_two_passes(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
 
-def decode_step(x, x0, weight, scale):
-    y, total = decode_linear.norm_linear(x, weight, (scale, scale, x0))
-    return y + total
+def decode_step(x, x0, weight, gate, scale):
+    y, total, gates = decode_linear.norm_linear(x, weight, (scale, scale, x0), gate)
+    return y + total + gates
 
 
 def attend(q, k, v, document_start):
@@ -66,7 +66,7 @@ def attend(q, k, v, document_start):
 
 
 STEPS = (  # a function that ends in a scalar, and its tensors, of which floats want gradients if it learns
-    (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16,)),
+    (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16, 64, 12), (BF16,)),
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
