@@ -205,7 +205,8 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
         path = found[-1] if found else Path("runs")
     folder = model_folder(path)
     device = default_device()
-    engine = Engine(*load_model(folder, device, fast_dtype(device.type)), slots=1)
+    model, tokenizer = load_model(folder, device, fast_dtype(device.type))
+    engine = Engine(model.for_inference(), tokenizer, slots=1)
     kernel_choice(device.type)  # logs the choice now, not during the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)

@@ -15,9 +15,10 @@ from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
-from hotlap.model.engine import KVCache
+from hotlap.model.decoding import Decoder, KVCache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
+from hotlap.model.sampling import Sampling, sample
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     for parameter in model.parameters():
         if not parameter.any():  # zero at initialisation; matmuls of zeros take less power and time
             parameter.normal_(0, shape.width**-0.5)
+    model.for_inference()
     ceilings = measure_ceilings(device)
     rows: list[dict] = []
     for batch in config.batches:
@@ -84,37 +86,39 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
 def measure_decoding(
     model: GPT, case: str, batch: int, prompt: int, bandwidth: float, device: torch.device
 ) -> list[dict]:
-    """Time the prefill of one prompt, and a decoding step of `batch` sequences of that length. One row is as
-    the engine runs it; on a GPU a second row times a CUDA graph, without host overhead.
+    """Time the prefill of one prompt, and the engine's decoding step with `batch` greedy sequences of that
+    length, from their last tokens to their next. On a GPU the engine's step is "hotlap in a graph"; "hotlap"
+    runs the same step eagerly.
     """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
     ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
-    every = torch.arange(batch, device=device)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    last_tokens = [(i % shape.vocab_size, i, prompt) for i in range(batch)]
+    greedy = [Sampling(temperature=0)] * batch
 
     def prefill(_: int) -> None:
-        cache.lengths[:1] = 0
-        cache.use(every[:1], prompt)
+        cache.use(first, first, prompt)
         model(ids, cache=cache, last=True)
 
     def decode(_: int) -> None:
-        cache.lengths.fill_(prompt)
-        cache.use(every, 1)
-        model(ids[:, :1].expand(batch, 1), cache=cache)
+        sample(decoder(last_tokens), greedy, []).tolist()
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
     limit = decoding_bytes(model, batch, prompt) / bandwidth
     rows = []
-    for capture in (False, True) if device.type == "cuda" else (False,):
-        timings = measure({"prefill": prefill, "decode": decode}, device, capture=capture)
+    for graph in (False, True) if device.type == "cuda" else (False,):
+        decoder = Decoder(model, cache)
+        decoder.captures = graph
+        timings = measure({"prefill": prefill, "decode": decode}, device, capture=False)
         step = timings["decode"]
-        if capture and not step.graph:
+        if graph != decoder.captures:  # the capture failed, which is logged
             break
         rows.append(
             {
                 "case": case,
-                "provider": "hotlap in a graph" if capture else "hotlap",
+                "provider": "hotlap in a graph" if graph else "hotlap",
                 "first_token_ms": 1e3 * timings["prefill"].median,
                 "ms": 1e3 * step.median,
                 "ms_low": 1e3 * step.low,
@@ -128,8 +132,8 @@ def measure_decoding(
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:
-    """Bytes that a decoding step must read: matmul weights in their stored dtype, and the keys and values in
-    each layer's window.
+    """Bytes that a decoding step must read: matmul weights in their stored dtype, which for inference is the
+    compute dtype, and the keys and values in each layer's window.
     """
     counts, c = parameter_counts(model), model.config
     weights = (counts["matrices"] + counts["head"]) * model.head.weight.element_size()

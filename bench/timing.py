@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from hotlap.common.gpu import captured
 from hotlap.common.log import log
 
 Call = Callable[[int], object]  # call(i) uses buffer set i
@@ -148,17 +149,11 @@ def _captured(name: str, call: Call, calls: Callable[[], None]) -> torch.cuda.CU
     if why := _waits_for_gpu(call):
         log.info("%s is timed with host overhead, without a CUDA graph: %s", name, why)
         return None
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            calls()
+        return captured(calls, stream=torch.cuda.current_stream())
     except RuntimeError as error:
         log.warning("%s is timed without a CUDA graph: capture failed: %s", name, str(error).splitlines()[0])
-        torch.cuda.set_stream(stream)  # torch does not, if a capture fails
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-            pass  # a successful capture makes torch's random generator usable again
         return None
-    return graph
 
 
 def _waits_for_gpu(call: Call) -> str:

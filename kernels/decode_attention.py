@@ -254,9 +254,10 @@ def decode_attention(
     """Append k and v to the cache, in place, and attend to it. For inference: no gradients.
 
     q: (B, T, H, C); k, v: (B, T, K, C); k_cache, v_cache: (slots, S, K, C) with unit stride over C; slots,
-    lengths: (B,) integers, the different cache rows of the sequences and the tokens that each holds so far.
-    lengths + T must fit S. window: keys that a query sees, including its own; None is all. softcap, scale:
-    as in `attention`. Returns (B, T, H, C) in q's dtype.
+    lengths: (B,) integers, the cache rows of the sequences and the tokens that each holds so far. Rows
+    differ, but for sequences whose result is not used. lengths + T must fit S. window: keys that a query
+    sees, including its own; None is all. softcap, scale: as in `attention`. Returns (B, T, H, C)
+    in q's dtype.
     """
     B, T, H, C = q.shape
     K = k.shape[2]

@@ -42,6 +42,9 @@ from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, type_name
 # (2 N D FLOPs at 600 instead of 750 TFLOP/s), as calculated for an H100. Measured on one at a width of 1536,
 # where the TMA form ran at 697 TFLOP/s; wider was not measured.
 FUSED_WIDTH = 2048
+# Fewer rows than this are bound by reading the weights. One row of 128 x 256 tiles is N / 256 programs (24 at
+# d24's width), too few to read at full bandwidth; cuBLAS has smaller tiles, and splits K among programs.
+FEWEST_ROWS = 64
 RESERVE = 2 << 10  # bytes of shared memory for barriers and the like
 
 
@@ -271,14 +274,16 @@ _linear_relu2 = kernel_op(
 def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """relu(x w_in^T)^2 w_out^T of x (..., D), w_in (N, D) and w_out (D, N), in the dtype of x: (..., D).
 
-    The weights are cast to it. float32 on a GPU (no tensor cores) and widths from FUSED_WIDTH on use plain
-    matmuls and an elementwise kernel.
+    The weights are cast to it. float32 on a GPU (no tensor cores), widths above FUSED_WIDTH, and fewer than
+    FEWEST_ROWS rows without gradients (decoding) use plain matmuls and an elementwise kernel.
     """
     D = x.shape[-1]
     if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; needed are (..., D), (N, D) and (D, N)")
     fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
+    fused = fused and (trained or x.numel() >= FEWEST_ROWS * D)
     if not (use_triton(x) and fused):
         return linear_relu2_ref(x, w_in, w_out)
     y, _ = _linear_relu2(x.reshape(-1, D), w_in.to(x.dtype), w_out.to(x.dtype))

@@ -1,79 +1,30 @@
-"""Generation: a KV cache with a slot per sequence, and requests that share forward passes.
+"""Generation: requests that share forward passes.
 
 Each request has its own random generator and tools. Its answer does not depend on the other requests in the
 batch, except that matmuls of different shapes may round differently.
 """
-# B slots, S positions, K kv heads, C head dim, D width
+# B requests of a forward pass, V vocab
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hotlap.kernels.decode_attention import decode_attention
-from hotlap.model.config import GPTConfig
+from hotlap.common.gpu import to_device
 from hotlap.model.conversation import AnswerParts
+from hotlap.model.decoding import Decoder, KVCache
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
 from hotlap.model.tools import TOOLS, Tools, run_tool
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
-
-GROWTH = 128  # the cache grows in multiples of this many tokens per slot
-
-
-class KVCache:
-    """Keys and values of B sequences of up to S tokens, each with its own length.
-
-    Each layer has its own tensors: with views of one tensor, a compiled step would copy them back and forth.
-    """
-
-    def __init__(self, config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device):
-        shape = (slots, length, config.kv_heads, config.head_dim)
-        self.k, self.v = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)] for _ in range(2)
-        )
-        self.last_embedding = torch.zeros(slots, 1, config.width, dtype=dtype, device=device)
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.use(torch.arange(slots, device=device), 1)
-
-    def clear(self, slot: int, length: int) -> None:
-        """Empty a slot for a sequence of up to `length` tokens. All slots grow if they are shorter."""
-        missing = length - self.k[0].shape[1]
-        if missing > 0:
-            missing += -length % GROWTH
-            for tensors in (self.k, self.v):
-                for layer, tensor in enumerate(tensors):
-                    tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, missing))
-        self.lengths[slot] = 0
-        self.last_embedding[slot] = 0
-
-    def use(self, slots: Tensor, new_tokens: int) -> None:
-        """Set the slots (B,) that the next forward pass continues, and how many tokens it adds to each."""
-        self.slots = slots
-        offset = torch.arange(new_tokens, device=slots.device)
-        self.held = self.lengths[slots]  # (B,) tokens before the forward pass
-        self.positions = self.held[:, None] + offset  # (B, T)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Store k and v (B, T, K, C), and return the attention of q (B, T, H, C) over the whole cache."""
-        return decode_attention(q, k, v, self.k[layer], self.v[layer], self.slots, self.held, window)
-
-    def previous_embedding(self, x: Tensor) -> Tensor:
-        """The previous token's embedding for each of x (B, T, D); zero for the first token of a sequence."""
-        previous = torch.cat((self.last_embedding[self.slots], x[:, :-1]), dim=1)
-        self.last_embedding[self.slots] = x[:, -1:]
-        return previous
-
-    def advance(self) -> None:
-        self.lengths[self.slots] += self.positions.shape[1]
 
 
 class Token(NamedTuple):
@@ -133,6 +84,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.embedding.weight.device
         self.cache = KVCache(model.config, slots, 0, model.compute_dtype, self.device)
+        self.decoder = Decoder(model, self.cache)
         self.slots: list[Request | None] = [None] * slots
         self.waiting: deque[Request] = deque()
         special = tokenizer.special
@@ -185,37 +137,50 @@ class Engine:
         batch = [request for request in running if not request.tokens][:1] or running
         if not batch:  # other ranks wait for this forward pass
             self.cache.clear(0, 1)
-            self._forward([[self.tokenizer.bos]], [0])
+            self.decoder([(self.tokenizer.bos, 0, 0)])
             return []
-        new = [[r.tokens[-1].id] if r.tokens else r.prompt for r in batch]
-        logits = self._forward(new, [r.slot for r in batch])
+        logits = self._decode(batch) if batch[0].tokens else self._read_prompt(batch[0])
         step = list(zip(batch, self._next_tokens(batch, logits), strict=True))
         for request, token in step:
             self._append(request, token)
         return step
 
-    def _forward(self, ids: list[list[int]], slots: list[int]) -> Tensor:
-        """Logits (B, V) after appending tokens to slots."""
-        new = torch.tensor(ids, device=self.device)
-        self.cache.use(torch.tensor(slots, device=self.device), new.shape[1])
-        logits = self.model(new, cache=self.cache, last=True)[:, 0]
-        self.cache.advance()
-        return logits
+    def _read_prompt(self, request: Request) -> Tensor:
+        """Logits (1, V) after a prompt."""
+        ids = to_device([request.prompt], self.device)
+        slots = torch.full((1,), request.slot, device=self.device)
+        self.cache.use(slots, torch.zeros_like(slots), len(request.prompt))
+        return self.model(ids, cache=self.cache, last=True)[:, 0]
+
+    def _decode(self, requests: list[Request]) -> Tensor:
+        """Logits (B, V) after the last token of each request."""
+        rows = [(r.tokens[-1].id, r.slot, len(r.prompt) + len(r.tokens) - 1) for r in requests]
+        padding = self.decoder.batch_size(len(rows)) - len(rows)
+        if padding:  # in a free slot, where it changes nothing: a new request starts with an empty one
+            rows += [(self.tokenizer.bos, self.slots.index(None), 0)] * padding
+        return self.decoder(rows)[: len(requests)]
 
     def _next_tokens(self, requests: list[Request], logits: Tensor) -> list[Token]:
-        """The next token of each request: the forced one, or sampled from its row of logits (B, V)."""
-        if not logits.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+        """The next token of each request: the forced one, or sampled from its row of logits (B, V).
+
+        The step waits for the device once, here: everything that the host needs is in one tensor.
+        """
         text = logits[:, : self.tokenizer.vocab_size]  # the head may be padded beyond the vocabulary
-        drawn = sample(text, [r.sampling for r in requests], [r.generator for r in requests]).tolist()
+        chosen = sample(text, [r.sampling for r in requests], [r.generator for r in requests])
         sampled = [not r.forced for r in requests]
-        ids = [r.forced.popleft() if r.forced else token for r, token in zip(requests, drawn, strict=True)]
-        logprobs: list[float | None] = [None] * len(requests)
+        if not all(sampled):
+            forced = to_device([r.forced.popleft() if r.forced else -1 for r in requests], self.device)
+            chosen = torch.where(forced < 0, chosen, forced)
+        columns = [chosen, logits.sum(-1)]  # a sum is finite if all logits are
         if any(r.logprobs for r in requests):
-            chosen = torch.tensor(ids, device=self.device)[:, None]
-            found = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-            logprobs = [p if r.logprobs else None for r, p in zip(requests, found, strict=True)]
-        return list(map(Token, ids, sampled, logprobs))
+            columns.append(logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+        found, sums, *logprobs = torch.stack([c.double() for c in columns]).tolist()  # float64 holds ids
+        if not all(map(math.isfinite, sums)):
+            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+        return [
+            Token(int(found[i]), sampled[i], logprobs[0][i] if r.logprobs else None)
+            for i, r in enumerate(requests)
+        ]
 
     def _append(self, request: Request, token: Token) -> None:
         """Append a token to an answer. If it ends a tool call, run the tool; if it ends the answer, free the

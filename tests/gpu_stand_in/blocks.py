@@ -23,7 +23,7 @@ from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.kernels.rms_norm import rms_norm
 from hotlap.kernels.tiles import fitting_tiles
 from hotlap.model.config import GPTConfig
-from hotlap.model.engine import KVCache
+from hotlap.model.decoding import KVCache
 from hotlap.model.gpt import GPT
 from hotlap.train.distributed import sharding
 from hotlap.train.distributed.world import World
@@ -143,7 +143,7 @@ def test_a_step_of_decoding_compiles(depth, tokens):
 
     with torch.no_grad():
         cache = KVCache(config, 4, 512, BF16, torch.device("cuda"))
-        cache.use(torch.arange(4, device="cuda"), tokens)
+        cache.use(torch.arange(4, device="cuda"), empty(I64, 4), tokens)
         assert step(empty(I64, 4, tokens)).shape == (4, 1, config.vocab_size)
     assert names() >= {"_cache_append_kernel"}
 

@@ -8,7 +8,7 @@ from helpers.tools import relative_error, tiny_config
 
 from hotlap.kernels import fp8
 from hotlap.model.config import ROPE_BASE
-from hotlap.model.engine import KVCache
+from hotlap.model.decoding import KVCache
 from hotlap.model.gpt import GPT, Block
 
 
@@ -90,9 +90,8 @@ def test_a_cached_forward_is_the_full_forward(name, chunk, random_model):
     with torch.inference_mode():
         for start in range(0, T, chunk):
             piece = ids[:, start : start + chunk]
-            cache.use(torch.tensor([0]), piece.shape[1])
+            cache.use(torch.tensor([0]), torch.tensor([start]), piece.shape[1])
             pieces.append(model(piece, cache=cache))
-            cache.advance()
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-5, atol=1e-4)
 
 
@@ -104,14 +103,12 @@ def test_slots_of_different_lengths_continue_in_any_order(random_model):
     with torch.inference_mode():
         full = model(ids)
         for slots, new in script:
-            cache.use(torch.tensor(slots), new)
+            cache.use(torch.tensor(slots), torch.tensor([done[s] for s in slots]), new)
             y = model(torch.stack([ids[s, done[s] : done[s] + new] for s in slots]), cache=cache)
-            cache.advance()
             for row, s in enumerate(slots):
                 expected = full[s, done[s] : done[s] + new]
                 torch.testing.assert_close(y[row], expected, rtol=1e-5, atol=1e-4)
                 done[s] += new
-    assert cache.lengths.tolist() == done
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -236,6 +233,32 @@ def test_bfloat16_computes_almost_what_float32_does(random_model):
         assert model.hidden(ids).dtype == torch.bfloat16
         assert all(p.dtype == torch.float32 for p in model.parameters())
         assert relative_error(model(ids), exact.double()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_for_inference_give_the_same_bits_from_less_memory(name, dtype, random_model):
+    model, ids = random_model(CONFIGS[name], compute_dtype=dtype), ids_of(2, 50)
+    generator = torch.Generator().manual_seed(1)
+
+    def results():
+        cache, slots = KVCache(CONFIGS[name], 2, 50, dtype, "cpu"), torch.arange(2)
+        cache.use(slots, 0 * slots, 49)
+        yield model(ids[:, :49], cache=cache)
+        cache.use(slots, 0 * slots + 49, 1)
+        yield model(ids[:, 49:], cache=cache, last=True)
+        yield model(ids)
+        yield model(ids, ids.roll(-1, 1), reduction="none")
+
+    with torch.no_grad():
+        for parameter in model.parameters():  # of scalars too, that rounding changes
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+        before = [*results()]
+        size = sum(p.nbytes for p in model.parameters())
+        assert model.for_inference() is model
+        assert all(map(torch.equal, results(), before))
+    assert sum(p.nbytes for p in model.parameters()) == size * dtype.itemsize // 4
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_every_parameter_learns(random_model):

@@ -61,4 +61,5 @@ def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]
 
 def load_engine(path: Path, device: torch.device | None = None) -> Engine:
     device = device or default_device()
-    return Engine(*load_model(path, device, fast_dtype(device.type)))
+    model, tokenizer = load_model(path, device, fast_dtype(device.type))
+    return Engine(model.for_inference(), tokenizer)

@@ -1,0 +1,36 @@
+"""What a GPU needs of the host: copies that do not wait for it, and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(numbers: list, device: torch.device, out: Tensor | None = None) -> Tensor:
+    """A list of numbers, nested or not, as a tensor on the device, which is not waited for.
+
+    out: a tensor there to copy them to.
+    """
+    host = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
+
+
+def captured(calls: Callable[[], object], **options: Any) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what calls() launches, which must have run before. options: of `torch.cuda.graph`.
+
+    RuntimeError if it cannot be captured, for example because it waits for the GPU.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, **options):
+            calls()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # torch does not, if a capture fails
+        options.pop("pool", None)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
+            pass  # a successful capture makes torch's random generator usable again
+        raise
+    return graph

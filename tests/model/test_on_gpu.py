@@ -1,0 +1,101 @@
+"""Decoding in real CUDA graphs."""
+
+import pytest
+import torch
+from helpers.tools import tiny_config
+
+from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.engine import Engine
+from hotlap.model.sampling import Sampling
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+def decoders(model):
+    """One that captures graphs and one that does not, each with a cache of 4 slots of 256 tokens."""
+    caches = [KVCache(model.config, 4, 256, model.compute_dtype, GPU) for _ in range(2)]
+    captured, eager = (Decoder(model, cache) for cache in caches)
+    eager.captures = False
+    return captured, eager
+
+
+@torch.no_grad()
+def test_a_captured_step_is_the_eager_one(random_model):
+    """At every length, for batches in turn, and after the cache has grown."""
+    config = tiny_config(layers=3, context=512, width=128, heads=2, kv_heads=1)
+    model = random_model(config, compute_dtype=torch.bfloat16).to(GPU).for_inference()
+    captured, eager = decoders(model)
+    lengths = [0, 0, 0, 0]
+    for step in range(120):
+        slots = [(0,), (3, 1), (1, 0, 2, 3)][step % 3]
+        rows = [(7 * (step + slot) % 300, slot, lengths[slot]) for slot in slots]
+        if step == 60:
+            for decoder in (captured, eager):
+                kept = decoder.cache.last_embedding[2].clone()
+                decoder.cache.clear(2, 400)
+                decoder.cache.last_embedding[2] = kept
+        torch.testing.assert_close(captured(rows), eager(rows), rtol=0, atol=3e-2)
+        for slot in slots:
+            lengths[slot] += 1
+    assert all(step.graph for step in captured.steps.values()) and len(captured.steps) == 3
+    assert not any(step.graph for step in eager.steps.values())
+
+
+def test_a_step_that_waits_for_the_gpu_runs_eagerly(random_model, caplog):
+    model = random_model(tiny_config()).to(GPU)
+    captured, eager = decoders(model)
+
+    def waits(ids, **options):
+        assert ids.sum().item() >= 0
+        return model(ids, **options)
+
+    captured.model = waits
+    with torch.no_grad():
+        for position in range(4):
+            rows = [(position, 0, position), (9, 1, position)]
+            torch.testing.assert_close(captured(rows), eager(rows))
+    assert caplog.text.count("decoding without a CUDA graph") == 1
+    torch.randn(3, device=GPU)  # fails after a capture that left torch unusable
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_a_step_of_the_engine_waits_for_the_gpu_once(random_model, request, monkeypatch):
+    pytest.importorskip("tokenizers")
+    tokenizer = request.getfixturevalue("tiny_tokenizer")
+    model = random_model(tiny_config(layers=3)).to(GPU)
+    engine, waits, tolist = Engine(model, tokenizer, slots=4), [], torch.Tensor.tolist
+    for i in range(3):
+        sampling = Sampling(temperature=i, top_k=10 * i, max_tokens=40, seed=i)
+        engine.add([tokenizer.bos, 5 + i], sampling, logprobs=i == 1)
+    for _ in range(6):  # compiles and captures
+        engine.step()
+
+    def waiting(tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        found = tolist(tensor)
+        torch.cuda.set_sync_debug_mode("error")
+        waits.append(len(found))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "tolist", waiting)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 5
+
+
+def test_answers_do_not_depend_on_graphs(random_model, request):
+    pytest.importorskip("tokenizers")
+    tokenizer = request.getfixturevalue("tiny_tokenizer")
+    model = random_model(tiny_config(layers=3)).to(GPU)
+    prompts = [[tokenizer.bos, *range(20, 20 + 7 * i)] for i in range(6)]
+    answers = []
+    for captures in (True, False):
+        engine = Engine(model, tokenizer, slots=5)
+        engine.decoder.captures = captures
+        answers.append(engine.complete(prompts, Sampling(temperature=0.0, max_tokens=20)))
+    assert answers[0] == answers[1]
