@@ -49,7 +49,7 @@ class KernelsConfig:
 
     operations: tuple[str, ...] = ()
     """Any of attention, windowed_attention, document_attention, long_attention, linear_relu2,
-    linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, rotary,
+    linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, attention_inputs,
     decode_attention, decode_linear, cross_entropy, relu2 and linear_cross_entropy_uncapped; by default, all
     that the device supports. attention_lengths (rows of 1k to 16k tokens) must be named."""
     sizes: tuple[str, ...] = ()

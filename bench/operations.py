@@ -42,9 +42,9 @@ from hotlap.kernels.muon import (
     muon_squares_ref,
 )
 from hotlap.kernels.orthogonalize import POLAR_EXPRESS, orthogonalize, orthogonalize_ref
+from hotlap.kernels.qkv import attention_inputs, attention_inputs_ref, rotary_tables
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
-from hotlap.kernels.rotary import qk_norm_rotary, qk_norm_rotary_ref, rotary_tables
 
 VOCABULARY = 32768
 SOFTCAP = 15.0
@@ -128,25 +128,27 @@ def decode_linear_at(size: str, width: int, rows: int, device: torch.device, dty
     )  # fmt: skip
 
 
-def rotary_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+def attention_inputs_at(
+    size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Operation:
+    """Of a layer with value embeddings."""
     heads, T = width // HEAD_DIM, min(CONTEXT, rows)
-    cos, sin = rotary_tables(T, HEAD_DIM, 1e5, device)
+    tables = rotary_tables(T, HEAD_DIM, 1e5, device)
 
-    def split(qkv: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, _ = qkv.view(rows // T, T, 3 * heads, HEAD_DIM).split(heads, dim=2)
-        return q, k
+    def of(function: Function) -> Function:
+        def call(qkv: Tensor, gate: Tensor, value_embedding: Tensor) -> tuple[Tensor, ...]:
+            cos, sin = tables if qkv.dtype != torch.float64 else (table.double() for table in tables)
+            qkv, value_embedding = (x.view(len(x) // T, T, -1, HEAD_DIM) for x in (qkv, value_embedding))
+            return function(qkv, heads, cos, sin, 1.2, gate.view(-1, T, heads), value_embedding)
 
-    def ours(qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return qk_norm_rotary(*split(qkv), cos, sin, 1.2)
+        return call
 
-    def reference(qkv: Tensor) -> tuple[Tensor, ...]:
-        table = (cos, sin) if qkv.dtype != torch.float64 else (cos.double(), sin.double())
-        return tuple(qk_norm_rotary_ref(x, *table, 1.2) for x in split(qkv))
-
-    moved = rows * 2 * width * dtype.itemsize
+    random, moved = normal(device, dtype), rows * width * dtype.itemsize
+    ours, reference = of(attention_inputs), of(attention_inputs_ref)
     return Operation(
-        "rotary", f"{size} {rows}x{3 * width}", lambda: (normal(device, dtype)(rows, 3 * width),),
-        1, reference, with_torch(ours, reference), (2 * moved, 3 * moved),
+        "attention_inputs", f"{size} {rows}x{3 * width}",
+        lambda: (random(rows, 3 * width), random(rows, heads), random(rows, width)),
+        3, reference, with_torch(ours, reference), (7 * moved, 10 * moved),
     )  # fmt: skip
 
 
@@ -294,7 +296,7 @@ BUILDERS = {  # the largest shares of a training step first
     "linear_fp8": linear_fp8_at,
     "rms_norm": rms_norm_at,
     "rms_norm_residual": rms_norm_residual_at,
-    "rotary": rotary_at,
+    "attention_inputs": attention_inputs_at,
     "decode_attention": decode_attention_at,
     "decode_linear": decode_linear_at,
     "cross_entropy": cross_entropy_at,

@@ -33,7 +33,7 @@ from hotlap.kernels.tiles import Tile, fitting_tiles
 
 MODULES = (
     "rms_norm",
-    "rotary",
+    "qkv",
     "relu2",
     "cross_entropy",
     "attention_forward",

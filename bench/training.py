@@ -38,7 +38,7 @@ from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
-KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "rms_norm", "rotary")
+KERNELS = ("attention", "linear_relu2", "linear_cross_entropy", "muon", "orthogonalize", "qkv", "rms_norm")
 INSIDE = ("relu2",)  # used in place of one of them that is switched off
 UNTIMED = 2  # warm-up steps
 BOS = 0

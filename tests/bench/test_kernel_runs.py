@@ -91,7 +91,7 @@ def test_rows_are_fewer_where_float64_does_not_fit(monkeypatch):
     right = accuracy.right_answer(next(operations(5 * 2048, CPU, torch.float32, ("relu2",))), CPU)
     assert len(right.tensors[0]) == len(right.exact[0]) == 2048
     for name in providers.WIDTHS:  # whatever its shapes are
-        for operation in operations(4096, CPU, torch.float32, ("rotary", "attention_lengths")):
+        for operation in operations(4096, CPU, torch.float32, ("attention_inputs", "attention_lengths")):
             assert operation.with_rows(1024).name == operation.name, name
 
 

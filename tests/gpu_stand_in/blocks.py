@@ -32,8 +32,8 @@ BF16, F32, F16, I64 = torch.bfloat16, torch.float32, torch.float16, torch.int64
 BLOCK = {  # the kernels of a block, forward and backward, but for attention's, of which compilers see nothing
     "_rms_norm_forward_kernel",
     "_rms_norm_backward_kernel",
-    "_rotary_forward_kernel",
-    "_rotary_backward_kernel",
+    "_qkv_forward_kernel",
+    "_qkv_backward_kernel",
     "_linear_relu2_tma_kernel",
 }
 
@@ -135,7 +135,7 @@ def test_a_step_of_muon_compiles(depth):
 def test_a_step_of_decoding_compiles(depth, tokens):
     config = two_layers(depth)
     with torch.device("cuda"):
-        model = GPT(config, BF16).eval()
+        model = GPT(config, BF16).for_inference()
 
     @torch.compile(dynamic=False)
     def step(ids):
@@ -146,6 +146,7 @@ def test_a_step_of_decoding_compiles(depth, tokens):
         cache.use(torch.arange(4, device="cuda"), empty(I64, 4), tokens)
         assert step(empty(I64, 4, tokens)).shape == (4, 1, config.vocab_size)
     assert names() >= {"_cache_append_kernel"}
+    assert ("_decode_linear_kernel" in names()) == (tokens == 1)
 
 
 LOSSES_AND_PRODUCTS = {

@@ -17,9 +17,9 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.muon import muon_momentum
 from hotlap.kernels.orthogonalize import orthogonalize
+from hotlap.kernels.qkv import attention_inputs
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
-from hotlap.kernels.rotary import qk_norm_rotary
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
@@ -60,8 +60,9 @@ def attend(q, k, v):
     return attention(q, k, v, 16, backend="triton")
 
 
-def rotate(q, k, cos, sin):
-    return qk_norm_rotary(q, k, cos, sin, 1.2)
+def project(qkv, gate, value_embedding):
+    tables = (torch.ones(qkv.shape[1], 32) for _ in "cs")
+    return attention_inputs(qkv, 1, *tables, 1.2, gate, value_embedding)
 
 
 OPERATIONS = {  # and tensors for a number of rows
@@ -71,9 +72,9 @@ OPERATIONS = {  # and tensors for a number of rows
     "linear_relu2": (linear_relu2, lambda rows: [random(rows, 64), random(128, 64), random(64, 128)]),
     "cross_entropy": (loss, lambda rows: [random(rows, 640)]),
     "linear_cross_entropy": (loss_of_head, lambda rows: [random(rows, 64), random(640, 64)]),  # opaque
-    "rotary": (
-        rotate,
-        lambda rows: [*(random(1, rows, 2, 64) for _ in "qk"), *(torch.randn(rows, 32) for _ in "cs")],
+    "attention_inputs": (
+        project,
+        lambda rows: [random(1, rows, 4, 64), random(1, rows, 1), random(1, rows, 1, 64)],
     ),
     "attention": (attend, lambda rows: [random(1, rows, 2, 64) for _ in "qkv"]),
 }

@@ -1,12 +1,12 @@
-"""RMSNorm, rotary embedding and ReLU^2 against their definitions in float64."""
+"""RMSNorm, attention's inputs and ReLU^2 against their definitions in float64."""
 
 import pytest
 import torch
 from helpers.tools import relative_error
 
+from hotlap.kernels.qkv import attention_inputs, rotary_tables
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm
-from hotlap.kernels.rotary import qk_norm_rotary, rotary_tables
 
 
 def random(*shape, seed=0):
@@ -51,8 +51,7 @@ def test_relu2_forward_and_gradient(dtype):
 
 def test_rotary_scores_depend_on_the_distance_only():
     cos, sin = rotary_tables(64, 32, 10_000.0)
-    q, k = random(1, 1, 1, 32).expand(1, 64, 1, 32), random(1, 1, 1, 32, seed=1).expand(1, 64, 1, 32)
-    q, k = qk_norm_rotary(q, k, cos, sin)
+    q, k, _ = attention_inputs(random(1, 1, 3, 32).expand(1, 64, 3, 32), 1, cos, sin)
     scores = q[0, :, 0] @ k[0, :, 0].T  # (query, key)
     for distance in (0, 1, 7, 40):
         diagonal = scores.diagonal(-distance)
@@ -60,25 +59,32 @@ def test_rotary_scores_depend_on_the_distance_only():
     assert not torch.allclose(scores[40, 0], scores[0, 40], atol=1e-2)  # before is not after
 
 
-def test_rotary_is_norm_then_gain_then_rotation():
+def test_queries_and_keys_are_normed_then_scaled_then_rotated():
     cos, sin = rotary_tables(9, 64, 100_000.0)
     qkv = random(2, 9, 8, 64)
-    q, k = qkv[:, :, :4], qkv[:, :, 4:6]
-    rotated_q, rotated_k = qk_norm_rotary(q, k, cos, sin, gain=1.2)
+    rotated_q, rotated_k, _ = attention_inputs(qkv, 2, cos, sin, gain=1.2)
     angle = torch.arange(9)[:, None] * 100_000.0 ** (-torch.arange(0, 64, 2) / 64).double()
     turn = torch.polar(torch.ones_like(angle), -angle)[:, None]  # by the negative angle, as nanochat does
-    for x, y in ((q, rotated_q), (k, rotated_k)):
+    for x, y in ((qkv[:, :, :4], rotated_q), (qkv[:, :, 4:6], rotated_k)):
         normed = 1.2 * x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
         exact = torch.complex(*normed.chunk(2, -1)) * turn
         assert relative_error(y, torch.cat((exact.real, exact.imag), -1)) < 1e-5
         assert y.is_contiguous() and y.shape == x.shape
 
 
+def test_values_have_a_gated_value_embedding_added():
+    cos, sin = rotary_tables(9, 64, 100_000.0)
+    qkv, gate, embedding = random(2, 9, 8, 64), random(2, 9, 2, seed=1), random(2, 9, 2, 64, seed=2)
+    exact = qkv[:, :, 6:] + 3 / (1 + torch.exp(-gate[..., None])) * embedding
+    torch.testing.assert_close(attention_inputs(qkv, 2, cos, sin, 1.2, gate, embedding)[2], exact)
+    assert torch.equal(attention_inputs(qkv, 2, cos, sin)[2], qkv[:, :, 6:])
+
+
 def test_rotary_rows_may_stand_at_different_positions():
     cos, sin = rotary_tables(20, 32, 10_000.0)
-    q, k = random(2, 20, 2, 32), random(2, 20, 1, 32, seed=1)
-    whole_q, whole_k = qk_norm_rotary(q, k, cos, sin)
+    qkv = random(2, 20, 4, 32)
     positions = torch.tensor([[3, 4, 5], [11, 12, 13]])
     row = torch.arange(2)[:, None]
-    part = qk_norm_rotary(q[row, positions], k[row, positions], cos[positions], sin[positions])
-    assert torch.equal(part[0], whole_q[row, positions]) and torch.equal(part[1], whole_k[row, positions])
+    part = attention_inputs(qkv[row, positions], 1, cos[positions], sin[positions])
+    for a, b in zip(part, attention_inputs(qkv, 1, cos, sin), strict=True):
+        assert torch.equal(a, b[row, positions])

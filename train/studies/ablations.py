@@ -23,7 +23,7 @@ from hotlap.common import options
 from hotlap.common.errors import known
 from hotlap.common.machine import device_name, log_warnings
 from hotlap.kernels.dispatch import default_device
-from hotlap.kernels.rotary import qk_norm_rotary
+from hotlap.kernels.qkv import attention_inputs
 from hotlap.model import gpt
 from hotlap.model.gpt import GPT
 from hotlap.train.optim import muon_adamw
@@ -95,8 +95,8 @@ def ablations(base: PretrainConfig) -> dict[str, Variant]:
     return variants | {
         "random projections": Variant(base, random_projections),
         "GELU": Variant(base, partial(replaced, gpt, "linear_relu2", linear_gelu)),
-        "no QK-norm": Variant(base, partial(replaced, gpt, "qk_norm_rotary", rotary_alone)),
-        "no rotary": Variant(base, partial(replaced, gpt, "qk_norm_rotary", qk_norm_alone)),
+        "no QK-norm": Variant(base, partial(replaced, gpt, "attention_inputs", rotary_alone)),
+        "no rotary": Variant(base, partial(replaced, gpt, "attention_inputs", qk_norm_alone)),
         "no document masks": Variant(base, no_document_masks),
     }
 
@@ -185,17 +185,23 @@ def linear_gelu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, up.to(x.dtype))), down.to(x.dtype))
 
 
-def rotary_alone(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+def rotary_alone(
+    qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     def rotated(x: Tensor) -> Tensor:
         a, b = x.float().chunk(2, dim=-1)
         c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
         return torch.cat((a * c + b * s, b * c - a * s), dim=-1).to(x.dtype)
 
-    return rotated(q), rotated(k)
+    _, _, v = attention_inputs(qkv, kv_heads, cos, sin, *rest)
+    q, k = qkv[:, :, : -2 * kv_heads], qkv[:, :, -2 * kv_heads : -kv_heads]
+    return rotated(q), rotated(k), v
 
 
-def qk_norm_alone(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: float) -> tuple[Tensor, Tensor]:
-    return qk_norm_rotary(q, k, torch.ones_like(cos), torch.zeros_like(sin), gain)
+def qk_norm_alone(
+    qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_inputs(qkv, kv_heads, torch.ones_like(cos), torch.zeros_like(sin), *rest)
 
 
 def main(arguments: list[str]) -> None:
