@@ -126,7 +126,7 @@ class Decoder:
         def calls() -> None:
             step.logits = self._forward(step.inputs)
 
-        # graphs share memory: one runs at a time
+        # graphs share memory, because one runs at a time
         pool = next((other.graph.pool() for other in self.steps.values() if other.graph), None)
         try:
             step.graph = captured(calls, pool=pool)
