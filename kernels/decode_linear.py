@@ -36,7 +36,7 @@ from hotlap.kernels.dispatch import (
     wrap_triton,
 )
 from hotlap.kernels.relu2 import relu2
-from hotlap.kernels.rms_norm import EPS, rms_norm_ref
+from hotlap.kernels.rms_norm import EPS, rms_norm_ref, rms_norm_residual_ref
 from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
 
 ROWS = 16  # of x, as many as a matmul instruction takes
@@ -52,10 +52,11 @@ def norm_linear_ref(
     squared_relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The specification: each step is rounded to the dtype of x."""
-    if mix is not None:
+    if mix is None:
+        normalised = rms_norm_ref(x)
+    else:
         a, b, x0 = mix
-        x = a.to(x.dtype) * x + b.to(x.dtype) * x0
-    normalised = rms_norm_ref(x)
+        normalised, x = rms_norm_residual_ref(x, x0, scales=(a.to(x.dtype), b.to(x.dtype)))
     y = F.linear(normalised, weight.to(x.dtype))
     gates = None if gate is None else F.linear(normalised[..., : gate.shape[1]], gate.to(x.dtype))
     return (relu2(y) if squared_relu else y), x, gates

@@ -4,11 +4,19 @@ Rows are normalised in float32 and rounded once. With r = 1 / sqrt(mean(x^2) + e
 
     dx = r (g - n mean(g n))        dweight = sum over rows of dy n
 
+With a residual, what is normalised is x + residual, or a x + b residual for scalars a and b. Let d be the
+gradient of this sum, by its norm and by its other uses:
+
+    dx = a d        dresidual = b d        da = sum(d x)        db = sum(d residual)
+
+With scales, backward reads x and residual and adds them again, so that the sum need not be kept. It sums d x
+and d residual over each row, and torch sums over the rows, in float32: two runs agree to the last bit.
+
 Bound by memory. Bytes for M rows of N elements of e bytes: forward 2 M N e, backward 3 M N e; with the
-residual add 4 M N e each. About 4 M N FLOPs forward and 8 M N backward. Rows wider than a program's registers
-take two passes: rms_norm_wide.py.
+residual add 4 M N e each, and with scales 6 M N e backward. About 4 M N FLOPs forward and 8 M N backward.
+Rows wider than a program's registers take two passes: rms_norm_wide.py.
 """
-# M rows, N width of a row
+# M rows, N width of a row, a and b scales of x and residual
 
 from __future__ import annotations
 
@@ -17,7 +25,17 @@ import math
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, triton, use_triton, wrap_triton
+from hotlap.kernels.rms_norm_narrow import (
+    WIDEST,
+    WIDEST_SCALED,
+    WIDEST_WEIGHTED,
+    _rms_norm_backward_kernel,
+    _rms_norm_backward_tiles,
+    _rms_norm_forward_kernel,
+    _rms_norm_forward_tiles,
+    _rms_norm_weighted_backward_tiles,
+)
 from hotlap.kernels.rms_norm_wide import (
     _rms_norm_columns_kernel,
     _rms_norm_wide_backward_kernel,
@@ -25,7 +43,7 @@ from hotlap.kernels.rms_norm_wide import (
     rms_norm_columns_tiles,
     rms_norm_wide_tiles,
 )
-from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, as_rows, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-6
 
@@ -40,108 +58,21 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> T
 
 
 def rms_norm_residual_ref(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = EPS
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = EPS,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: the sum is rounded to the dtype of x before it is normalised."""
-    total = x + residual
+    total = x + residual if scales is None else scales[0] * x + scales[1] * residual
     return rms_norm_ref(total, weight, eps), total
 
 
-@jit
-def _rms_norm_forward_kernel(
-    x, residual, weight, y, total, rstd, stride_x, stride_residual, M, N, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)[None, :]
-    at = row.to(tl.int64)[:, None]  # offsets pass 2^31
-    mask = (row[:, None] < M) & (column < N)
-    v = tl.load(x + at * stride_x + column, mask, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
-    if residual is not None:
-        v += tl.load(residual + at * stride_residual + column, mask, other=0.0).to(tl.float32)
-        v = v.to(total.dtype.element_ty)  # normalise the rounded sum: the next block adds to it
-        tl.store(total + at * N + column, v, mask)
-        v = v.to(tl.float32)
-    r = tl.rsqrt(tl.sum(v * v, 1) / N + tl.cast(eps, tl.float32))  # (ROWS,)
-    tl.store(rstd + row, r, row < M)
-    v *= r[:, None]
-    if weight is not None:
-        v *= tl.load(weight + column, column < N, other=0.0).to(tl.float32)
-    tl.store(y + at * N + column, v.to(y.dtype.element_ty), mask)
-
-
-@jit
-def _rms_norm_backward_kernel(
-    dy, dtotal, x, weight, rstd, dx, dweight, stride_dy, stride_dtotal, stride_x, M, N,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    # Programs stride over the rows. Each accumulates its part of dweight in registers and writes it once.
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)[None, :]
-    if weight is not None:
-        w = tl.load(weight + column, column < N, other=0.0).to(tl.float32)
-        share = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None]
-        mask = (row[:, None] < M) & (column < N)
-        n = tl.load(x + at * stride_x + column, mask, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
-        g = tl.load(dy + at * stride_dy + column, mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, row < M, other=0.0)[:, None]
-        n *= r
-        if weight is not None:
-            share += g * n
-            g *= w
-        d = r * (g - n * (tl.sum(g * n, 1) / N)[:, None])
-        if dtotal is not None:
-            d += tl.load(dtotal + at * stride_dtotal + column, mask, other=0.0).to(tl.float32)
-        tl.store(dx + at * N + column, d.to(dx.dtype.element_ty), mask)
-    if weight is not None:
-        column = tl.arange(0, BLOCK)
-        tl.store(dweight + program.to(tl.int64) * N + column, tl.sum(share, 0), column < N)
-
-
-WIDEST = 16384  # elements of a row that a program holds without spilling;
-WIDEST_WEIGHTED = 8192  # the same if it also holds its part of dweight
-
-
-def _tile(
-    block: int, device: Device, elements: int, each: int, per_processor: int = 1, stages: int = 1
-) -> Tile:
-    """As many rows as have about `elements` elements, about `each` of them per thread."""
-    rows = max(1, elements // block)
-    warps = min(512 // device.warp, max(1, rows * block // (device.warp * each)))
-    ahead = 12 * rows * block * (stages - 1)  # bytes of x, dy and dtotal that a loop fetches, in float32
-    shared = ahead + (9216 if rows > 1 else 1024) if ahead else 0  # with what sums over threads, and rows
-    return Tile({"ROWS": rows, "BLOCK": block}, warps, stages, per_processor, shared)
-
-
-def _rms_norm_forward_tiles(block: int, device: Device) -> list[Tile]:
-    return [_tile(block, device, *sizes) for sizes in ((4096, 16), (2048, 16), (4096, 32), (8192, 32))]
-
-
-def _rms_norm_backward_tiles(block: int, device: Device) -> list[Tile]:
-    return [_tile(block, device, *sizes) for sizes in ((2048, 16), (4096, 16), (1024, 8))]
-
-
-def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
-    """Persistent programs, as many per processor as its registers hold. Where only one fits, a row is loaded
-    while the one before it is computed.
-    """
-    if block > 4096:
-        return [_tile(block, device, block, 16, stages=stages) for stages in (2, 3, 1)]
-    sizes = ((4096, 16, 2), (2048, 16, 4), (4096, 32, 2))
-    return [
-        _tile(block, device, elements, each, per_processor=programs, stages=stages)
-        for elements, each, programs in sizes
-        for stages in (1, 2)
-    ]
-
-
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, a: Tensor | None, b: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, x + residual (where there is a residual), and the reciprocal norms (M,)."""
+    """y, the sum (where there is a residual), and the reciprocal norms (M,)."""
     N, M = x.shape[-1], math.prod(x.shape[:-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
@@ -153,26 +84,36 @@ def _forward(
         added = as_rows(residual)
         stride = added.stride(0)
     block, device = next_power_of_2(N), device_facts(x.device)
-    arguments = (rows, added, weight, y, total, rstd, rows.stride(0), stride, M, N, eps)
+    arguments = (weight, y, total, rstd, rows.stride(0), stride, M, N, eps)
     with torch.cuda.device_of(x):
         if block > WIDEST:
             tile = pick_tile(rms_norm_wide_tiles, 0, device)
-            wrap_triton(_rms_norm_wide_forward_kernel)[(M,)](*arguments, **tile.arguments)
+            wrap_triton(_rms_norm_wide_forward_kernel)[(M,)](rows, added, *arguments, **tile.arguments)
         else:
             tile = pick_tile(_rms_norm_forward_tiles, block, device)
             grid = (triton.cdiv(M, tile.blocks["ROWS"]),)
-            wrap_triton(_rms_norm_forward_kernel)[grid](*arguments, **tile.arguments)
+            wrap_triton(_rms_norm_forward_kernel)[grid](rows, added, a, b, *arguments, **tile.arguments)
     return y, total, rstd
 
 
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; empty for a missing weight."""
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, residual, a and b; empty for those that are missing.
+
+    x is what was normalised, or with residual, a and b what they make it of.
+    """
     N, M = x.shape[-1], math.prod(x.shape[:-1])
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx, dweight, dresidual, da, db = _fake_backward(dy, dtotal, x, residual, a, b, weight, rstd)
     if x.numel() == 0:
-        return dx, dx.new_empty(0) if weight is None else torch.zeros_like(weight)
+        return dx, dweight.zero_(), dresidual, da.zero_(), db.zero_()
     x, dy, added, stride = as_rows(x), as_rows(dy), None, 0
     if dtotal is not None:
         added = as_rows(dtotal)
@@ -185,18 +126,31 @@ def _backward(
             wrap_triton(_rms_norm_wide_backward_kernel)[(M,)](
                 dy, added, x, weight, rstd, dx, *strides, N, **tile.arguments
             )
-            return dx, dx.new_empty(0) if weight is None else _columns(dy, x, rstd).to(weight.dtype)
+            if weight is not None:
+                dweight = _columns(dy, x, rstd).to(weight.dtype)
+            return dx, dweight, dresidual, da, db
+        shares = dscales = None
         if weight is None:
-            tile, shares = pick_tile(_rms_norm_backward_tiles, block, device), None
+            tile = pick_tile(_rms_norm_backward_tiles, block, device)
             programs = triton.cdiv(M, tile.blocks["ROWS"])
         else:
             tile = pick_tile(_rms_norm_weighted_backward_tiles, block, device)
             programs = min(triton.cdiv(M, tile.blocks["ROWS"]), device.processors * tile.per_processor)
             shares = torch.empty((programs, N), dtype=torch.float32, device=x.device)
+        stride = 0
+        if residual is not None:
+            residual = as_rows(residual)
+            stride = residual.stride(0)
+            dscales = torch.empty((2, M), dtype=torch.float32, device=x.device)
         wrap_triton(_rms_norm_backward_kernel)[(programs,)](
-            dy, added, x, weight, rstd, dx, shares, *strides, M, N, STAGES=tile.stages, **tile.arguments
-        )
-        return dx, dx.new_empty(0) if weight is None else shares.sum(0).to(weight.dtype)
+            dy, added, x, residual, a, b, weight, rstd, dx, None if residual is None else dresidual,
+            shares, dscales, *strides, stride, M, N, STAGES=tile.stages, **tile.arguments,
+        )  # fmt: skip
+        if weight is not None:
+            dweight = shares.sum(0).to(weight.dtype)
+        if residual is not None:
+            da, db = dscales[0].sum().to(a.dtype), dscales[1].sum().to(b.dtype)
+    return dx, dweight, dresidual, da, db
 
 
 def _columns(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
@@ -216,14 +170,14 @@ def _columns(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _forward_plain(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _forward(x, None, weight, eps)
+    y, _, rstd = _forward(x, None, None, None, weight, eps)
     return y, rstd
 
 
 def _forward_residual(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, a: Tensor | None, b: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, eps)
+    return _forward(x, residual, a, b, weight, eps)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -232,6 +186,11 @@ def _empty(x: Tensor) -> Tensor:
 
 def _fake_rstd(x: Tensor) -> Tensor:
     return torch.empty(math.prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
+
+
+def _fake_backward(dy, dtotal, x, residual, a, b, weight, rstd):
+    missing = x.new_empty
+    return _empty(x), *(missing(0) if given is None else _empty(given) for given in (weight, residual, a, b))
 
 
 def _save_plain(ctx, inputs, output):
@@ -243,29 +202,30 @@ def _save_plain(ctx, inputs, output):
 
 def _gradient_plain(ctx, dy, _):
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = _rms_norm_backward(dy, None, x, weight, rstd)
+    dx, dweight, *_ = _rms_norm_backward(dy, None, x, None, None, None, weight, rstd)
     return dx, None if weight is None else dweight, None
 
 
 def _save_residual(ctx, inputs, output):
-    ctx.save_for_backward(output[1], inputs[2], output[2])
-    ctx.mark_non_differentiable(output[2])
+    x, residual, a, b, weight, _ = inputs
+    _, total, rstd = output
+    parts = (total, None, None, None) if a is None else (x, residual, a, b)
+    ctx.save_for_backward(*parts, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
 
 def _gradient_residual(ctx, dy, dtotal, _):
-    total, weight, rstd = ctx.saved_tensors
-    if dy is None:
-        return dtotal, dtotal, None, None
-    dx, dweight = _rms_norm_backward(dy, dtotal, total, weight, rstd)
-    return dx, dx, None if weight is None else dweight, None
+    x, residual, a, b, weight, rstd = ctx.saved_tensors
+    if dy is None and a is None:
+        return dtotal, dtotal, None, None, None, None
+    dy = torch.zeros_like(dtotal) if dy is None else dy
+    dx, dweight, *rest = _rms_norm_backward(dy, dtotal, x, residual, a, b, weight, rstd)
+    dresidual, da, db = (dx, None, None) if a is None else rest
+    return dx, dresidual, da, db, None if weight is None else dweight, None
 
 
-_rms_norm_backward = kernel_op(
-    "rms_norm_backward",
-    _backward,
-    lambda dy, dtotal, x, weight, rstd: (_empty(x), x.new_empty(0) if weight is None else _empty(weight)),
-)
+_rms_norm_backward = kernel_op("rms_norm_backward", _backward, _fake_backward)
 _rms_norm = kernel_op(
     "rms_norm",
     _forward_plain,
@@ -276,7 +236,7 @@ _rms_norm = kernel_op(
 _rms_norm_residual = kernel_op(
     "rms_norm_residual",
     _forward_residual,
-    lambda x, residual, weight, eps: (_empty(x), _empty(x), _fake_rstd(x)),
+    lambda x, residual, a, b, weight, eps: (_empty(x), _empty(x), _fake_rstd(x)),
     _save_residual,
     _gradient_residual,
 )
@@ -297,45 +257,61 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tenso
 
 
 def rms_norm_residual(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = EPS
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = EPS,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual add and the RMSNorm after it, in one pass: (normalised, new residual).
 
     x, residual: (..., D) of one dtype. The new residual, x + residual, is rounded to it before the norm.
-    weight: (D,) or None.
+    weight: (D,) or None. scales: a and b, tensors of no dimension, for a new residual of a x + b residual,
+    of which the kernel rounds the sum, and torch both products too.
     """
     _check(x, weight, residual)
-    if use_triton(x):
-        return _rms_norm_residual(x, residual, weight, eps)[:2]
-    return rms_norm_residual_ref(x, residual, weight, eps)
+    if scales is not None and any(scale.dim() for scale in scales):
+        raise ValueError(f"scales have shapes {[tuple(scale.shape) for scale in scales]}; both have to be ()")
+    if not use_triton(x):
+        return rms_norm_residual_ref(x, residual, weight, eps, scales)
+    if scales is not None and next_power_of_2(x.shape[-1]) > WIDEST_SCALED:
+        total = scales[0] * x + scales[1] * residual
+        return rms_norm(total, weight, eps), total
+    return _rms_norm_residual(x, residual, *(scales or (None, None)), weight, eps)[:2]
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """For the static gate and the tuner: rows of 512 to 32768, plain, and with weight and residual."""
+    """For the static gate and the tuner: rows of 512 to 32768, plain, with weight and residual, and with
+    scaled residual.
+    """
     t = f"*{type_name(dtype)}"
 
-    def of(N: int, full: bool) -> list[Case]:
-        extra = t if full else None
+    def of(N: int, weighted: bool = False, scaled: bool = False) -> list[Case]:
+        added, weights, scales = (t if given else None for given in (weighted or scaled, weighted, scaled))
         sizes = dict.fromkeys(("stride_x", "stride_residual", "stride_dy", "stride_dtotal", "M", "N"), "i32")
-        forward = {"x": t, "residual": extra, "weight": extra, "y": t, "total": extra, "rstd": "*fp32"}
-        forward |= sizes | {"eps": "fp64"}
-        backward = {"dy": t, "dtotal": extra, "x": t, "weight": extra, "rstd": "*fp32", "dx": t} | sizes
-        backward |= {"dweight": "*fp32" if full else None}
+        both = {"x": t, "weight": weights, "rstd": "*fp32", "a": scales, "b": scales} | sizes
+        forward = both | {"residual": added, "y": t, "total": added, "eps": "fp64"}
+        backward = both | {"dy": t, "dtotal": added, "residual": scales, "dx": t, "dresidual": scales}
+        backward |= {"dweight": weights and "*fp32", "dscales": scales and "*fp32"}
 
         def inputs(device):
+            """x, residual, a, b and weight."""
             x = torch.randn((1 << 26) // N, N, device=device, dtype=dtype)
-            return x, torch.randn_like(x) if full else None, torch.randn_like(x[0]) if full else None
+            residual = torch.randn_like(x) if added else None
+            a = b = x[0, 0].clone() if scaled else None
+            return x, residual, a, b, torch.randn_like(x[0]) if weighted else None
 
         def run_forward(device):
-            x, residual, weight = inputs(device)
-            return lambda: _forward(x, residual, weight, EPS)
+            arguments = inputs(device)
+            return lambda: _forward(*arguments, EPS)
 
         def run_backward(device):
-            x, residual, weight = inputs(device)
-            rstd = _forward(x, residual, weight, EPS)[2]
-            return lambda: _backward(x, residual, x, weight, rstd)
+            x, residual, a, b, weight = inputs(device)
+            rstd = _forward(x, residual, a, b, weight, EPS)[2]
+            parts = (residual, a, b) if scaled else (None, None, None)
+            return lambda: _backward(x, residual, x, *parts, weight, rstd)
 
-        variant = "weight, residual" if full else ""
+        variant = "scaled residual" if scaled else "weight, residual" if weighted else ""
         if N > WIDEST:
             columns = backward | {"dweight": "*fp32"}
             return [
@@ -345,13 +321,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
                 ),
                 Case("_rms_norm_columns_kernel", columns, rms_norm_columns_tiles, 0, run_backward, variant),
             ]
-        backward_table = _rms_norm_weighted_backward_tiles if full else _rms_norm_backward_tiles
+        backward_table = _rms_norm_weighted_backward_tiles if weighted else _rms_norm_backward_tiles
         found = [Case("_rms_norm_forward_kernel", forward, _rms_norm_forward_tiles, N, run_forward, variant)]
-        if not (full and N > WIDEST_WEIGHTED):
+        if not (weighted and N > WIDEST_WEIGHTED):
             found.append(
                 Case("_rms_norm_backward_kernel", backward, backward_table, N, run_backward, variant)
             )
         return found
 
     widths = (512, 1024, 2048, 4096, 8192, 16384)
-    return [case for N in widths for full in (False, True) for case in of(N, full)] + of(32768, True)
+    found = [case for N in widths for weighted in (False, True) for case in of(N, weighted)]
+    found += [case for N in widths if N <= WIDEST_SCALED for case in of(N, scaled=True)]
+    return found + of(32768, weighted=True)

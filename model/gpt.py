@@ -135,10 +135,12 @@ class Block(nn.Module):
         """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
         if cache is not None and fuses(x, self.attention.qkv.weight):
             return self.decode(x, mix, value_embedding, cos, sin, cache)
-        if mix is not None:  # in the block, where a compiler fuses it
+        if mix is None:
+            normalised = rms_norm(x)
+        else:
             scale, x0_scale, x0 = mix
-            x = scale * x + x0_scale * x0
-        attended = self.attention(rms_norm(x), value_embedding, cos, sin, document_start, cache)
+            normalised, x = rms_norm_residual(x, x0, scales=(scale, x0_scale))  # scale * x + x0_scale * x0
+        attended = self.attention(normalised, value_embedding, cos, sin, document_start, cache)
         normalised, x = rms_norm_residual(attended, x)  # x + attended
         return x + self.mlp(normalised)
 
@@ -151,13 +153,13 @@ class Block(nn.Module):
         sin: Tensor,
         cache: Cache,
     ) -> Tensor:
-        """`forward` for a few tokens: what surrounds a product is part of it, as each kernel costs time."""
+        """`forward` for a few tokens, whose products take the norms, mix and residuals around them along."""
         attention, mlp = self.attention, self.mlp
         gate = None if attention.value_gate is None else attention.value_gate.weight
         qkv, x, gates = norm_linear(x, attention.qkv.weight, mix, gate)
         attended = attention.attend(qkv, gates, value_embedding, cos, sin, None, cache)
         x = linear_residual(attended, attention.proj.weight, x)
-        hidden, x, _ = norm_linear(x, mlp.fc.weight, squared_relu=True)
+        hidden, _, _ = norm_linear(x, mlp.fc.weight, squared_relu=True)
         return linear_residual(hidden, mlp.proj.weight, x)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.kernel_tools import DTYPES, check, far_rows, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, far_rows, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import rms_norm as module
@@ -44,6 +44,47 @@ def test_the_residual_add_is_as_exact_as_torch_and_the_rounded_sum_is_normalised
     assert torch.equal(y, rms_norm(total, weight))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "weighted"), [(1, False), (97, False), (200, True), (8200, False)])
+def test_a_scaled_residual_is_as_exact_as_torch(width, weighted, dtype):
+    x, residual = random(2, 5, width, dtype=dtype), random(2, 5, width, dtype=dtype, seed=1)
+    scales = random(1, dtype=dtype)[0] + 1, random(1, dtype=dtype, seed=1)[0]
+    scales = [scale.detach().requires_grad_() for scale in scales]
+    weight = random(width, dtype=dtype, seed=3) if weighted else None
+    gradients = [random(2, 5, width, seed=seed, grad=False) for seed in (4, 5)]
+
+    def scaled(function):
+        return lambda x, residual, weight, a, b: function(x, residual, weight, scales=(a, b))
+
+    inputs = (x, residual, weight, *scales)
+    # the last two are sums of this many numbers, which may cancel
+    least = [1e-30] * (4 + weighted) + [x.numel() ** 0.5] * 2
+    check(scaled(rms_norm_residual), scaled(rms_norm_residual_ref), inputs, gradients, least)
+    y, total = scaled(rms_norm_residual)(*inputs)
+    assert torch.equal(y, rms_norm(total, weight))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_unused_output_of_the_scaled_residual_add_has_no_gradient(used):
+    inputs = random(4, 63), random(4, 63, seed=1), *(random(2, seed=2).unbind())
+    inputs, g = [x.detach().requires_grad_() for x in inputs], random(4, 63, seed=3, grad=False)
+
+    def one(function):
+        return lambda x, residual, a, b: function(x, residual, scales=(a, b))[used]
+
+    check(one(rms_norm_residual), one(rms_norm_residual_ref), inputs, [g])
+
+
+def test_the_residual_add_with_scales_of_one_is_the_one_without():
+    x, residual, one = random(3, 50), random(3, 50, seed=1), torch.ones(()).to(DEVICE)
+    gradients = [random(3, 50, seed=seed, grad=False) for seed in (2, 3)]
+    plain = outputs_and_gradients(rms_norm_residual, (x, residual), gradients)
+    scaled = outputs_and_gradients(
+        lambda x, residual: rms_norm_residual(x, residual, scales=(one, one)), (x, residual), gradients
+    )
+    assert all(map(torch.equal, plain, scaled))
+
+
 def test_an_unused_output_of_the_residual_add_has_no_gradient():
     x, residual, g = random(4, 63), random(4, 63, seed=1), random(4, 63, seed=2, grad=False)
     for used in (0, 1):
@@ -72,7 +113,8 @@ def test_strides_of_inputs_and_gradients_do_not_matter(layout):
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0)])
 def test_nothing_gives_nothing(shape):
     x, weight = random(*shape), random(shape[-1])
-    y, total = rms_norm_residual(x, x, weight)
+    scales = random(2).unbind()
+    y, total = rms_norm_residual(x, x, weight, scales=scales)
     assert y.shape == total.shape == rms_norm(x, weight).shape == x.shape
     (y + total).sum().backward()
     assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros_like(weight))
@@ -91,6 +133,13 @@ def test_rows_may_lie_beyond_two_to_the_31(width):
 
 def test_two_runs_agree_bit_for_bit():
     x, weight, dy = random(50, 300), random(300, seed=1), random(50, 300, seed=2, grad=False)
+
+    def scaled(a, b):
+        return rms_norm_residual(x, dy, scales=(a, b))
+
+    scales = [scale.detach().requires_grad_() for scale in random(2)]
+    first, second = (outputs_and_gradients(scaled, scales, [dy, dy]) for _ in range(2))
+    assert all(map(torch.equal, first, second))
     first, second = (outputs_and_gradients(rms_norm, (x, weight), [dy]) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -99,19 +148,24 @@ def test_the_operations_keep_the_rules_of_torch():
     x, weight = random(3, 40), random(40)
     opcheck(module._rms_norm.op, (x, weight, 1e-6))
     opcheck(module._rms_norm.op, (x, None, 1e-6))
-    opcheck(module._rms_norm_residual.op, (x, random(3, 40), weight, 1e-6))
-    opcheck(
-        module._rms_norm_backward.op,
-        (x.detach(), None, x.detach(), weight.detach(), torch.ones(3).to(x.device)),
-    )
+    residual, scales = random(3, 40, seed=1), [scale.detach().requires_grad_() for scale in random(2)]
+    opcheck(module._rms_norm_residual.op, (x, residual, None, None, weight, 1e-6))
+    opcheck(module._rms_norm_residual.op, (x, residual, *scales, weight, 1e-6))
+    x, residual, weight, *scales = (t.detach() for t in (x, residual, weight, *scales))
+    rstd = torch.ones(3).to(x.device)
+    opcheck(module._rms_norm_backward.op, (x, None, x, None, None, None, weight, rstd))
+    opcheck(module._rms_norm_backward.op, (x, x, x, residual, *scales, None, rstd))
 
 
 def test_compiles_whole_to_the_same_results():
-    def function(x, residual, weight):
+    def function(x, residual, weight, a, b):
         y, total = rms_norm_residual(x, residual, weight)
+        y, total = rms_norm_residual(y.sin(), total, scales=(a, b))
         return rms_norm(y.sin()) + total
 
-    inputs, dy = (random(5, 33), random(5, 33, seed=1), random(33)), random(5, 33, seed=2, grad=False)
+    scales = [scale.detach().requires_grad_() for scale in random(2)]
+    inputs = random(5, 33), random(5, 33, seed=1), random(33), *scales
+    dy = random(5, 33, seed=2, grad=False)
     compiled = outputs_and_gradients(torch.compile(function, fullgraph=True), inputs, [dy])
     for a, b in zip(compiled, outputs_and_gradients(function, inputs, [dy]), strict=True):
         torch.testing.assert_close(a, b)
@@ -122,3 +176,5 @@ def test_wrong_shapes_are_named():
         rms_norm(random(2, 8), random(4))
     with pytest.raises(ValueError, match="residual is"):
         rms_norm_residual(random(2, 8), random(2, 8).bfloat16())
+    with pytest.raises(ValueError, match="scales have shapes"):
+        rms_norm_residual(random(2, 8), random(2, 8), scales=(random(1), random(1)))
