@@ -7,8 +7,7 @@ Bound by memory: N D e bytes of W, for elements of e bytes. Each program streams
 whole depth. Its warps share the depth and add their sums at the end, so no sum crosses programs, and the
 result does not depend on the order in which they run. The norm is a factor of each row: the mean square is
 summed beside the product and scales its result. So the normalised row is not rounded to the dtype of x before
-the product, as the reference does, which changes y by at most 2^-9 sum |n W| in bfloat16 (n the normalised
-row, 2^-12 in float16).
+the product, as the reference does, which changes y by at most 2^-8 |n| |W|^T in bfloat16, 2^-11 in float16.
 
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
 and for float32 on a GPU (no tensor cores), both functions are the reference.
@@ -194,7 +193,7 @@ def _product(
     x, x0, gate, residual = (t if t is None else t.contiguous() for t in (x, x0, gate, residual))  # small
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     tile = pick_tile(_table(N, device), 1 if R == 1 else ROWS, device)
-    programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + (x0 is not None or gate is not None)
+    programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
     with torch.cuda.device_of(x):
         wrap_triton(_decode_linear_kernel)[(programs,)](
             x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,
