@@ -9,8 +9,7 @@ gradient of this sum, by its norm and by its other uses:
 
     dx = a d        dresidual = b d        da = sum(d x)        db = sum(d residual)
 
-With scales, backward reads x and residual and adds them again, so that the sum need not be kept. It sums d x
-and d residual over each row, and torch sums over the rows, in float32: two runs agree to the last bit.
+With scales, backward reads x and residual and adds them again, so that the sum need not be kept.
 
 Bound by memory. Bytes for M rows of N elements of e bytes: forward 2 M N e, backward 3 M N e; with the
 residual add 4 M N e each, and with scales 6 M N e backward. About 4 M N FLOPs forward and 8 M N backward.
@@ -34,6 +33,7 @@ from hotlap.kernels.rms_norm_narrow import (
     _rms_norm_backward_tiles,
     _rms_norm_forward_kernel,
     _rms_norm_forward_tiles,
+    _rms_norm_scaled_backward_tiles,
     _rms_norm_weighted_backward_tiles,
 )
 from hotlap.kernels.rms_norm_wide import (
@@ -105,15 +105,15 @@ def _backward(
     b: Tensor | None,
     weight: Tensor | None,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, residual, a and b; empty for those that are missing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, residual, and of a and b in one float32 tensor (2,); empty for what is missing.
 
-    x is what was normalised, or with residual, a and b what they make it of.
+    What was normalised is x, or with the scales a x + b residual.
     """
     N, M = x.shape[-1], math.prod(x.shape[:-1])
-    dx, dweight, dresidual, da, db = _fake_backward(dy, dtotal, x, residual, a, b, weight, rstd)
+    dx, dweight, dresidual, dscales = _fake_backward(dy, dtotal, x, residual, a, b, weight, rstd)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dresidual, da.zero_(), db.zero_()
+        return dx, dweight.zero_(), dresidual, dscales.zero_()
     x, dy, added, stride = as_rows(x), as_rows(dy), None, 0
     if dtotal is not None:
         added = as_rows(dtotal)
@@ -128,29 +128,32 @@ def _backward(
             )
             if weight is not None:
                 dweight = _columns(dy, x, rstd).to(weight.dtype)
-            return dx, dweight, dresidual, da, db
-        shares = dscales = None
-        if weight is None:
+            return dx, dweight, dresidual, dscales
+        if weight is None and a is None:
             tile = pick_tile(_rms_norm_backward_tiles, block, device)
             programs = triton.cdiv(M, tile.blocks["ROWS"])
         else:
-            tile = pick_tile(_rms_norm_weighted_backward_tiles, block, device)
+            weighted, scaled = _rms_norm_weighted_backward_tiles, _rms_norm_scaled_backward_tiles
+            tile = pick_tile(weighted if a is None else scaled, block, device)
             programs = min(triton.cdiv(M, tile.blocks["ROWS"]), device.processors * tile.per_processor)
-            shares = torch.empty((programs, N), dtype=torch.float32, device=x.device)
+        of_weight = of_scales = None  # shares of the programs
+        if weight is not None:
+            of_weight = torch.empty((programs, N), dtype=torch.float32, device=x.device)
         stride = 0
-        if residual is not None:
+        if a is not None:
             residual = as_rows(residual)
             stride = residual.stride(0)
-            dscales = torch.empty((2, M), dtype=torch.float32, device=x.device)
+            of_scales = torch.empty((2, programs), dtype=torch.float32, device=x.device)
         wrap_triton(_rms_norm_backward_kernel)[(programs,)](
-            dy, added, x, residual, a, b, weight, rstd, dx, None if residual is None else dresidual,
-            shares, dscales, *strides, stride, M, N, STAGES=tile.stages, **tile.arguments,
+            dy, added, x, residual, a, b, weight, rstd,
+            dx, None if a is None else dresidual, of_weight, of_scales,
+            *strides, stride, M, N, STAGES=tile.stages, **tile.arguments,
         )  # fmt: skip
         if weight is not None:
-            dweight = shares.sum(0).to(weight.dtype)
-        if residual is not None:
-            da, db = dscales[0].sum().to(a.dtype), dscales[1].sum().to(b.dtype)
-    return dx, dweight, dresidual, da, db
+            dweight = of_weight.sum(0).to(weight.dtype)
+        if a is not None:
+            dscales = of_scales.sum(1)
+    return dx, dweight, dresidual, dscales
 
 
 def _columns(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
@@ -189,8 +192,8 @@ def _fake_rstd(x: Tensor) -> Tensor:
 
 
 def _fake_backward(dy, dtotal, x, residual, a, b, weight, rstd):
-    missing = x.new_empty
-    return _empty(x), *(missing(0) if given is None else _empty(given) for given in (weight, residual, a, b))
+    dweight, dresidual = (x.new_empty(0) if given is None else _empty(given) for given in (weight, residual))
+    return _empty(x), dweight, dresidual, x.new_empty(0 if a is None else 2, dtype=torch.float32)
 
 
 def _save_plain(ctx, inputs, output):
@@ -220,9 +223,11 @@ def _gradient_residual(ctx, dy, dtotal, _):
     if dy is None and a is None:
         return dtotal, dtotal, None, None, None, None
     dy = torch.zeros_like(dtotal) if dy is None else dy
-    dx, dweight, *rest = _rms_norm_backward(dy, dtotal, x, residual, a, b, weight, rstd)
-    dresidual, da, db = (dx, None, None) if a is None else rest
-    return dx, dresidual, da, db, None if weight is None else dweight, None
+    dx, dweight, dresidual, dscales = _rms_norm_backward(dy, dtotal, x, residual, a, b, weight, rstd)
+    dweight = None if weight is None else dweight
+    if a is None:
+        return dx, dx, None, None, dweight, None
+    return dx, dresidual, dscales[0].to(a.dtype), dscales[1].to(b.dtype), dweight, None
 
 
 _rms_norm_backward = kernel_op("rms_norm_backward", _backward, _fake_backward)
@@ -322,6 +327,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
                 Case("_rms_norm_columns_kernel", columns, rms_norm_columns_tiles, 0, run_backward, variant),
             ]
         backward_table = _rms_norm_weighted_backward_tiles if weighted else _rms_norm_backward_tiles
+        if scaled:
+            backward_table = _rms_norm_scaled_backward_tiles
         found = [Case("_rms_norm_forward_kernel", forward, _rms_norm_forward_tiles, N, run_forward, variant)]
         if not (weighted and N > WIDEST_WEIGHTED):
             found.append(

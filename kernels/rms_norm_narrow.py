@@ -38,8 +38,8 @@ def _rms_norm_backward_kernel(
     stride_dy, stride_dtotal, stride_x, stride_residual, M, N,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Programs stride over the rows. Each accumulates its part of dweight in registers and writes it once.
-    # What is normalised is x, or with scales a x + b residual. dscales: (2, M), the rows' parts of da and db.
+    # Programs stride over the rows. Each accumulates its part of dweight, and of da and db (dscales), in
+    # registers and writes it once. What is normalised is x, or with scales a x + b residual.
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
     if weight is not None:
@@ -47,6 +47,7 @@ def _rms_norm_backward_kernel(
         share = tl.zeros((ROWS, BLOCK), tl.float32)
     if a is not None:
         scale, scale_added = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32)
+        da, db = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None]
@@ -66,11 +67,14 @@ def _rms_norm_backward_kernel(
         if dtotal is not None:
             d += tl.load(dtotal + at * stride_dtotal + column, mask, other=0.0).to(tl.float32)
         if a is not None:
-            tl.store(dscales + row, tl.sum(d * v, 1), row < M)
-            tl.store(dscales + M + row, tl.sum(d * added, 1), row < M)
+            da += tl.sum(d * v, 1)
+            db += tl.sum(d * added, 1)
             tl.store(dresidual + at * N + column, (scale_added * d).to(dresidual.dtype.element_ty), mask)
             d *= scale
         tl.store(dx + at * N + column, d.to(dx.dtype.element_ty), mask)
+    if a is not None:
+        tl.store(dscales + program, tl.sum(da, 0))
+        tl.store(dscales + programs + program, tl.sum(db, 0))
     if weight is not None:
         column = tl.arange(0, BLOCK)
         tl.store(dweight + program.to(tl.int64) * N + column, tl.sum(share, 0), column < N)
@@ -111,3 +115,11 @@ def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
         for elements, each, programs in sizes
         for stages in (1, 2)
     ]
+
+
+def _rms_norm_scaled_backward_tiles(block: int, device: Device) -> list[Tile]:
+    """As above, with the residual to hold as well."""
+    if block > 4096:
+        return [_tile(block, device, block, 16)]
+    sizes = ((2048, 16, 4), (4096, 16, 2), (4096, 32, 2))
+    return [_tile(block, device, elements, each, programs) for elements, each, programs in sizes]
