@@ -280,7 +280,8 @@ def _backward(
     tile, grid = _tile(B, T, H, K, C // 2, q.device)
     with torch.cuda.device_of(q):
         wrap_triton(_qkv_backward_kernel)[grid](
-            dq, dk, dv, q, k, cos, sin, gate, value_embedding, rstd, dqkv, dgate, de, gain,
+            dq, dk, dv, q, k, cos, sin, gate, value_embedding, rstd,
+            dqkv, *((None, None) if gate is None else (dgate, de)), gain,
             *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], cos_b, cos_t, B, T, H, K,
             HALF=C // 2, **tile.arguments,
         )  # fmt: skip

@@ -227,7 +227,8 @@ def _gradient_residual(ctx, dy, dtotal, _):
     dweight = None if weight is None else dweight
     if a is None:
         return dx, dx, None, None, dweight, None
-    return dx, dresidual, dscales[0].to(a.dtype), dscales[1].to(b.dtype), dweight, None
+    da, db = dscales.to(a.dtype).unbind()
+    return dx, dresidual, da, db, dweight, None
 
 
 _rms_norm_backward = kernel_op("rms_norm_backward", _backward, _fake_backward)
@@ -271,12 +272,13 @@ def rms_norm_residual(
     """The residual add and the RMSNorm after it, in one pass: (normalised, new residual).
 
     x, residual: (..., D) of one dtype. The new residual, x + residual, is rounded to it before the norm.
-    weight: (D,) or None. scales: a and b, tensors of no dimension, for a new residual of a x + b residual,
+    weight: (D,) or None. scales: a and b, tensors () of one dtype, for a new residual of a x + b residual,
     of which the kernel rounds the sum, and torch both products too.
     """
     _check(x, weight, residual)
-    if scales is not None and any(scale.dim() for scale in scales):
-        raise ValueError(f"scales have shapes {[tuple(scale.shape) for scale in scales]}; both have to be ()")
+    if scales is not None and (any(scale.dim() for scale in scales) or scales[0].dtype != scales[1].dtype):
+        given = " and ".join(f"{tuple(scale.shape)} {scale.dtype}" for scale in scales)
+        raise ValueError(f"scales are {given}; both have to be () and of one dtype")
     if not use_triton(x):
         return rms_norm_residual_ref(x, residual, weight, eps, scales)
     if scales is not None and next_power_of_2(x.shape[-1]) > WIDEST_SCALED:

@@ -118,8 +118,6 @@ def _rms_norm_weighted_backward_tiles(block: int, device: Device) -> list[Tile]:
 
 
 def _rms_norm_scaled_backward_tiles(block: int, device: Device) -> list[Tile]:
-    """As above, with the residual to hold as well."""
-    if block > 4096:
-        return [_tile(block, device, block, 16)]
-    sizes = ((2048, 16, 4), (4096, 16, 2), (4096, 32, 2))
-    return [_tile(block, device, elements, each, programs) for elements, each, programs in sizes]
+    """Persistent programs too, as many per processor as hold 8192 elements."""
+    sizes = ((2048, 16), (4096, 16), (4096, 32))
+    return [_tile(block, device, elements, each, 8192 // max(elements, block)) for elements, each in sizes]

@@ -34,6 +34,10 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_linear_relu2_kernel": ["out"],
         "_linear_relu2_tma_kernel": ["out"],
         "_linear_relu2_apart_kernel": ["out"],
+        "_qkv_forward_kernel": ["k", "q", "rstd", "v"],
+        "_qkv_backward_kernel": ["de", "dgate", "dqkv"],
+        "_rms_norm_forward_kernel": ["rstd", "total", "y"],
+        "_rms_norm_backward_kernel": ["dresidual", "dscales", "dx"],
         "_cross_entropy_forward_kernel": ["losses", "lse"],
         "_cross_entropy_backward_kernel": ["dlogits"],
     }

@@ -23,6 +23,8 @@ from hotlap.kernels import (
     linear_relu2,
     muon,
     orthogonalize,
+    qkv,
+    rms_norm,
 )
 from hotlap.kernels.tiles import fitting_tiles
 
@@ -65,6 +67,16 @@ def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
 
+def project(projection, cos, sin, gate, value_embedding):
+    q, k, v = qkv.attention_inputs(projection, 1, cos, sin, 1.2, gate, value_embedding)
+    return q.sum() + k.sum() + v.sum()
+
+
+def mix(x, residual, a, b):
+    y, total = rms_norm.rms_norm_residual(x, residual, scales=(a, b))
+    return y.sum() + total.sum()
+
+
 STEPS = (  # a function that ends in a scalar, and its tensors, of which floats want gradients if it learns
     (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16, 64, 12), (BF16,)),
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
@@ -73,6 +85,8 @@ STEPS = (  # a function that ends in a scalar, and its tensors, of which floats 
     (lambda x, targets: cross_entropy.cross_entropy(x, targets, 15.0), (BF16, 32, 640), (I64, 32)),
     (linear_cross_entropy.linear_cross_entropy, (BF16, 32, 64), (F32, 640, 64), (I64, 32)),
     (attend, *[(BF16, 2, 32, 2, 16)] * 3, (I32, 2, 32)),
+    (project, (BF16, 2, 32, 4, 16), *[(F32, 32, 8)] * 2, (BF16, 2, 32, 1), (BF16, 2, 32, 1, 16)),
+    (mix, *[(BF16, 32, 64)] * 2, *[(BF16,)] * 2),
     (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (in_two_passes, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
 )
@@ -84,7 +98,8 @@ FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_rel
 def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
-    for module in (attention_forward, cross_entropy, decode_linear, fp8, linear_relu2, muon, orthogonalize):
+    tiled = (attention_forward, cross_entropy, decode_linear, fp8, linear_relu2, muon, orthogonalize)
+    for module in (*tiled, qkv, rms_norm):
         module.device_facts = lambda _: H100
     changed, operations = {}, set()
 
