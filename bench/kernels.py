@@ -50,8 +50,8 @@ class KernelsConfig:
     operations: tuple[str, ...] = ()
     """Any of attention, windowed_attention, document_attention, long_attention, linear_relu2,
     linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, attention_inputs,
-    decode_attention, cross_entropy, embedding, relu2 and linear_cross_entropy_uncapped; by default, all that
-    the device supports. attention_lengths (rows of 1k to 16k tokens) must be named."""
+    decode_attention, decode_linear, cross_entropy, embedding, relu2 and linear_cross_entropy_uncapped; by
+    default, all that the device supports. attention_lengths (rows of 1k to 16k tokens) must be named."""
     sizes: tuple[str, ...] = ()
     """The models whose widths are measured: d12, d24; both by default."""
     rows: int = 0

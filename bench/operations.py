@@ -22,6 +22,12 @@ from hotlap.bench.attention import (
 from hotlap.bench.providers import CONTEXT, HEAD_DIM, WIDTHS, Function, Operation, liger, normal, with_torch
 from hotlap.common.errors import known
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
+from hotlap.kernels.decode_linear import (
+    linear_residual,
+    linear_residual_ref,
+    norm_linear,
+    norm_linear_ref,
+)
 from hotlap.kernels.embedding import embedding, embedding_ref
 from hotlap.kernels.fp8 import check_fp8, linear_fp8, linear_fp8_ref
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -98,6 +104,28 @@ def linear_relu2_at(size: str, width: int, rows: int, device: torch.device, dtyp
             weight(width, 4 * width) * (4 * width) ** -0.5,
         ),
         3, linear_relu2_ref, with_torch(linear_relu2, linear_relu2_ref), flops=(2 * matmul, 4 * matmul),
+    )  # fmt: skip
+
+
+def decode_linear_at(size: str, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Operation:
+    """The MLP of one new token, with the norm before it and the residual."""
+    weight = normal(device, dtype)
+
+    def ours(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        return linear_residual(norm_linear(x, w_in, squared_relu=True)[0], w_out, x)
+
+    def reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        return linear_residual_ref(norm_linear_ref(x, w_in, squared_relu=True)[0], w_out, x)
+
+    return Operation(
+        "decode_linear", f"{size} 1x{width}x{4 * width}",
+        lambda: (
+            normal(device, dtype)(1, width),
+            weight(4 * width, width) * width**-0.5,
+            weight(width, 4 * width) * (4 * width) ** -0.5,
+        ),
+        0, reference, with_torch(ours, reference), (8 * width * width * dtype.itemsize, 0),
+        directions=("forward",),
     )  # fmt: skip
 
 
@@ -291,6 +319,7 @@ BUILDERS = {  # the largest shares of a training step first
     "rms_norm_residual": rms_norm_residual_at,
     "attention_inputs": attention_inputs_at,
     "decode_attention": decode_attention_at,
+    "decode_linear": decode_linear_at,
     "cross_entropy": cross_entropy_at,
     "embedding": embedding_at,
     "relu2": relu2_at,

@@ -40,6 +40,7 @@ MODULES = (
     "attention_forward",
     "attention_backward",
     "decode_attention",
+    "decode_linear",
     "linear_relu2",
     "fp8",
     "orthogonalize",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
+from hotlap.kernels.decode_linear import fuses, linear_residual, norm_linear
 from hotlap.kernels.embedding import embedding, token_runs
 from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
@@ -89,18 +90,32 @@ class Attention(nn.Module):
         document_start: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
+        qkv = self.qkv(x)
+        gate = None if self.value_gate is None else self.value_gate(x[..., :GATE_CHANNELS])
+        return self.proj(self.attend(qkv, gate, value_embedding, cos, sin, document_start, cache))
+
+    def attend(
+        self,
+        qkv: Tensor,
+        gate: Tensor | None,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        document_start: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """What the heads make (B, T, H C) of the projection (B, T, (H + 2K) C) and the gates (B, T, K)."""
         c = self.config
-        B, T, _ = x.shape
-        qkv, gate = self.qkv(x).view(B, T, -1, c.head_dim), None  # (B, T, H + 2K, C)
-        if self.value_gate is not None:
-            gate = self.value_gate(x[..., :GATE_CHANNELS])  # (B, T, K)
+        B, T, _ = qkv.shape
+        if gate is not None:
             value_embedding = value_embedding.view(B, T, c.kv_heads, c.head_dim)
+        qkv = qkv.view(B, T, -1, c.head_dim)
         q, k, v = attention_inputs(qkv, c.kv_heads, cos, sin, c.qk_gain, gate, value_embedding)
         if cache is None:
             y = attention(q, k, v, self.window, document_start)
         else:
             y = cache.attend(self.layer, q, k, v, self.window)
-        return self.proj(y.reshape(B, T, -1))
+        return y.reshape(B, T, -1)
 
 
 class MLP(nn.Module):
@@ -131,6 +146,8 @@ class Block(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
+        if cache is not None and fuses(x, self.attention.qkv.weight):
+            return self.decode(x, mix, value_embedding, cos, sin, cache)
         if mix is None:
             normalised = rms_norm(x)
         else:
@@ -139,6 +156,24 @@ class Block(nn.Module):
         attended = self.attention(normalised, value_embedding, cos, sin, document_start, cache)
         normalised, x = rms_norm_residual(attended, x)  # x + attended
         return x + self.mlp(normalised)
+
+    def decode(
+        self,
+        x: Tensor,
+        mix: tuple[Tensor, Tensor, Tensor] | None,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        """`forward` for a few tokens, whose products take the norms, mix and residuals around them along."""
+        attention, mlp = self.attention, self.mlp
+        gate = None if attention.value_gate is None else attention.value_gate.weight
+        qkv, x, gates = norm_linear(x, attention.qkv.weight, mix, gate)
+        attended = attention.attend(qkv, gates, value_embedding, cos, sin, None, cache)
+        x = linear_residual(attended, attention.proj.weight, x)
+        hidden, _, _ = norm_linear(x, mlp.fc.weight, squared_relu=True)
+        return linear_residual(hidden, mlp.proj.weight, x)
 
 
 class GPT(nn.Module):
@@ -169,9 +204,10 @@ class GPT(nn.Module):
     def for_inference(self) -> GPT:
         """Round all weights to the compute dtype, freeze them, and return self. For whole, unsharded models.
 
-        Forward rounds the weights anyway, so its results stay the same to the last bit. Without a cast in
-        each step, bfloat16 weights take half the memory, and a decoding step reads 2 bytes a weight instead
-        of 8 (4 read and 2 written by the cast, 2 read by the matmul).
+        Forward rounds the weights anyway, so results stay the same to the last bit, but for a few tokens on a
+        GPU (`Block.decode`). Without a cast in each step, bfloat16 weights take half the memory, and a
+        decoding step reads 2 bytes a weight instead of 8 (4 read and 2 written by the cast, 2 read by the
+        matmul).
         """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.compute_dtype)

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 
 from helpers.tools import tiny_config, train_tiny_tokenizer
 
+from hotlap.kernels import dispatch
 from hotlap.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ def pytest_runtest_logreport(report):
     if report.failed and (path := os.environ.get("FAILURES")) and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"== {report.nodeid}\n{report.longreprtext[-1500:]}\n\n")
+
+
+@pytest.fixture
+def choose_kernels(monkeypatch):
+    """A function that sets HOTLAP_KERNELS for the rest of the test."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("HOTLAP_KERNELS", name)
+        dispatch._decide.cache_clear()
+
+    yield choose
+    dispatch._decide.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def test_a_step_of_muon_compiles(depth):
 def test_a_step_of_decoding_compiles(depth, tokens):
     config = two_layers(depth)
     with torch.device("cuda"):
-        model = GPT(config, BF16).eval()
+        model = GPT(config, BF16).for_inference()
 
     @torch.compile(dynamic=False)
     def step(ids):
@@ -155,6 +155,7 @@ def test_a_step_of_decoding_compiles(depth, tokens):
         cache.use(torch.arange(4, device="cuda"), empty(I64, 4), tokens)
         assert step(empty(I64, 4, tokens)).shape == (4, 1, config.vocab_size)
     assert names() >= {"_cache_append_kernel"}
+    assert ("_decode_linear_kernel" in names()) == (tokens == 1)
 
 
 LOSSES_AND_PRODUCTS = {

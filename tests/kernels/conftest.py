@@ -11,18 +11,6 @@ if dispatch.INTERPRETED:
 
 
 @pytest.fixture
-def choose_kernels(monkeypatch):
-    """A function that sets HOTLAP_KERNELS for the rest of the test."""
-
-    def choose(name: str) -> None:
-        monkeypatch.setenv("HOTLAP_KERNELS", name)
-        dispatch._decide.cache_clear()
-
-    yield choose
-    dispatch._decide.cache_clear()
-
-
-@pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache of measured tiles, with nothing in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -16,6 +16,7 @@ from hotlap.kernels import (
     attention,
     attention_forward,
     cross_entropy,
+    decode_linear,
     dispatch,
     embedding,
     fp8,
@@ -62,6 +63,11 @@ def look_up(weight, ids):
     return embedding.embedding(ids, weight, BF16, accumulate=True).sum()
 
 
+def decode_step(x, x0, weight, gate, scale):
+    y, total, gates = decode_linear.norm_linear(x, weight, (scale, scale, x0), gate)
+    return y + total + gates
+
+
 def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
@@ -76,7 +82,8 @@ def mix(x, residual, a, b):
     return y.sum() + total.sum()
 
 
-STEPS = (  # a function that ends in a scalar; its tensors, of which floats want gradients unless it is Muon's
+STEPS = (  # a function that ends in a scalar, and its tensors, of which floats want gradients if it learns
+    (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16, 64, 12), (BF16,)),
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
@@ -97,18 +104,11 @@ FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_rel
 def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
-    modules = (
-        attention_forward,
-        cross_entropy,
-        embedding,
-        fp8,
-        linear_relu2,
-        muon,
-        orthogonalize,
-        qkv,
-        rms_norm,
-    )
-    for module in modules:
+    tiled = (
+        attention_forward, cross_entropy, decode_linear, embedding, fp8, linear_relu2, muon, orthogonalize,
+        qkv, rms_norm,
+    )  # fmt: skip
+    for module in tiled:
         module.device_facts = lambda _: H100
     changed, operations = {}, set()
 
@@ -131,7 +131,7 @@ def main() -> None:
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
-            learns = function is not muon_step
+            learns = function not in (decode_step, muon_step)
             given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
             loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
             if learns:

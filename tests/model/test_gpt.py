@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.tools import relative_error, tiny_config
 
-from hotlap.kernels import fp8
+from hotlap.kernels import decode_linear, dispatch, fp8
 from hotlap.model.config import ROPE_BASE
 from hotlap.model.decoding import KVCache
 from hotlap.model.gpt import GPT, Block
@@ -109,6 +109,37 @@ def test_slots_of_different_lengths_continue_in_any_order(random_model):
                 expected = full[s, done[s] : done[s] + new]
                 torch.testing.assert_close(y[row], expected, rtol=1e-5, atol=1e-4)
                 done[s] += new
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_decoding_says_the_same_tokens_as_torch(name, random_model, choose_kernels, monkeypatch):
+    """Of two sequences, by the kernels in the interpreter. Each layer has four products, all fused."""
+    if not dispatch.INTERPRETED:
+        pytest.skip("runs kernels on a CPU")
+    config, products, steps = CONFIGS[name], [], 3
+    model = random_model(config).for_inference()
+    fused = decode_linear._decode_linear
+    monkeypatch.setattr(
+        decode_linear, "_decode_linear", lambda *given: products.append(given) or fused(*given)
+    )
+
+    def answer(kernels):
+        choose_kernels(kernels)
+        cache, slots, logits = KVCache(config, 2, 12, torch.float32, "cpu"), torch.arange(2), []
+        ids = ids_of(2, 9)
+        for step in range(steps + 1):  # the first reads prompts of 18 tokens, which are too many
+            cache.use(slots, 0 * slots + (8 + step if step else 0), ids.shape[1])
+            logits.append(model(ids, cache=cache, last=True)[:, 0])
+            ids = logits[-1].argmax(-1, keepdim=True)
+        return torch.stack(logits)
+
+    with torch.inference_mode():
+        expected = answer("torch")
+        assert not products
+        logits = answer("triton")
+    assert len(products) == 4 * config.layers * steps
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,305 @@
+"""Products of a few rows with a large weight, as in decoding, fused with what surrounds them in a block.
+
+    norm_linear:      total = a x + b x0,  n = rms_norm(total),  y = n W^T or relu(n W^T)^2,  n_{:G} V^T
+    linear_residual:  y = x W^T + residual
+
+Bound by memory: N D e bytes of W, for elements of e bytes. Each program streams a few rows of W over their
+whole depth. Its warps share the depth and add their sums at the end, so no sum crosses programs, and the
+result does not depend on the order in which they run. The norm is a factor of each row: the mean square is
+summed beside the product and scales its result. So the normalised row is not rounded to the dtype of x before
+the product, as the reference does, which changes y by at most 2^-8 |n| |W|^T in bfloat16, 2^-11 in float16.
+
+For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
+and for float32 on a GPU (no tensor cores), both functions are the reference.
+"""
+# R rows (tokens), D inner dimension, N outputs, K gates of V, which read G channels
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hotlap.kernels.dispatch import (
+    INTERPRETED,
+    Device,
+    device_facts,
+    jit,
+    kernel_op,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
+from hotlap.kernels.relu2 import relu2
+from hotlap.kernels.rms_norm import EPS, rms_norm_ref, rms_norm_residual_ref
+from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
+
+ROWS = 16  # of x, as many as a matmul instruction takes
+RESERVE = 2 << 10  # bytes of shared memory for sums over warps and the like
+Mix = tuple[Tensor, Tensor, Tensor]  # a, b (one element each) and x0 (as x)
+
+
+def norm_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    mix: Mix | None = None,
+    gate: Tensor | None = None,
+    squared_relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The specification: each step is rounded to the dtype of x."""
+    if mix is None:
+        normalised = rms_norm_ref(x)
+    else:
+        a, b, x0 = mix
+        normalised, x = rms_norm_residual_ref(x, x0, scales=(a.to(x.dtype), b.to(x.dtype)))
+    y = F.linear(normalised, weight.to(x.dtype))
+    gates = None if gate is None else F.linear(normalised[..., : gate.shape[1]], gate.to(x.dtype))
+    return (relu2(y) if squared_relu else y), x, gates
+
+
+def linear_residual_ref(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """The specification."""
+    return residual + F.linear(x, weight.to(x.dtype))
+
+
+@jit
+def _mix(p, q, a, b):
+    """a p + b q, rounded as the next layer adds to it."""
+    return (a * p.to(tl.float32) + b * q.to(tl.float32)).to(p.dtype)
+
+
+@jit
+def _store_gates(
+    x, a, b, x0, gate, gates, rstd, R, D, K, G,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    r, k, g = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)[None, :]
+    real = (r < R) & (g < G)
+    p = tl.load(x + r * D + g, real, other=0.0)  # (ROWS, BLOCK_G)
+    if x0 is not None:
+        p = _mix(p, tl.load(x0 + r * D + g, real, other=0.0), a, b)
+    v = tl.load(gate + k[:, None] * G + g, (k[:, None] < K) & (g < G), other=0.0)  # (BLOCK_K, BLOCK_G)
+    out = tl.sum(p.to(tl.float32)[:, None, :] * v.to(tl.float32)[None, :, :], 2) * rstd  # (ROWS, BLOCK_K)
+    tl.store(gates + r * K + k[None, :], out.to(gates.dtype.element_ty), (r < R) & (k[None, :] < K))
+
+
+@jit
+def _decode_linear_kernel(
+    x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+    NORM: tl.constexpr, RELU2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of y (R, N) from rows of w (N, D); everything else is contiguous. Each warp takes
+    BLOCK_D of every WARPS * BLOCK_D along D. Where total or gates are asked for, the last program writes
+    them; it has no columns of y.
+    """
+    program, last = tl.program_id(0), tl.num_programs(0) - 1
+    n = (program * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)  # offsets pass 2^31
+    d = tl.arange(0, WARPS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    r = tl.arange(0, ROWS)
+    left = r[None, :, None] * D + d[:, None, :]  # (WARPS, ROWS, BLOCK_D)
+    right = w + n[None, None, :] * w_n + d[:, :, None]  # (WARPS, BLOCK_D, BLOCK_N)
+    if x0 is not None:
+        a = tl.load(a).to(x.dtype.element_ty).to(tl.float32)
+        b = tl.load(b).to(x.dtype.element_ty).to(tl.float32)
+    sums = tl.zeros((WARPS, ROWS, BLOCK_N), tl.float32)
+    squares = tl.zeros((WARPS, ROWS), tl.float32)
+    for start in range(0, D, WARPS * BLOCK_D):
+        inside = d < D - start
+        mask = (r < R)[None, :, None] & inside[:, None, :]
+        p = tl.load(x + start + left, mask, other=0.0)
+        q = tl.load(right, inside[:, :, None] & (n < N)[None, None, :], other=0.0)
+        if x0 is not None:
+            p = _mix(p, tl.load(x0 + start + left, mask, other=0.0), a, b)
+            tl.store(total + start + left, p, mask & (program == last))
+        if NORM:
+            wide = p.to(tl.float32)
+            squares += tl.sum(wide * wide, 2)
+        sums = tl.dot(p, q, sums, input_precision="ieee")
+        right += WARPS * BLOCK_D
+    out = tl.sum(sums, 0)  # (ROWS, BLOCK_N)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(squares, 0) / D + tl.cast(eps, tl.float32))[:, None]
+        out *= rstd
+        if gate is not None and program == last:
+            _store_gates(x, a, b, x0, gate, gates, rstd, R, D, K, G, ROWS, BLOCK_K, BLOCK_G)
+    if RELU2:
+        out = tl.where(out < 0, 0.0, out)  # unlike a maximum, keeps NaN
+        out *= out
+    place = r[:, None] * tl.cast(N, tl.int64) + n[None, :]
+    mask = (r < R)[:, None] & (n < N)[None, :]
+    if residual is not None:
+        out += tl.load(residual + place, mask, other=0.0).to(tl.float32)
+    tl.store(y + place, out.to(y.dtype.element_ty), mask)
+
+
+def _tiles(shapes: list[tuple[int, int, int, int]], rows: int) -> list[Tile]:
+    """Tiles of (N, D of a warp, warps, stages). All stages but one are in flight, with x and x0."""
+    tiles = []
+    for n, d, warps, stages in shapes:
+        blocks = {"ROWS": rows, "BLOCK_N": n, "WARPS": warps, "BLOCK_D": d}
+        flying = (stages - 1) * (n + 2 * rows)
+        tiles.append(Tile(blocks, warps, stages, shared=2 * warps * d * (flying + rows) + RESERVE))
+    return tiles
+
+
+def _decode_linear_wide_tiles(rows: int, device: Device) -> list[Tile]:
+    """For weights of two programs a processor or more. The order is calculated, not measured: 50 to 100 KB
+    in flight on each processor of an H100, where bandwidth times latency is 20 to 30.
+    """
+    if device.warp == 64:  # AMD, whose matmul instructions take no less than 16 rows and columns
+        return _tiles([(16, 64, 4, 3), (16, 64, 4, 2), (32, 64, 4, 2)], ROWS)
+    if rows == 1:
+        return _tiles([(16, 128, 4, 4), (16, 128, 4, 3), (16, 256, 4, 3), (8, 128, 4, 4), (16, 64, 4, 6)], 1)
+    return _tiles([(32, 64, 4, 4), (16, 64, 4, 4), (32, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3)], ROWS)
+
+
+def _decode_linear_narrow_tiles(rows: int, device: Device) -> list[Tile]:
+    """For fewer rows of W: smaller blocks, so that more processors have one, and more of them in flight."""
+    if device.warp == 64:
+        return _decode_linear_wide_tiles(rows, device)
+    if rows == 1:
+        return _tiles([(8, 128, 4, 5), (8, 128, 4, 4), (8, 256, 4, 4), (8, 128, 8, 4), (16, 128, 4, 4)], 1)
+    return _tiles([(8, 64, 4, 5), (8, 64, 4, 4), (16, 64, 4, 4), (16, 64, 8, 3), (16, 64, 4, 3)], ROWS)
+
+
+def _table(N: int, device: Device) -> Table:
+    programs = N // 16
+    return _decode_linear_narrow_tiles if programs < 2 * device.processors else _decode_linear_wide_tiles
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x0: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    norm: bool,
+    squared_relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., N), a x + b x0 and the gates (..., K); what is not asked for is empty."""
+    y, total, gates = _empty(x, weight, a, b, x0, gate)
+    if y.numel() == 0:
+        return y, total, gates
+    N, D = weight.shape
+    K, G = (0, 0) if gate is None else gate.shape
+    R, device = math.prod(x.shape[:-1]), device_facts(x.device)
+    x, x0, gate, residual = (t if t is None else t.contiguous() for t in (x, x0, gate, residual))  # small
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    tile = pick_tile(_table(N, device), 1 if R == 1 else ROWS, device)
+    programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
+    with torch.cuda.device_of(x):
+        wrap_triton(_decode_linear_kernel)[(programs,)](
+            x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,
+            None if gate is None else gates, weight.stride(0), R, N, D, K, G, EPS, NORM=norm,
+            RELU2=squared_relu, BLOCK_K=next_power_of_2(K), BLOCK_G=next_power_of_2(G), **tile.arguments,
+        )  # fmt: skip
+    return y, total, gates
+
+
+def _empty(x: Tensor, weight: Tensor, a, b, x0, gate, *_) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
+    shapes = (*rows, weight.shape[0]), x.shape if x0 is not None else (0,)
+    gates = (0,) if gate is None else (*rows, gate.shape[0])
+    return tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (*shapes, gates))
+
+
+_decode_linear = kernel_op("decode_linear", _product, _empty)
+
+
+def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
+    """Whether the product of x (..., D) and weight (N, D), with what is fused with it, runs the kernel."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *others))
+    few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype
+    return few and not learns and use_triton(x) and (x.dtype != torch.float32 or INTERPRETED)
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    mix: Mix | None = None,
+    gate: Tensor | None = None,
+    squared_relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, total, gates): y = n weight^T, or its relu(.)^2, of n = rms_norm(total), where total = a x + b x0,
+    or x without a mix; and gates = n_{:G} gate^T, or None without a gate.
+
+    x, x0: (..., D); weight: (N, D); a, b: one element each, rounded to the dtype of x; gate: (K, G). Returns
+    (..., N), (..., D) and (..., K) in that dtype.
+    """
+    _check(x, weight)
+    if mix is not None and (mix[2].shape != x.shape or mix[2].dtype != x.dtype):
+        given = f"x0 is {tuple(mix[2].shape)} {mix[2].dtype}"
+        raise ValueError(f"{given}; it has to be as x, {tuple(x.shape)} {x.dtype}")
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] > x.shape[-1]):
+        raise ValueError(f"gate is {tuple(gate.shape)}; needed are (K, G), with G up to {x.shape[-1]}")
+    others = (*(mix or ()), *(() if gate is None else (gate,)))
+    if not fuses(x, weight, *others):
+        return norm_linear_ref(x, weight, mix, gate, squared_relu)
+    a, b, x0 = mix or (None, None, None)
+    y, total, gates = _decode_linear(x, weight, a, b, x0, gate, None, True, squared_relu)
+    return y, x if mix is None else total, None if gate is None else gates
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """residual + x weight^T of x (..., D), weight (N, D) and residual (..., N), in the dtype of x."""
+    _check(x, weight)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual.shape != shape or residual.dtype != x.dtype:
+        given = f"residual is {tuple(residual.shape)} {residual.dtype}"
+        raise ValueError(f"{given}; it has to be as the product, {shape} {x.dtype}")
+    if not fuses(x, weight, residual):
+        return linear_residual_ref(x, weight, residual)
+    return _decode_linear(x, weight, None, None, None, None, residual, False, False)[0]
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; needed are (..., D) and (N, D)"
+        )
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """For the static gate and the tuner: the products of d24's blocks with one row and 16; none in float32,
+    which has no tensor cores. The tuner uses a new weight each time, which no cache holds.
+    """
+    if dtype == torch.float32:
+        return []
+    t, absent = f"*{type_name(dtype)}", dict.fromkeys(("a", "b", "x0", "gate", "residual", "total", "gates"))
+    common = {"x": t, "w": t, "y": t, "eps": "fp64", "BLOCK_K": 0, "BLOCK_G": 0, **absent}
+    common |= dict.fromkeys(("w_n", "N", "D", "K", "G"), "i32")
+    fused = {**dict.fromkeys(("x0", "total", "a", "b", "gate", "gates"), t), "BLOCK_K": 16, "BLOCK_G": 16}
+    forms = {
+        "norm, relu2": (6144, 1536, {"NORM": True, "RELU2": True}),
+        "residual": (1536, 6144, {"NORM": False, "RELU2": False, "residual": t}),
+        "mix, norm, gate": (4608, 1536, {"NORM": True, "RELU2": False, **fused}),
+    }
+
+    def run(rows: int, N: int, D: int, form: dict, device: torch.device):
+        weights = torch.randn(12, N, D, device=device, dtype=dtype) / D**0.5  # 12: more than caches hold
+        x, residual = (torch.randn(rows, width, device=device, dtype=dtype) for width in (D, N))
+        mix = (x[0, 0], x[0, 1], x) if "x0" in form else (None, None, None)
+        gate = weights[0, :12, :12] if "gate" in form else None
+        added = residual if "residual" in form else None
+
+        def launch():
+            for weight in weights:
+                _product(x, weight, *mix, gate, added, form["NORM"], form["RELU2"])
+
+        return launch
+
+    found = []
+    for variant, (N, D, form) in forms.items():
+        table = _decode_linear_narrow_tiles if N == 1536 else _decode_linear_wide_tiles
+        for rows in (1, ROWS):
+            arguments = common | form | {"R": 1 if rows == 1 else "i32"}
+            start = functools.partial(run, rows, N, D, form)
+            found.append(Case("_decode_linear_kernel", arguments, table, rows, start, variant, small=True))
+    return found
