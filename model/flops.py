@@ -109,7 +109,9 @@ def training_bytes(
     c, counts = model.config, parameter_counts(model)
     blocks = sum(p.numel() for p in model.blocks.parameters())
     kv = c.kv_heads * c.head_dim
-    saved = 4 * c.width + 2 * c.width + 2 * kv + 2 * MLP_RATIO * c.width + 2 * c.width
+    # a block's input, queries, what attention returns, both norms and the sum before the second; keys and
+    # values; the MLP's hidden layer before and after ReLU^2
+    saved = 6 * c.width + 2 * kv + 2 * MLP_RATIO * c.width
     sharded = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],

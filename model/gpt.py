@@ -331,9 +331,10 @@ class GPT(nn.Module):
             x = block(x, mix, value_embedding, cos, sin, document_start, cache)
             if c.backout and i == c.layers // 2:
                 middle = x
-        if c.backout:
-            x = x - self.backout_scale.to(x.dtype) * middle
-        return rms_norm(x)
+        if not c.backout:
+            return rms_norm(x)
+        scale = self.backout_scale.to(x.dtype)[0]
+        return rms_norm_residual(x, middle, scales=(torch.ones_like(scale), -scale))[0]  # x - scale * middle
 
     def smeared(self, x: Tensor, document_start: Tensor | None, cache: Cache | None) -> Tensor:
         """x with a gated share of the previous token added to each token, except the first of a document."""
