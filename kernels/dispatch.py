@@ -87,9 +87,10 @@ def use_triton(x: Tensor) -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: has type annotations, returns new tensors or None, and modifies only the tensors that
-    `mutates` names. fake: the same for shapes only. save(ctx, inputs, output) and backward(ctx, *grads): as
-    in `torch.autograd.Function`; an operation without them is not differentiable.
+    implementation: has type annotations, takes a tensor first, returns new tensors or None, and modifies only
+    the tensors, or lists of them, that `mutates` names. fake: the same for shapes only. save(ctx, inputs,
+    output) and backward(ctx, *grads): as in `torch.autograd.Function`; an operation without them is not
+    differentiable.
 
     In the interpreter it is a custom_op, because an interpreted kernel cannot be traced. On a GPU it is a
     triton_op, whose kernels Inductor sees. An opaque operation is a custom_op on a GPU too: it plans its own
@@ -144,7 +145,8 @@ class kernel_op:
             return self.op(*inputs)
         output = self.eager(*inputs)
         if self.mutated:  # so that autograd notices a tensor saved before
-            torch.autograd.graph.increment_version([inputs[i] for i in self.mutated])
+            for changed in (inputs[i] for i in self.mutated):
+                torch.autograd.graph.increment_version(changed)
         return output
 
 

@@ -117,10 +117,10 @@ def test_a_step_of_muon_compiles(depth):
     @torch.compile(dynamic=False)
     def step(grad, momentum, weight, second, scalar):
         M, N = weight.shape[1:]
-        update = muon_momentum(grad, momentum, scalar, BF16)
+        update = muon_momentum(grad.unbind(), momentum, scalar, BF16)
         update = orthogonalize(update, norm=M**0.5)
         factors = muon_factors(muon_squares(update).view_as(second), second, min(M, N), 0.9)
-        muon_apply(weight, update, factors, scalar, scalar)
+        muon_apply(weight.unbind(), update, factors, scalar, scalar)
 
     for M, N in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
         second = empty(F32, 2, M, 1) if M >= N else empty(F32, 2, 1, N)

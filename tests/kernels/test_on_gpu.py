@@ -322,8 +322,8 @@ def test_a_captured_muon_step_reads_its_rates_at_each_replay():
     )
 
     def step():
-        update = orthogonalize(muon_momentum(grad, momentum, beta, torch.bfloat16), norm=8.0)
-        muon_apply(weight, update, muon_factors(muon_squares(update), second, 64, 0.9), lr, lr)
+        update = orthogonalize(muon_momentum(grad.unbind(), momentum, beta, torch.bfloat16), norm=8.0)
+        muon_apply(weight.unbind(), update, muon_factors(muon_squares(update), second, 64, 0.9), lr, lr)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

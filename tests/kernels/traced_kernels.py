@@ -40,10 +40,10 @@ class Driver:
 
 
 def muon_step(grad, momentum, weight, second, scalar):
-    update = muon.muon_momentum(grad, momentum, scalar, BF16)
+    update = muon.muon_momentum(grad.unbind(), momentum, scalar, BF16)
     update = orthogonalize.orthogonalize(update, norm=4.0)
     factors = muon.muon_factors(muon.muon_squares(update), second, 16, 0.9)
-    muon.muon_apply(weight, update, factors, scalar, scalar)
+    muon.muon_apply(weight.unbind(), update, factors, scalar, scalar)
     return weight.sum()
 
 
