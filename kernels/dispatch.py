@@ -43,6 +43,18 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
+def allow_descriptors() -> None:
+    """Give the kernels that this thread launches memory for tensor descriptors. Compiled graphs do so
+    themselves.
+    """
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory on the current GPU for the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 @functools.cache
 def _decide(device_type: str) -> str:
     choice = os.environ.get("HOTLAP_KERNELS", "")

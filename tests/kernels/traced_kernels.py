@@ -47,6 +47,10 @@ def muon_step(grad, momentum, weight, second, scalar):
     return weight.sum()
 
 
+def symmetric_by_descriptors(x):
+    return orthogonalize.orthogonalize(x, norm=4.0).sum()
+
+
 def by_descriptors(*given):
     return linear_relu2.linear_relu2(*given).sum()
 
@@ -68,10 +72,15 @@ STEPS = (  # a function that ends in a scalar; its tensors, of which floats want
     (attend, *[(BF16, 2, 32, 2, 16)] * 3, (I32, 2, 32)),
     (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (in_two_passes, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
+    (symmetric_by_descriptors, (BF16, 2, 16, 48)),
 )
 
 
-FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_relu2_apart_kernel"}
+FORMS = {
+    by_descriptors: (linear_relu2, "_linear_relu2_tma_kernel"),
+    in_two_passes: (linear_relu2, "_linear_relu2_apart_kernel"),
+    symmetric_by_descriptors: (orthogonalize, "_symmetric_tma_kernel"),
+}
 
 
 def main() -> None:
@@ -94,13 +103,14 @@ def main() -> None:
     backend = aot_autograd(fw_compiler=look, bw_compiler=look)
     for function, *tensors in STEPS:
         if function in FORMS:
-            linear_relu2.pick_tile = lambda table, size, device, form=FORMS[function]: next(
+            module, form = FORMS[function]
+            module.pick_tile = lambda table, size, device, form=form: next(
                 tile for tile in fitting_tiles(table, size, device) if tile.kernel == form
             )
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
-            learns = function is not muon_step
+            learns = function not in (muon_step, symmetric_by_descriptors)
             given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
             loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
             if learns:
