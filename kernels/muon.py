@@ -64,8 +64,7 @@ def muon_apply_ref(
     weights: Sequence[Tensor], update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor
 ) -> None:
     """Move G weights (M, N) in place."""
-    for weight, u, factor in zip(weights, update, factors, strict=True):
-        scaled = u.to(factor.dtype) * factor
+    for weight, scaled in zip(weights, update.to(factors.dtype) * factors, strict=True):
         cautious = (scaled * weight >= 0).to(weight.dtype)
         weight.sub_(lr * (scaled + decay * weight * cautious))
 

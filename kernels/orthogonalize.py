@@ -214,7 +214,7 @@ def _symmetric_tiles(_: int, device: Device) -> list[Tile]:
     ]
     sizes = [(64, 128, 64, 4, 3), (128, 128, 32, 8, 2), (64, 64, 64, 4, 4)]
     if device.shared_memory >= 200 << 10:  # datacenter Hopper and Blackwell
-        sizes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4)]
+        sizes = [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4)]
     tma = [
         # and two tiles of the result, and more barriers
         Tile({"TILE": tile, "WIDTH": width, "DEPTH": depth}, warps, stages, kernel="_symmetric_tma_kernel",
