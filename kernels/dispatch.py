@@ -33,9 +33,9 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
 
-def jit(function: Callable) -> Any:
+def jit(function: Callable, **options: Any) -> Any:
     """`triton.jit`, where there is Triton."""
-    return triton.jit(function) if triton else function
+    return triton.jit(function, **options) if triton else function
 
 
 def wrap_triton(kernel: Any) -> Any:

@@ -78,17 +78,18 @@ def _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta):
     return m, m + (1.0 - beta) * (g - m)
 
 
-@jit
+# Batches are given whole, with the place of a matrix: compilers would copy a view that a kernel writes to.
+@functools.partial(jit, do_not_specialize=["matrix"])
 def _muon_momentum_kernel(
-    grad, momentum, update, beta, grad_m, grad_n, momentum_m, momentum_n, N, eps,
+    grad, momentum, update, beta, matrix, grad_m, grad_n, momentum_g, momentum_m, momentum_n, M, N, eps,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of a matrix. WHOLE: it fits a block and is read once. update is contiguous."""
-    row = tl.program_id(0).to(tl.int64)
+    row, matrix = tl.program_id(0).to(tl.int64), tl.cast(matrix, tl.int64)
     beta, eps = tl.load(beta).to(tl.float32), tl.cast(eps, tl.float32)
     grad += row * grad_m
-    momentum += row * momentum_m
-    update += row * N
+    momentum += matrix * momentum_g + row * momentum_m
+    update += (matrix * M + row) * N
     n = tl.arange(0, BLOCK).to(tl.int64)
     if WHOLE:
         m, u = _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta)
@@ -165,13 +166,15 @@ def _muon_factors_kernel(squares, second, factors, second_g, second_l, L, S, bet
         tl.store(factors + at, first * again * tl.rsqrt(v + eps), at < L)
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["matrix"])
 def _muon_apply_kernel(
-    weight, update, factors, lr, decay, weight_m, weight_n, update_m, update_n, M, N,
+    weight, update, factors, lr, decay, matrix, weight_m, weight_n, update_g, update_m, update_n, M, N,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Move one block of a matrix. Factors are of ROWS, or of columns."""
-    across, block = tl.cdiv(N, BLOCK_N), tl.program_id(0)
+    across, block, matrix = tl.cdiv(N, BLOCK_N), tl.program_id(0), tl.cast(matrix, tl.int64)
+    update += matrix * update_g
+    factors += matrix * (M if ROWS else N)
     m = (block // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     n = (block % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
     inside = (m < M) & (n < N)
@@ -216,9 +219,9 @@ def _momentum(momentum: Tensor, grads: list[Tensor], beta: Tensor) -> Tensor:
     if updates.numel():
         tile = pick_tile(_muon_momentum_tiles, int(N), device_facts(momentum.device))
         with torch.cuda.device_of(momentum):
-            for grad, m, update in zip(grads, momentum.unbind(), updates.unbind(), strict=True):
+            for matrix, grad in enumerate(grads):
                 wrap_triton(_muon_momentum_kernel)[(M,)](
-                    grad, m, update, beta, *grad.stride(), *m.stride(), N, EPS,
+                    grad, momentum, updates, beta, matrix, *grad.stride(), *momentum.stride(), M, N, EPS,
                     WHOLE=tile.blocks["BLOCK"] >= N, **tile.arguments,
                 )  # fmt: skip
     return updates
@@ -267,9 +270,9 @@ def _apply(update: Tensor, factors: Tensor, weights: list[Tensor], lr: Tensor, d
         blocks = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
         rows, factors = factors.shape[-1] == 1, factors.contiguous()
         with torch.cuda.device_of(update):
-            for weight, u, factor in zip(weights, update.unbind(), factors.unbind(), strict=True):
+            for matrix, weight in enumerate(weights):
                 wrap_triton(_muon_apply_kernel)[(blocks,)](
-                    weight, u, factor, lr, decay, *weight.stride(), *u.stride(), M, N,
+                    weight, update, factors, lr, decay, matrix, *weight.stride(), *update.stride(), M, N,
                     ROWS=rows, **tile.arguments,
                 )  # fmt: skip
 
@@ -348,10 +351,10 @@ def cases(dtype: torch.dtype) -> list[Case]:
     """For the static gate and the tuner: twelve matrices of d24, tall and wide, with gradients and updates of
     the dtype; and rows too long for a program."""
     t, scalar, (G, L, S) = f"*{type_name(dtype)}", "*fp32", (12, 6144, 1536)
-    sizes = {"M": "i32", "N": "i32"}
+    sizes, matrix = {"M": "i32", "N": "i32"}, {"matrix": "i32"}
 
     def strides(name: str) -> dict:
-        return {f"{name}_m": "i32", f"{name}_n": 1}
+        return {f"{name}_g": "i32", f"{name}_m": "i32", f"{name}_n": 1}
 
     def of_momentum(M: int, N: int) -> Case:
         def run(device):
@@ -360,7 +363,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
             return lambda: _momentum(momentum, list(grad), beta)
 
         arguments = {"grad": t, "momentum": "*fp32", "update": "*fp16", "beta": scalar, "eps": "fp64"}
-        arguments |= strides("grad") | strides("momentum") | {"N": "i32", "WHOLE": N <= LONGEST_ROW}
+        arguments |= strides("grad") | strides("momentum") | sizes | matrix | {"WHOLE": N <= LONGEST_ROW}
         return Case("_muon_momentum_kernel", arguments, _muon_momentum_tiles, N, run)
 
     def run_apply(M: int, N: int, device: torch.device):
@@ -375,9 +378,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
     def of_apply(M: int, N: int) -> list[Case]:
         run, name, rows = functools.partial(run_apply, M, N), "tall" if M > N else "wide", {"ROWS": M > N}
-        squares = {"update": t, "squares": "*fp32", "update_g": "i32"} | strides("update") | sizes | rows
+        squares = {"update": t, "squares": "*fp32"} | strides("update") | sizes | rows
         step = {"weight": "*fp32", "update": t, "factors": "*fp32", "lr": scalar, "decay": scalar}
-        step |= strides("weight") | strides("update") | sizes | rows
+        step |= strides("weight") | strides("update") | sizes | matrix | rows
         return [
             Case("_muon_squares_kernel", squares, _muon_squares_tiles, int(M > N), run, name),
             Case("_muon_apply_kernel", step, _muon_apply_tiles, 0, run, name),
