@@ -26,7 +26,7 @@ from hotlap.train.distributed.world import joined
 KINDS = (  # the first pattern found in a kernel's name counts
     ("our attention", r"_attention_"),
     ("our QK-norm, rotary and value embeddings", r"_qkv_"),
-    ("our Muon", r"_muon_|_symmetric_kernel"),
+    ("our Muon", r"_muon_|_symmetric_"),
     ("our cross-entropy", r"_cross_entropy"),
     ("our linear + ReLU^2", r"_linear_relu2"),
     ("our norms and elementwise kernels", r"_rms_norm|_relu2|_largest|_quantize|_transpose"),

@@ -261,16 +261,16 @@ def muon_at(size: str, width: int, rows: int, device: torch.device, dtype: torch
     beta, lr, decay = (torch.tensor(value, device=device) for value in (0.95, 1.0, 0.1))
 
     def ours(grad: Tensor, momentum: Tensor, weight: Tensor, second: Tensor) -> Tensor:
-        update = orthogonalize(muon_momentum(grad, momentum, beta, dtype), norm=width**0.5)
+        update = orthogonalize(muon_momentum(grad.unbind(), momentum, beta, dtype), norm=width**0.5)
         factors = muon_factors(muon_squares(update), second, width, 0.9)
-        muon_apply(weight, update, factors, lr, decay)
+        muon_apply(weight.unbind(), update, factors, lr, decay)
         return weight
 
     def reference(grad: Tensor, momentum: Tensor, weight: Tensor, second: Tensor) -> Tensor:
-        update = muon_momentum_ref(grad, momentum, beta)
+        update = muon_momentum_ref(grad.unbind(), momentum, beta)
         update = orthogonalize_ref(update if update.dtype == torch.float64 else update.to(dtype))
         factors = muon_factors_ref(muon_squares_ref(update), second, width, 0.9)
-        muon_apply_ref(weight, update, factors, lr, decay)
+        muon_apply_ref(weight.unbind(), update, factors, lr, decay)
         return weight
 
     def tensors() -> tuple[Tensor, ...]:

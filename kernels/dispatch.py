@@ -33,9 +33,9 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
 
-def jit(function: Callable) -> Any:
+def jit(function: Callable, **options: Any) -> Any:
     """`triton.jit`, where there is Triton."""
-    return triton.jit(function) if triton else function
+    return triton.jit(function, **options) if triton else function
 
 
 class _Thread(threading.local):
@@ -51,6 +51,18 @@ def wrap_triton(kernel: Any) -> Any:
     An interpreted kernel is never wrapped, which torch refuses before 2.13.
     """
     return kernel if INTERPRETED or _thread.launches else torch.library.wrap_triton(kernel)
+
+
+def allow_descriptors() -> None:
+    """Give the kernels that this thread launches memory for tensor descriptors. Compiled graphs do so
+    themselves.
+    """
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory on the current GPU for the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @functools.cache
@@ -102,9 +114,10 @@ def traced() -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: has type annotations, returns new tensors or None, and modifies only the tensors that
-    `mutates` names. fake: the same for shapes only. save(ctx, inputs, output) and backward(ctx, *grads): as
-    in `torch.autograd.Function`; an operation without them is not differentiable.
+    implementation: has type annotations, takes a tensor first, returns new tensors or None, and modifies only
+    the tensors, or lists of them, that `mutates` names. fake: the same for shapes only. save(ctx, inputs,
+    output) and backward(ctx, *grads): as in `torch.autograd.Function`; an operation without them is not
+    differentiable.
 
     In the interpreter it is a custom_op, because an interpreted kernel cannot be traced. On a GPU it is a
     triton_op, whose kernels Inductor sees. An opaque operation is a custom_op on a GPU too: it plans its own
@@ -166,7 +179,8 @@ class kernel_op:
             return self.op(*inputs)
         output = self.eager(*inputs)
         if self.mutated:  # so that autograd notices a tensor saved before
-            torch.autograd.graph.increment_version([inputs[i] for i in self.mutated])
+            for changed in (inputs[i] for i in self.mutated):
+                torch.autograd.graph.increment_version(changed)
         return output
 
 

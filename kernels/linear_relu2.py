@@ -27,6 +27,7 @@ from torch import Tensor
 from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
+    allow_descriptors,
     device_facts,
     jit,
     kernel_op,
@@ -187,11 +188,6 @@ def _tma_takes(*matrices: Tensor) -> bool:
     )
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory on the current GPU for the descriptors of a launch."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
     """Launch a kernel: x (M, K) with unit stride, w (K, N) with any."""
     (M, K), N = x.shape, w.shape[1]
@@ -207,7 +203,7 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
         programs = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
         if tile.kernel:
             programs = min(programs, device.processors)
-            triton.set_allocator(_scratch)  # per thread; compiled graphs set their own
+            allow_descriptors()
         with torch.cuda.device_of(x):
             wrap_triton(kernel)[(programs,)](
                 x, w, a, out, x.stride(0), *w.stride(), M, N, K, BACKWARD=backward, **tile.arguments

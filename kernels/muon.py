@@ -11,6 +11,9 @@ reads the update for those sums, one program per matrix turns them into a factor
 matrix), and one pass moves the weight. No atomics. Only the sums need whole matrices, so ranks that hold some
 rows of each matrix can do the rest for their rows.
 
+Gradients and weights stay where they are, one tensor a matrix: kernels that touch them are launched once per
+matrix. What the optimiser owns is batched.
+
 Bound by memory. Bytes per element, with float32 weights and 16-bit updates: 14 before (gradient and momentum
 read, momentum and update written), 12 after (update read twice, weight read and written).
 """
@@ -19,6 +22,8 @@ read, momentum and update written), 12 after (update read twice, weight read and
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +35,10 @@ EPS = 1e-10
 LONGEST_ROW = 8192  # elements that a program keeps in registers
 
 
-def muon_momentum_ref(grad: Tensor, momentum: Tensor, beta: Tensor) -> Tensor:
-    """Update momentum (G, M, N) in place with grad, and return the Nesterov update (G, M, N), its rows of
-    norm 1."""
-    grad = grad.to(momentum.dtype)
+def muon_momentum_ref(grads: Sequence[Tensor], momentum: Tensor, beta: Tensor) -> Tensor:
+    """Update momentum (G, M, N) in place with G gradients (M, N), and return the Nesterov update (G, M, N),
+    its rows of norm 1."""
+    grad = torch.stack(list(grads)).to(momentum.dtype)
     momentum.lerp_(grad, 1 - beta)
     update = grad.lerp(momentum, beta)
     return update / (update.norm(dim=-1, keepdim=True) + EPS)
@@ -55,11 +60,13 @@ def muon_factors_ref(squares: Tensor, second_moment: Tensor, S: int, beta2: floa
     return first * (S**0.5 / (whole + EPS)) * (second_moment + EPS).rsqrt()
 
 
-def muon_apply_ref(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor) -> None:
-    """Move weight (G, M, N) in place."""
-    scaled = update.to(factors.dtype) * factors
-    cautious = (scaled * weight >= 0).to(weight.dtype)
-    weight.sub_(lr * (scaled + decay * weight * cautious))
+def muon_apply_ref(
+    weights: Sequence[Tensor], update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor
+) -> None:
+    """Move G weights (M, N) in place."""
+    for weight, scaled in zip(weights, update.to(factors.dtype) * factors, strict=True):
+        cautious = (scaled * weight >= 0).to(weight.dtype)
+        weight.sub_(lr * (scaled + decay * weight * cautious))
 
 
 @jit
@@ -71,17 +78,18 @@ def _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta):
     return m, m + (1.0 - beta) * (g - m)
 
 
-@jit
+# Batches are given whole, with the place of a matrix: compilers would copy a view that a kernel writes to.
+@functools.partial(jit, do_not_specialize=["matrix"])
 def _muon_momentum_kernel(
-    grad, momentum, update, beta, grad_g, grad_m, grad_n, momentum_g, momentum_m, momentum_n, M, N, eps,
+    grad, momentum, update, beta, matrix, grad_m, grad_n, momentum_g, momentum_m, momentum_n, M, N, eps,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one matrix. WHOLE: it fits a block and is read once. update is contiguous."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row of a matrix. WHOLE: it fits a block and is read once. update is contiguous."""
+    row, matrix = tl.program_id(0).to(tl.int64), tl.cast(matrix, tl.int64)
     beta, eps = tl.load(beta).to(tl.float32), tl.cast(eps, tl.float32)
-    grad += row // M * grad_g + row % M * grad_m
-    momentum += row // M * momentum_g + row % M * momentum_m
-    update += row * N
+    grad += row * grad_m
+    momentum += matrix * momentum_g + row * momentum_m
+    update += (matrix * M + row) * N
     n = tl.arange(0, BLOCK).to(tl.int64)
     if WHOLE:
         m, u = _nesterov(grad, momentum, grad_n, momentum_n, n, N, beta)
@@ -158,26 +166,21 @@ def _muon_factors_kernel(squares, second, factors, second_g, second_l, L, S, bet
         tl.store(factors + at, first * again * tl.rsqrt(v + eps), at < L)
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["matrix"])
 def _muon_apply_kernel(
-    weight, update, factors, lr, decay,
-    weight_g, weight_m, weight_n, update_g, update_m, update_n, M, N,
+    weight, update, factors, lr, decay, matrix, weight_m, weight_n, update_g, update_m, update_n, M, N,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Move one block of one matrix. Factors are of ROWS, or of columns."""
-    across = tl.cdiv(N, BLOCK_N)
-    blocks = tl.cdiv(M, BLOCK_M) * across
-    matrix, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    """Move one block of a matrix. Factors are of ROWS, or of columns."""
+    across, block, matrix = tl.cdiv(N, BLOCK_N), tl.program_id(0), tl.cast(matrix, tl.int64)
+    update += matrix * update_g
+    factors += matrix * (M if ROWS else N)
     m = (block // across * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     n = (block % across * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
     inside = (m < M) & (n < N)
     lr, decay = tl.load(lr).to(tl.float32), tl.load(decay).to(tl.float32)
-    if ROWS:
-        factor = tl.load(factors + matrix * M + m, m < M, other=0.0)  # (BLOCK_M, 1)
-    else:
-        factor = tl.load(factors + matrix * N + n, n < N, other=0.0)  # (1, BLOCK_N)
-    weight += matrix * weight_g
-    update += matrix * update_g
+    # (BLOCK_M, 1) or (1, BLOCK_N)
+    factor = tl.load(factors + m, m < M, other=0.0) if ROWS else tl.load(factors + n, n < N, other=0.0)
     u = tl.load(update + m * update_m + n * update_n, inside, other=0.0).to(tl.float32) * factor
     w = tl.load(weight + m * weight_m + n * weight_n, inside, other=0.0).to(tl.float32)
     w -= lr * (u + tl.where(u * w >= 0.0, decay * w, 0.0))
@@ -210,21 +213,22 @@ def _tile(device: Device, warps: int, **blocks: int) -> Tile:
     return Tile(blocks, max(1, warps * 32 // device.warp))
 
 
-def _momentum(grad: Tensor, momentum: Tensor, beta: Tensor) -> Tensor:
-    G, M, N = grad.shape
-    update = _empty_update(grad)
-    if update.numel():
-        tile = pick_tile(_muon_momentum_tiles, int(N), device_facts(grad.device))
-        with torch.cuda.device_of(grad):
-            wrap_triton(_muon_momentum_kernel)[(G * M,)](
-                grad, momentum, update, beta, *grad.stride(), *momentum.stride(), M, N, EPS,
-                WHOLE=tile.blocks["BLOCK"] >= N, **tile.arguments,
-            )  # fmt: skip
-    return update
+def _momentum(momentum: Tensor, grads: list[Tensor], beta: Tensor) -> Tensor:
+    _, M, N = momentum.shape
+    updates = _empty_updates(momentum)
+    if updates.numel():
+        tile = pick_tile(_muon_momentum_tiles, int(N), device_facts(momentum.device))
+        with torch.cuda.device_of(momentum):
+            for matrix, grad in enumerate(grads):
+                wrap_triton(_muon_momentum_kernel)[(M,)](
+                    grad, momentum, updates, beta, matrix, *grad.stride(), *momentum.stride(), M, N, EPS,
+                    WHOLE=tile.blocks["BLOCK"] >= N, **tile.arguments,
+                )  # fmt: skip
+    return updates
 
 
-def _empty_update(grad: Tensor, *_) -> Tensor:
-    return torch.empty(grad.shape, dtype=torch.float16, device=grad.device)
+def _empty_updates(momentum: Tensor, *_) -> Tensor:
+    return torch.empty(momentum.shape, dtype=torch.float16, device=momentum.device)
 
 
 def _squares(update: Tensor) -> Tensor:
@@ -259,39 +263,49 @@ def _factors(squares: Tensor, second_moment: Tensor, S: int, beta2: float) -> Te
     return factors
 
 
-def _apply(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor) -> None:
-    G, M, N = weight.shape
-    if weight.numel():
-        tile = pick_tile(_muon_apply_tiles, 0, device_facts(weight.device))
+def _apply(update: Tensor, factors: Tensor, weights: list[Tensor], lr: Tensor, decay: Tensor) -> None:
+    _, M, N = update.shape
+    if update.numel():
+        tile = pick_tile(_muon_apply_tiles, 0, device_facts(update.device))
         blocks = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
-        with torch.cuda.device_of(weight):
-            wrap_triton(_muon_apply_kernel)[(G * blocks,)](
-                weight, update, factors.contiguous(), lr, decay, *weight.stride(), *update.stride(), M, N,
-                ROWS=factors.shape[-1] == 1, **tile.arguments,
-            )  # fmt: skip
+        rows, factors = factors.shape[-1] == 1, factors.contiguous()
+        with torch.cuda.device_of(update):
+            for matrix, weight in enumerate(weights):
+                wrap_triton(_muon_apply_kernel)[(blocks,)](
+                    weight, update, factors, lr, decay, matrix, *weight.stride(), *update.stride(), M, N,
+                    ROWS=rows, **tile.arguments,
+                )  # fmt: skip
 
 
-_muon_momentum = kernel_op("muon_momentum", _momentum, _empty_update, mutates=("momentum",))
+_muon_momentum = kernel_op("muon_momentum", _momentum, _empty_updates, mutates=("momentum",))
 _muon_squares = kernel_op("muon_squares", _squares, _empty_squares)
 _muon_factors = kernel_op(
     "muon_factors", _factors, lambda squares, *_: torch.empty_like(squares), mutates=("second_moment",)
 )
-_muon_apply = kernel_op("muon_apply", _apply, lambda *_: None, mutates=("weight",))
+_muon_apply = kernel_op("muon_apply", _apply, lambda *_: None, mutates=("weights",))
 
 
-def muon_momentum(grad: Tensor, momentum: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
-    """Update momentum (G, M, N) in place with grad of that shape, and return the update for `orthogonalize`.
+def muon_momentum(grads: Sequence[Tensor], momentum: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
+    """Update momentum (G, M, N) in place with G gradients (M, N), and return the update for `orthogonalize`.
 
     Any rows of the matrices. beta: 0-D on their device, so that nothing recompiles when it changes. The
-    update is Nesterov's, with each row divided by its norm: in float16, which the orthogonalisation kernels
-    compute in, or in dtype without kernels. Strides do not matter.
+    update (G, M, N) is Nesterov's, with each row divided by its norm: in float16, which the orthogonalisation
+    kernels compute in, or in dtype without kernels. Strides do not matter.
     """
-    if grad.dim() != 3 or grad.shape != momentum.shape:
-        shapes = f"grad is {tuple(grad.shape)} and momentum {tuple(momentum.shape)}"
-        raise ValueError(f"{shapes}; needed are (G, M, N) twice")
+    if momentum.dim() != 3 or [grad.shape for grad in grads] != [momentum.shape[1:]] * len(momentum):
+        raise ValueError(
+            f"momentum is {tuple(momentum.shape)} and gradients are {_shapes(grads)}; needed are (G, M, N) "
+            "and G of (M, N)"
+        )
     if use_triton(momentum) and dtype != torch.float32:
-        return _muon_momentum(grad, momentum, beta)
-    return muon_momentum_ref(grad, momentum, beta).to(dtype)
+        return _muon_momentum(momentum, list(grads), beta)
+    return muon_momentum_ref(grads, momentum, beta).to(dtype)
+
+
+def _shapes(matrices: Sequence[Tensor]) -> str:
+    """The shapes that there are, such as `3 of (4, 5)`."""
+    counts = Counter(tuple(x.shape) for x in matrices)
+    return ", ".join(f"{count} of {shape}" for shape, count in counts.items())
 
 
 def muon_squares(update: Tensor) -> Tensor:
@@ -313,29 +327,31 @@ def muon_factors(squares: Tensor, second_moment: Tensor, S: int, beta2: float) -
     return (_muon_factors if use_triton(squares) else muon_factors_ref)(squares, second_moment, S, beta2)
 
 
-def muon_apply(weight: Tensor, update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor) -> None:
-    """Move weight (G, M, N) by the orthogonalised update of that shape times factors, in place.
+def muon_apply(weights: Sequence[Tensor], update: Tensor, factors: Tensor, lr: Tensor, decay: Tensor) -> None:
+    """Move G weights (M, N) by the orthogonalised update (G, M, N) times factors, in place.
 
     Any rows of the matrices. factors: (G, M, 1) or (G, 1, N). lr: step size; decay: the share of the weight
     to remove per unit of lr. Both 0-D on the device of the weights, so that nothing recompiles. Strides do
     not matter.
     """
-    G, M, N = weight.shape if weight.dim() == 3 else (0, 0, 0)
+    G, M, N = update.shape if update.dim() == 3 else (0, 0, 0)
     fits = tuple(factors.shape) in ((G, M, 1), (G, 1, N))
-    if weight.dim() != 3 or update.shape != weight.shape or not fits:
-        shapes = f"weight is {tuple(weight.shape)}, update {tuple(update.shape)}"
+    if update.dim() != 3 or [weight.shape for weight in weights] != [update.shape[1:]] * G or not fits:
         raise ValueError(
-            f"{shapes} and factors {tuple(factors.shape)}; needed are (G, M, N) twice, and (G, M, 1) or "
-            "(G, 1, N)"
+            f"weights are {_shapes(weights)}, update is {tuple(update.shape)} and factors "
+            f"{tuple(factors.shape)}; needed are G of (M, N), (G, M, N), and (G, M, 1) or (G, 1, N)"
         )
-    (_muon_apply if use_triton(weight) else muon_apply_ref)(weight, update, factors, lr, decay)
+    if use_triton(update):
+        _muon_apply(update, factors, list(weights), lr, decay)
+    else:
+        muon_apply_ref(weights, update, factors, lr, decay)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
     """For the static gate and the tuner: twelve matrices of d24, tall and wide, with gradients and updates of
     the dtype; and rows too long for a program."""
     t, scalar, (G, L, S) = f"*{type_name(dtype)}", "*fp32", (12, 6144, 1536)
-    sizes = {"M": "i32", "N": "i32"}
+    sizes, matrix = {"M": "i32", "N": "i32"}, {"matrix": "i32"}
 
     def strides(name: str) -> dict:
         return {f"{name}_g": "i32", f"{name}_m": "i32", f"{name}_n": 1}
@@ -344,10 +360,10 @@ def cases(dtype: torch.dtype) -> list[Case]:
         def run(device):
             grad = torch.randn(G, M, N, device=device, dtype=dtype)
             momentum, beta = torch.zeros_like(grad, dtype=torch.float32), torch.tensor(0.95, device=device)
-            return lambda: _momentum(grad, momentum, beta)
+            return lambda: _momentum(momentum, list(grad), beta)
 
         arguments = {"grad": t, "momentum": "*fp32", "update": "*fp16", "beta": scalar, "eps": "fp64"}
-        arguments |= strides("grad") | strides("momentum") | sizes | {"WHOLE": N <= LONGEST_ROW}
+        arguments |= strides("grad") | strides("momentum") | sizes | matrix | {"WHOLE": N <= LONGEST_ROW}
         return Case("_muon_momentum_kernel", arguments, _muon_momentum_tiles, N, run)
 
     def run_apply(M: int, N: int, device: torch.device):
@@ -356,7 +372,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         second = torch.zeros_like(_empty_squares(update))
 
         def launch():
-            _apply(weight, update, _factors(_squares(update), second, S, 0.9), lr, lr)
+            _apply(update, _factors(_squares(update), second, S, 0.9), list(weight), lr, lr)
 
         return launch
 
@@ -364,7 +380,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         run, name, rows = functools.partial(run_apply, M, N), "tall" if M > N else "wide", {"ROWS": M > N}
         squares = {"update": t, "squares": "*fp32"} | strides("update") | sizes | rows
         step = {"weight": "*fp32", "update": t, "factors": "*fp32", "lr": scalar, "decay": scalar}
-        step |= strides("weight") | strides("update") | sizes | rows
+        step |= strides("weight") | strides("update") | sizes | matrix | rows
         return [
             Case("_muon_squares_kernel", squares, _muon_squares_tiles, int(M > N), run, name),
             Case("_muon_apply_kernel", step, _muon_apply_tiles, 0, run, name),

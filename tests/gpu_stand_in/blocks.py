@@ -124,16 +124,17 @@ def test_a_step_of_muon_compiles(depth):
     width = GPTConfig.from_depth(depth).width
 
     @torch.compile(dynamic=False)
-    def step(grad, momentum, weight, second, scalar):
-        M, N = weight.shape[1:]
-        update = muon_momentum(grad, momentum, scalar, BF16)
+    def step(grads, momentum, weights, second, scalar):
+        M, N = momentum.shape[1:]
+        update = muon_momentum(grads, momentum, scalar, BF16)
         update = orthogonalize(update, norm=M**0.5)
         factors = muon_factors(muon_squares(update).view_as(second), second, min(M, N), 0.9)
-        muon_apply(weight, update, factors, scalar, scalar)
+        muon_apply(weights, update, factors, scalar, scalar)
 
     for M, N in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
         second = empty(F32, 2, M, 1) if M >= N else empty(F32, 2, 1, N)
-        step(*(empty(F32, 2, M, N) for _ in range(3)), second, empty(F32))
+        grads, weights = ([empty(F32, M, N) for _ in range(2)] for _ in range(2))
+        step(grads, empty(F32, 2, M, N), weights, second, empty(F32))
     assert names() >= {"_muon_momentum_kernel", "_muon_squares_kernel", "_muon_apply_kernel"}
     assert names() >= {"_symmetric_kernel", "_muon_factors_kernel"}
     assert len(codegen.GENERATED) == 4

@@ -145,5 +145,5 @@ def test_an_update_of_a_matrix_launches_kernels(depth):
     width = GPTConfig.from_depth(depth).width
     grad, momentum = torch.zeros(2, 1, width, width).unbind()
     with torch.no_grad():
-        update = muon_momentum(grad, momentum, torch.tensor(0.9), BF16)
+        update = muon_momentum(grad.unbind(), momentum, torch.tensor(0.9), BF16)
         assert launches(lambda: orthogonalize(update, norm=width**0.5)) >= 10

@@ -130,7 +130,7 @@ def muon_move(
 ) -> None:
     """What follows the orthogonalisation in a step of Muon on whole matrices."""
     factors = muon.muon_factors(muon.muon_squares(update), second, min(weight.shape[-2:]), beta2)
-    muon.muon_apply(weight, update, factors, lr, decay)
+    muon.muon_apply(weight.unbind(), update, factors, lr, decay)
 
 
 def muon_move_ref(

@@ -74,7 +74,7 @@ def test_momentum_is_nesterov_with_rows_of_norm_one(kernels):
     grad, momentum, beta = random(3, 6, 10), random(3, 6, 10, seed=1), scalar(0.9)
     grad[0, 2], momentum[0, 2] = 0, 0
     old = momentum.clone()
-    update = muon_momentum(grad.clone(), momentum, beta, kernels).float()
+    update = muon_momentum(grad.unbind(), momentum, beta, kernels).float()
     torch.testing.assert_close(momentum, 0.9 * old + 0.1 * grad)
     assert not update[0, 2].any()  # a row without gradient stays without, and is not a division by zero
     expected = torch.nn.functional.normalize(0.1 * grad + 0.9 * momentum, dim=-1)
@@ -123,15 +123,19 @@ def test_an_update_of_zeros_moves_nothing_and_one_that_is_not_a_number_is_not_hi
     assert torch.equal(weight[0], old[0]) and weight[1].isnan().all()
     grad, momentum = random(1, 3, 5), random(1, 3, 5)
     grad[0, 1, 2] = float("nan")
-    assert muon_momentum(grad, momentum, scalar(0.9), kernels)[0, 1].isnan().all()
+    assert muon_momentum(grad.unbind(), momentum, scalar(0.9), kernels)[0, 1].isnan().all()
 
 
 def test_wrong_shapes_are_named():
     x = torch.zeros(2, 6, 4)
-    with pytest.raises(ValueError, match=r"grad is \(2, 6, 4\) and momentum \(2, 4, 6\)"):
-        muon_momentum(x, x.mT, scalar(0.9), torch.float16)
+    with pytest.raises(ValueError, match=r"momentum is \(2, 4, 6\) and gradients are 2 of \(6, 4\)"):
+        muon_momentum(x.unbind(), x.mT, scalar(0.9), torch.float16)
+    with pytest.raises(ValueError, match=r"gradients are 1 of \(6, 4\)"):
+        muon_momentum([x[0]], x, scalar(0.9), torch.float16)
     for factors in (torch.zeros(2, 1, 6), torch.zeros(6, 1)):
         with pytest.raises(ValueError, match=r"\(G, M, 1\) or \(G, 1, N\)"):
-            muon_apply(x, x, factors, scalar(0.1), scalar(0.0))
+            muon_apply(x.unbind(), x, factors, scalar(0.1), scalar(0.0))
+    with pytest.raises(ValueError, match=r"weights are 1 of \(6, 4\), 1 of \(4, 6\), update is \(2, 6, 4\)"):
+        muon_apply([x[0], x[0].T], x, torch.zeros(2, 6, 1), scalar(0.1), scalar(0.0))
     with pytest.raises(ValueError, match=r"squares are \(2, 6, 1\) and second_moment \(2, 1, 4\)"):
         muon_factors(torch.zeros(2, 6, 1), torch.zeros(2, 1, 4), 4, 0.9)

@@ -13,6 +13,7 @@ from hotlap.bench import tune
 from hotlap.kernels import attention_backward, attention_forward, attention_hopper
 from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
 from hotlap.kernels import linear_relu2 as linear_relu2_module
+from hotlap.kernels import orthogonalize as orthogonalize_module
 from hotlap.kernels import relu2 as module
 from hotlap.kernels.attention import attention, attention_ref
 from hotlap.kernels.attention_torch import sdpa_takes
@@ -314,6 +315,24 @@ def test_descriptors_give_the_product_that_pointers_give(shape, monkeypatch):
     assert not y.any()
 
 
+@pytest.mark.parametrize("n, K", [(1000, 1536), (136, 72), (64, 4096)])
+@pytest.mark.parametrize("tall", [False, True])
+def test_descriptors_give_the_symmetric_product_that_pointers_give(n, K, tall, monkeypatch):
+    """Each tile of the table, which has fewer programs than blocks."""
+    facts = device_facts(DEVICE)
+    if not facts.tma:
+        pytest.skip("needs a TMA")
+    x = random(20, *((K, n) if tall else (n, K)), dtype=torch.float16, grad=False) / K**0.5
+    added = random(20, n, n, dtype=torch.float16, grad=False)
+    added = added + added.mT
+    exact = x.double().mT @ x.double() if tall else x.double() @ x.double().mT
+    exact = 0.5 * exact - 2 * added.double() + 3 * torch.eye(n, device=DEVICE)
+    for tile in fitting_tiles(orthogonalize_module._symmetric_tiles, 0, facts):
+        monkeypatch.setattr(orthogonalize_module, "pick_tile", lambda *_, tile=tile: tile)
+        y = orthogonalize_module._symmetric_product(x, x, tall, 0.5, added, -2.0, 3.0)
+        assert torch.equal(y, y.mT) and error(y, exact) < 1e-3, tile
+
+
 def test_a_captured_muon_step_reads_its_rates_at_each_replay():
     grad, momentum, weight = (random(2, 64, 160, grad=False, seed=i) for i in range(3))
     second, beta, lr = (
@@ -322,8 +341,8 @@ def test_a_captured_muon_step_reads_its_rates_at_each_replay():
     )
 
     def step():
-        update = orthogonalize(muon_momentum(grad, momentum, beta, torch.bfloat16), norm=8.0)
-        muon_apply(weight, update, muon_factors(muon_squares(update), second, 64, 0.9), lr, lr)
+        update = orthogonalize(muon_momentum(grad.unbind(), momentum, beta, torch.bfloat16), norm=8.0)
+        muon_apply(weight.unbind(), update, muon_factors(muon_squares(update), second, 64, 0.9), lr, lr)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -28,6 +28,7 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_muon_factors_kernel": ["factors", "second"],
         "_muon_apply_kernel": ["weight"],
         "_symmetric_kernel": ["out"],
+        "_symmetric_tma_kernel": ["out"],
         "_largest_kernel": ["largest"],
         "_quantize_kernel": ["inverse", "y"],
         "_transpose_kernel": ["transposed"],

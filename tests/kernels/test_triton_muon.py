@@ -41,8 +41,8 @@ def case(G, M, N, dtype):
 def test_momentum_is_exact_and_the_update_is_rounded_once(shape, dtype):
     grad, momentum = random(*shape, dtype=dtype, grad=False), random(*shape, grad=False, seed=1)
     exact = momentum.double()
-    expected = muon_momentum_ref(grad.double(), exact, scalar(0.95, torch.float64))
-    update = muon_momentum(grad, momentum, scalar(0.95), DTYPE)
+    expected = muon_momentum_ref(grad.double().unbind(), exact, scalar(0.95, torch.float64))
+    update = muon_momentum(grad.unbind(), momentum, scalar(0.95), DTYPE)
     assert update.dtype == torch.float16 and error(update, expected) < 2**-11
     assert momentum.dtype == torch.float32 and error(momentum, exact) < 2**-22
 
@@ -71,7 +71,7 @@ def test_strides_do_not_matter_and_what_lies_between_stays(layout, shape):
         return memories[-1].select(dim, 0)
 
     def step(weight, update, second, momentum):
-        found = muon_momentum(update, momentum, scalar(0.9), DTYPE)
+        found = muon_momentum(update.unbind(), momentum, scalar(0.9), DTYPE)
         muon_move(weight, update, second, scalar(0.3), scalar(0.2), 0.9)
         return found, weight, second, momentum
 
@@ -82,13 +82,32 @@ def test_strides_do_not_matter_and_what_lies_between_stays(layout, shape):
     assert all((memory.select(dim, 1) == 7).all() for memory in memories)
 
 
+def test_matrices_may_lie_in_any_place_each_with_strides_of_its_own():
+    weight, update, second = case(3, 20, 36, torch.float32)
+    grad, momentum = random(3, 20, 36, grad=False, seed=3), random(3, 20, 36, grad=False, seed=4)
+    expected = weight.clone(), second.clone(), momentum.clone()
+    wanted = muon_momentum(grad.unbind(), expected[2], scalar(0.9), DTYPE)
+    muon_move(expected[0], update, expected[1], scalar(0.3), scalar(0.2), 0.9)
+
+    def scattered(x):
+        wide = torch.full((20, 72), 7.0, device=DEVICE)
+        wide[:, 1::2] = x[2]
+        return [x[0].clone(), x[1].T.clone(memory_format=torch.contiguous_format).T, wide[:, 1::2]]
+
+    weights = scattered(weight)
+    found = muon_momentum(scattered(grad), momentum, scalar(0.9), DTYPE)
+    muon_apply(weights, update, muon_factors(muon_squares(update), second, 20, 0.9), scalar(0.3), scalar(0.2))
+    for a, b in zip((found, torch.stack(weights), second, momentum), (wanted, *expected), strict=True):
+        assert torch.equal(a, b) if DEVICE.type == "cpu" else error(a, b.double()) < 2**-10
+
+
 @pytest.mark.xdist_group("gigabytes")
 def test_matrices_may_lie_beyond_two_to_the_31():
     far = torch.empty_strided((2, 16, 20), (2**31, 20, 1), dtype=torch.float16, device=DEVICE)
     grad = far.copy_(random(2, 16, 20, grad=False))
     one, other = (random(2, 16, 20, grad=False, seed=1) for _ in range(2))
     found, expected = (
-        muon_momentum(x, m, scalar(0.9), DTYPE) for x, m in ((grad, one), (grad.contiguous(), other))
+        muon_momentum(x.unbind(), m, scalar(0.9), DTYPE) for x, m in ((grad, one), (grad.contiguous(), other))
     )
     assert torch.equal(found, expected) and torch.equal(one, other)
     results = [case(2, 16, 20, torch.float16) for _ in range(2)]
@@ -108,7 +127,7 @@ def test_whole_steps_are_those_of_torch(M, N, choose_kernels):
         weight, _, second = case(2, M, N, torch.float32)
         start, momentum = weight.clone(), torch.zeros_like(weight)
         for i in range(3):
-            update = muon_momentum(random(2, M, N, seed=i, grad=False), momentum, scalar(0.9), dtype)
+            update = muon_momentum(random(2, M, N, seed=i, grad=False).unbind(), momentum, scalar(0.9), dtype)
             muon_move(weight, orthogonalize(update, norm=M**0.5), second, scalar(0.1), scalar(0.0), 0.9)
         moved.append(weight - start)
     assert error(moved[0], moved[1].double()) < 0.01
@@ -123,7 +142,7 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_nothing_gives_nothing():
     weight, update, second = case(0, 4, 8, torch.float16)
-    assert muon_momentum(weight, weight.clone(), scalar(0.9), DTYPE).shape == (0, 4, 8)
+    assert muon_momentum(weight.unbind(), weight.clone(), scalar(0.9), DTYPE).shape == (0, 4, 8)
     muon_move(weight, update, second, scalar(0.3), scalar(0.2), 0.9)
 
 
@@ -137,27 +156,28 @@ def test_autograd_is_told_of_what_was_changed():
 
 def test_the_operations_keep_the_rules_of_torch():
     weight, update, second = case(2, 8, 20, torch.float16)
-    opcheck(module._muon_momentum.op, (random(2, 8, 20, grad=False), weight, scalar(0.9)))
+    opcheck(module._muon_momentum.op, (weight, list(random(2, 8, 20, grad=False)), scalar(0.9)))
     opcheck(module._muon_squares.op, (update,))
     squares = muon_squares(update)
     opcheck(module._muon_factors.op, (squares, second, 8, 0.9))
-    opcheck(module._muon_apply.op, (weight, update, squares, scalar(0.3), scalar(0.2)))
+    weights = [w.clone() for w in weight]
+    opcheck(module._muon_apply.op, (update, squares, weights, scalar(0.3), scalar(0.2)))
 
 
 @pytest.mark.parametrize("M, N", [(30, 17), (17, 30)])
 def test_rows_may_move_on_their_own(M, N):
     weight, update, second = case(2, M, N, torch.float16)
     factors, parts = muon_factors(muon_squares(update), second, 17, 0.9), weight.clone()
-    muon_apply(weight, update, factors, scalar(0.3), scalar(0.2))
+    muon_apply(weight.unbind(), update, factors, scalar(0.3), scalar(0.2))
     for rows in (slice(0, 5), slice(5, 5), slice(5, M)):
         some = factors[:, rows] if M > N else factors
-        muon_apply(parts[:, rows], update[:, rows], some, scalar(0.3), scalar(0.2))
+        muon_apply(parts[:, rows].unbind(), update[:, rows], some, scalar(0.3), scalar(0.2))
     assert torch.equal(parts, weight)
 
 
 def test_a_step_compiles_whole_and_once_to_the_same_results():
     def step(grad, momentum, weight, second, beta, lr):
-        update = orthogonalize(muon_momentum(grad * 2, momentum, beta, DTYPE), norm=8**0.5)
+        update = orthogonalize(muon_momentum((grad * 2).unbind(), momentum, beta, DTYPE), norm=8**0.5)
         muon_move(weight, update, second, lr, lr, 0.9)
 
     results = []

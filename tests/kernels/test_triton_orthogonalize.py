@@ -8,6 +8,8 @@ from helpers.kernel_tools import DEVICE, DTYPES, error, random
 from torch.library import opcheck
 
 from hotlap.kernels import orthogonalize as module
+from hotlap.kernels import tiles
+from hotlap.kernels.dispatch import Device, wrap_triton
 from hotlap.kernels.orthogonalize import POLAR_EXPRESS, SAFETY, orthogonalize
 from hotlap.kernels.tiles import Tile
 
@@ -15,9 +17,46 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, "_symmetric_tiles", lambda *_: [Tile({"TILE": 32, "DEPTH": 32})])
+PLAIN = Tile({"TILE": 32, "DEPTH": 32})
+TMA, WIDE = (
+    Tile({"TILE": 32, "WIDTH": width, "DEPTH": 32}, kernel="_symmetric_tma_kernel") for width in (32, 64)
+)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that makes one of three small tiles the chosen one."""
+
+    def choose(tile: Tile) -> None:
+        monkeypatch.setattr(module, "_symmetric_tiles", lambda *_: [PLAIN, TMA, WIDE])
+        monkeypatch.setattr(module, "pick_tile", lambda *_: tile)
+
+    return choose
+
+
+@pytest.fixture(autouse=True, params=[PLAIN], ids=[""])
+def form(request, choose):
+    choose(request.param)
+
+
+each_form = pytest.mark.parametrize("form", [PLAIN, TMA, WIDE], ids=["plain", "tma", "wide"], indirect=True)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched, and their programs."""
+    seen = []
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.kernel.fn.__name__, *grid))
+            return wrap_triton(self.kernel)[grid]
+
+    monkeypatch.setattr(module, "wrap_triton", Launcher)
+    return seen
 
 
 def matrix_of(values, M, N, dtype=torch.bfloat16, polynomials=POLAR_EXPRESS):
@@ -120,9 +159,17 @@ def test_zeros_stay_zeros_and_batches_are_of_single_matrices():
     assert all(torch.equal(y[i, j], orthogonalize(x[i, j])) for i in range(2) for j in range(2))
 
 
+GRAM = [(1, 1, 1), (1, 33, 70), (1, 70, 33), (6, 40, 64), (1, 64, 64)]
+GRAM_TMA = [(6, 40, 64), (2, 104, 56), (3, 8, 136)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 70), (1, 70, 33), (6, 40, 64), (1, 64, 64)])
+@pytest.mark.parametrize(
+    "form, shape",
+    [(PLAIN, shape) for shape in GRAM] + [(form, shape) for form in (TMA, WIDE) for shape in GRAM_TMA],
+    indirect=["form"],
+)
 def test_the_gram_matrix_is_exact_and_symmetric_to_the_last_bit(shape, tall, dtype):
     x = random(*shape, dtype=dtype, grad=False)
     y, exact = module._symmetric_product(x, x, tall), x.double()
@@ -130,12 +177,61 @@ def test_the_gram_matrix_is_exact_and_symmetric_to_the_last_bit(shape, tall, dty
     assert torch.equal(y, y.mT) and error(y, exact) < {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
 
 
-def test_a_polynomial_of_a_symmetric_matrix_is_one_product():
-    x = random(2, 45, 50, dtype=torch.float16, grad=False) / 8
+@each_form
+@pytest.mark.parametrize("n", [45, 104])
+def test_a_polynomial_of_a_symmetric_matrix_is_one_product(n):
+    x = random(2, n, 50, dtype=torch.float16, grad=False) / 8
     g = module._symmetric_product(x, x)
     y = module._symmetric_product(g, g, False, 0.5, g, -2.0, 3.0)
-    exact = 0.5 * g.double() @ g.double() - 2 * g.double() + 3 * torch.eye(45, device=DEVICE)
+    exact = 0.5 * g.double() @ g.double() - 2 * g.double() + 3 * torch.eye(n, device=DEVICE)
     assert torch.equal(y, y.mT) and error(y, exact) < 1e-3
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_all_forms_agree_and_programs_go_on_until_all_blocks_are_done(choose, launches, tall):
+    x = random(3, *((72, 104) if tall else (104, 72)), dtype=torch.float16, grad=False) / 8
+    added = torch.eye(104, dtype=torch.float16, device=DEVICE).repeat(3, 1, 1)
+    results = []
+    for form in (PLAIN, TMA, WIDE):
+        choose(form)
+        results.append(module._symmetric_product(x, x, tall, 0.5, added, -2.0, 3.0))
+    for y in results[1:]:
+        assert torch.equal(y, results[0]) if DEVICE.type == "cpu" else error(y, results[0].double()) < 1e-3
+    processors = module.device_facts(DEVICE).processors
+    programs = [("_symmetric_kernel", 3 * 10)] + [(TMA.kernel, min(processors, 3 * n)) for n in (10, 6)]
+    assert launches == programs
+
+
+def test_descriptors_end_where_a_matrix_does_and_not_where_memory_does(choose):
+    """Rows beyond a matrix are the next one's."""
+    x = random(3, 40, 72, dtype=torch.float16, grad=False)
+    x[1] = float("nan")
+    for form in (TMA, WIDE):
+        choose(form)
+        for tall in (False, True):
+            y = module._symmetric_product(x, x, tall)
+            assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["n", "K", "offset", "added", "no K"])
+def test_matrices_that_tma_cannot_take_go_to_the_plain_form(choose, launches, case):
+    n, K = {"n": (36, 40), "K": (40, 36), "no K": (40, 0)}.get(case, (40, 40))
+    memory = random(2 * n * K + 4, dtype=torch.float16, grad=False)
+    x = memory[4 if case == "offset" else 0 :][: 2 * n * K].view(2, n, K)
+    added = torch.ones(2 * n * n + 4, dtype=torch.float16, device=DEVICE)
+    added = added[4 if case == "added" else 0 :][: 2 * n * n].view(2, n, n)
+    choose(TMA)
+    y = module._symmetric_product(x, x, False, 1.0, added, 2.0)
+    assert error(y, x.double() @ x.double().mT + 2) < 5e-4 and launches[0][0] == "_symmetric_kernel"
+
+
+@pytest.mark.parametrize("shared_memory", [101376, 232448])
+def test_tma_is_offered_to_devices_that_have_it_after_what_was_measured(monkeypatch, shared_memory):
+    monkeypatch.undo()
+    device, table = Device("A GPU", shared_memory, 4), module._symmetric_tiles
+    plain, all_ = (tiles.fitting_tiles(table, 0, d) for d in (device, device._replace(tma=True)))
+    assert all_[: len(plain)] == plain and not any(tile.kernel for tile in plain)
+    assert len(all_) > len(plain) and all(tile.kernel == TMA.kernel for tile in all_[len(plain) :])
 
 
 def test_strides_do_not_matter_and_two_runs_agree():

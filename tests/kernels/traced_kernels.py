@@ -44,11 +44,15 @@ class Driver:
 
 
 def muon_step(grad, momentum, weight, second, scalar):
-    update = muon.muon_momentum(grad, momentum, scalar, BF16)
+    update = muon.muon_momentum(grad.unbind(), momentum, scalar, BF16)
     update = orthogonalize.orthogonalize(update, norm=4.0)
     factors = muon.muon_factors(muon.muon_squares(update), second, 16, 0.9)
-    muon.muon_apply(weight, update, factors, scalar, scalar)
+    muon.muon_apply(weight.unbind(), update, factors, scalar, scalar)
     return weight.sum()
+
+
+def symmetric_by_descriptors(x):
+    return orthogonalize.orthogonalize(x, norm=4.0).sum()
 
 
 def by_descriptors(*given):
@@ -95,10 +99,15 @@ STEPS = (  # a function that ends in a scalar, and its tensors, of which floats 
     (mix, *[(BF16, 32, 64)] * 2, *[(BF16,)] * 2),
     (by_descriptors, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (in_two_passes, (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
+    (symmetric_by_descriptors, (BF16, 2, 16, 48)),
 )
 
 
-FORMS = {by_descriptors: "_linear_relu2_tma_kernel", in_two_passes: "_linear_relu2_apart_kernel"}
+FORMS = {
+    by_descriptors: (linear_relu2, "_linear_relu2_tma_kernel"),
+    in_two_passes: (linear_relu2, "_linear_relu2_apart_kernel"),
+    symmetric_by_descriptors: (orthogonalize, "_symmetric_tma_kernel"),
+}
 
 
 def main() -> None:
@@ -125,13 +134,14 @@ def main() -> None:
     backend = aot_autograd(fw_compiler=look, bw_compiler=look)
     for function, *tensors in STEPS:
         if function in FORMS:
-            linear_relu2.pick_tile = lambda table, size, device, form=FORMS[function]: next(
+            module, form = FORMS[function]
+            module.pick_tile = lambda table, size, device, form=form: next(
                 tile for tile in fitting_tiles(table, size, device) if tile.kernel == form
             )
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
-            learns = function not in (decode_step, muon_step)
+            learns = function not in (decode_step, muon_step, symmetric_by_descriptors)
             given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
             loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
             if learns:

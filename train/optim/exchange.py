@@ -8,7 +8,7 @@ replica owns the matrix and sends the result to the other replicas in a second a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,20 +45,30 @@ class Exchange:
         self.shape, self.owners, self.mesh = shape, owners, mesh
         self.last = mesh.ndim - 1  # the mesh dimension that rows are sharded over
         self.shard, shards = mesh.get_local_rank(self.last), mesh.size(self.last)
-        replica = mesh.get_local_rank(0) if self.last else 0
+        replica, replicas = (mesh.get_local_rank(0), mesh.size(0)) if self.last else (0, 1)
         self.rows = chunk_rows(shape[0], shards)  # of a matrix, on each rank of a replica
         self.first_row = sum(self.rows[: self.shard])
-        self.owned = [self._owned(replica * shards + shard) for shard in range(shards)]  # in this replica
+        owned = [[self._owned(r * shards + shard) for shard in range(shards)] for r in range(replicas)]
+        self.owned = owned[replica]
+        self.counts = [sum(map(len, part)) for part in owned]  # matrices that each replica owns
+        self._order = self._index(matrix for part in self.owned for matrix in part)
+        self._places = self._index(m for part in owned for some in part for m in some).argsort()
         self.moved = 0
 
     def _owned(self, rank: int) -> list[int]:
         return [matrix for matrix, owner in enumerate(self.owners) if owner == rank]
 
-    def _all_to_all(self, parts: list[Tensor], sizes: list[int], dimension: int) -> tuple[Tensor, dist.Work]:
-        """Send part i to rank i of a mesh dimension; receive parts of these sizes, concatenated."""
-        inputs = torch.cat([part.reshape(-1) for part in parts])
+    def _index(self, matrices: Iterable[int]) -> Tensor:
+        """On the device, and made once: a GPU would be waited for while a list is copied to it."""
+        return torch.tensor(list(matrices), dtype=torch.int64, device=self.mesh.device_type)
+
+    def _all_to_all(
+        self, inputs: Tensor, splits: list[int], sizes: list[int], dimension: int
+    ) -> tuple[Tensor, dist.Work]:
+        """Send inputs, split in these sizes, to the ranks of a mesh dimension; receive parts of the other
+        sizes. Both are flat.
+        """
         output = inputs.new_empty(sum(sizes))
-        splits = [part.numel() for part in parts]
         here = self.mesh.get_local_rank(dimension)
         self.moved += (inputs.numel() - splits[here]) * inputs.element_size()
         work = dist.all_to_all_single(
@@ -68,9 +78,10 @@ class Exchange:
 
     def send(self, update: Tensor) -> None:
         """Start sending this rank's rows, update (G, m, N), to the owners."""
-        N = self.shape[1]
+        _, m, N = update.shape
+        splits = [len(owned) * m * N for owned in self.owned]
         sizes = [len(self.owned[self.shard]) * rows * N for rows in self.rows]
-        self._pending = self._all_to_all([update[owned] for owned in self.owned], sizes, self.last), sizes
+        self._pending = self._all_to_all(update[self._order].reshape(-1), splits, sizes, self.last), sizes
 
     def receive(self) -> Tensor:
         """Receive the whole matrices that this rank owns: (k, M, N)."""
@@ -86,32 +97,21 @@ class Exchange:
         """
         tail = squares.flatten(1).contiguous().view(update.dtype)
         parts = [
-            torch.cat([rows.flatten(1), tail], 1) for rows in update.split(self.rows, 1)
-        ]  # each (k, m N + the squares)
+            torch.cat([rows.flatten(1), tail], 1).view(-1) for rows in update.split(self.rows, 1)
+        ]  # each k (m N + the squares)
         width = self.rows[self.shard] * self.shape[1] + tail.shape[1]
         sizes = [len(owned) * width for owned in self.owned]
-        self._pending = self._all_to_all(parts, sizes, self.last), sizes
+        self._pending = self._all_to_all(torch.cat(parts), list(map(len, parts)), sizes, self.last), sizes
         self._width = width
 
     def receive_back(self) -> tuple[Tensor, Tensor]:
         """Receive this rank's rows (G, m, N) of all orthogonalised matrices, and their squares (G, L)."""
         (flat, work), _ = self._pending
         work.wait()
-        order = [matrix for owned in self.owned for matrix in owned]
-        if self.last:
-            flat, order = self._share_between_replicas(flat, order)
-        found = flat.view(len(order), self._width)
-        found = found[torch.tensor(order, device=flat.device).argsort()]
+        if self.last:  # and those that other replicas own
+            replicas, sizes = len(self.counts), [count * self._width for count in self.counts]
+            flat, work = self._all_to_all(flat.repeat(replicas), [len(flat)] * replicas, sizes, 0)
+            work.wait()
+        found = flat.view(len(self.owners), self._width)[self._places]
         m, N = self.rows[self.shard], self.shape[1]
         return found[:, : m * N].view(len(found), m, N), found[:, m * N :].contiguous().view(torch.float32)
-
-    def _share_between_replicas(self, flat: Tensor, order: list[int]) -> tuple[Tensor, list[int]]:
-        """Collect the results of all replicas, and the order of their matrices."""
-        replicas, shards = self.mesh.size(0), self.mesh.size(1)
-        orders = [
-            [matrix for shard in range(shards) for matrix in self._owned(replica * shards + shard)]
-            for replica in range(replicas)
-        ]
-        output, work = self._all_to_all([flat] * replicas, [len(o) * self._width for o in orders], 0)
-        work.wait()
-        return output, [matrix for o in orders for matrix in o]

@@ -178,9 +178,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _start(self, group: dict) -> Tensor:
         """The update (G, m, N) of this rank's rows; if sharded, start sending it."""
-        grad = torch.stack([local(p.grad) for p in group["params"]])  # (G, m, N)
+        grads = [local(p.grad) for p in group["params"]]
         beta = group["scalars"]["momentum"].fill_(self.momentum)
-        update = muon_momentum(grad, group["momentum_buffer"], beta, self.dtype)
+        update = muon_momentum(grads, group["momentum_buffer"], beta, self.dtype)
         if "exchange" in group:
             group["exchange"].send(update)
         return update
@@ -206,11 +206,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if M >= N and "exchange" in group:  # one factor per row: select this rank's rows
             first = group["exchange"].first_row
             factors = factors[:, first : first + len(weights[0])]
-        stacked = torch.stack(weights)
         lr = group["scalars"]["lr"].fill_(group["lr"] * max(1, M / N) ** 0.5)
         decay = group["scalars"]["decay"].fill_(group["weight_decay"])
-        muon_apply(stacked, update, factors, lr, decay)
-        torch._foreach_copy_(weights, list(stacked.unbind()))
+        muon_apply(weights, update, factors, lr, decay)
 
     def _adamw(self, group: dict) -> None:
         states = [self.state[p] for p in group["params"]]

@@ -79,15 +79,15 @@ def test_batched_matrices_are_updated_like_each_alone():
     for group in groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             M, N = parameter.shape
-            weight, momentum = parameter.detach().clone()[None], torch.zeros(1, M, N)
+            weight, momentum = parameter.detach().clone(), torch.zeros(1, M, N)
             second = torch.zeros((1, M, 1) if M >= N else (1, 1, N))
             lr = torch.tensor(group["lr"] * max(1, M / N) ** 0.5)
             for _ in range(3):
-                update = muon_momentum(parameter.grad[None], momentum, torch.tensor(0.95), torch.float32)
+                update = muon_momentum([parameter.grad], momentum, torch.tensor(0.95), torch.float32)
                 update = orthogonalize(update, norm=M**0.5)
                 factors = muon_factors(muon_squares(update), second, min(M, N), MUON_BETA2)
-                muon_apply(weight, update, factors, lr, torch.tensor(0.5))
-            expected[name] = weight[0]
+                muon_apply([weight], update, factors, lr, torch.tensor(0.5))
+            expected[name] = weight
     for _ in range(3):
         optimizer.step()
     for name, weight in expected.items():
