@@ -69,7 +69,7 @@ def tune(config: TuneConfig) -> int:
     facts = device_facts(device)
     results, choices = dict(tuned_tiles(facts.name)), dict(tuned_choices(facts.name))
     cases: dict[str, tuple[Case, tuple[str, int]]] = {}
-    for name in (name for name in MODULES if name in config.kernel):
+    for name in (name for name in config.kernel if name in MODULES):
         module = importlib.import_module(f"hotlap.kernels.{name}")
         for place, case in enumerate(module.cases(torch.bfloat16)):
             key = tile_key(case.table, case.size)  # kernels that share a table are tuned once, by the first

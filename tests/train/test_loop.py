@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-import warnings
 
 import pytest
 import torch
@@ -17,12 +16,11 @@ from hotlap.common.errors import Interrupted
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, step_batches
-from hotlap.train.distributed.sharding import materialize
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
-from hotlap.train.optim.schedule import ScheduleConfig, lr_share, set_schedule
+from hotlap.train.optim.schedule import ScheduleConfig, lr_share
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.run.state import RunState
 from hotlap.train.step import WARMUP_STEPS, Outcome, take_step
@@ -76,33 +74,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model, 
     batch = ragged_batch()
     mean = model(batch.inputs, batch.targets, reduction="mean", document_start=batch.document_start)
     assert loss == pytest.approx(mean.item(), rel=1e-5)
-
-
-@pytest.mark.gpu
-def test_a_step_waits_for_the_gpu_once(world):
-    with torch.device("meta"):
-        model = GPT(tiny_config(context=64), torch.bfloat16)
-    materialize(model, world.device, seed=0)
-    optimizer = MuonAdamW(model, OptimConfig())
-    ids = torch.arange(4 * 64).view(4, 64) % 64
-    batch = Batch(ids, ids, torch.zeros_like(ids), ids.numel()).change(torch.Tensor.pin_memory)
-
-    def step() -> None:
-        micro = [batch.to(world.device) for _ in range(2)]
-        set_schedule(model, optimizer, SCHEDULE, 0, 0.0)
-        take_step(model, micro, next_token_loss, 2 * batch.weight, 1.0, world)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1  # for the loss and the norm
 
 
 def test_a_step_without_targets_is_an_error(world):
