@@ -8,6 +8,9 @@ lengths.
 The heads that share keys, times the new tokens, are the rows of one matmul. A sequence's keys are split among
 programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
 2023). Bound by memory: 2 n K C e bytes a sequence, for elements of e bytes.
+
+Programs read the new keys and values where they are given, and from the cache only what it held before. So
+the same kernel can append them: nothing that it writes there is read in the same launch.
 """
 # B sequences, T new tokens, S cache positions, H heads, K kv heads, C head dim
 # G heads that share keys, R = G T rows, M, N rows of a block of queries, of keys
@@ -25,7 +28,7 @@ from hotlap.kernels.attention_blocks import load_rows, similarity
 from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, next_power_of_2, type_name
 
 
 def append_ref(
@@ -76,32 +79,15 @@ def rows(cache: Tensor, slots: Tensor) -> Tensor:
 
 
 @jit
-def _cache_append_kernel(
-    k, v, k_cache, v_cache, slots, lengths,
-    k_b, k_t, k_h, v_b, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, N, T, K,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # of B * T * K = N
-    real = row < N
-    b, t, h = (row // (T * K)).to(tl.int64), (row // K % T).to(tl.int64), (row % K).to(tl.int64)
-    slot = tl.load(slots + b, real, other=0).to(tl.int64)
-    position = tl.load(lengths + b, real, other=0).to(tl.int64) + t
-    c = tl.arange(0, BLOCK_C)[None, :]
-    mask = real & (c < C)
-    key = tl.load(k + b * k_b + t * k_t + h * k_h + c, mask)
-    value = tl.load(v + b * v_b + t * v_t + h * v_h + c, mask)
-    tl.store(k_cache + slot * kc_b + position * kc_t + h * kc_h + c, key, mask)
-    tl.store(v_cache + slot * vc_b + position * vc_t + h * vc_h + c, value, mask)
-
-
-@jit
 def _decode_split_kernel(
-    q, k_cache, v_cache, slots, lengths, y, lse, inner, outer,
-    q_b, q_t, q_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, B, T, H, K, window, splits,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    q, k, v, k_cache, v_cache, slots, lengths, y, lse, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h,
+    B, T, H, K, window, splits, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One split of the keys of a sequence and kv head, for M of its rows: y (splits, B, K, R, C), lse."""
+    """One split of the keys of a sequence and kv head, for M of its rows: y (splits, B, K, R, C), lse. The
+    first split appends the keys and values of these rows' tokens to the cache.
+    """
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
     program, G = tl.program_id(0), H // K
     R = G * T
@@ -111,34 +97,47 @@ def _decode_split_kernel(
     r = start + tl.arange(0, BLOCK_M)
     row = tl.minimum(r, R - 1)  # rows beyond R repeat the last one, and are not stored
     held = tl.load(lengths + b).to(tl.int32)
+    slot = tl.load(slots + b).to(tl.int64)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    k_cache += slot * kc_b + h * kc_h
+    v_cache += slot * vc_b + h * vc_h
+    c, t = tl.arange(0, BLOCK_C)[None, :], (row // G).to(tl.int64)[:, None]
+    if split == 0:
+        mask = ((r < R) & (r % G == 0))[:, None] & (c < C)  # each token once
+        tl.store(k_cache + (held + t) * kc_t + c, tl.load(k + t * k_t + c, mask), mask)
+        tl.store(v_cache + (held + t) * vc_t + c, tl.load(v + t * v_t + c, mask), mask)
     position = held + row // G  # (M,)
     first = tl.zeros_like(position)
     if WINDOWED:
         first = tl.maximum(first, position - window + 1)
-    begin, end = tl.min(first, 0) // BLOCK_N, tl.max(position, 0) + 1
-    share = tl.cdiv(tl.cdiv(end, BLOCK_N) - begin, splits)  # blocks of keys
+    # blocks of the keys in the cache come before those of the new keys
+    cached, oldest = tl.cdiv(held, BLOCK_N), tl.min(first, 0)
+    begin = tl.where(oldest < held, oldest // BLOCK_N, cached + (oldest - held) // BLOCK_N)
+    end = cached + tl.cdiv(tl.max(position, 0) + 1 - held, BLOCK_N)
+    share = tl.cdiv(end - begin, splits)
     begin += split * share
-    slot = tl.load(slots + b).to(tl.int64)
-    k_cache += slot * kc_b + h * kc_h
-    v_cache += slot * vc_b + h * vc_h
-    c = tl.arange(0, BLOCK_C)[None, :]
-    pointer = q + b * q_b + (row // G).to(tl.int64)[:, None] * q_t + (h * G + row % G)[:, None] * q_h + c
-    block = tl.load(pointer, c < C, other=0.0)  # (M, C)
+    block = tl.load(q + b * q_b + t * q_t + (h * G + row % G)[:, None] * q_h + c, c < C, other=0.0)  # (M, C)
     a = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     l, m = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for i in range(begin, tl.minimum(begin + share, tl.cdiv(end, BLOCK_N))):
-        key = i * BLOCK_N
-        s = similarity(
-            block, load_rows(k_cache, key, kc_t, end, True, BLOCK_N, C, BLOCK_C), inner, SOFTCAP
-        )  # (M, N)
+    for i in range(begin, tl.minimum(begin + share, end)):
+        new = i >= cached
+        key, count = tl.where(new, i - cached, i) * BLOCK_N, tl.where(new, T, held)
+        keys = load_rows(
+            tl.where(new, k, k_cache), key, tl.where(new, k_t, kc_t), count, True, BLOCK_N, C, BLOCK_C
+        )  # (N, C)
+        s = similarity(block, keys, inner, SOFTCAP)  # (M, N)
         n = key + tl.arange(0, BLOCK_N)[None, :]
-        s = tl.where((n <= position[:, None]) & (n >= first[:, None]), s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1) * outer)
-        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        real, n = n < count, n + tl.where(new, held, 0)
+        s = tl.where(real & (n <= position[:, None]) & (n >= first[:, None]), s, float("-inf"))
+        highest = tl.maximum(m, tl.max(s, 1) * outer)
+        base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
         p, decay = tl.exp2(s * outer - base[:, None]), tl.exp2(m - base)
-        value = load_rows(v_cache, key, vc_t, end, True, BLOCK_N, C, BLOCK_C)  # (N, C)
-        a = tl.dot(p.to(value.dtype), value, a * decay[:, None], input_precision="ieee")
-        l, m = l * decay + tl.sum(p, 1), new
+        values = load_rows(
+            tl.where(new, v, v_cache), key, tl.where(new, v_t, vc_t), count, True, BLOCK_N, C, BLOCK_C
+        )  # (N, C)
+        a = tl.dot(p.to(values.dtype), values, a * decay[:, None], input_precision="ieee")
+        l, m = l * decay + tl.sum(p, 1), highest
     out = ((split * B + b) * K + h) * R + r
     tl.store(lse + out, m + tl.log2(tl.where(l == 0, 1.0, l)), r < R)
     a /= tl.where(l == 0, 1.0, l)[:, None]
@@ -172,24 +171,6 @@ def _decode_split_tiles(block_c: int, _: Device) -> list[Tile]:
     return tiles
 
 
-def _cache_append_tiles(block_c: int, _: Device) -> list[Tile]:
-    return [Tile({"BLOCK_C": block_c, "BLOCK_N": max(1, 2048 // block_c)})]
-
-
-def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor) -> None:
-    B, T, K, C = k.shape
-    if k.numel() == 0:
-        return
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    tile = pick_tile(_cache_append_tiles, max(16, next_power_of_2(C)), device_facts(k.device))
-    strides = [stride for x in (k, v, k_cache, v_cache) for stride in x.stride()[:3]]
-    with torch.cuda.device_of(k):
-        grid = (triton.cdiv(B * T * K, tile.blocks["BLOCK_N"]),)
-        wrap_triton(_cache_append_kernel)[grid](
-            k, v, k_cache, v_cache, slots, lengths, *strides, B * T * K, T, K, C=C, **tile.arguments
-        )
-
-
 def split_count(programs: int, S: int, device: Device) -> int:
     """Number of programs per sequence: enough for four on each processor, with 128 keys each."""
     return max(1, min(4 * device.processors // programs, S // 128, 128))
@@ -197,6 +178,8 @@ def split_count(programs: int, S: int, device: Device) -> int:
 
 def _decode(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -210,7 +193,7 @@ def _decode(
     y = _fake(q)
     if q.numel() == 0:
         return y
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     R, block_c, device = H // K * T, max(16, next_power_of_2(C)), device_facts(q.device)
     block_m = min(32, max(16, next_power_of_2(R)))
     programs = triton.cdiv(R, block_m) * B * K
@@ -218,11 +201,12 @@ def _decode(
     partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, B, K, R, dtype=torch.float32, device=q.device)
     tile = tile_for(_decode_split_tiles, q.device, q.dtype, q.shape[-1])
-    strides = [stride for x in (q, k_cache, v_cache) for stride in x.stride()[:3]]
+    strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):
         wrap_triton(_decode_split_kernel)[(programs * splits,)](
-            q, k_cache, v_cache, slots, lengths, partial, lse, *factors(scale, softcap), *strides, B, T, H, K,
-            window, splits, WINDOWED=window > 0, SOFTCAP=softcap > 0, C=C, BLOCK_M=block_m, **tile.arguments,
+            q, k, v, k_cache, v_cache, slots, lengths, partial, lse, *factors(scale, softcap), *strides,
+            B, T, H, K, window, splits, WINDOWED=window > 0, SOFTCAP=softcap > 0, C=C, BLOCK_M=block_m,
+            **tile.arguments,
         )  # fmt: skip
         wrap_triton(_decode_combine_kernel)[(B * K * R,)](
             partial, lse, y, B * K * R, T, H, K, splits, C=C, BLOCK_C=block_c,
@@ -235,8 +219,7 @@ def _fake(q, *_):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-_cache_append = kernel_op("cache_append", _append, lambda *_: None, mutates=("k_cache", "v_cache"))
-_decode_attention = kernel_op("decode_attention", _decode, _fake)
+_decode_attention = kernel_op("decode_attention", _decode, _fake, mutates=("k_cache", "v_cache"))
 
 
 def decode_attention(
@@ -278,10 +261,9 @@ def decode_attention(
     if not use_triton(q):
         append_ref(k, v, k_cache, v_cache, slots, lengths)
         return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
-    _cache_append(k, v, k_cache, v_cache, slots, lengths)
     window = window if window is not None and window < k_cache.shape[1] else 0
     scale = C**-0.5 if scale is None else scale
-    return _decode_attention(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
+    return _decode_attention(q, k, v, k_cache, v_cache, slots, lengths, window, softcap, scale)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -293,9 +275,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
     def strides(*names: str) -> dict[str, str]:
         return {f"{x}_{dimension}": "i32" for x in names for dimension in "bth"}
 
-    common = {"k_cache": t, "v_cache": t, "slots": "*i64", "lengths": "*i64", **strides("kc", "vc")}
-    append = {"k": t, "v": t, **common, **strides("k", "v"), **dict.fromkeys("NTK", "i32")}
-    split = {"q": t, **common, "y": "*fp32", "lse": "*fp32", "inner": "fp64", "outer": "fp64", **strides("q")}
+    split = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), t) | strides("q", "k", "v", "kc", "vc")
+    split |= {"slots": "*i64", "lengths": "*i64", "y": "*fp32", "lse": "*fp32"}
+    split |= {"inner": "fp64", "outer": "fp64"}
     split |= dict.fromkeys(("B", "T", "H", "K", "window", "splits"), "i32")
     split |= {"WINDOWED": True, "SOFTCAP": False}
     combine = {"partial": "*fp32", "lse": "*fp32", "y": t, "BLOCK_SPLITS": 16}
@@ -305,18 +287,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
         return [Tile({"BLOCK_C": block_c})]
 
     def run(C: int, device: torch.device):
-        q = torch.randn(32, 1, 2048 // C, C, device=device, dtype=dtype)
+        q, k, v = (torch.randn(32, 1, n // C, C, device=device, dtype=dtype) for n in (2048, 512, 512))
         cache = torch.randn(2, 32, 4096, 512 // C, C, device=device, dtype=dtype)
         slots, lengths = torch.arange(32, device=device), torch.full((32,), 4095, device=device)
-        return lambda: _decode(q, *cache, slots, lengths, 0, 0.0, C**-0.5)
+        return lambda: _decode(q, k, v, *cache, slots, lengths, 0, 0.0, C**-0.5)
 
     found = []
     for C in (64, 128, 256):
         start = functools.partial(run, C)
-        found += [
-            Case("_cache_append_kernel", append | {"C": C}, _cache_append_tiles, C, start),
-            Case("_decode_combine_kernel", combine | {"C": C}, combine_tiles, C, start),
-        ]
+        found.append(Case("_decode_combine_kernel", combine | {"C": C}, combine_tiles, C, start))
         for variant, m in (("", 16), ("prompt", 32)):
             blocks = {"C": C, "BLOCK_M": m}
             found.append(

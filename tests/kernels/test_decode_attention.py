@@ -159,7 +159,9 @@ def test_keys_before_the_window_are_never_loaded(only_triton):
 
 
 def test_splits_share_only_the_keys_that_are_seen(only_triton, monkeypatch):
-    """Of the two blocks that a window reaches, three splits take one, one and none."""
+    """Of the two blocks of the cache that a window reaches, and that of the new key, four splits take one
+    each, and the last none."""
+    monkeypatch.setattr(module, "split_count", lambda *_: 4)
     q, k, v = tokens(1, 300, 1, 1, 16)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -170,9 +172,10 @@ def test_splits_share_only_the_keys_that_are_seen(only_triton, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch, "empty", kept)
-    module._decode(q[:, 299:], k, v, first, first + 299, 33, 0.0, 0.25)
-    lse = next(x for x in made if x.shape == (3, 1, 1, 1))  # (splits, B, K, R)
-    assert lse.isfinite().flatten().tolist() == [True, True, False]
+    new = (x[:, 299:] for x in (q, k, v))
+    module._decode(*new, k.clone(), v.clone(), first, first + 299, 33, 0.0, 0.25)
+    lse = next(x for x in made if x.shape == (4, 1, 1, 1))  # (splits, B, K, R)
+    assert lse.isfinite().flatten().tolist() == [True, True, True, False]
 
 
 def test_no_sequences_give_nothing():
@@ -190,8 +193,7 @@ def test_the_operations_keep_the_rules_of_torch(only_triton):
     q, k, v = tokens(2, 3, 2, 1, 16)
     k_cache, v_cache = empty_cache(2, 8, 1, 16).nan_to_num(1.0)
     every = torch.arange(2, device=DEVICE)
-    opcheck(module._cache_append.op, (k, v, k_cache, v_cache, every, every))
-    opcheck(module._decode_attention.op, (q, k_cache, v_cache, every, every, 4, 0.0, 0.25))
+    opcheck(module._decode_attention.op, (q, k, v, k_cache, v_cache, every, every, 4, 0.0, 0.25))
 
 
 def test_compiles_whole_and_still_writes_the_cache(only_triton):

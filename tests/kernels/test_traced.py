@@ -22,6 +22,8 @@ def test_compilers_see_one_graph_and_which_arguments_a_kernel_changes():
         "_attention_forward_kernel": ["lse", "y"],
         "_attention_dq_kernel": ["delta", "dq"],
         "_attention_dk_dv_kernel": ["dk", "dv"],
+        "_decode_split_kernel": ["k_cache", "lse", "v_cache", "y"],
+        "_decode_combine_kernel": ["y"],
         "_decode_linear_kernel": ["gates", "total", "y"],
         "_muon_momentum_kernel": ["momentum", "update"],
         "_muon_squares_kernel": ["squares"],

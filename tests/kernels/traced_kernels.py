@@ -16,6 +16,7 @@ from hotlap.kernels import (
     attention,
     attention_forward,
     cross_entropy,
+    decode_attention,
     decode_linear,
     dispatch,
     embedding,
@@ -72,6 +73,10 @@ def decode_step(x, x0, weight, gate, scale):
     return y + total + gates
 
 
+def attend_to_cache(q, k, v, k_cache, v_cache, slots, lengths):
+    return decode_attention.decode_attention(q, k, v, k_cache, v_cache, slots, lengths, 16)
+
+
 def attend(q, k, v, document_start):
     return attention.attention(q, k, v, 16, document_start, 15.0, backend="triton").sum()
 
@@ -88,6 +93,7 @@ def mix(x, residual, a, b):
 
 STEPS = (  # a function that ends in a scalar, and its tensors, of which floats want gradients if it learns
     (decode_step, *[(BF16, 3, 64)] * 2, (BF16, 64, 64), (BF16, 64, 12), (BF16,)),
+    (attend_to_cache, *[(BF16, 2, 1, 2, 16)] * 3, *[(BF16, 3, 32, 2, 16)] * 2, *[(I64, 2)] * 2),
     (muon_step, *[(F32, 2, 16, 48)] * 3, (F32, 2, 1, 48), (F32,)),
     (lambda *given: fp8.linear_relu2_fp8(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
     (lambda *given: linear_relu2.linear_relu2(*given).sum(), (BF16, 32, 64), (F32, 128, 64), (F32, 64, 128)),
@@ -114,8 +120,8 @@ def main() -> None:
     driver.set_active(Driver())
     dispatch._decide = lambda _: "triton"
     tiled = (
-        attention_forward, cross_entropy, decode_linear, embedding, fp8, linear_relu2, muon, orthogonalize,
-        qkv, rms_norm,
+        attention_forward, cross_entropy, decode_attention, decode_linear, embedding, fp8, linear_relu2, muon,
+        orthogonalize, qkv, rms_norm,
     )  # fmt: skip
     for module in tiled:
         module.device_facts = lambda _: H100
@@ -141,7 +147,7 @@ def main() -> None:
         torch._dynamo.reset()
         with FakeTensorMode():
             given = [torch.empty(size, dtype=dtype) for dtype, *size in tensors]
-            learns = function not in (decode_step, muon_step, symmetric_by_descriptors)
+            learns = function not in (attend_to_cache, decode_step, muon_step, symmetric_by_descriptors)
             given = [x.requires_grad_(learns and x.is_floating_point()) for x in given]
             loss = torch.compile(function, backend=backend, fullgraph=True)(*given)
             if learns:
