@@ -113,7 +113,10 @@ def recomputed(forward, selective: bool):
     return functools.partial(checkpoint, forward, use_reentrant=False, **options)
 
 
-SAVED_OPS = ("mm", "bmm", "addmm", "_scaled_mm", "attention", "attention_blockwise", "linear_relu2")
+SAVED_OPS = (
+    "mm", "bmm", "addmm", "_scaled_mm", "linear_relu2",
+    "attention", "attention_special", "attention_blockwise",
+)  # fmt: skip
 
 
 def save_matmuls(ctx, operation, *args, **kwargs) -> CheckpointPolicy:

@@ -5,11 +5,12 @@ import pytest
 import torch
 from helpers.rank_functions import gathers, gradients_that_autograd_sees, small_gpt, train_steps, whole
 from helpers.ranks import in_world, run_ranks
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from hotlap.kernels.dispatch import INTERPRETED
 from hotlap.model.gpt import GPT
-from hotlap.train.distributed.sharding import materialize, parallelize
+from hotlap.train.distributed.sharding import materialize, parallelize, save_matmuls
 from hotlap.train.distributed.world import joined
 
 NODES_OF_TWO = {"LOCAL_WORLD_SIZE": "2"}
@@ -28,8 +29,15 @@ def test_any_number_of_ranks_has_the_same_losses(alone, size, env):
 
 @pytest.mark.parametrize("recompute, compile", [("block", False), ("selective", False), ("selective", True)])
 def test_recomputing_and_compiling_change_no_loss(alone, recompute, compile):
-    found = run_ranks(1, in_world, train_steps, "float32", recompute, compile)[0]
+    # compilers take their time on a busy machine
+    found = run_ranks(1, in_world, train_steps, "float32", recompute, compile, timeout=240)[0]
     np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["attention", "attention_special", "attention_blockwise"])
+def test_selective_recompute_repeats_no_form_of_attention(form):
+    operation = getattr(torch.ops.hotlap, form).default
+    assert save_matmuls(None, operation) == CheckpointPolicy.MUST_SAVE
 
 
 def test_backward_gathers_all_blocks_but_the_last_again_and_no_table():
