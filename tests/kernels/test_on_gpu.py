@@ -85,20 +85,24 @@ def test_one_graph_decodes_at_every_length():
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_products_that_start_early_wait_for_what_they_read(rows, monkeypatch):
-    """A chain of them, with other kernels between, in a graph, is what the plain form makes of it."""
+    """A chain of them, with attention between, in a graph, is what the plain form makes of it."""
     if device_facts(DEVICE).compute < 90:
         pytest.skip("needs compute capability 9.0")
     up = [random(6144, 1536, dtype=torch.bfloat16, grad=False, seed=i) / 40 for i in range(8)]
     down = [random(1536, 6144, dtype=torch.bfloat16, grad=False, seed=i) / 80 for i in range(8)]
     first = random(rows, 1536, dtype=torch.bfloat16, grad=False)
     scale = torch.ones(1, device=DEVICE, dtype=torch.bfloat16)
+    caches = random(2, rows, 256, 12, 128, dtype=torch.bfloat16, grad=False)
+    slots, lengths = torch.arange(rows, device=DEVICE), torch.full((rows,), 200, device=DEVICE)
 
     def chain():
         x = first
         for i, (wide, narrow) in enumerate(zip(up, down, strict=True)):
             hidden, total, _ = norm_linear(x, wide, (scale, scale, first), squared_relu=True)
             x = linear_residual(hidden, narrow, total)
-            x = relu2(x) if i % 3 == 2 else x
+            if i % 3 == 2:
+                heads = x.view(rows, 1, 12, 128)
+                x = decode_attention(heads, heads, heads, *caches, slots, lengths).view(rows, 1536)
         return x
 
     def pick(table, size, device, early=False):
