@@ -27,7 +27,17 @@ from hotlap.kernels.attention import attention
 from hotlap.kernels.attention_blocks import load_rows, similarity
 from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
+from hotlap.kernels.dispatch import (
+    Device,
+    device_facts,
+    jit,
+    kernel_op,
+    launches,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
 from hotlap.kernels.tiles import Case, Tile, next_power_of_2, type_name
 
 
@@ -146,9 +156,15 @@ def _decode_split_kernel(
 
 @jit
 def _decode_combine_kernel(
-    partial, lse, y, rows, T, H, K, splits, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr
-):
-    """Combine the results of all splits into y (B, T, H, C): one of `rows` = B K R per program."""
+    partial, lse, y, rows, T, H, K, splits,
+    EARLY: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Combine the results of all splits into y (B, T, H, C): one of `rows` = B K R per program.
+
+    EARLY: the kernel that follows may start now, if it is launched for that, as in `decode_linear.py`.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row, G = tl.program_id(0).to(tl.int64), H // K
     r, h, b = row % (G * T), row // (G * T) % K, row // (G * T * K)
     split, c = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_C)
@@ -209,8 +225,8 @@ def _decode(
             **tile.arguments,
         )  # fmt: skip
         wrap_triton(_decode_combine_kernel)[(B * K * R,)](
-            partial, lse, y, B * K * R, T, H, K, splits, C=C, BLOCK_C=block_c,
-            BLOCK_SPLITS=next_power_of_2(splits), num_warps=4 if splits > 8 else 1,
+            partial, lse, y, B * K * R, T, H, K, splits, EARLY=launches() and device.compute >= 90, C=C,
+            BLOCK_C=block_c, BLOCK_SPLITS=next_power_of_2(splits), num_warps=4 if splits > 8 else 1,
         )  # fmt: skip
     return y
 
@@ -295,7 +311,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
     found = []
     for C in (64, 128, 256):
         start = functools.partial(run, C)
-        found.append(Case("_decode_combine_kernel", combine | {"C": C}, combine_tiles, C, start))
+        for variant, without in (("", ()), ("early", ("sm_80", "sm_89", "gfx942"))):
+            arguments = combine | {"C": C, "EARLY": variant == "early"}
+            found.append(
+                Case("_decode_combine_kernel", arguments, combine_tiles, C, start, variant, without=without)
+            )
         for variant, m in (("", 16), ("prompt", 32)):
             blocks = {"C": C, "BLOCK_M": m}
             found.append(

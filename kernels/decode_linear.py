@@ -9,6 +9,10 @@ result does not depend on the order in which they run. The norm is a factor of e
 summed beside the product and scales its result. So the normalised row is not rounded to the dtype of x before
 the product, as the reference does, which changes y by at most 2^-8 |n| |W|^T in bfloat16, 2^-11 in float16.
 
+A second form of the kernel starts while the kernel before it runs, and meanwhile fetches its weight into the
+L2 cache (programmatic dependent launch, from compute capability 9.0). It is not measured, so it is taken only
+where `hotlap bench tune` finds it faster.
+
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
 and for float32 on a GPU (no tensor cores), both functions are the reference.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +34,7 @@ from hotlap.kernels.dispatch import (
     device_facts,
     jit,
     kernel_op,
+    launches,
     tl,
     triton,
     use_triton,
@@ -36,7 +42,7 @@ from hotlap.kernels.dispatch import (
 )
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm_ref, rms_norm_residual_ref
-from hotlap.kernels.tiles import Case, Table, Tile, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, fitting_tiles, next_power_of_2, pick_tile, type_name
 
 ROWS = 16  # of x, as many as a matmul instruction takes
 RESERVE = 2 << 10  # bytes of shared memory for sums over warps and the like
@@ -137,6 +143,43 @@ def _decode_linear_kernel(
     tl.store(y + place, out.to(y.dtype.element_ty), mask)
 
 
+@jit
+def _prefetch_rows(w, w_n, N, D, WARPS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Fetch this program's rows of w (N, D) into the L2 cache, a line of 128 bytes by each thread at once."""
+    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth  # elements
+    LINES: tl.constexpr = 32 * WARPS // BLOCK_N
+    n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None]
+    for start in range(0, D, LINES * LINE):
+        d = tl.minimum(start + LINE * tl.arange(0, LINES), D - 1)[None, :]
+        address = (w + n * w_n + d).to(tl.int64)  # (BLOCK_N, LINES)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // no result in $0", "=r,l", [address], tl.int32, is_pure=False, pack=1
+        )
+
+
+@jit
+def _decode_linear_early_kernel(
+    x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+    NORM: tl.constexpr, RELU2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`_decode_linear_kernel`, launched with launch_pdl=True: it may start before the kernel before it ends.
+
+    Until the wait it writes nothing, and reads nothing: a prefetch delivers no values, and all that write
+    W later do so through the same L2 cache. The wait ends when the kernel before has ended and its writes are
+    seen. That kernel waits in turn before it ends, if it is of this form, or else has started after those
+    before it. So all earlier kernels have ended then. A kernel of this form that follows may start once all
+    programs are past the wait. They run by then, so it takes no processor that they need.
+    """
+    _prefetch_rows(w, w_n, N, D, WARPS, BLOCK_N)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    _decode_linear_kernel(
+        x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+        NORM, RELU2, BLOCK_K, BLOCK_G, ROWS, BLOCK_N, WARPS, BLOCK_D,
+    )  # fmt: skip
+
+
 def _tiles(shapes: list[tuple[int, int, int, int]], rows: int) -> list[Tile]:
     """Tiles of (N, D of a warp, warps, stages). All stages but one are in flight, with x and x0."""
     tiles = []
@@ -147,6 +190,12 @@ def _tiles(shapes: list[tuple[int, int, int, int]], rows: int) -> list[Tile]:
     return tiles
 
 
+def _with_early(tiles: list[Tile], device: Device) -> list[Tile]:
+    """Tiles, and the first two again in the form that starts early, where the GPU can do that."""
+    early = tiles[:2] if device.compute >= 90 else ()
+    return [*tiles, *(replace(tile, kernel="_decode_linear_early_kernel") for tile in early)]
+
+
 def _decode_linear_wide_tiles(rows: int, device: Device) -> list[Tile]:
     """For weights of two programs a processor or more. The order is calculated, not measured: 50 to 100 KB
     in flight on each processor of an H100, where bandwidth times latency is 20 to 30.
@@ -154,8 +203,10 @@ def _decode_linear_wide_tiles(rows: int, device: Device) -> list[Tile]:
     if device.warp == 64:  # AMD, whose matmul instructions take no less than 16 rows and columns
         return _tiles([(16, 64, 4, 3), (16, 64, 4, 2), (32, 64, 4, 2)], ROWS)
     if rows == 1:
-        return _tiles([(16, 128, 4, 4), (16, 128, 4, 3), (16, 256, 4, 3), (8, 128, 4, 4), (16, 64, 4, 6)], 1)
-    return _tiles([(32, 64, 4, 4), (16, 64, 4, 4), (32, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3)], ROWS)
+        shapes = [(16, 128, 4, 4), (16, 128, 4, 3), (16, 256, 4, 3), (8, 128, 4, 4), (16, 64, 4, 6)]
+    else:
+        shapes = [(32, 64, 4, 4), (16, 64, 4, 4), (32, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 3)]
+    return _with_early(_tiles(shapes, rows), device)
 
 
 def _decode_linear_narrow_tiles(rows: int, device: Device) -> list[Tile]:
@@ -163,13 +214,24 @@ def _decode_linear_narrow_tiles(rows: int, device: Device) -> list[Tile]:
     if device.warp == 64:
         return _decode_linear_wide_tiles(rows, device)
     if rows == 1:
-        return _tiles([(8, 128, 4, 5), (8, 128, 4, 4), (8, 256, 4, 4), (8, 128, 8, 4), (16, 128, 4, 4)], 1)
-    return _tiles([(8, 64, 4, 5), (8, 64, 4, 4), (16, 64, 4, 4), (16, 64, 8, 3), (16, 64, 4, 3)], ROWS)
+        shapes = [(8, 128, 4, 5), (8, 128, 4, 4), (8, 256, 4, 4), (8, 128, 8, 4), (16, 128, 4, 4)]
+    else:
+        shapes = [(8, 64, 4, 5), (8, 64, 4, 4), (16, 64, 4, 4), (16, 64, 8, 3), (16, 64, 4, 3)]
+    return _with_early(_tiles(shapes, rows), device)
 
 
 def _table(N: int, device: Device) -> Table:
     programs = N // 16
     return _decode_linear_narrow_tiles if programs < 2 * device.processors else _decode_linear_wide_tiles
+
+
+def _tile(N: int, R: int, device: Device) -> Tile:
+    """Of a kernel that can be launched now: tracers do not know launch_pdl."""
+    table, rows = _table(N, device), 1 if R == 1 else ROWS
+    tile = pick_tile(table, rows, device)
+    if tile.kernel and not launches():
+        tile = next(plain for plain in fitting_tiles(table, rows, device) if not plain.kernel)
+    return tile
 
 
 def _product(
@@ -189,16 +251,19 @@ def _product(
         return y, total, gates
     N, D = weight.shape
     K, G = (0, 0) if gate is None else gate.shape
-    R, device = math.prod(x.shape[:-1]), device_facts(x.device)
+    R = math.prod(x.shape[:-1])
     x, x0, gate, residual = (t if t is None else t.contiguous() for t in (x, x0, gate, residual))  # small
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    tile = pick_tile(_table(N, device), 1 if R == 1 else ROWS, device)
+    tile = _tile(N, R, device_facts(x.device))
+    kernel = _decode_linear_early_kernel if tile.kernel else _decode_linear_kernel
+    early = {"launch_pdl": True} if tile.kernel else {}
     programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
     with torch.cuda.device_of(x):
-        wrap_triton(_decode_linear_kernel)[(programs,)](
+        wrap_triton(kernel)[(programs,)](
             x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,
             None if gate is None else gates, weight.stride(0), R, N, D, K, G, EPS, NORM=norm,
             RELU2=squared_relu, BLOCK_K=next_power_of_2(K), BLOCK_G=next_power_of_2(G), **tile.arguments,
+            **early,
         )  # fmt: skip
     return y, total, gates
 
@@ -291,7 +356,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
 
         def launch():
             for weight in weights:
-                _product(x, weight, *mix, gate, added, form["NORM"], form["RELU2"])
+                _decode_linear(x, weight, *mix, gate, added, form["NORM"], form["RELU2"])
 
         return launch
 

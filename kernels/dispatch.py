@@ -45,12 +45,17 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton` for tracers, or just the kernel where `kernel_op` launches it.
-
-    An interpreted kernel is never wrapped, which torch refuses before 2.13.
+def launches() -> bool:
+    """Whether `wrap_triton` leaves kernels as they are, so that launches may have options that no tracer
+    takes: where `kernel_op` launches them, and in the interpreter, whose kernels torch does not wrap before
+    2.13.
     """
-    return kernel if INTERPRETED or _thread.launches else torch.library.wrap_triton(kernel)
+    return INTERPRETED or _thread.launches
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton` for tracers, or just the kernel."""
+    return kernel if launches() else torch.library.wrap_triton(kernel)
 
 
 def allow_descriptors() -> None:

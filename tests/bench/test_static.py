@@ -63,6 +63,28 @@ def test_bad_kernels_are_rejected_each_for_its_reason_also_from_the_cache(tmp_pa
         assert reason in faults[kernel][0], (kernel, faults[kernel])
 
 
+def test_a_product_that_starts_early_only_fetches_before_it_waits():
+    code = LIBRARY + (
+        "from hotlap.kernels import decode_linear\n"
+        "import torch\n"
+        "memory = r'prefetch|griddepcontrol\\.(?:wait|launch)|[ls][dt]\\.global|cp\\.async\\.c[ag]'\n"
+        "target = static.TARGETS['sm_90']\n"
+        "for case in decode_linear.cases(torch.bfloat16):\n"
+        "    tile = next(tile for tile in case.table(case.size, target.device) if tile.kernel)\n"
+        "    kernel = getattr(decode_linear, tile.kernel)\n"
+        "    ptx = static.compile_case(kernel, case.arguments, tile, target).asm['ptx']\n"
+        "    print(json.dumps(re.findall(memory, ptx)))\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        accesses = json.loads(line)
+        wait = accesses.index("griddepcontrol.wait")
+        assert set(accesses[:wait]) == {"prefetch"} and "prefetch" not in accesses[wait:]
+        assert accesses[wait + 1] == "griddepcontrol.launch"
+        assert {"st.global"} < set(accesses[wait + 2 :])
+
+
 def test_elementwise_offsets_are_64_bits_wide():
     code = LIBRARY + (
         "from hotlap.kernels import relu2\n"

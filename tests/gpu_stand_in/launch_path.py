@@ -4,6 +4,8 @@ Run by test_stand_in.py, with any build of torch. The plugin fails a test whose 
 by torch's operator for kernels.
 """
 
+import contextlib
+
 import pytest
 import torch
 from gpu_stand_in import patches
@@ -11,6 +13,7 @@ from gpu_stand_in.triton_gpu import seen
 from helpers.tools import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hotlap.kernels import decode_linear
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import cross_entropy
 from hotlap.kernels.embedding import embedding
@@ -147,3 +150,18 @@ def test_an_update_of_a_matrix_launches_kernels(depth):
     with torch.no_grad():
         update = muon_momentum(grad.unbind(), momentum, torch.tensor(0.9), BF16)
         assert launches(lambda: orthogonalize(update, norm=width**0.5)) >= 10
+
+
+@pytest.mark.parametrize("how", ["eager", "mode", "compiled"])
+def test_a_product_starts_early_where_no_tracer_launches_it(how, monkeypatch):
+    """Tracers take no option of a launch."""
+    last = lambda table, rows, device: table(rows, device)[-1]  # noqa: E731
+    monkeypatch.setattr(decode_linear, "pick_tile", last)
+    product, before = decode_linear.linear_residual, len(seen.loaded)
+    torch._dynamo.reset()
+    with torch.no_grad(), Names() if how == "mode" else contextlib.nullcontext():
+        (torch.compile(product) if how == "compiled" else product)(
+            *(random(*shape) for shape in ((2, 48), (80, 48), (2, 80)))
+        )
+    names = {kernel.name for kernel in seen.loaded[before:]}
+    assert names == {f"_decode_linear{'_early' if how == 'eager' else ''}_kernel"}

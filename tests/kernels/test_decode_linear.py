@@ -192,6 +192,15 @@ def test_programs_have_small_blocks_where_the_weight_has_few_rows():
             assert N / block > gpu.processors  # each has a program
 
 
+def test_the_form_that_starts_early_comes_last_and_only_where_gpus_can_do_so():
+    for table in (module._decode_linear_narrow_tiles, module._decode_linear_wide_tiles):
+        for rows in (1, 16):
+            for compute, warp in ((80, 32), (89, 32), (90, 32), (120, 32), (0, 64)):
+                gpu = Device("A GPU", 232448, 132, warp, compute=compute)
+                early = [bool(tile.kernel) for tile in fitting_tiles(table, rows, gpu)]
+                assert early == sorted(early) and any(early) == (compute >= 90)
+
+
 def test_wrong_shapes_are_named():
     x, x0, residual, weight, a, b = case(3, 40, 33)
     for call, match in (

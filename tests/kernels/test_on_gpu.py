@@ -3,6 +3,8 @@
 Where there is one, the other tests of this folder run natively too.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.kernel_tools import DEVICE, document_starts, error, outputs_and_gradients, random
@@ -10,7 +12,7 @@ from helpers.tools import tiny_config
 from torch._inductor.utils import run_and_get_code
 
 from hotlap.bench import tune
-from hotlap.kernels import attention_backward, attention_forward, attention_hopper
+from hotlap.kernels import attention_backward, attention_forward, attention_hopper, decode_linear
 from hotlap.kernels import linear_cross_entropy as linear_cross_entropy_module
 from hotlap.kernels import linear_relu2 as linear_relu2_module
 from hotlap.kernels import orthogonalize as orthogonalize_module
@@ -18,6 +20,7 @@ from hotlap.kernels import relu2 as module
 from hotlap.kernels.attention import attention, attention_ref
 from hotlap.kernels.attention_torch import sdpa_takes
 from hotlap.kernels.decode_attention import decode_attention
+from hotlap.kernels.decode_linear import linear_residual, norm_linear
 from hotlap.kernels.dispatch import device_facts
 from hotlap.kernels.fp8 import linear_relu2_fp8
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -79,6 +82,45 @@ def test_one_graph_decodes_at_every_length():
         lengths.copy_(torch.tensor(held))
         graph.replay()
         assert torch.equal(y, decode_attention(q, k, v, *caches, slots, lengths, 40))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_products_that_start_early_wait_for_what_they_read(rows, monkeypatch):
+    """A chain of them, with attention between, in a graph, is what the plain form makes of it."""
+    if device_facts(DEVICE).compute < 90:
+        pytest.skip("needs compute capability 9.0")
+    up = [random(6144, 1536, dtype=torch.bfloat16, grad=False, seed=i) / 40 for i in range(8)]
+    down = [random(1536, 6144, dtype=torch.bfloat16, grad=False, seed=i) / 80 for i in range(8)]
+    first = random(rows, 1536, dtype=torch.bfloat16, grad=False)
+    scale = torch.ones(1, device=DEVICE, dtype=torch.bfloat16)
+    caches = random(2, rows, 256, 12, 128, dtype=torch.bfloat16, grad=False)
+    slots, lengths = torch.arange(rows, device=DEVICE), torch.full((rows,), 200, device=DEVICE)
+
+    def chain():
+        x = first
+        for i, (wide, narrow) in enumerate(zip(up, down, strict=True)):
+            hidden, total, _ = norm_linear(x, wide, (scale, scale, first), squared_relu=True)
+            x = linear_residual(hidden, narrow, total)
+            if i % 3 == 2:
+                heads = x.view(rows, 1, 12, 128)
+                x = decode_attention(heads, heads, heads, *caches, slots, lengths).view(rows, 1536)
+        return x
+
+    def pick(table, size, device, early=False):
+        tiles = [tile for tile in fitting_tiles(table, size, device) if bool(tile.kernel) == early]
+        return tiles[0]
+
+    monkeypatch.setattr(decode_linear, "pick_tile", pick)
+    plain = chain()
+    monkeypatch.setattr(decode_linear, "pick_tile", partial(pick, early=True))
+    assert torch.equal(chain(), plain)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, plain)
 
 
 @pytest.mark.parametrize("window", [None, 64])
