@@ -41,8 +41,8 @@ from hotlap.kernels.attention_hopper_backward import (
     _attention_dk_dv_hopper_kernel,
     _attention_dq_hopper_kernel,
 )
-from hotlap.kernels.dispatch import Device, jit, tl, triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, type_name
+from hotlap.kernels.dispatch import Device, jit, tl, wrap_triton
+from hotlap.kernels.tiles import Case, Tile, cdiv, type_name
 
 
 @jit
@@ -288,7 +288,7 @@ def attention_backward(
     sizes = (B, T, S, H, K, window, heads_in_section(S, C, B * H, q.element_size()))
     with torch.cuda.device_of(q):
         tile = tile_for(_attention_dq_tiles, q.device, q.dtype, C, special)
-        grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
+        grid = (cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
         if tile.kernel:
             half, of_keys = tile.blocks["BLOCK_M"] // 2, tile.blocks["BLOCK_N"]
             _attention_dq_hopper_kernel[grid](
@@ -303,7 +303,7 @@ def attention_backward(
             )  # fmt: skip
         sizes = (B, T, S, H, K, window, heads_in_section(T * (H // K), C, B * K, q.element_size()))
         tile = tile_for(_attention_dk_dv_tiles, q.device, q.dtype, C, special)
-        grid = (triton.cdiv(S, tile.blocks["BLOCK_N"]) * B * K,)
+        grid = (cdiv(S, tile.blocks["BLOCK_N"]) * B * K,)
         ends = None if document_start is None else rows_before_end(document_start, S)
         if tile.kernel:
             half, of_queries = tile.blocks["BLOCK_N"] // 2, tile.blocks["BLOCK_M"]

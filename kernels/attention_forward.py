@@ -38,8 +38,8 @@ from hotlap.kernels.attention_hopper import (
     hopper_takes,
     hopper_tiles,
 )
-from hotlap.kernels.dispatch import Device, device_facts, jit, tl, triton, wrap_triton
-from hotlap.kernels.tiles import Case, Table, Tile, fitting_tiles, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.dispatch import Device, device_facts, jit, tl, wrap_triton
+from hotlap.kernels.tiles import Case, Table, Tile, cdiv, fitting_tiles, next_power_of_2, pick_tile, type_name
 
 LOG2E = math.log2(math.e)
 LARGE, MEDIUM = 200 << 10, 128 << 10  # bytes of shared memory of a block: Hopper's, A100's
@@ -201,7 +201,7 @@ def attention_forward(
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     special = special and hopper_takes(softcap, q, k, v)
     tile = tile_for(_attention_forward_tiles, q.device, q.dtype, C, special)
-    grid = (triton.cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
+    grid = (cdiv(T, tile.blocks["BLOCK_M"]) * B * H,)
     inner, outer = factors(scale, softcap)
     sizes = (B, T, S, H, K, window, heads_in_section(S, C, B * H, q.element_size()))
     flags = {"WINDOWED": window > 0, "DOCUMENTS": document_start is not None, "C": C}

@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, as_rows, pick_tile, type_name
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, pick_tile, type_name
 
 IGNORE = -1  # default target of tokens without loss
 
@@ -246,7 +246,7 @@ def _write_gradient(
     if N:
         logits, targets = as_rows(logits), targets.contiguous()
         tile = pick_tile(_cross_entropy_backward_tiles, 0, device_facts(logits.device))
-        grid = (N * triton.cdiv(V, tile.blocks["BLOCK"]),)
+        grid = (N * cdiv(V, tile.blocks["BLOCK"]),)
         with torch.cuda.device_of(logits):
             wrap_triton(_cross_entropy_backward_kernel)[grid](
                 dloss, logits, targets, lse, out, dloss.stride(0), logits.stride(0), out.stride(0),

@@ -34,11 +34,10 @@ from hotlap.kernels.dispatch import (
     kernel_op,
     launches,
     tl,
-    triton,
     use_triton,
     wrap_triton,
 )
-from hotlap.kernels.tiles import Case, Tile, next_power_of_2, type_name
+from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, type_name
 
 
 def append_ref(
@@ -212,7 +211,7 @@ def _decode(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     R, block_c, device = H // K * T, max(16, next_power_of_2(C)), device_facts(q.device)
     block_m = min(32, max(16, next_power_of_2(R)))
-    programs = triton.cdiv(R, block_m) * B * K
+    programs = cdiv(R, block_m) * B * K
     splits = split_count(programs, S, device)
     partial = torch.empty(splits, B, K, R, C, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, B, K, R, dtype=torch.float32, device=q.device)

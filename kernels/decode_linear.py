@@ -36,13 +36,12 @@ from hotlap.kernels.dispatch import (
     kernel_op,
     launches,
     tl,
-    triton,
     use_triton,
     wrap_triton,
 )
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm_ref, rms_norm_residual_ref
-from hotlap.kernels.tiles import Case, Table, Tile, fitting_tiles, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Table, Tile, cdiv, fitting_tiles, next_power_of_2, pick_tile, type_name
 
 ROWS = 16  # of x, as many as a matmul instruction takes
 RESERVE = 2 << 10  # bytes of shared memory for sums over warps and the like
@@ -257,7 +256,7 @@ def _product(
     tile = _tile(N, R, device_facts(x.device))
     kernel = _decode_linear_early_kernel if tile.kernel else _decode_linear_kernel
     early = {"launch_pdl": True} if tile.kernel else {}
-    programs = triton.cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
+    programs = cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
     with torch.cuda.device_of(x):
         wrap_triton(kernel)[(programs,)](
             x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,

@@ -25,11 +25,10 @@ from hotlap.kernels.dispatch import (
     kernel_op,
     tl,
     traced,
-    triton,
     use_triton,
     wrap_triton,
 )
-from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, next_power_of_2, pick_tile, type_name
 
 
 def embedding_ref(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +122,7 @@ def _forward(
         weight, ids = as_rows(weight), ids.reshape(-1).contiguous()
         tile = pick_tile(_embedding_forward_tiles, next_power_of_2(D), device_facts(y.device))
         with torch.cuda.device_of(y):
-            grid = (triton.cdiv(N, tile.blocks["ROWS"]), triton.cdiv(D, tile.blocks["BLOCK"]))
+            grid = (cdiv(N, tile.blocks["ROWS"]), cdiv(D, tile.blocks["BLOCK"]))
             wrap_triton(_embedding_forward_kernel)[grid](
                 weight, ids, y, weight.stride(0), N, V, D, **tile.arguments
             )
@@ -142,7 +141,7 @@ def _sum_runs(dy: Tensor, tokens: Tensor, first: Tensor, grad: Tensor, add: bool
     dy = as_rows(dy)
     tile = pick_tile(_embedding_backward_tiles, next_power_of_2(D), device_facts(grad.device))
     with torch.cuda.device_of(grad):
-        grid = (V * triton.cdiv(D, tile.blocks["BLOCK"]),)
+        grid = (V * cdiv(D, tile.blocks["BLOCK"]),)
         wrap_triton(_embedding_backward_kernel)[grid](
             dy, tokens, first, grad, dy.stride(0), D, ADD=add, **tile.arguments
         )

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
 from hotlap.kernels.relu2 import relu2_ref
-from hotlap.kernels.tiles import Case, Tile, as_rows, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, next_power_of_2, pick_tile, type_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Lower bound of N K / (N + K): matmuls save in proportion to N K, the extra passes cost as N + K.
@@ -149,7 +149,7 @@ def _transpose_tiles(_: int, __: Device) -> list[Tile]:
 
 
 def _tiles_of(M: int, N: int, tile: Tile) -> int:
-    return triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
+    return cdiv(M, tile.blocks["BLOCK_M"]) * cdiv(N, tile.blocks["BLOCK_N"])
 
 
 def _largest(x: Tensor, relu2: bool, pre: Tensor | None) -> Tensor:

@@ -32,12 +32,11 @@ from hotlap.kernels.dispatch import (
     jit,
     kernel_op,
     tl,
-    triton,
     use_triton,
     wrap_triton,
 )
 from hotlap.kernels.relu2 import relu2
-from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, cdiv, fitting_tiles, pick_tile, type_name
 
 # Up to this width the epilogue saves more (4 N bytes a token at 3 TB/s) than Triton's matmul loses to cuBLAS
 # (2 N D FLOPs at 600 instead of 750 TFLOP/s), as calculated for an H100. Measured on one at a width of 1536,
@@ -200,7 +199,7 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
             fitting = fitting_tiles(_linear_relu2_tiles, int(backward), device)
             tile = next(plain for plain in fitting if not plain.kernel)
         kernel = _linear_relu2_tma_kernel if tile.kernel else _linear_relu2_kernel
-        programs = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
+        programs = cdiv(M, tile.blocks["BLOCK_M"]) * cdiv(N, tile.blocks["BLOCK_N"])
         if tile.kernel:
             programs = min(programs, device.processors)
             allow_descriptors()
@@ -213,7 +212,7 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
 
 def _in_two_passes(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
     torch.mm(_near(x), w, out=out)
-    grid = (triton.cdiv(out.numel(), tile.blocks["BLOCK"]),)
+    grid = (cdiv(out.numel(), tile.blocks["BLOCK"]),)
     with torch.cuda.device_of(x):
         wrap_triton(_linear_relu2_apart_kernel)[grid](
             a, out, *out.shape, BACKWARD=a is not None, **tile.arguments

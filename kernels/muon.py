@@ -28,8 +28,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-10
 LONGEST_ROW = 8192  # elements that a program keeps in registers
@@ -236,7 +236,7 @@ def _squares(update: Tensor) -> Tensor:
     squares, rows = _empty_squares(update), M >= N
     if update.numel():
         tile = pick_tile(_muon_squares_tiles, int(rows), device_facts(update.device))
-        blocks = triton.cdiv(max(M, N), tile.blocks["BLOCK_M" if rows else "BLOCK_N"])
+        blocks = cdiv(max(M, N), tile.blocks["BLOCK_M" if rows else "BLOCK_N"])
         with torch.cuda.device_of(update):
             wrap_triton(_muon_squares_kernel)[(G * blocks,)](
                 update, squares, *update.stride(), M, N, ROWS=rows, **tile.arguments
@@ -267,7 +267,7 @@ def _apply(update: Tensor, factors: Tensor, weights: list[Tensor], lr: Tensor, d
     _, M, N = update.shape
     if update.numel():
         tile = pick_tile(_muon_apply_tiles, 0, device_facts(update.device))
-        blocks = triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(N, tile.blocks["BLOCK_N"])
+        blocks = cdiv(M, tile.blocks["BLOCK_M"]) * cdiv(N, tile.blocks["BLOCK_N"])
         rows, factors = factors.shape[-1] == 1, factors.contiguous()
         with torch.cuda.device_of(update):
             for matrix, weight in enumerate(weights):

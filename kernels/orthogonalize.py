@@ -35,11 +35,10 @@ from hotlap.kernels.dispatch import (
     jit,
     kernel_op,
     tl,
-    triton,
     use_triton,
     wrap_triton,
 )
-from hotlap.kernels.tiles import Case, Tile, fitting_tiles, pick_tile, tuned_choices, type_name
+from hotlap.kernels.tiles import Case, Tile, cdiv, fitting_tiles, pick_tile, tuned_choices, type_name
 
 Polynomial = tuple[float, float, float]
 POLAR_EXPRESS: tuple[Polynomial, ...] = (
@@ -248,14 +247,14 @@ def _symmetric(
         given = x, y, added, out, scale, weight, diagonal
         with torch.cuda.device_of(x):
             if tile.kernel:
-                squares = triton.cdiv(n, tile.blocks["WIDTH"])
+                squares = cdiv(n, tile.blocks["WIDTH"])
                 blocks = G * squares * (squares + 1) // 2 * (tile.blocks["WIDTH"] // tile.blocks["TILE"])
                 allow_descriptors()
                 wrap_triton(_symmetric_tma_kernel)[(min(blocks, device.processors),)](
                     *given, G, n, K, TALL=tall, **tile.arguments
                 )
             else:
-                tiles = triton.cdiv(n, tile.blocks["TILE"])
+                tiles = cdiv(n, tile.blocks["TILE"])
                 wrap_triton(_symmetric_kernel)[(G * tiles * (tiles + 1) // 2,)](
                     *given, n, K, TALL=tall, **tile.arguments
                 )

@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import device_facts, kernel_op, triton, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton, wrap_triton
 from hotlap.kernels.qkv_kernels import _qkv_backward_kernel, _qkv_forward_kernel, _qkv_tiles
 from hotlap.kernels.rms_norm import EPS
-from hotlap.kernels.tiles import Case, Tile, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def attention_inputs_ref(
 def _tile(B: int, T: int, H: int, K: int, half: int, device: torch.device) -> tuple[Tile, tuple[int]]:
     """The tile for heads of two halves, and the grid."""
     tile = pick_tile(_qkv_tiles, next_power_of_2(half), device_facts(device))
-    of_q, of_kv = (triton.cdiv(B * T * heads, tile.blocks["ROWS"]) for heads in (H, K))
+    of_q, of_kv = (cdiv(B * T * heads, tile.blocks["ROWS"]) for heads in (H, K))
     return tile, (of_q + 2 * of_kv,)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, triton, use_triton, wrap_triton
-from hotlap.kernels.tiles import Case, Tile, pick_tile, type_name
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.tiles import Case, Tile, cdiv, pick_tile, type_name
 
 
 def relu2_ref(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _forward(x: Tensor) -> Tensor:
         x = x.contiguous()
         tile = pick_tile(_relu2_tiles, 0, device_facts(x.device))
         with torch.cuda.device_of(x):
-            grid = (triton.cdiv(n, tile.blocks["BLOCK"]),)
+            grid = (cdiv(n, tile.blocks["BLOCK"]),)
             wrap_triton(_relu2_forward_kernel)[grid](x, y, n, **tile.arguments)
     return y
 
@@ -57,7 +57,7 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
         x, dy = x.contiguous(), dy.contiguous()
         tile = pick_tile(_relu2_tiles, 0, device_facts(x.device))
         with torch.cuda.device_of(x):
-            grid = (triton.cdiv(n, tile.blocks["BLOCK"]),)
+            grid = (cdiv(n, tile.blocks["BLOCK"]),)
             wrap_triton(_relu2_backward_kernel)[grid](dy, x, dx, n, **tile.arguments)
     return dx
 

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import device_facts, kernel_op, triton, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton, wrap_triton
 from hotlap.kernels.rms_norm_narrow import (
     WIDEST,
     WIDEST_SCALED,
@@ -43,7 +43,7 @@ from hotlap.kernels.rms_norm_wide import (
     rms_norm_columns_tiles,
     rms_norm_wide_tiles,
 )
-from hotlap.kernels.tiles import Case, as_rows, next_power_of_2, pick_tile, type_name
+from hotlap.kernels.tiles import Case, as_rows, cdiv, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-6
 
@@ -91,7 +91,7 @@ def _forward(
             wrap_triton(_rms_norm_wide_forward_kernel)[(M,)](rows, added, *arguments, **tile.arguments)
         else:
             tile = pick_tile(_rms_norm_forward_tiles, block, device)
-            grid = (triton.cdiv(M, tile.blocks["ROWS"]),)
+            grid = (cdiv(M, tile.blocks["ROWS"]),)
             wrap_triton(_rms_norm_forward_kernel)[grid](rows, added, a, b, *arguments, **tile.arguments)
     return y, total, rstd
 
@@ -131,11 +131,11 @@ def _backward(
             return dx, dweight, dresidual, dscales
         if weight is None and a is None:
             tile = pick_tile(_rms_norm_backward_tiles, block, device)
-            programs = triton.cdiv(M, tile.blocks["ROWS"])
+            programs = cdiv(M, tile.blocks["ROWS"])
         else:
             weighted, scaled = _rms_norm_weighted_backward_tiles, _rms_norm_scaled_backward_tiles
             tile = pick_tile(weighted if a is None else scaled, block, device)
-            programs = min(triton.cdiv(M, tile.blocks["ROWS"]), device.processors * tile.per_processor)
+            programs = min(cdiv(M, tile.blocks["ROWS"]), device.processors * tile.per_processor)
         of_weight = of_scales = None  # shares of the programs
         if weight is not None:
             of_weight = torch.empty((programs, N), dtype=torch.float32, device=x.device)
@@ -163,8 +163,8 @@ def _columns(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     M, N = x.shape
     device = device_facts(x.device)
     tile = pick_tile(rms_norm_columns_tiles, 0, device)
-    across = triton.cdiv(N, tile.blocks["BLOCK"])
-    down = min(triton.cdiv(4 * device.processors, across), triton.cdiv(M, tile.blocks["ROWS"]))
+    across = cdiv(N, tile.blocks["BLOCK"])
+    down = min(cdiv(4 * device.processors, across), cdiv(M, tile.blocks["ROWS"]))
     shares = torch.empty((down, N), dtype=torch.float32, device=x.device)
     wrap_triton(_rms_norm_columns_kernel)[(across, down)](
         dy, x, rstd, shares, dy.stride(0), x.stride(0), M, N, **tile.arguments

@@ -168,6 +168,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes several microseconds of each launch."""
+    return -(-a // b)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x (..., N) as (M, N) with unit stride along N: a view where the strides allow it, else a copy."""
     if x.dim() != 2:
