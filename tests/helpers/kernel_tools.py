@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from hotlap.kernels import muon
+from hotlap.kernels.dispatch import wrap_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,6 +126,22 @@ def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
     apart = 2**31
     rows = torch.empty_strided((2, width), (apart, 1), dtype=dtype, device=DEVICE)
     return rows.copy_(random(2, width, grad=False))
+
+
+def launches_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The names of the kernels that a module launches from now on, and their programs."""
+    seen = []
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.kernel.fn.__name__, *grid))
+            return wrap_triton(self.kernel)[grid]
+
+    monkeypatch.setattr(module, "wrap_triton", Launcher)
+    return seen
 
 
 def muon_move(

@@ -3,13 +3,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kernel_tools import DEVICE, DTYPES, check, error, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, error, launches_of, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.bench import tune
 from hotlap.kernels import linear_relu2 as module
 from hotlap.kernels import tiles
-from hotlap.kernels.dispatch import Device, wrap_triton
+from hotlap.kernels.dispatch import Device
 from hotlap.kernels.linear_relu2 import linear_relu2, linear_relu2_ref
 from hotlap.kernels.tiles import Tile
 
@@ -42,19 +42,7 @@ once = pytest.mark.parametrize("form", [PLAIN], ids=[""], indirect=True)  # of w
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels that are launched, and their programs."""
-    seen = []
-
-    class Launcher:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            seen.append((self.kernel.fn.__name__, *grid))
-            return wrap_triton(self.kernel)[grid]
-
-    monkeypatch.setattr(module, "wrap_triton", Launcher)
-    return seen
+    return launches_of(module, monkeypatch)
 
 
 def case(M, D, N, dtype=torch.float32):

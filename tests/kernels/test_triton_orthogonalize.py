@@ -4,12 +4,12 @@ it.
 
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, error, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, launches_of, random
 from torch.library import opcheck
 
 from hotlap.kernels import orthogonalize as module
 from hotlap.kernels import tiles
-from hotlap.kernels.dispatch import Device, wrap_triton
+from hotlap.kernels.dispatch import Device
 from hotlap.kernels.orthogonalize import POLAR_EXPRESS, SAFETY, orthogonalize
 from hotlap.kernels.tiles import Tile
 
@@ -44,19 +44,7 @@ each_form = pytest.mark.parametrize("form", [PLAIN, TMA, WIDE], ids=["plain", "t
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels that are launched, and their programs."""
-    seen = []
-
-    class Launcher:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            seen.append((self.kernel.fn.__name__, *grid))
-            return wrap_triton(self.kernel)[grid]
-
-    monkeypatch.setattr(module, "wrap_triton", Launcher)
-    return seen
+    return launches_of(module, monkeypatch)
 
 
 def matrix_of(values, M, N, dtype=torch.bfloat16, polynomials=POLAR_EXPRESS):
