@@ -120,8 +120,8 @@ def fit(
             optimizer.zero_grad()
             saves = done or stopping or (step + 1) % config.save_every == 0
             evaluates = evaluate and not stopping and (done or (step + 1) % config.evaluate_every == 0)
-            # Otherwise a GPU still updates the weights while the host prepares the next step, whose time this
-            # is part of: take_step waits for it.
+            # Otherwise the host prepares the next step while a GPU still updates the weights. take_step waits
+            # for the GPU, so the update counts as part of the next step's time.
             if (saves or evaluates) and world.device.type == "cuda":
                 torch.cuda.synchronize()
             stragglers.leave()
