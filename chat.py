@@ -16,7 +16,7 @@ import tyro
 
 from hotlap.common import options
 from hotlap.common.errors import BAD_DATA, guarded
-from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
+from hotlap.kernels.dispatch import default_device, kernel_choice
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
@@ -205,7 +205,7 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
         path = found[-1] if found else Path("runs")
     folder = model_folder(path)
     device = default_device()
-    model, tokenizer = load_model(folder, device, fast_dtype(device.type))
+    model, tokenizer = load_model(folder, device)
     engine = Engine(model.for_inference(), tokenizer, slots=1)
     kernel_choice(device.type)  # logs the choice now, not during the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())

@@ -53,7 +53,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     path = results.open_file("inference", config.out, device)
     log_warnings(device)
     with torch.device("meta"):
-        model = GPT(shape, fast_dtype(device.type))
+        model = GPT(shape, fast_dtype(device.type, shape.width))
     model.to_empty(device=device).init_weights().eval()
     for parameter in model.parameters():
         if not parameter.any():  # zero at initialisation; matmuls of zeros take less power and time

@@ -129,7 +129,7 @@ def bench_pair(
 def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
     """Our training step. micro_rows: rows per forward pass; 0 is all."""
     with torch.device("meta"):
-        model = GPT(shape, fast_dtype(device.type))
+        model = GPT(shape, fast_dtype(device.type, shape.width))
     model.to_empty(device=device).init_weights()
     optimizer = MuonAdamW(model, OptimConfig())
     if device.type == "cuda":

@@ -243,7 +243,7 @@ def measure_training(
 def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT, MuonAdamW]:
     """A model and its optimizer, built as in training."""
     with torch.device("meta"):
-        model = GPT(shape, fast_dtype(world.device.type))
+        model = GPT(shape, fast_dtype(world.device.type, shape.width))
     if fp8:
         model.use_fp8()
     parallelize(model, world, "none", compiled)

@@ -33,6 +33,7 @@ from hotlap.kernels.attention_torch import (
     flash_attn_function,
     sdpa_takes,
 )
+from hotlap.kernels.cpu.measured import fastest
 from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
 
@@ -186,13 +187,14 @@ def _choose(
 
     On a GPU: what `hotlap bench tune` measured, or else torch's fused kernels if the mask is only causal.
     From Hopper on that is cuDNN, which on an H100 took 2.69 ms forward and backward against our 3.14, for two
-    rows of 8192 with 12 heads of 128. Windows, documents and softcaps in 16 bits use ours. On a CPU torch's
-    is faster in float32, and from 512 keys on in bfloat16 (two cores of a Zen 5 EPYC).
+    rows of 8192 with 12 heads of 128. Windows, documents and softcaps in 16 bits use ours. On a CPU: blocks,
+    unless the mask is only causal and torch's kernel is measured to be faster.
     """
     why = "only causal" if plain else "more than causal"
     if device.type != "cuda":
-        fused = plain and (dtype == torch.float32 or S >= 512)
-        choice = "triton" if kernels else "sdpa" if fused else "blockwise"
+        choice = "triton" if kernels else "blockwise"
+        if plain and device.type == "cpu" and not kernels:
+            choice, why = _faster_on_cpu(dtype, C, S), "only causal, measured"
     else:
         measured = None
         if kernels and not (documents or softcap):
@@ -204,6 +206,19 @@ def _choose(
         why = "measured" if choice == measured else why
     _report(choice, why)
     return choice
+
+
+def _faster_on_cpu(dtype: torch.dtype, C: int, S: int) -> str:
+    """The faster backend for training on plain causal rows of S tokens, measured for 2048 tokens."""
+    S = min(S, 2048)  # from there on, both grow with the square of S
+    q = torch.randn(1, S, 2048 // S, C).to(dtype).requires_grad_()
+
+    def run(backend: str) -> None:
+        with torch.enable_grad():
+            attention(q, q, q, backend=backend).sum().backward()
+
+    question = f"attention for {str(dtype).removeprefix('torch.')} heads of {C} and {S} keys"
+    return fastest(question, {name: functools.partial(run, name) for name in ("blockwise", "sdpa")})
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Choose Triton or torch, register kernels as torch operations, and query the GPU: here and nowhere else.
+"""Choose Triton, C or torch, register kernels as torch operations, and query the device: here and nowhere else.
 
-Triton is optional: without it, everything runs in torch. Kernel files take `triton`, `tl` and `jit` from
-here.
+GPUs have kernels in Triton, CPUs in C. Both are optional: without Triton or a C compiler, everything runs in
+torch. Kernel files take `triton`, `tl` and `jit` from here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hotlap.common.log import log
+from hotlap.kernels.cpu.library import MACROS, library
+from hotlap.kernels.cpu.measured import fastest
 
 try:
     import triton
@@ -73,8 +75,8 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 @functools.cache
 def _decide(device_type: str) -> str:
     choice = os.environ.get("HOTLAP_KERNELS", "")
-    if choice not in ("", "torch", "triton"):
-        raise ValueError(f"HOTLAP_KERNELS={choice!r} is unknown; it can be torch or triton, or unset")
+    if choice not in ("", "torch", "triton", "c"):
+        raise ValueError(f"HOTLAP_KERNELS={choice!r} is unknown; it can be torch, triton or c, or unset")
     why = f"HOTLAP_KERNELS={choice}"
     if choice == "triton":
         if triton is None:
@@ -84,6 +86,8 @@ def _decide(device_type: str) -> str:
                 f"HOTLAP_KERNELS=triton, but Triton has no code for tensors on {device_type!r}; unset it, or "
                 "set TRITON_INTERPRET=1 as well to run the kernels in Triton's interpreter (slow: for tests)"
             )
+    elif choice == "c" or (not choice and device_type == "cpu"):
+        choice, why = _compiled(required=bool(choice)) if device_type == "cpu" else ("torch", "C is for CPUs")
     elif not choice:
         if device_type != "cuda":
             choice, why = "torch", f"tensors are on {device_type!r}"
@@ -97,9 +101,20 @@ def _decide(device_type: str) -> str:
     return choice
 
 
+def _compiled(required: bool) -> tuple[str, str]:
+    """Compile the C kernels, and return the choice for CPUs with its reason."""
+    try:
+        library(torch.float32)
+    except OSError as error:
+        if required:
+            raise ValueError(f"HOTLAP_KERNELS=c, but {error}; install gcc, set CC, or unset it") from None
+        return "torch", f"no kernels in C: {error}"
+    return "c", "tensors are on a CPU"
+
+
 @torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
 def kernel_choice(device_type: str) -> str:
-    """`torch` or `triton` for tensors on devices of this type; HOTLAP_KERNELS overrides."""
+    """`torch`, `triton` or `c` for tensors on devices of this type; HOTLAP_KERNELS overrides."""
     return _decide(device_type)
 
 
@@ -111,6 +126,16 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type != "meta" and x.dtype in DTYPES and kernel_choice(x.device.type) == "triton"
 
 
+def use_c(x: Tensor) -> bool:
+    """Whether operations on x run our C kernels."""
+    return x.device.type == "cpu" and x.dtype in MACROS and kernel_choice("cpu") == "c"
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether operations on x run kernels, on a GPU or on a CPU."""
+    return use_triton(x) or use_c(x)
+
+
 def traced() -> bool:
     """Whether a compiler or a dispatch mode records the operations that run now."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
@@ -119,7 +144,7 @@ def traced() -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: has type annotations, takes a tensor first, returns new tensors or None, and modifies only
+    implementation: launches Triton kernels. It has type annotations, takes a tensor first, returns new tensors or None, and modifies only
     the tensors, or lists of them, that `mutates` names. fake: the same for shapes only. save(ctx, inputs,
     output) and backward(ctx, *grads): as in `torch.autograd.Function`; an operation without them is not
     differentiable.
@@ -130,6 +155,9 @@ class kernel_op:
     of a call from 6 to 18 us (measured on a Zen 5 EPYC). They and opaque calls launch kernels directly:
     torch's operator for launches, which only a tracer needs, makes a launch six times as long, and no
     dispatch mode has a rule for it.
+
+    c: the implementation for CPUs, with the same arguments and results, where there is one. It is an
+    operation of its own, opaque to compilers, that shares all the rest.
     """
 
     def __init__(
@@ -141,7 +169,10 @@ class kernel_op:
         backward: Callable | None = None,
         mutates: tuple[str, ...] = (),
         opaque: bool = False,
+        c: Callable | None = None,
     ):
+        self.c = c and kernel_op(f"{name}_c", c, fake, save, backward, mutates, opaque=True)
+
         def launch(*inputs):
             outer, _thread.launches = _thread.launches, True
             try:
@@ -179,6 +210,8 @@ class kernel_op:
         self.eager = eager
 
     def __call__(self, *inputs):
+        if self.c and use_c(inputs[0]):
+            return self.c(*inputs)
         plain = not traced() and type(inputs[0]) in (Tensor, Parameter)
         if not plain:
             return self.op(*inputs)
@@ -220,14 +253,20 @@ def default_device() -> torch.device:
 
 
 @functools.cache
-def fast_dtype(device_type: str) -> torch.dtype:
+def fast_dtype(device_type: str, width: int = 768) -> torch.dtype:
     """The dtype with the fastest matmuls on this device that is accurate enough for training.
 
-    bfloat16 on GPUs that have it, and on CPUs with bf16 dot products (AVX512-BF16 or AMX): 4.5 times as fast
-    as float32 on two cores of a Zen 5 EPYC. Otherwise float32.
+    A GPU: bfloat16 if it has it. A CPU: float32 or bfloat16, whichever multiplies matrices of a model of this
+    width faster (from 512 on, of 512). Two CPUs that both list bfloat16 instructions can differ: on two cores, 800 against
+    165 GFLOP/s (bfloat16 and float32, Zen 5 EPYC), and 144 against 252 (Xeon with AVX512-BF16 but no AMX).
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if device_type == "cpu" and bf16 else torch.float32
+    if device_type != "cpu":
+        return torch.float32
+    width = min(width, 512)
+    rows = (1 << 23) // width**2  # 0.13 GFLOP, about a millisecond
+    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
+    lower, weight = x.bfloat16(), w.bfloat16()
+    candidates = {"float32": lambda: x @ w.T @ w, "bfloat16": lambda: lower @ weight.T @ weight}
+    return getattr(torch, fastest(f"compute dtype for a width of {width}", candidates))

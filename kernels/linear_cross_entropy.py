@@ -24,7 +24,8 @@ from hotlap.kernels.cross_entropy import (
     cross_entropy_ref,
     reduce,
 )
-from hotlap.kernels.dispatch import kernel_op, use_triton
+from hotlap.kernels.cpu.library import run
+from hotlap.kernels.dispatch import kernel_op, use_c, use_triton
 
 # Bytes of logits in a chunk. CPU: what stays in its cache. GPU: 4096 rows of 32768 words, where summing the
 # parts of dW takes 8 % of the matmuls' time on an H100 (calculated, not measured). Twice as many took more
@@ -64,6 +65,12 @@ def _losses_and_gradient(
         if dlosses is None:
             return cross_entropy_forward(logits, targets, softcap, z_loss, ignore, False)[0], None
         return cross_entropy_both(dlosses, logits, targets, softcap, z_loss, ignore), logits
+    if use_c(logits):
+        losses = torch.empty(len(logits), dtype=torch.float32)
+        dlosses = None if dlosses is None else dlosses.contiguous()
+        options = *logits.shape, float(softcap), float(z_loss), ignore
+        run("cross_entropy", logits.dtype, logits, targets.contiguous(), dlosses, losses, *options)
+        return losses, None if dlosses is None else logits
     dtype, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
     slope = None
     if softcap:

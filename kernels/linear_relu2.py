@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.cpu import linear_relu2 as cpu
 from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
@@ -32,6 +33,7 @@ from hotlap.kernels.dispatch import (
     jit,
     kernel_op,
     tl,
+    use_c,
     use_triton,
     wrap_triton,
 )
@@ -255,7 +257,10 @@ def _gradients(ctx, dy, _):
 
 
 _linear_relu2_backward = kernel_op(
-    "linear_relu2_backward", _backward, lambda dy, x, w_in, w_out, a: tuple(map(_empty, (x, w_in, w_out)))
+    "linear_relu2_backward",
+    _backward,
+    lambda dy, x, w_in, w_out, a: tuple(map(_empty, (x, w_in, w_out))),
+    c=cpu.backward,
 )
 _linear_relu2 = kernel_op(
     "linear_relu2",
@@ -263,6 +268,7 @@ _linear_relu2 = kernel_op(
     lambda x, w_in, w_out: (_empty(x, x.shape[0], w_out.shape[0]), _empty(x, x.shape[0], w_in.shape[0])),
     _save,
     _gradients,
+    c=cpu.forward,
 )
 
 
@@ -279,7 +285,7 @@ def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
     fused = fused and (trained or x.numel() >= FEWEST_ROWS * D)
-    if not (use_triton(x) and fused):
+    if not (use_c(x) or (use_triton(x) and fused)):
         return linear_relu2_ref(x, w_in, w_out)
     y, _ = _linear_relu2(x.reshape(-1, D), w_in.to(x.dtype), w_out.to(x.dtype))
     return y.view(*x.shape[:-1], w_out.shape[0])

@@ -28,7 +28,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.cpu import muon as cpu
+from hotlap.kernels.cpu.library import MACROS
+from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_c, use_triton, wrap_triton
 from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
 
 EPS = 1e-10
@@ -299,7 +301,13 @@ def muon_momentum(grads: Sequence[Tensor], momentum: Tensor, beta: Tensor, dtype
         )
     if use_triton(momentum) and dtype != torch.float32:
         return _muon_momentum(momentum, list(grads), beta)
+    if _all_float32(momentum, *grads) and dtype in MACROS and use_c(momentum) and momentum.is_contiguous():
+        return cpu.momentum_update(momentum, list(grads), beta.item(), dtype, EPS)
     return muon_momentum_ref(grads, momentum, beta).to(dtype)
+
+
+def _all_float32(*tensors: Tensor) -> bool:
+    return all(x.dtype == torch.float32 for x in tensors)
 
 
 def _shapes(matrices: Sequence[Tensor]) -> str:
@@ -343,6 +351,8 @@ def muon_apply(weights: Sequence[Tensor], update: Tensor, factors: Tensor, lr: T
         )
     if use_triton(update):
         _muon_apply(update, factors, list(weights), lr, decay)
+    elif use_c(update) and _all_float32(*weights, factors):
+        cpu.apply(list(weights), update, factors, lr.item(), decay.item())
     else:
         muon_apply_ref(weights, update, factors, lr, decay)
 

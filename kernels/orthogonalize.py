@@ -298,6 +298,32 @@ def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: 
     return x
 
 
+def _torch_steps(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
+    """The same in torch, for x (G, M, N) with Frobenius norms of at most 1. Sums are rounded once.
+
+    In float32 or wider, long matrices take the Gram form. It needs more bits than bfloat16, and so does a Z that
+    holds a I: there a X is added to the last product.
+    """
+    if x.shape[1] > x.shape[2]:
+        return _torch_steps(x.mT, polynomials).mT
+    aspect = float("inf") if x.itemsize < 4 else GRAM_ASPECT
+    for (a, b, c), *more in _stages(*x.shape[1:], polynomials, aspect):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (G, n, n), Z - a I
+        if not more:
+            x = torch.baddbmm(x, factor, x, beta=a)
+            continue
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        factors = factor
+        for a, b, c in more:
+            gram = factor @ gram @ factor
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            factors = factor @ factors
+        x = factors @ x
+    return x
+
+
 def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial, ...]:
     """The same polynomials, the first applied to x / by."""
     (a, b, c), *others = polynomials
@@ -331,8 +357,9 @@ def orthogonalize(
     Frobenius norms of x, at most 255 (M^0.5 after `muon_momentum`); if given, x is not read to compute it.
     """
     if not _runs_kernels(x):
-        # on a CPU in the plain form: the Gram form needs more bits than bfloat16
-        return orthogonalize_ref(x, polynomials, norm)
+        batch = _as_batch(x)
+        bound = _frobenius(batch) + EPS if norm is None else norm
+        return _torch_steps((batch / (SAFETY * bound)).to(x.dtype), polynomials).reshape(x.shape)
     if norm is None:
         norm = max(1, min(x.shape[-2:])) ** 0.5
         scaled = torch.empty(x.shape, dtype=torch.float16, device=x.device)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton, wrap_triton
+from hotlap.kernels.cpu import qkv as cpu
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_kernels, wrap_triton
 from hotlap.kernels.qkv_kernels import _qkv_backward_kernel, _qkv_forward_kernel, _qkv_tiles
 from hotlap.kernels.rms_norm import EPS
 from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
@@ -140,7 +141,10 @@ def _empty(x: Tensor) -> Tensor:
 def _fake(qkv, kv_heads, *_):
     B, T, N, C = qkv.shape
     K, H = kv_heads, N - 2 * kv_heads
-    q, k, v = (torch.empty((B, T, n, C), dtype=qkv.dtype, device=qkv.device) for n in (H, K, K))
+    if use_c(qkv):
+        q, k, v = (cpu.empty_heads(B, T, n, C, qkv) for n in (H, K, K))
+    else:
+        q, k, v = (torch.empty((B, T, n, C), dtype=qkv.dtype, device=qkv.device) for n in (H, K, K))
     return q, k, v, torch.empty((B, T, H + K), dtype=torch.float32, device=qkv.device)
 
 
@@ -175,8 +179,9 @@ _qkv_backward = kernel_op(
     "attention_inputs_backward",
     _backward,
     lambda dq, dk, dv, q, k, cos, sin, rstd, gain, gate, e: _fake_gradients(q, k, gate, e),
+    c=cpu.backward,
 )
-_qkv = kernel_op("attention_inputs", _forward, _fake, _save, _gradients)
+_qkv = kernel_op("attention_inputs", _forward, _fake, _save, _gradients, c=cpu.forward)
 
 
 def attention_inputs(
@@ -200,7 +205,7 @@ def attention_inputs(
     torch may not return a view of its input.
     """
     _check(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
-    if use_triton(qkv):
+    if use_kernels(qkv):
         return _qkv(qkv, kv_heads, cos, sin, gain, EPS, gate, value_embedding)[:3]
     return attention_inputs_ref(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
 

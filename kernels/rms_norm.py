@@ -24,7 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton, wrap_triton
+from hotlap.kernels.cpu import rms_norm as cpu
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_triton, wrap_triton
 from hotlap.kernels.rms_norm_narrow import (
     WIDEST,
     WIDEST_SCALED,
@@ -231,13 +232,14 @@ def _gradient_residual(ctx, dy, dtotal, _):
     return dx, dresidual, da, db, dweight, None
 
 
-_rms_norm_backward = kernel_op("rms_norm_backward", _backward, _fake_backward)
+_rms_norm_backward = kernel_op("rms_norm_backward", _backward, _fake_backward, c=cpu.backward)
 _rms_norm = kernel_op(
     "rms_norm",
     _forward_plain,
     lambda x, weight, eps: (_empty(x), _fake_rstd(x)),
     _save_plain,
     _gradient_plain,
+    c=cpu.forward_plain,
 )
 _rms_norm_residual = kernel_op(
     "rms_norm_residual",
@@ -245,6 +247,7 @@ _rms_norm_residual = kernel_op(
     lambda x, residual, a, b, weight, eps: (_empty(x), _empty(x), _fake_rstd(x)),
     _save_residual,
     _gradient_residual,
+    c=cpu.forward_residual,
 )
 
 
@@ -259,7 +262,11 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None = None) -> 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
     """RMSNorm of x (..., D), scaled by weight (D,) where given. Same shape and dtype as x."""
     _check(x, weight)
-    return _rms_norm(x, weight, eps)[0] if use_triton(x) else rms_norm_ref(x, weight, eps)
+    return _rms_norm(x, weight, eps)[0] if _has_kernels(x, weight) else rms_norm_ref(x, weight, eps)
+
+
+def _has_kernels(x: Tensor, weight: Tensor | None) -> bool:
+    return use_triton(x) or (weight is None and use_c(x))
 
 
 def rms_norm_residual(
@@ -279,9 +286,9 @@ def rms_norm_residual(
     if scales is not None and (any(scale.dim() for scale in scales) or scales[0].dtype != scales[1].dtype):
         given = " and ".join(f"{tuple(scale.shape)} {scale.dtype}" for scale in scales)
         raise ValueError(f"scales are {given}; both have to be () and of one dtype")
-    if not use_triton(x):
+    if not _has_kernels(x, weight):
         return rms_norm_residual_ref(x, residual, weight, eps, scales)
-    if scales is not None and next_power_of_2(x.shape[-1]) > WIDEST_SCALED:
+    if scales is not None and use_triton(x) and next_power_of_2(x.shape[-1]) > WIDEST_SCALED:
         total = scales[0] * x + scales[1] * residual
         return rms_norm(total, weight, eps), total
     return _rms_norm_residual(x, residual, *(scales or (None, None)), weight, eps)[:2]

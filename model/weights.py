@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
 from hotlap.common.errors import DataError
+from hotlap.kernels.dispatch import fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
@@ -43,9 +44,15 @@ def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> N
     tokenizer.save(folder / TOKENIZER)
 
 
-def load_model(path: str | Path, device: torch.device, compute_dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """Load model and tokenizer from a model directory, or from the newest checkpoint of a run."""
+def load_model(
+    path: str | Path, device: torch.device, compute_dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer]:
+    """Load model and tokenizer from a model directory, or from the newest checkpoint of a run.
+
+    compute_dtype: None is the fastest one on this device.
+    """
     folder, config, tokenizer = open_model(path)
+    compute_dtype = compute_dtype or fast_dtype(device.type, config.width)
     with torch.device("meta"):
         model = GPT(config, compute_dtype)
     model.to_empty(device=device).init_weights()  # for buffers that are not stored

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 import torch
 
 from hotlap.common.log import log
+from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
@@ -117,7 +118,8 @@ class Stage:
 def check_machine(config: StageConfig, world: World) -> None:
     """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing."""
     micro_batch_rows(config.micro_batch, common_rows(config), world)
-    compute_dtype(config.dtype, world.device)
+    if config.dtype == "fp8":
+        check_fp8(world.device)
 
 
 def common_rows(config: StageConfig) -> int:
@@ -144,7 +146,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     """
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
-        model = GPT(stage.shape, compute_dtype(config.dtype, world.device))
+        model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
     use_fp8(model, config.dtype)
     compile = should_compile(config.compile, world.device, stage.loop.steps)
     parallelize(model, world, config.recompute, compile)

@@ -175,7 +175,7 @@ def test_the_kernels_that_are_switched_off_are_those_that_a_step_asks_for(monkey
         if hasattr(module, "use_triton"):
             monkeypatch.setattr(module, "use_triton", lambda x, name=name: bool(asked.add(name)))
     shape = tiny_config(context=32)
-    monkeypatch.setattr(training, "fast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(training, "fast_dtype", lambda *_: torch.bfloat16)
     with joined() as world:
         training.measure_training(shape, 2, 1, False, world)
         assert asked == {*training.KERNELS, *training.INSIDE}

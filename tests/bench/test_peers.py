@@ -97,7 +97,7 @@ def test_our_step_is_the_same_in_micro_batches(monkeypatch):
             models.append(self)
 
     monkeypatch.setattr(peers, "GPT", Kept)
-    monkeypatch.setattr(peers, "fast_dtype", lambda kind: torch.float32)
+    monkeypatch.setattr(peers, "fast_dtype", lambda *_: torch.float32)
     for rows in (0, 2):
         peers.our_step(shape, CPU, micro_rows=rows)(tokens)
     whole, parts = (model.head.weight for model in models)

@@ -114,7 +114,7 @@ def recomputed(forward, selective: bool):
 
 
 SAVED_OPS = (
-    "mm", "bmm", "addmm", "_scaled_mm", "linear_relu2",
+    "mm", "bmm", "addmm", "_scaled_mm", "linear_relu2", "linear_relu2_c",
     "attention", "attention_special", "attention_blockwise",
 )  # fmt: skip
 
@@ -160,12 +160,17 @@ def replica_count(model: GPT) -> int:
     return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
 
 
-def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The dtype of everything but fp8 matmuls. Raises ValueError for fp8 on a device without it."""
+def compute_dtype(choice: str, world: World, width: int) -> torch.dtype:
+    """The dtype of everything but fp8 matmuls, for a model of this width. The same on all ranks, which call it
+    together. Raises ValueError for fp8 on a device without it.
+    """
     if choice == "fp8":
-        check_fp8(device)
+        check_fp8(world.device)
         return torch.bfloat16
-    return fast_dtype(device.type) if choice == "auto" else getattr(torch, choice)
+    if choice == "auto":  # rank 0 decides, for CPUs measure
+        kind = world.device.type
+        return world.together(lambda: fast_dtype(kind, width) if world.is_main else None)[0]
+    return getattr(torch, choice)
 
 
 def use_fp8(model: GPT, dtype: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hotlap.common.log import log
-from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.dispatch import default_device
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
@@ -61,5 +61,5 @@ def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]
 
 def load_engine(path: Path, device: torch.device | None = None) -> Engine:
     device = device or default_device()
-    model, tokenizer = load_model(path, device, fast_dtype(device.type))
+    model, tokenizer = load_model(path, device)
     return Engine(model.for_inference(), tokenizer)

@@ -108,7 +108,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
 def trial_flops(world: World, dtype: str) -> float:
     """FLOP/s (nanochat's formula) of all ranks in training steps of a small model."""
     with torch.device("meta"):
-        model = GPT(TRIAL, compute_dtype(dtype, world.device))
+        model = GPT(TRIAL, compute_dtype(dtype, world, TRIAL.width))
     parallelize(model, world, "none", compile=False)
     materialize(model, world.device, 0)
     optimizer = MuonAdamW(model, OptimConfig())

@@ -1,0 +1,51 @@
+/* Cross-entropy of rows of logits, and its gradient in place: see ../cross_entropy.py. */
+#include "common.h"
+
+/* logits: (M, V) contiguous; overwritten with their gradient if dlosses (M,) is given. losses: (M,). */
+void cross_entropy(element *logits, const int64_t *targets, const float *dlosses, float *losses, int64_t M, int64_t V,
+                   double softcap, double z_loss, int64_t ignore) {
+    float cap = softcap, inverse = softcap ? 1 / softcap : 0, z = z_loss;
+    PRAGMA(omp parallel if (M * V > 16384))
+    {
+        float *capped = malloc(2 * V * sizeof(float)), *weights = capped + V;
+        PRAGMA(omp for schedule(static))
+        for (int64_t m = 0; m < M; m++) {
+            element *row = logits + m * V;
+            int64_t target = targets[m];
+            if (target == ignore) {
+                losses[m] = 0;
+                if (dlosses)
+                    for (int64_t n = 0; n < V; n++) row[n] = rounded(0);
+                continue;
+            }
+            float largest = -INFINITY, total = 0;
+            VECTOR
+            for (int64_t n = 0; n < V; n++) capped[n] = load(row[n]);
+            if (cap) {
+                VECTOR
+                for (int64_t n = 0; n < V; n++) capped[n] = cap * hyperbolic_tangent(capped[n] * inverse);
+            }
+            PRAGMA(omp simd reduction(max : largest))
+            for (int64_t n = 0; n < V; n++) largest = capped[n] > largest ? capped[n] : largest;
+            VECTOR_SUM(total)
+            for (int64_t n = 0; n < V; n++) {
+                float weight = exponential(capped[n] - largest);
+                weights[n] = weight;
+                total += weight;
+            }
+            int known = target >= 0 && target < V; /* else NaN, so that it cannot go unnoticed */
+            float lse = largest + logf(total), chosen = known ? capped[target] : NAN;
+            losses[m] = lse - chosen + z * lse * lse;
+            if (!dlosses) continue;
+            float scale = dlosses[m] * (1 + 2 * z * lse) / total;
+            VECTOR
+            for (int64_t n = 0; n < V; n++) {
+                float t = capped[n] * inverse;
+                row[n] = rounded(scale * weights[n] * (1 - t * t));
+            }
+            float t = chosen * inverse;
+            row[known ? target : 0] = rounded((scale * weights[known ? target : 0] - dlosses[m]) * (1 - t * t) + 0 * chosen);
+        }
+        free(capped);
+    }
+}

@@ -1,0 +1,92 @@
+"""Compile the kernels for CPUs with the C compiler of this machine, and call them.
+
+They are built for exactly this CPU, in about a second for each dtype, when they are first needed. The library is
+kept in the cache folder, under a name that depends on the sources, the compiler and the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hotlap.common import files
+
+SOURCES = Path(__file__).parent
+# No -ffast-math, which would forget about NaN. OpenMP's symbols are found in the runtime that torch has loaded,
+# so that its threads are ours.
+FLAGS = (
+    "-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"
+)  # fmt: skip
+MACROS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}  # the dtypes that there are kernels for
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for tensors of this dtype. OSError if there is no compiler, or it fails."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not shutil.which(compiler[0]):
+        raise OSError(f"there is no C compiler {compiler[0]!r}")
+    command = [*compiler, *FLAGS, *MACROS[dtype]]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    identity = repr(
+        (command, version, cpu_identity(), [source.read_text(encoding="utf-8") for source in sources])
+    )
+    path = files.cache_folder() / "cpu" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        _compile([*command, *(str(source) for source in sources if source.suffix == ".c")], path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see the whole file or none
+        built = Path(folder) / path.name
+        result = subprocess.run([*command, "-o", str(built), "-lm"], capture_output=True, text=True)
+        if result.returncode:
+            reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
+            raise OSError(f"{command[0]} failed: {reason.strip()}")
+        built.replace(path)
+
+
+def cpu_identity() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() + platform.machine()
+    described = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU part")
+    lines = info.read_text(encoding="utf-8").splitlines()
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].split(":")[0] in described}))
+
+
+def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int | float | None) -> None:
+    """Call a function of `library(dtype)`.
+
+    A tensor is passed as its address, None as NULL, a sequence of integers as an array, other integers as int64_t
+    and numbers as double.
+    """
+    getattr(library(dtype), name)(*map(_as_c, arguments))
+
+
+def _as_c(value: Tensor | Sequence[int] | int | float | None) -> object:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return (ctypes.c_int64 * len(value))(*value)

@@ -1,0 +1,72 @@
+"""Choices that depend on the CPU: measured when they are first needed, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from hotlap.common import files
+from hotlap.common.log import log
+from hotlap.kernels.cpu.library import cpu_identity
+
+RUNS = 5  # of each candidate, of which the fastest counts
+HOPELESS = 2  # times as slow as the best so far: one run is enough
+# What narrows the instructions that torch may use, and so changes the answer.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+
+
+@functools.cache
+def _answers_path():
+    limits = [os.environ.get(name) for name in LIMITS]
+    identity = repr((cpu_identity(), torch.__version__, limits))
+    return files.cache_folder() / "cpu" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
+
+
+def fastest(question: str, candidates: dict[str, Callable[[], object]]) -> str:
+    """The name of the candidate that takes the least time on one core, as measured now or earlier on this CPU.
+
+    question: names the case in the file of answers, and in the log.
+    """
+    path = _answers_path()
+    try:
+        answers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        answers = {}
+    if isinstance(answers, dict) and answers.get(question) in candidates:
+        return answers[question]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are what would be measured
+    try:
+        seconds: dict[str, float] = {}
+        for name, run in candidates.items():
+            seconds[name] = _seconds(run, HOPELESS * min(seconds.values(), default=float("inf")))
+    finally:
+        torch.set_num_threads(threads)
+    best = min(seconds, key=seconds.__getitem__)
+    rest = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in seconds)
+    log.info("%s: %s (measured on this CPU: %s)", question, best, rest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, json.dumps({**answers, question: best}, indent=1) + "\n")
+    except OSError as error:
+        log.info("cannot keep this answer: %s", error)
+    return best
+
+
+def _seconds(run: Callable[[], object], enough: float) -> float:
+    """Processor time, which other processes change less than time on the clock. enough: to measure just once."""
+    run()  # prepares
+    fastest_run = float("inf")
+    for _ in range(RUNS):
+        began = time.thread_time()
+        run()
+        fastest_run = min(fastest_run, time.thread_time() - began)
+        if fastest_run > enough:
+            break
+    return fastest_run
