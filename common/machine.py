@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hotlap.common.cpu import cpu_name
 from hotlap.common.log import log
 
 PACKAGES = ("hotlap", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
@@ -27,17 +28,14 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The driver's name of a GPU; for a CPU, its model and the number of threads in use."""
+    """The driver's name of a GPU; for a CPU, its name (cpu.py) and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    threads = torch.get_num_threads()
+    name = cpu_name(text, torch.cpu.get_capabilities())
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @functools.cache
