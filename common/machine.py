@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import time
 from pathlib import Path
@@ -102,20 +103,25 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
     return state, warnings
 
 
-def busy_share(seconds: float = 0.2) -> float | None:
-    """CPU share of other processes, sampled while this one sleeps; None if unknown."""
+def cpu_seconds() -> tuple[float, float] | None:
+    """Seconds of all CPUs since the machine started, and those in which they were busy; None if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # or waiting for a disk
+    rate = os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / rate, (sum(ticks) - idle) / rate
 
-    def ticks() -> tuple[int, int]:
-        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]  # total, and idle or waiting for a disk
 
-    before = ticks()
+def busy_share(seconds: float = 0.2) -> float | None:
+    """CPU share of other processes, sampled while this one sleeps; None if unknown."""
+    before = cpu_seconds()
+    if before is None:
+        return None
     time.sleep(seconds)
-    whole, idle = (after - at for after, at in zip(ticks(), before, strict=True))
-    return 1 - idle / whole if whole else None
+    whole, busy = (after - at for after, at in zip(cpu_seconds(), before, strict=True))
+    return busy / whole if whole else None
 
 
 def log_warnings(device: torch.device) -> None:
