@@ -90,7 +90,7 @@ def warnings(rows: list[dict]) -> list[str]:
 
 def text_of(data: str) -> str:
     """The text that a data string names. Of the plays, as much as nanoGPT's own text has."""
-    text = "\n".join(documents(data))
+    text = "\n".join(documents(data)).replace("\r\n", "\n")  # as in any text file
     if data == "shakespeare":
         text = text[:SHAKESPEARE_LENGTH]
     if len(text) < LEAST:
@@ -106,7 +106,7 @@ def description(checkout: Path, characters: int) -> str:
         "Whole commands, from start to end, in turns: the recipe for a CPU in the README of nanoGPT "
         f"({results.commit(checkout) or 'commit unknown'}), and hotlap pretrain --preset shakespeare-char. "
         f"Both train on the first 90 % of the same {characters:,} characters and validate on the other 10 %: "
-        "nanoGPT on 15,360 of them at random places, in rows of 64; hotlap on all of them, in rows of "
+        "nanoGPT on 240 rows of 64 at random places, hotlap on all of them in rows of "
         f"{shakespeare_char().model.context}. hotlap's time includes preparing the data, nanoGPT's does not."
     )
 
