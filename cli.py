@@ -29,7 +29,7 @@ BENCHMARKS: Table = {
     "training": ("tokens/s, MFU and the time of each part of a step", "bench.training"),
     "speedrun": ("a speedrun's steps on this machine, beside the records", "bench.pace"),
     "inference": ("time to first token, and tokens/s while decoding", "bench.inference"),
-    "peers": ("a training step of nanoGPT, nanochat or modded-nanogpt beside ours", "bench.peers"),
+    "peers": ("nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race", "bench.peers"),
     "compare": ("what got slower between two result files", "bench.compare"),
     "static": ("compile every kernel for six GPU architectures, no GPU needed", "bench.static"),
     "tune": ("find the fastest tiles for this GPU", "bench.tune"),

@@ -1,5 +1,5 @@
 """`hotlap bench peers`: time training steps of nanoGPT, nanochat and modded-nanogpt, from your checkouts, and
-ours in the same run. Nothing is written to the checkouts.
+ours in the same run. Nothing is written to the checkouts. race.py compares whole runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.race import race
 from hotlap.bench.timing import failure, measure, start_afresh
 from hotlap.common import options
 from hotlap.common.log import log
@@ -33,7 +34,7 @@ Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
 @dataclass(frozen=True)
 class PeersConfig:
     """Time a whole training step (forward, backward, optimizer) of peers and of hotlap at the same shape and
-    batch.
+    batch. Or, with --race, whole runs of nanoGPT's recipe for a CPU and of ours.
     """
 
     nanogpt: Path | None = None
@@ -42,6 +43,8 @@ class PeersConfig:
     """Your checkout of nanochat; its requirements must be installed."""
     modded: Path | None = None
     """Your checkout of modded-nanogpt, with its data; it is compared with our 124m, at its scripts' batch."""
+    race: str = ""
+    """Train on this text with nanoGPT's recipe and ours, in turns: a file, or shakespeare (downloaded)."""
     models: tuple[str, ...] = ()
     """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU; 124m, d12 and d24 on a GPU."""
     rows: int = 0
@@ -53,7 +56,11 @@ class PeersConfig:
 
 
 def bench_peers(config: PeersConfig) -> list[dict]:
-    """Measure every pair, write peers.json and .csv, and return the rows."""
+    """Measure every pair, write peers.json and .csv, and return the rows. With config.race, race instead."""
+    if config.race:
+        if not config.nanogpt or config != PeersConfig(config.nanogpt, race=config.race, out=config.out):
+            raise ValueError("--race needs --nanogpt PATH, and takes no other flag but --out")
+        return race(config.nanogpt, config.race, config.out)
     builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
     paths = {name: getattr(config, name) for name in (*builders, "modded") if getattr(config, name)}
     if not paths:

@@ -24,11 +24,19 @@ TITLE = "# Measurements"  # first line of the page
 
 
 @functools.cache
-def commit() -> str:
-    """The commit of this checkout, with + if files differ from it; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
-    try:
+def commit(checkout: Path = Path(__file__).parent) -> str:
+    """The commit of a checkout, ours by default, with + if files differ from it; empty outside a checkout.
+
+    Nothing is written: `git describe --dirty` would update the checkout's index.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("describe", "--always", "--abbrev=10") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hotlap.common.cpu import cpu_name
 from hotlap.common.log import log
 
 PACKAGES = ("hotlap", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
@@ -27,17 +29,14 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The driver's name of a GPU; for a CPU, its model and the number of threads in use."""
+    """The driver's name of a GPU; for a CPU, its name (cpu.py) and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    threads = torch.get_num_threads()
+    name = cpu_name(text, torch.cpu.get_capabilities())
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @functools.cache
@@ -104,20 +103,25 @@ def device_state(device: torch.device) -> tuple[dict[str, object], list[str]]:
     return state, warnings
 
 
-def busy_share(seconds: float = 0.2) -> float | None:
-    """CPU share of other processes, sampled while this one sleeps; None if unknown."""
+def cpu_seconds() -> tuple[float, float] | None:
+    """Seconds of all CPUs since the machine started, and those in which they were busy; None if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # or waiting for a disk
+    rate = os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / rate, (sum(ticks) - idle) / rate
 
-    def ticks() -> tuple[int, int]:
-        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]  # total, and idle or waiting for a disk
 
-    before = ticks()
+def busy_share(seconds: float = 0.2) -> float | None:
+    """CPU share of other processes, sampled while this one sleeps; None if unknown."""
+    before = cpu_seconds()
+    if before is None:
+        return None
     time.sleep(seconds)
-    whole, idle = (after - at for after, at in zip(ticks(), before, strict=True))
-    return 1 - idle / whole if whole else None
+    whole, busy = (after - at for after, at in zip(cpu_seconds(), before, strict=True))
+    return busy / whole if whole else None
 
 
 def log_warnings(device: torch.device) -> None:
