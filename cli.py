@@ -10,6 +10,7 @@ import sys
 
 from hotlap.common.errors import guarded, known
 from hotlap.common.log import set_up_logging
+from hotlap.common.process import wait_asleep
 
 # What a command does, and its module or module:function, which takes the remaining arguments. Words after
 # the module are arguments that come before them.
@@ -83,6 +84,7 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
     if isinstance(target, dict):
         return run(f"{path} {name}", target, rest)
     set_up_logging()
+    wait_asleep()
     target, *leading = target.split()
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(f"hotlap.{module}"), function or "main")([*leading, *rest])

@@ -10,6 +10,7 @@ FOLDERS = (
     "bench",
     "common",
     "kernels",
+    "kernels.cpu",
     "model",
     "train",
     "train.data",
@@ -25,5 +26,5 @@ FOLDERS = (
 setup(
     package_dir={"hotlap": "."},
     packages=["hotlap", *(f"hotlap.{folder}" for folder in FOLDERS)],
-    package_data={"hotlap.kernels": ["tuned/*.json"]},
+    package_data={"hotlap.kernels": ["tuned/*.json"], "hotlap.kernels.cpu": ["*.c", "*.h"]},
 )

@@ -25,6 +25,7 @@ from hotlap.bench.timing import NO_TIME, OUT_OF_MEMORY, Budget, Stopwatch, Timin
 from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
@@ -248,6 +249,8 @@ def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT
         model.use_fp8()
     parallelize(model, world, "none", compiled)
     materialize(model, world.device, seed=0)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     return model, MuonAdamW(model, OptimConfig())
 
 

@@ -18,7 +18,8 @@ INSTRUCTION_SETS = {
     "AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16", "AVX512": "avx512_f", "AVX2": "avx2",
     "SVE-BF16": "sve_bf16", "NEON-BF16": "bf16", "SVE": "sve", "NEON": "neon",
 }  # fmt: skip
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # keep torch from using all that the CPU has
+# What keeps torch from using all that the CPU has
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 NOISE = re.compile(r"\((r|tm)\)|\bcpu\b|@.*|\b\w+-core\b|\bprocessor\b|\bw(ith|/) radeon.*", re.IGNORECASE)
 MODEL_NUMBER = re.compile(r"\d\w\w")  # 8488C, 9R14, i7-8650U; not Apple M2
 

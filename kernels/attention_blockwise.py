@@ -6,9 +6,10 @@ and memory grow with the tokens times the keys that a query sees. The backward p
     w = softmax(scale q k^T)    dw = dy v^T    ds = w (dw - sum(w dw))
     dv = w^T dy    dq = scale ds k    dk = scale ds^T q
 
-Scores and weights have the dtype of the inputs; matmuls and softmax accumulate in float32. The softmax and its
-gradient are kernels in C, or without them torch's, with a bias that hides keys. The operation is opaque to compilers: document starts decide what is computed, which no graph can express, and a graph of every
-block takes long to compile.
+Scores and weights have the dtype of the inputs; matmuls and softmax accumulate in float32. The softmax and
+its gradient are kernels in C, or without them torch's, with a bias that hides keys. The operation is opaque
+to compilers: document starts decide what is computed, which no graph can express, and a graph of every block
+takes long to compile.
 """
 # B batch, T queries, S keys, H heads, K kv heads, G heads that share keys, C head dim; M, N rows of a block
 
@@ -24,10 +25,9 @@ from hotlap.kernels.cpu.library import run
 from hotlap.kernels.cpu.qkv import empty_heads
 from hotlap.kernels.dispatch import kernel_op, use_c
 
-
-# Queries of a block. Of 32, 64, 128 and 256, this took at most a tenth longer than the best for rows of 256 to
-# 2048 tokens, with and without documents, but for bfloat16 rows of 256 (a fifth); each of the others was slower
-# by more somewhere (one thread of a Xeon with AMX, float32 and bfloat16).
+# Queries of a block. Of 32, 64, 128 and 256, this took at most a tenth longer than the best for rows of 256
+# to 2048 tokens, with and without documents, but for bfloat16 rows of 256 (a fifth). Each of the others was
+# slower by more somewhere (one thread of a Xeon with AMX, float32 and bfloat16).
 ROWS = 128
 
 
@@ -58,7 +58,7 @@ class Masks(NamedTuple):
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Blocks of queries, and the keys that any of them sees."""
-        T, S, G, window, document_start = self
+        T, S, _, window, document_start = self
         for start in range(0, T, ROWS):
             end = min(start + ROWS, T)
             first = max(0, S - T + start - window + 1) if window else 0

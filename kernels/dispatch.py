@@ -1,4 +1,4 @@
-"""Choose Triton, C or torch, register kernels as torch operations, and query the device: here and nowhere else.
+"""Choose Triton, C or torch, register kernels as torch operations, query devices: here and nowhere else.
 
 GPUs have kernels in Triton, CPUs in C. Both are optional: without Triton or a C compiler, everything runs in
 torch. Kernel files take `triton`, `tl` and `jit` from here.
@@ -144,10 +144,10 @@ def traced() -> bool:
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
-    implementation: launches Triton kernels. It has type annotations, takes a tensor first, returns new tensors or None, and modifies only
-    the tensors, or lists of them, that `mutates` names. fake: the same for shapes only. save(ctx, inputs,
-    output) and backward(ctx, *grads): as in `torch.autograd.Function`; an operation without them is not
-    differentiable.
+    implementation: launches Triton kernels. It has type annotations, takes a tensor first, returns new
+    tensors or None, and modifies only the tensors, or lists of them, that `mutates` names. fake: the same for
+    shapes only. save(ctx, inputs, output) and backward(ctx, *grads): as in `torch.autograd.Function`; an
+    operation without them is not differentiable.
 
     In the interpreter it is a custom_op, because an interpreted kernel cannot be traced. On a GPU it is a
     triton_op, whose kernels Inductor sees. An opaque operation is a custom_op on a GPU too: it plans its own
@@ -257,8 +257,8 @@ def fast_dtype(device_type: str, width: int = 768) -> torch.dtype:
     """The dtype with the fastest matmuls on this device that is accurate enough for training.
 
     A GPU: bfloat16 if it has it. A CPU: float32 or bfloat16, whichever multiplies matrices of a model of this
-    width faster (from 512 on, of 512). Two CPUs that both list bfloat16 instructions can differ: on two cores, 800 against
-    165 GFLOP/s (bfloat16 and float32, Zen 5 EPYC), and 144 against 252 (Xeon with AVX512-BF16 but no AMX).
+    width faster (from 512 on, of 512). CPUs that list bfloat16 instructions differ: two cores of a Zen 5 EPYC
+    reach 800 GFLOP/s in bfloat16 and 165 in float32, two of a Xeon without AMX 144 and 252.
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.cpu.library import run
 from hotlap.kernels.cross_entropy import (
     IGNORE,
     cross_entropy_both,
@@ -24,7 +25,6 @@ from hotlap.kernels.cross_entropy import (
     cross_entropy_ref,
     reduce,
 )
-from hotlap.kernels.cpu.library import run
 from hotlap.kernels.dispatch import kernel_op, use_c, use_triton
 
 # Bytes of logits in a chunk. CPU: what stays in its cache. GPU: 4096 rows of 32768 words, where summing the

@@ -301,8 +301,8 @@ def _steps(x: Tensor, polynomials: tuple[Polynomial, ...], norm: float, aspect: 
 def _torch_steps(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     """The same in torch, for x (G, M, N) with Frobenius norms of at most 1. Sums are rounded once.
 
-    In float32 or wider, long matrices take the Gram form. It needs more bits than bfloat16, and so does a Z that
-    holds a I: there a X is added to the last product.
+    In float32 or wider, long matrices take the Gram form. It needs more bits than bfloat16, and so does a Z
+    with a I in it: a X is added to the last product instead.
     """
     if x.shape[1] > x.shape[2]:
         return _torch_steps(x.mT, polynomials).mT

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from hotlap.common.gpu import to_device
+from hotlap.kernels.cpu.threads import threads_for
 from hotlap.model.conversation import AnswerParts
 from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
 from hotlap.model.tools import TOOLS, Tools, run_tool
@@ -89,6 +91,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], tokenizer.bos}
+        self.token_flops = 2 * parameter_counts(model)["matmul"]
         self.tool_end = special["<|tool_end|>"]
         self.result_start, self.result_end = special["<|result_start|>"], special["<|result_end|>"]
 
@@ -139,7 +142,9 @@ class Engine:
             self.cache.clear(0, 1)
             self.decoder([(self.tokenizer.bos, 0, 0)])
             return []
-        logits = self._decode(batch) if batch[0].tokens else self._read_prompt(batch[0])
+        tokens = len(batch) if batch[0].tokens else len(batch[0].prompt)
+        with threads_for(tokens * self.token_flops):
+            logits = self._decode(batch) if batch[0].tokens else self._read_prompt(batch[0])
         step = list(zip(batch, self._next_tokens(batch, logits), strict=True))
         for request, token in step:
             self._append(request, token)

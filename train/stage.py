@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 import torch
 
 from hotlap.common.log import log
+from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
@@ -70,9 +71,10 @@ class StageConfig:
     seed: int = 0
     """Random seed for initial weights and data order."""
     dtype: Dtype = "auto"
-    """Compute dtype. auto: bfloat16 if the device is fast at it. fp8: for large matmuls, else bfloat16."""
+    """Compute dtype. auto: bfloat16 or float32, whichever is faster here. fp8: for large matmuls, else
+    bfloat16."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Use torch.compile. auto: always on a GPU; on a CPU only for runs long enough to pay for it."""
+    """Use torch.compile. auto: on a GPU only."""
     profile: bool = False
     """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
     resume: str = "no"
@@ -144,11 +146,13 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
 
     warm_up: compile before the clock starts, on steps that are undone.
     """
+    if world.device.type == "cpu":
+        keep_freed_memory()
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
         model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
     use_fp8(model, config.dtype)
-    compile = should_compile(config.compile, world.device, stage.loop.steps)
+    compile = should_compile(config.compile, world.device)
     parallelize(model, world, config.recompute, compile)
     check_memory(model, world, micro_rows)
     materialize(model, world.device, config.seed)

@@ -1,7 +1,7 @@
 """Compile the kernels for CPUs with the C compiler of this machine, and call them.
 
-They are built for exactly this CPU, in about a second for each dtype, when they are first needed. The library is
-kept in the cache folder, under a name that depends on the sources, the compiler and the CPU.
+They are built for exactly this CPU, in about a second for each dtype, when they are first needed. The library
+is kept in the cache folder, under a name that depends on the sources, the compiler and the CPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch import Tensor
 from hotlap.common import files
 
 SOURCES = Path(__file__).parent
-# No -ffast-math, which would forget about NaN. OpenMP's symbols are found in the runtime that torch has loaded,
-# so that its threads are ours.
+# No -ffast-math, which would forget about NaN. OpenMP's symbols are found in the runtime that torch has
+# loaded, so that its threads are ours.
 FLAGS = (
-    "-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"
+    "-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-fPIC", "-shared",
 )  # fmt: skip
 MACROS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}  # the dtypes that there are kernels for
 
@@ -74,8 +75,8 @@ def cpu_identity() -> str:
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int | float | None) -> None:
     """Call a function of `library(dtype)`.
 
-    A tensor is passed as its address, None as NULL, a sequence of integers as an array, other integers as int64_t
-    and numbers as double.
+    A tensor is passed as its address, None as NULL, a sequence of integers as an array, other integers as
+    int64_t, and floats as double.
     """
     getattr(library(dtype), name)(*map(_as_c, arguments))
 

@@ -1,8 +1,7 @@
-"""The MLP on CPUs: the operation of ../linear_relu2.py, torch's matmuls with ReLU^2 and its gradient in place."""
+"""The MLP on CPUs: the operation of ../linear_relu2.py, by torch's matmuls and ReLU^2 in place."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hotlap.kernels.cpu.library import run

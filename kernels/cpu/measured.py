@@ -8,28 +8,28 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from hotlap.common import files
+from hotlap.common.cpu import LIMITS
 from hotlap.common.log import log
 from hotlap.kernels.cpu.library import cpu_identity
 
 RUNS = 5  # of each candidate, of which the fastest counts
 HOPELESS = 2  # times as slow as the best so far: one run is enough
-# What narrows the instructions that torch may use, and so changes the answer.
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 
 
 @functools.cache
-def _answers_path():
+def _answers_path() -> Path:
     limits = [os.environ.get(name) for name in LIMITS]
     identity = repr((cpu_identity(), torch.__version__, limits))
     return files.cache_folder() / "cpu" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
 def fastest(question: str, candidates: dict[str, Callable[[], object]]) -> str:
-    """The name of the candidate that takes the least time on one core, as measured now or earlier on this CPU.
+    """The candidate that takes the least time on one core, as measured now or earlier on this CPU.
 
     question: names the case in the file of answers, and in the log.
     """
@@ -60,7 +60,10 @@ def fastest(question: str, candidates: dict[str, Callable[[], object]]) -> str:
 
 
 def _seconds(run: Callable[[], object], enough: float) -> float:
-    """Processor time, which other processes change less than time on the clock. enough: to measure just once."""
+    """Processor time of the fastest run: other processes change it less than time on the clock.
+
+    enough: a run that takes longer is the last one.
+    """
     run()  # prepares
     fastest_run = float("inf")
     for _ in range(RUNS):

@@ -1,4 +1,4 @@
-"""The elementwise halves of a Muon step on CPUs: the operations of ../muon.py, for float32 gradients and weights."""
+"""The elementwise halves of a Muon step on CPUs: operations of ../muon.py, for float32 weights."""
 
 from __future__ import annotations
 

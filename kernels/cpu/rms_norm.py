@@ -54,6 +54,7 @@ def backward(
         dtotal, residual = (None if part is None else as_rows(part) for part in (dtotal, residual))
         strides = (0 if part is None else part.stride(0) for part in (dy, dtotal, x, residual))
         run(
-            "rms_norm_backward", x.dtype, dy, dtotal, x, rstd, residual, a, b, dx, dresidual, shares, *strides, M, N
+            "rms_norm_backward", x.dtype,
+            dy, dtotal, x, rstd, residual, a, b, dx, dresidual, shares, *strides, M, N,
         )  # fmt: skip
     return dx, x.new_empty(0), dresidual, x.new_empty(0, dtype=torch.float32) if a is None else shares.sum(0)

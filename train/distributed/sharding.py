@@ -35,7 +35,6 @@ from hotlap.train.distributed.world import World
 Recompute = Literal["none", "block", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 MAX_GRAPHS = 64  # compiled variants of a block's forward
-COMPILE_MIN_STEPS = 2000  # steps after which compiling for a CPU pays off
 
 
 def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -> None:
@@ -126,9 +125,9 @@ def save_matmuls(ctx, operation, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def should_compile(choice: str, device: torch.device, steps: int) -> bool:
-    """Whether to compile: if requested or worthwhile, and if there is a C++ compiler."""
-    if choice == "off" or (choice == "auto" and device.type == "cpu" and steps < COMPILE_MIN_STEPS):
+def should_compile(choice: str, device: torch.device) -> bool:
+    """Whether to compile: if requested or on a GPU, and if there is a C++ compiler."""
+    if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return False
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         log.info("running without torch.compile: no C++ compiler found")
@@ -161,8 +160,8 @@ def replica_count(model: GPT) -> int:
 
 
 def compute_dtype(choice: str, world: World, width: int) -> torch.dtype:
-    """The dtype of everything but fp8 matmuls, for a model of this width. The same on all ranks, which call it
-    together. Raises ValueError for fp8 on a device without it.
+    """The dtype of everything but fp8 matmuls, for a model of this width. All ranks call it, and get the same.
+    Raises ValueError for fp8 on a device without it.
     """
     if choice == "fp8":
         check_fp8(world.device)

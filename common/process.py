@@ -1,0 +1,32 @@
+"""What a process sets once to compute on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# Parameters of glibc's mallopt: free memory at the heap's end beyond the first is returned to the system, and
+# allocations above the second are mapped on their own, and returned when they are freed.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+
+
+def wait_asleep() -> None:
+    """Before torch is imported: let OpenMP's threads sleep while they wait for each other, unless the user's
+    environment says how they wait.
+
+    By default they spin for milliseconds, which takes a core from the thread that they wait for if other
+    processes use the machine. With one such process on two cores, a training step of the demo's model took
+    0.4 s instead of 2 s (Intel Xeon, family 6, model 207); without one, the difference was within 5 %.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, instead of asking the system for zeroed
+    pages again in each step. No effect with another C library.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option:
+        set_option(MMAP_THRESHOLD, 1 << 30)
+        set_option(TRIM_THRESHOLD, (1 << 31) - 1)
