@@ -160,7 +160,7 @@ def replica_count(model: GPT) -> int:
 
 
 def compute_dtype(choice: str, world: World, width: int) -> torch.dtype:
-    """The dtype of everything but fp8 matmuls, for a model of this width. All ranks call it, and get the same.
+    """The dtype of everything but fp8 matmuls, for a model of this width; all ranks get the same one.
     Raises ValueError for fp8 on a device without it.
     """
     if choice == "fp8":
