@@ -10,7 +10,7 @@ void masked_softmax(element *scores, const int32_t *document_start, int64_t docu
     float factor = scale;
     PRAGMA(omp parallel if (B * K * G * M * N > 16384))
     {
-        float *weights = malloc(N * sizeof(float));
+        float *weights = malloc((N + 16) * sizeof(float));
         PRAGMA(omp for schedule(static))
         for (int64_t i = 0; i < B * K * G * M; i++) {
             element *row = scores + i * N;
@@ -23,19 +23,23 @@ void masked_softmax(element *scores, const int32_t *document_start, int64_t docu
             int64_t to = own + 1 < N ? own + 1 : N;
             to = to > 0 ? to : 0;
             from = from < to ? from : to;
+            int64_t seen = to - from, padded = (seen + 15) / 16 * 16; /* so that no exponential is left over */
             float largest = -INFINITY, total = 0;
+            VECTOR
+            for (int64_t n = 0; n < seen; n++) weights[n] = factor * load(row[from + n]);
+            for (int64_t n = seen; n < padded; n++) weights[n] = -INFINITY;
             PRAGMA(omp simd reduction(max : largest))
-            for (int64_t n = from; n < to; n++) largest = load(row[n]) > largest ? load(row[n]) : largest;
+            for (int64_t n = 0; n < padded; n++) largest = weights[n] > largest ? weights[n] : largest;
             VECTOR_SUM(total)
-            for (int64_t n = from; n < to; n++) {
-                float weight = exponential(factor * (load(row[n]) - largest));
+            for (int64_t n = 0; n < padded; n++) {
+                float weight = exponential(weights[n] - largest);
                 weights[n] = weight;
                 total += weight;
             }
             float inverse = 1 / total;
             for (int64_t n = 0; n < from; n++) row[n] = 0;
             VECTOR
-            for (int64_t n = from; n < to; n++) row[n] = rounded(inverse * weights[n]);
+            for (int64_t n = 0; n < seen; n++) row[from + n] = rounded(inverse * weights[n]);
             for (int64_t n = to; n < N; n++) row[n] = 0;
         }
         free(weights);
