@@ -36,7 +36,7 @@ void rms_norm_backward(const element *dy, const element *dtotal, const element *
                        int64_t dtotal_stride, int64_t x_stride, int64_t residual_stride, int64_t M, int64_t N) {
     float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
 #define GRADIENT(n) (load(g[n]) * (weight ? load(weight[n]) : 1)) /* of the normalised row */
-#define TOTAL(n) (a ? load(rounded(of_x * load(row[n]) + of_residual * load(added[n]))) : load(row[n]))
+#define TOTAL(n) load(rounded(of_x * load(row[n]) + of_residual * load(added[n])))
     PARALLEL(M * N)
     for (int64_t block = 0; block < (M + rows - 1) / rows; block++) {
         int64_t end = (block + 1) * rows < M ? (block + 1) * rows : M;
@@ -45,10 +45,12 @@ void rms_norm_backward(const element *dy, const element *dtotal, const element *
             const element *other = dtotal ? dtotal + m * dtotal_stride : NULL;
             element *out = dx + m * N, *second = dresidual + m * N;
             float r = rstd[m], dot = 0, da = 0, db = 0;
-            VECTOR_SUM(dot)
-            for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * TOTAL(n);
-            float share = dot * r * r / N; /* r mean(g n), for the normalised n */
+            float *sums = weight ? dweights + block * N : NULL, share; /* r mean(g n), for the normalised n */
             if (a) {
+                VECTOR_SUM(dot)
+                for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * TOTAL(n);
+                share = dot * r * r / N;
+                for (int64_t n = 0; n < (weight ? N : 0); n++) sums[n] += r * load(g[n]) * TOTAL(n);
                 VECTOR_SUM(da, db)
                 for (int64_t n = 0; n < N; n++) {
                     float d = r * (GRADIENT(n) - share * TOTAL(n)) + (other ? load(other[n]) : 0);
@@ -60,14 +62,13 @@ void rms_norm_backward(const element *dy, const element *dtotal, const element *
                 dscales[2 * m] = da;
                 dscales[2 * m + 1] = db;
             } else {
+                VECTOR_SUM(dot)
+                for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * load(row[n]);
+                share = dot * r * r / N;
+                for (int64_t n = 0; n < (weight ? N : 0); n++) sums[n] += r * load(g[n]) * load(row[n]);
                 VECTOR
                 for (int64_t n = 0; n < N; n++)
                     out[n] = rounded(r * (GRADIENT(n) - share * load(row[n])) + (other ? load(other[n]) : 0));
-            }
-            if (weight) {
-                float *sums = dweights + block * N;
-                VECTOR
-                for (int64_t n = 0; n < N; n++) sums[n] += r * load(g[n]) * TOTAL(n);
             }
         }
     }
