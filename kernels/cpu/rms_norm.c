@@ -27,6 +27,33 @@ void rms_norm(const element *x, const element *residual, const element *a, const
     }
 }
 
+/* One row of the backward pass. Inlined, so that what is NULL at a call costs nothing in its loops. */
+static inline __attribute__((always_inline)) void row_backward(
+    const element *dy, const element *dtotal, const element *x, const element *residual, const element *weight,
+    element *dx, element *dresidual, float *dscales, float *dweight, float a, float b, float r, int64_t N) {
+#define GRADIENT(n) (weight ? load(dy[n]) * load(weight[n]) : load(dy[n])) /* of the normalised row */
+#define TOTAL(n) (residual ? load(rounded(a * load(x[n]) + b * load(residual[n]))) : load(x[n]))
+    float dot = 0, da = 0, db = 0;
+    VECTOR_SUM(dot)
+    for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * TOTAL(n);
+    float share = dot * r * r / N; /* r mean(g n), for the gradient g of the normalised row n */
+    VECTOR_SUM(da, db)
+    for (int64_t n = 0; n < N; n++) {
+        float d = r * (GRADIENT(n) - share * TOTAL(n)) + (dtotal ? load(dtotal[n]) : 0);
+        if (weight) dweight[n] += r * load(dy[n]) * TOTAL(n);
+        if (residual) {
+            da += d * load(x[n]);
+            db += d * load(residual[n]);
+            dresidual[n] = rounded(b * d);
+        }
+        dx[n] = rounded(a * d);
+    }
+    if (residual) {
+        dscales[0] = da;
+        dscales[1] = db;
+    }
+}
+
 /* What was normalised is x, or with scales a and b the rounded a x + b residual. dtotal: the gradient of its other
    uses. Written with scales: dresidual and dscales (M, 2), each row's share of the gradients of a and b. With a
    weight: dweights (blocks, N), the shares of each block of `rows` rows, zero before. All of these may be NULL. */
@@ -35,8 +62,6 @@ void rms_norm_backward(const element *dy, const element *dtotal, const element *
                        element *dresidual, float *dscales, float *dweights, int64_t rows, int64_t dy_stride,
                        int64_t dtotal_stride, int64_t x_stride, int64_t residual_stride, int64_t M, int64_t N) {
     float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
-#define GRADIENT(n) (load(g[n]) * (weight ? load(weight[n]) : 1)) /* of the normalised row */
-#define TOTAL(n) load(rounded(of_x * load(row[n]) + of_residual * load(added[n])))
     PARALLEL(M * N)
     for (int64_t block = 0; block < (M + rows - 1) / rows; block++) {
         int64_t end = (block + 1) * rows < M ? (block + 1) * rows : M;
@@ -44,32 +69,17 @@ void rms_norm_backward(const element *dy, const element *dtotal, const element *
             const element *g = dy + m * dy_stride, *row = x + m * x_stride, *added = residual + m * residual_stride;
             const element *other = dtotal ? dtotal + m * dtotal_stride : NULL;
             element *out = dx + m * N, *second = dresidual + m * N;
-            float r = rstd[m], dot = 0, da = 0, db = 0;
-            float *sums = weight ? dweights + block * N : NULL, share; /* r mean(g n), for the normalised n */
-            if (a) {
-                VECTOR_SUM(dot)
-                for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * TOTAL(n);
-                share = dot * r * r / N;
-                for (int64_t n = 0; n < (weight ? N : 0); n++) sums[n] += r * load(g[n]) * TOTAL(n);
-                VECTOR_SUM(da, db)
-                for (int64_t n = 0; n < N; n++) {
-                    float d = r * (GRADIENT(n) - share * TOTAL(n)) + (other ? load(other[n]) : 0);
-                    da += d * load(row[n]);
-                    db += d * load(added[n]);
-                    out[n] = rounded(of_x * d);
-                    second[n] = rounded(of_residual * d);
-                }
-                dscales[2 * m] = da;
-                dscales[2 * m + 1] = db;
-            } else {
-                VECTOR_SUM(dot)
-                for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * load(row[n]);
-                share = dot * r * r / N;
-                for (int64_t n = 0; n < (weight ? N : 0); n++) sums[n] += r * load(g[n]) * load(row[n]);
-                VECTOR
-                for (int64_t n = 0; n < N; n++)
-                    out[n] = rounded(r * (GRADIENT(n) - share * load(row[n])) + (other ? load(other[n]) : 0));
-            }
+            float r = rstd[m], *scales = dscales + 2 * m, *sums = dweights + block * N;
+            if (a && weight)
+                row_backward(g, other, row, added, weight, out, second, scales, sums, of_x, of_residual, r, N);
+            else if (a)
+                row_backward(g, other, row, added, NULL, out, second, scales, NULL, of_x, of_residual, r, N);
+            else if (weight)
+                row_backward(g, other, row, NULL, weight, out, NULL, NULL, sums, 1, 0, r, N);
+            else if (other)
+                row_backward(g, other, row, NULL, NULL, out, NULL, NULL, NULL, 1, 0, r, N);
+            else
+                row_backward(g, NULL, row, NULL, NULL, out, NULL, NULL, NULL, 1, 0, r, N);
         }
     }
 }
