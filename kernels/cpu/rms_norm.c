@@ -2,9 +2,9 @@
 #include "common.h"
 
 /* total: where the sum goes; it has the rows of y. Without a residual: NULL. a, b: NULL for 1. */
-void rms_norm(const element *x, const element *residual, const element *a, const element *b, element *y,
+void rms_norm(const element *x, const element *residual, const float *a, const float *b, element *y,
               element *total, float *rstd, int64_t x_stride, int64_t residual_stride, int64_t M, int64_t N, double eps) {
-    float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
+    float of_x = a ? *a : 1, of_residual = b ? *b : 1;
     PARALLEL(M * N)
     for (int64_t m = 0; m < M; m++) {
         const element *row = x + m * x_stride;
@@ -30,10 +30,10 @@ void rms_norm(const element *x, const element *residual, const element *a, const
    share of the gradients of a and b, are written. Without, it is x, and these are NULL. dtotal: the gradient of its
    other uses, or NULL. */
 void rms_norm_backward(const element *dy, const element *dtotal, const element *x, const float *rstd,
-                       const element *residual, const element *a, const element *b, element *dx, element *dresidual,
+                       const element *residual, const float *a, const float *b, element *dx, element *dresidual,
                        float *dscales, int64_t dy_stride, int64_t dtotal_stride, int64_t x_stride,
                        int64_t residual_stride, int64_t M, int64_t N) {
-    float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
+    float of_x = a ? *a : 1, of_residual = b ? *b : 1;
     PARALLEL(M * N)
     for (int64_t m = 0; m < M; m++) {
         const element *g = dy + m * dy_stride, *row = x + m * x_stride, *added = residual + m * residual_stride;

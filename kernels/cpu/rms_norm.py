@@ -11,6 +11,10 @@ from hotlap.kernels.cpu.library import run
 from hotlap.kernels.tiles import as_rows
 
 
+def _float32(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float()
+
+
 def forward_plain(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     y, _, rstd = _forward(x, None, None, None, eps)
     return y, rstd
@@ -30,6 +34,7 @@ def _forward(x: Tensor, residual: Tensor | None, a: Tensor | None, b: Tensor | N
     rstd = torch.empty(M, dtype=torch.float32)
     if M:
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
+        a, b = _float32(a), _float32(b)
         strides = rows.stride(0), 0 if added is None else added.stride(0)
         run("rms_norm", x.dtype, rows, added, a, b, y, total, rstd, *strides, M, N, eps)
     return y, total, rstd
@@ -52,6 +57,7 @@ def backward(
     if M:
         dy, x = as_rows(dy), as_rows(x)
         dtotal, residual = (None if part is None else as_rows(part) for part in (dtotal, residual))
+        a, b = _float32(a), _float32(b)
         strides = (0 if part is None else part.stride(0) for part in (dy, dtotal, x, residual))
         run(
             "rms_norm_backward", x.dtype,

@@ -36,6 +36,18 @@ def test_each_sequence_may_stand_at_its_own_positions():
         check(attention_inputs, attention_inputs_ref, [qkv, K, cos[p], sin[p], *rest], gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tables_may_be_of_another_dtype(dtype):
+    (qkv, K, cos, sin, *rest), gradients = case(2, 5, 2, 1, 16)
+    tables = cos.to(dtype), sin.to(dtype)
+    results = [
+        outputs_and_gradients(attention_inputs, [qkv, K, *given, *rest], gradients)
+        for given in (tables, [x.float() for x in tables])
+    ]
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_a_step_of_decoding_is_a_row_of_the_whole():
     (qkv, K, cos, sin, *rest), _ = case(2, 9, 4, 2, 32)
     gain, gate, embedding = rest

@@ -64,6 +64,21 @@ def test_a_scaled_residual_is_as_exact_as_torch(width, weighted, dtype):
     assert torch.equal(y, rms_norm(total, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_scales", [torch.float32, torch.bfloat16])
+def test_scales_may_have_another_dtype_than_the_rows(of_scales, dtype):
+    x, residual = random(3, 50, dtype=dtype, grad=False), random(3, 50, dtype=dtype, grad=False, seed=1)
+    scales = [torch.tensor(value, dtype=of_scales, device=DEVICE).requires_grad_() for value in (0.75, -1.5)]
+    y, total = rms_norm_residual(x, residual, scales=tuple(scales))
+    wanted, sums = rms_norm_residual_ref(x, residual, scales=tuple(scales))
+    tolerances = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close((y, total), (wanted, sums), **tolerances)
+    upstream = random(3, 50, dtype=dtype, grad=False, seed=2)
+    ours = torch.autograd.grad((y, total), scales, (upstream, upstream))
+    theirs = torch.autograd.grad((wanted, sums), scales, (upstream, upstream))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 if of_scales == dtype else 0.3)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_an_unused_output_of_the_scaled_residual_add_has_no_gradient(used):
     inputs = random(4, 63), random(4, 63, seed=1), *(random(2, seed=2).unbind())

@@ -160,8 +160,8 @@ def replica_count(model: GPT) -> int:
 
 
 def compute_dtype(choice: str, world: World, width: int) -> torch.dtype:
-    """The dtype of everything but fp8 matmuls, for a model of this width. All ranks call it, and get the same.
-    Raises ValueError for fp8 on a device without it.
+    """The dtype of everything but fp8 matmuls, for a model of this width. All ranks call it, and get the
+    same. Raises ValueError for fp8 on a device without it.
     """
     if choice == "fp8":
         check_fp8(world.device)
