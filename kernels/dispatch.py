@@ -104,7 +104,8 @@ def _decide(device_type: str) -> str:
 def _compiled(required: bool) -> tuple[str, str]:
     """Compile the C kernels, and return the choice for CPUs with its reason."""
     try:
-        library(torch.float32)
+        for dtype in MACROS:
+            library(dtype)
     except OSError as error:
         if required:
             raise ValueError(f"HOTLAP_KERNELS=c, but {error}; install gcc, set CC, or unset it") from None
@@ -266,7 +267,10 @@ def fast_dtype(device_type: str, width: int = 768) -> torch.dtype:
         return torch.float32
     width = min(width, 512)
     rows = (1 << 23) // width**2  # 0.13 GFLOP, about a millisecond
-    x, w = torch.randn(rows, width), torch.randn(4 * width, width)
-    lower, weight = x.bfloat16(), w.bfloat16()
-    candidates = {"float32": lambda: x @ w.T @ w, "bfloat16": lambda: lower @ weight.T @ weight}
+
+    def prepare(dtype: torch.dtype) -> Callable[[], Tensor]:
+        x, w = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
+        return lambda: x @ w.T @ w
+
+    candidates = {name: functools.partial(prepare, getattr(torch, name)) for name in ("float32", "bfloat16")}
     return getattr(torch, fastest(f"compute dtype for a width of {width}", candidates))

@@ -40,11 +40,11 @@ void cross_entropy(element *logits, const int64_t *targets, const float *dlosses
             float scale = dlosses[m] * (1 + 2 * z * lse) / total;
             VECTOR
             for (int64_t n = 0; n < V; n++) {
-                float t = capped[n] * inverse;
-                row[n] = rounded(scale * weights[n] * (1 - t * t));
+                float t = capped[n] * inverse, slope = cap ? 1 - t * t : 1; /* without a cap, t may be 0 * inf */
+                row[n] = rounded(scale * weights[n] * slope);
             }
-            float t = chosen * inverse;
-            row[known ? target : 0] = rounded((scale * weights[known ? target : 0] - dlosses[m]) * (1 - t * t) + 0 * chosen);
+            float t = chosen * inverse, slope = cap ? 1 - t * t : 1;
+            row[known ? target : 0] = known ? rounded((scale * weights[target] - dlosses[m]) * slope) : rounded(NAN);
         }
         free(capped);
     }

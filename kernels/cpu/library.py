@@ -1,7 +1,8 @@
 """Compile the kernels for CPUs with the C compiler of this machine, and call them.
 
 They are built for exactly this CPU, in about a second for each dtype, when they are first needed. The library
-is kept in the cache folder, under a name that depends on the sources, the compiler and the CPU.
+is kept in the cache folder, under a name that depends on the sources, the compiler and the CPU, and on its
+content, so that a damaged file is not loaded but built again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MACROS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}  # the dtypes that
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels for tensors of this dtype. OSError if there is no compiler, or it fails."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     if not shutil.which(compiler[0]):
         raise OSError(f"there is no C compiler {compiler[0]!r}")
     command = [*compiler, *FLAGS, *MACROS[dtype]]
@@ -45,21 +46,32 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     identity = repr(
         (command, version, cpu_identity(), [source.read_text(encoding="utf-8") for source in sources])
     )
-    path = files.cache_folder() / "cpu" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    if not path.exists():
-        _compile([*command, *(str(source) for source in sources if source.suffix == ".c")], path)
+    folder, key = files.cache_folder() / "cpu", hashlib.sha256(identity.encode()).hexdigest()[:24]
+    path = next(filter(_intact, folder.glob(f"{key}-*.so")), None)
+    if path is None:
+        command += [str(source) for source in sources if source.suffix == ".c"]
+        path = _compile(command, folder, key)
     return ctypes.CDLL(str(path))
 
 
-def _compile(command: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see the whole file or none
-        built = Path(folder) / path.name
+def _content_name(path: Path) -> str:
+    return files.file_sha256(path)[:24]
+
+
+def _intact(path: Path) -> bool:
+    """Half a library, after a crash of the machine, would end the process that loads it."""
+    return path.stem.endswith(_content_name(path))
+
+
+def _compile(command: list[str], folder: Path, key: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # other processes see the whole file or none
+        built = Path(part) / "built.so"
         result = subprocess.run([*command, "-o", str(built), "-lm"], capture_output=True, text=True)
         if result.returncode:
             reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
             raise OSError(f"{command[0]} failed: {reason.strip()}")
-        built.replace(path)
+        return built.replace(folder / f"{key}-{_content_name(built)}.so")
 
 
 def cpu_identity() -> str:

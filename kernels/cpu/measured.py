@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,26 +29,23 @@ def _answers_path() -> Path:
     return files.cache_folder() / "cpu" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
-def fastest(question: str, candidates: dict[str, Callable[[], object]]) -> str:
+def fastest(question: str, candidates: dict[str, Callable[[], Callable[[], object]]]) -> str:
     """The candidate that takes the least time on one core, as measured now or earlier on this CPU.
 
-    question: names the case in the file of answers, and in the log.
+    question: names the case in the file of answers, and in the log. candidates: each makes its inputs, and
+    returns the function to measure. They do not change torch's random state, which would make a run depend on
+    whether an answer was known.
     """
     path = _answers_path()
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         answers = {}
-    if isinstance(answers, dict) and answers.get(question) in candidates:
+    answers = answers if isinstance(answers, dict) else {}
+    if answers.get(question) in list(candidates):
         return answers[question]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are what would be measured
-    try:
-        seconds: dict[str, float] = {}
-        for name, run in candidates.items():
-            seconds[name] = _seconds(run, HOPELESS * min(seconds.values(), default=float("inf")))
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(1) as apart:  # where nothing traces, records or casts what runs, as it may here
+        seconds = apart.submit(_measure, candidates, torch.get_num_threads()).result()
     best = min(seconds, key=seconds.__getitem__)
     rest = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in seconds)
     log.info("%s: %s (measured on this CPU: %s)", question, best, rest)
@@ -59,12 +57,24 @@ def fastest(question: str, candidates: dict[str, Callable[[], object]]) -> str:
     return best
 
 
+def _measure(candidates: dict[str, Callable[[], Callable[[], object]]], threads: int) -> dict[str, float]:
+    """Seconds of each candidate on one thread. threads: torch's number of them, which it has afterwards."""
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are what would be measured
+    try:
+        seconds: dict[str, float] = {}
+        for name, prepare in candidates.items():
+            seconds[name] = _seconds(prepare(), HOPELESS * min(seconds.values(), default=float("inf")))
+        return seconds
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _seconds(run: Callable[[], object], enough: float) -> float:
     """Processor time of the fastest run: other processes change it less than time on the clock.
 
     enough: a run that takes longer is the last one.
     """
-    run()  # prepares
+    run()  # warms caches
     fastest_run = float("inf")
     for _ in range(RUNS):
         began = time.thread_time()

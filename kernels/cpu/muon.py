@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hotlap.kernels.cpu.library import run
 
@@ -17,6 +18,7 @@ def momentum_update(
     for of, grad, out in zip(momentum, grads, update, strict=True):
         grad = grad if grad.stride(1) == 1 else grad.contiguous()
         run("muon_momentum", dtype, grad, of, out, grad.stride(0), M, N, beta, eps)
+    increment_version(momentum)  # so that autograd notices a tensor saved before
     return update
 
 
@@ -27,3 +29,4 @@ def apply(weights: list[Tensor], update: Tensor, factors: Tensor, lr: float, dec
     for weight, step, scale in zip(weights, update, factors, strict=True):
         strides = *weight.stride(), *step.stride()
         run("muon_apply", update.dtype, weight, step, scale, *strides, int(of_rows), M, N, lr, decay)
+        increment_version(weight)

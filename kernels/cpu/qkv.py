@@ -13,8 +13,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _tables(cos: Tensor, sin: Tensor, B: int) -> tuple[Tensor, Tensor, int]:
-    """The tables, and their stride over the batch."""
-    cos, sin = cos.contiguous(), sin.contiguous()
+    """The tables, in float32, and their stride over the batch."""
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     return cos, sin, cos.stride(0) if cos.dim() == 3 and B > 1 and len(cos) > 1 else 0
 
 

@@ -2,10 +2,10 @@
 #include "common.h"
 
 /* total: where the sum goes; it has the rows of y. residual, a and b, weight: NULL where there is none. */
-void rms_norm(const element *x, const element *residual, const element *a, const element *b, const element *weight,
+void rms_norm(const element *x, const element *residual, const float *a, const float *b, const float *weight,
               element *y, element *total, float *rstd, int64_t x_stride, int64_t residual_stride, int64_t M, int64_t N,
               double eps) {
-    float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
+    float of_x = a ? *a : 1, of_residual = b ? *b : 1;
     PARALLEL(M * N)
     for (int64_t m = 0; m < M; m++) {
         const element *row = x + m * x_stride;
@@ -23,15 +23,15 @@ void rms_norm(const element *x, const element *residual, const element *a, const
         float r = 1 / sqrtf(squares / N + (float)eps);
         rstd[m] = r;
         VECTOR
-        for (int64_t n = 0; n < N; n++) out[n] = rounded(r * load(row[n]) * (weight ? load(weight[n]) : 1));
+        for (int64_t n = 0; n < N; n++) out[n] = rounded(r * load(row[n]) * (weight ? weight[n] : 1));
     }
 }
 
 /* One row of the backward pass. Inlined, so that what is NULL at a call costs nothing in its loops. */
 static inline __attribute__((always_inline)) void row_backward(
-    const element *dy, const element *dtotal, const element *x, const element *residual, const element *weight,
+    const element *dy, const element *dtotal, const element *x, const element *residual, const float *weight,
     element *dx, element *dresidual, float *dscales, float *dweight, float a, float b, float r, int64_t N) {
-#define GRADIENT(n) (weight ? load(dy[n]) * load(weight[n]) : load(dy[n])) /* of the normalised row */
+#define GRADIENT(n) (weight ? load(dy[n]) * weight[n] : load(dy[n])) /* of the normalised row */
 #define TOTAL(n) (residual ? load(rounded(a * load(x[n]) + b * load(residual[n]))) : load(x[n]))
     float dot = 0, da = 0, db = 0;
     VECTOR_SUM(dot)
@@ -58,10 +58,10 @@ static inline __attribute__((always_inline)) void row_backward(
    uses. Written with scales: dresidual and dscales (M, 2), each row's share of the gradients of a and b. With a
    weight: dweights (blocks, N), the shares of each block of `rows` rows, zero before. All of these may be NULL. */
 void rms_norm_backward(const element *dy, const element *dtotal, const element *x, const float *rstd,
-                       const element *residual, const element *a, const element *b, const element *weight, element *dx,
+                       const element *residual, const float *a, const float *b, const float *weight, element *dx,
                        element *dresidual, float *dscales, float *dweights, int64_t rows, int64_t dy_stride,
                        int64_t dtotal_stride, int64_t x_stride, int64_t residual_stride, int64_t M, int64_t N) {
-    float of_x = a ? load(*a) : 1, of_residual = b ? load(*b) : 1;
+    float of_x = a ? *a : 1, of_residual = b ? *b : 1;
     PARALLEL(M * N)
     for (int64_t block = 0; block < (M + rows - 1) / rows; block++) {
         int64_t end = (block + 1) * rows < M ? (block + 1) * rows : M;

@@ -13,6 +13,10 @@ from hotlap.kernels.tiles import as_rows
 ROWS = 32  # whose gradients of the weight are summed one after the other
 
 
+def _float32(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.float().contiguous()
+
+
 def forward_plain(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     y, _, rstd = _forward(x, None, None, None, weight, eps)
     return y, rstd
@@ -33,9 +37,9 @@ def _forward(
     total = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(M, dtype=torch.float32)
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
-    weight = None if weight is None else weight.to(x.dtype).contiguous()
     strides = rows.stride(0), 0 if added is None else added.stride(0)
-    run("rms_norm", x.dtype, rows, added, a, b, weight, y, total, rstd, *strides, M, N, eps)
+    factors = map(_float32, (a, b, weight))
+    run("rms_norm", x.dtype, rows, added, *factors, y, total, rstd, *strides, M, N, eps)
     return y, total, rstd
 
 
@@ -59,7 +63,7 @@ def backward(
     strides = (0 if part is None else part.stride(0) for part in (dy, dtotal, x, residual))
     run(
         "rms_norm_backward", x.dtype,
-        dy, dtotal, x, rstd, residual, a, b, None if weight is None else weight.to(x.dtype).contiguous(),
+        dy, dtotal, x, rstd, residual, *map(_float32, (a, b, weight)),
         dx, dresidual, dscales, dweights, ROWS, *strides, M, N,
     )  # fmt: skip
     return (

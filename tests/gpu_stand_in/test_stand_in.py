@@ -5,6 +5,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
-KERNELS = [p for p in sorted(TESTS.glob("kernels/test_*.py")) if "triton_kernels" in p.read_text()]
+KERNELS = [
+    p for p in sorted(TESTS.glob("kernels/test_*.py")) if re.search("triton_(kernels|or_c)", p.read_text())
+]
 
 
 def stand_in(files: list[Path], name: str, **environment: str) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from hotlap.kernels import muon
-from hotlap.kernels.dispatch import wrap_triton
+from hotlap.kernels.dispatch import kernel_choice, kernel_op, wrap_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,6 +112,8 @@ def check(
     for i, (x, y, z, least) in enumerate(zip(ours, torchs, exact, scales, strict=True)):
         assert x.dtype == y.dtype
         ours, torchs = error(x, z, least), error(y, z, least)
+        if x.numel() == 1:  # which torch's rounding may have hit by luck
+            torchs = max(torchs, torch.finfo(x.dtype).eps / 2)
         assert ours <= 2 * torchs + SMALLEST_ERROR, (
             f"result {i} is off by {ours:.2e}, and torch's by {torchs:.2e}"
         )
@@ -126,6 +129,11 @@ def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
     apart = 2**31
     rows = torch.empty_strided((2, width), (apart, 1), dtype=dtype, device=DEVICE)
     return rows.copy_(random(2, width, grad=False))
+
+
+def chosen(operation: kernel_op) -> CustomOpDef:
+    """The operation of torch that runs for tensors on DEVICE: the one in C, where C is chosen."""
+    return operation.c.op if operation.c and kernel_choice(DEVICE.type) == "c" else operation.op
 
 
 def launches_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:

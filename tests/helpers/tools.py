@@ -46,19 +46,20 @@ def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
 
 
-class ScriptedModel:
+class ScriptedModel(torch.nn.Module):
     """Stands in for a GPT in `Engine`: at each position of a slot it is sure of the token in its script.
 
     scripts: for each slot, {position: id}; where a script says nothing, `otherwise` is the likeliest.
     """
 
     def __init__(self, config: GPTConfig, scripts: list[dict[int, int]], otherwise: int):
+        super().__init__()
         self.config, self.scripts, self.otherwise = config, scripts, otherwise
         self.compute_dtype = torch.float32
-        self.embedding = torch.nn.Embedding(1, 1)
+        self.embedding, self.head = torch.nn.Embedding(1, 1), torch.nn.Linear(1, 1)
         self.fed: list[list[int]] = [[] for _ in scripts]  # the tokens that each slot was given
 
-    def __call__(self, ids: Tensor, cache, last: bool) -> Tensor:
+    def forward(self, ids: Tensor, cache, last: bool) -> Tensor:
         logits = torch.zeros(len(ids), 1, self.config.vocab_size)
         ends = cache.positions[:, -1].tolist()
         for b, (row, slot, end) in enumerate(zip(ids.tolist(), cache.slots.tolist(), ends, strict=True)):

@@ -41,3 +41,19 @@ def triton_kernels(choose_kernels):
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def c_kernels(choose_kernels):
+    """Run the kernels in C, on memory that holds NaN before it is written."""
+    if torch.cuda.is_available():
+        pytest.skip("of CPUs")
+    choose_kernels("c")
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(params=["triton", "c"])
+def triton_or_c(request):
+    """Run both kinds of kernels, one after the other."""
+    request.getfixturevalue(f"{request.param}_kernels")

@@ -1,15 +1,22 @@
 """Attention against a naive float64 softmax."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.tools import assert_as_good
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from hotlap.kernels import attention_blockwise as module
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
 
-INPUTS = ("q", "k", "v")
+
+@pytest.fixture(params=["c", "torch"], autouse=True)
+def kernels(request, choose_kernels):
+    """The softmax in C, on poisoned memory, and torch's."""
+    return choose_kernels("torch") if request.param == "torch" else request.getfixturevalue("c_kernels")
 
 
 def naive(q, k, v, window=None, document_start=None):
@@ -60,7 +67,8 @@ def check(B, T, H, K, C, dtype, window=None, document_start=None):
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     exact, exact_grads = gradients(naive, doubles, upstream, window, document_start)
     usual, usual_grads = gradients(plain, inputs, upstream, window, document_start)
-    for function in (attention, attention_ref):
+    blockwise = functools.partial(attention, backend="blockwise")
+    for function in (attention, blockwise, attention_ref):
         y, grads = gradients(function, inputs, upstream, window, document_start)
         assert_as_good(y.to(dtype), usual, exact)
         for actual, other, wanted in zip(grads, usual_grads, exact_grads, strict=True):
@@ -107,12 +115,15 @@ def test_a_window_of_w_sees_w_keys(window):
 def test_what_is_computed_in_blocks_grows_with_the_tokens_and_not_with_their_square(hidden_by):
     counts = []
     for T in (2048, 4096):
-        x = torch.zeros(1, T, 2, 8)
-        window = 256 if hidden_by == "window" else 0
-        document_start = None if window else (torch.arange(T) // 256 * 256)[None]
-        blocks = module._blocks(x, x[:, :, :1], document_start, window)
-        counts.append(sum(bias.numel() for _, _, bias in blocks))
-    assert counts[1] < 2.1 * counts[0] and counts[0] < 2 * 2048 * 400
+        window, document_start = (
+            (256, None) if hidden_by == "window" else (0, torch.arange(T)[None] // 256 * 256)
+        )
+        q, k, v = (x.detach() for x in fused_qkv(1, T, 2, 1, 8, torch.float32))
+        with FlopCounterMode(display=False) as counter:
+            module._forward(q, k, v, document_start, window, 0.0, 1.0)
+        counts.append(counter.get_total_flops())
+    assert 0 < counts[1] < 2.1 * counts[0]
+    assert counts[0] < 2048 * 400 * (4 * 2 * 8)  # queries, keys, and what each pair takes
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

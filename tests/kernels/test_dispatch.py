@@ -32,9 +32,9 @@ def test_the_choice_is_logged_once_with_its_reason(choose_kernels, caplog):
 
 @pytest.mark.parametrize(
     ("device_type", "there_is_triton", "choice"),
-    [("cpu", True, "torch"), ("cpu", False, "torch"), ("mps", True, "torch"), ("cuda", False, "torch")],
+    [("cpu", True, "c"), ("cpu", False, "c"), ("mps", True, "torch"), ("cuda", False, "torch")],
 )
-def test_without_a_wish_triton_runs_only_on_gpus(
+def test_without_a_wish_triton_runs_only_on_gpus_and_c_on_cpus(
     device_type, there_is_triton, choice, choose_kernels, monkeypatch
 ):
     choose_kernels("")
@@ -45,7 +45,7 @@ def test_without_a_wish_triton_runs_only_on_gpus(
 
 def test_a_wish_that_cannot_be_met_says_what_to_do(choose_kernels, monkeypatch):
     choose_kernels("cutlass")
-    with pytest.raises(ValueError, match="torch or triton"):
+    with pytest.raises(ValueError, match="torch, triton or c"):
         use_triton(torch.ones(1))
     choose_kernels("triton")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="TRITON_INTERPRET=1"):

@@ -19,10 +19,14 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy, linear_cro
 N, D, V = 53, 24, 101
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
+@pytest.fixture(params=["torch", "triton", "c"], autouse=True)
 def kernels(request, choose_kernels):
-    """Both paths; the Triton one on poisoned memory."""
-    return choose_kernels("torch") if request.param == "torch" else request.getfixturevalue("triton_kernels")
+    """Every path; kernels on poisoned memory."""
+    return (
+        choose_kernels("torch")
+        if request.param == "torch"
+        else request.getfixturevalue(f"{request.param}_kernels")
+    )
 
 
 def problem(dtype=torch.float32, ignored=(0, 7, 52)):

@@ -8,14 +8,14 @@ from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum
 from hotlap.kernels.orthogonalize import orthogonalize
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "c"])
 def kernels(request, choose_kernels) -> torch.dtype:
-    """Both paths, and the dtype of their updates: torch's without rounding."""
+    """Every path, and the dtype of its updates: without rounding but for Triton."""
     if request.param == "torch":
         choose_kernels("torch")
-        return torch.float32
-    request.getfixturevalue("triton_kernels")
-    return torch.float16
+    else:
+        request.getfixturevalue(f"{request.param}_kernels")
+    return torch.float16 if request.param == "triton" else torch.float32
 
 
 def random(*shape, seed=0):

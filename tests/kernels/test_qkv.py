@@ -1,12 +1,12 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, check, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, chosen, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import qkv as module
 from hotlap.kernels.qkv import attention_inputs, attention_inputs_ref, rotary_tables
 
-pytestmark = pytest.mark.usefixtures("triton_kernels")
+pytestmark = pytest.mark.usefixtures("triton_or_c")
 
 
 def case(B, T, H, K, C, dtype=torch.float32, embedded=True, gain=1.0):
@@ -36,6 +36,18 @@ def test_each_sequence_may_stand_at_its_own_positions():
         check(attention_inputs, attention_inputs_ref, [qkv, K, cos[p], sin[p], *rest], gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tables_may_be_of_another_dtype(dtype):
+    (qkv, K, cos, sin, *rest), gradients = case(2, 5, 2, 1, 16)
+    tables = cos.to(dtype), sin.to(dtype)
+    results = [
+        outputs_and_gradients(attention_inputs, [qkv, K, *given, *rest], gradients)
+        for given in (tables, [x.float() for x in tables])
+    ]
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_a_step_of_decoding_is_a_row_of_the_whole():
     (qkv, K, cos, sin, *rest), _ = case(2, 9, 4, 2, 32)
     gain, gate, embedding = rest
@@ -61,11 +73,15 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone():
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_outputs_and_gradients_share_no_memory_with_inputs_and_are_contiguous(embedded):
+def test_outputs_and_gradients_share_no_memory_with_inputs_and_their_heads_have_no_gaps(embedded):
     inputs, gradients = case(2, 5, 4, 2, 16, embedded=embedded)
     given = {x.untyped_storage().data_ptr() for x in (*inputs, *gradients) if isinstance(x, torch.Tensor)}
     found = outputs_and_gradients(attention_inputs, inputs, gradients)
-    assert all(x.is_contiguous() and x.untyped_storage().data_ptr() not in given for x in found)
+    assert all(x.untyped_storage().data_ptr() not in given for x in found)
+    q, k, v, *gradients = found
+    for x in (q, k, v):  # whole tokens, or as matmuls over heads read them
+        assert x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    assert all(x.is_contiguous() for x in gradients)
 
 
 @pytest.mark.parametrize("layout", ["heads first", "channels apart", "expanded"])
@@ -121,11 +137,13 @@ def test_two_runs_agree_bit_for_bit():
 def test_the_operations_keep_the_rules_of_torch(embedded):
     (qkv, K, cos, sin, gain, *added), gradients = case(2, 3, 4, 2, 16, embedded=embedded)
     added = added or [None, None]
-    opcheck(module._qkv.op, (qkv, K, cos, sin, gain, 1e-6, *added))
+    opcheck(chosen(module._qkv), (qkv, K, cos, sin, gain, 1e-6, *added))
     q, k, _ = (torch.empty_like(g) for g in gradients)
     added = [x if x is None else x.detach() for x in added]
     rstd = torch.ones(2, 3, 6, device=DEVICE)
-    opcheck(module._qkv_backward.op, (*gradients, q.normal_(), k.normal_(), cos, sin, rstd, gain, *added))
+    opcheck(
+        chosen(module._qkv_backward), (*gradients, q.normal_(), k.normal_(), cos, sin, rstd, gain, *added)
+    )
 
 
 @pytest.mark.parametrize("embedded", [False, True])

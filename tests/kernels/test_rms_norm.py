@@ -1,12 +1,12 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, check, far_rows, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, chosen, far_rows, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import rms_norm as module
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_ref, rms_norm_residual, rms_norm_residual_ref
 
-pytestmark = pytest.mark.usefixtures("triton_kernels")
+pytestmark = pytest.mark.usefixtures("triton_or_c")
 
 WIDTHS = [1, 63, 97, 200, 257, 1025]
 
@@ -62,6 +62,21 @@ def test_a_scaled_residual_is_as_exact_as_torch(width, weighted, dtype):
     check(scaled(rms_norm_residual), scaled(rms_norm_residual_ref), inputs, gradients, least)
     y, total = scaled(rms_norm_residual)(*inputs)
     assert torch.equal(y, rms_norm(total, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_scales", [torch.float32, torch.bfloat16])
+def test_scales_may_have_another_dtype_than_the_rows(of_scales, dtype):
+    x, residual = random(3, 50, dtype=dtype, grad=False), random(3, 50, dtype=dtype, grad=False, seed=1)
+    scales = [torch.tensor(value, dtype=of_scales, device=DEVICE).requires_grad_() for value in (0.75, -1.5)]
+    y, total = rms_norm_residual(x, residual, scales=tuple(scales))
+    wanted, sums = rms_norm_residual_ref(x, residual, scales=tuple(scales))
+    tolerances = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close((y, total), (wanted, sums), **tolerances)
+    upstream = random(3, 50, dtype=dtype, grad=False, seed=2)
+    ours = torch.autograd.grad((y, total), scales, (upstream, upstream))
+    theirs = torch.autograd.grad((wanted, sums), scales, (upstream, upstream))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 if of_scales == dtype else 0.3)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -146,15 +161,18 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_the_operations_keep_the_rules_of_torch():
     x, weight = random(3, 40), random(40)
-    opcheck(module._rms_norm.op, (x, weight, 1e-6))
-    opcheck(module._rms_norm.op, (x, None, 1e-6))
+    if chosen(module._rms_norm) is not module._rms_norm.op:
+        weight = None  # those in C take none
+    opcheck(chosen(module._rms_norm), (x, weight, 1e-6))
+    opcheck(chosen(module._rms_norm), (x, None, 1e-6))
     residual, scales = random(3, 40, seed=1), [scale.detach().requires_grad_() for scale in random(2)]
-    opcheck(module._rms_norm_residual.op, (x, residual, None, None, weight, 1e-6))
-    opcheck(module._rms_norm_residual.op, (x, residual, *scales, weight, 1e-6))
-    x, residual, weight, *scales = (t.detach() for t in (x, residual, weight, *scales))
+    opcheck(chosen(module._rms_norm_residual), (x, residual, None, None, weight, 1e-6))
+    opcheck(chosen(module._rms_norm_residual), (x, residual, *scales, weight, 1e-6))
+    x, residual, *scales = (t.detach() for t in (x, residual, *scales))
+    weight = None if weight is None else weight.detach()
     rstd = torch.ones(3).to(x.device)
-    opcheck(module._rms_norm_backward.op, (x, None, x, None, None, None, weight, rstd))
-    opcheck(module._rms_norm_backward.op, (x, x, x, residual, *scales, None, rstd))
+    opcheck(chosen(module._rms_norm_backward), (x, None, x, None, None, None, weight, rstd))
+    opcheck(chosen(module._rms_norm_backward), (x, x, x, residual, *scales, None, rstd))
 
 
 def test_compiles_whole_to_the_same_results():
