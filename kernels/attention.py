@@ -35,7 +35,7 @@ from hotlap.kernels.attention_torch import (
     sdpa_takes,
 )
 from hotlap.kernels.cpu.measured import fastest
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_triton
+from hotlap.kernels.dispatch import device_facts, kernel_choice, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
 
 
@@ -217,7 +217,8 @@ def _faster_on_cpu(dtype: torch.dtype, C: int, S: int) -> str:
         q = torch.ones(1, S, 2048 // S, C, dtype=dtype, requires_grad=True)
         return lambda: attention(q, q, q, backend=backend).sum().backward()
 
-    question = f"attention for {str(dtype).removeprefix('torch.')} heads of {C} and {S} keys"
+    kernels, name = kernel_choice("cpu"), str(dtype).removeprefix("torch.")
+    question = f"attention by {kernels} for {name} heads of {C} and {S} keys"
     return fastest(question, {name: functools.partial(prepare, name) for name in ("blockwise", "sdpa")})
 
 

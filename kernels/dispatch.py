@@ -132,11 +132,6 @@ def use_c(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in MACROS and kernel_choice("cpu") == "c"
 
 
-def use_kernels(x: Tensor) -> bool:
-    """Whether operations on x run kernels, on a GPU or on a CPU."""
-    return use_triton(x) or use_c(x)
-
-
 def traced() -> bool:
     """Whether a compiler or a dispatch mode records the operations that run now."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None

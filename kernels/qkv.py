@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.cpu import qkv as cpu
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_kernels, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_triton, wrap_triton
 from hotlap.kernels.qkv_kernels import _qkv_backward_kernel, _qkv_forward_kernel, _qkv_tiles
 from hotlap.kernels.rms_norm import EPS
 from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
@@ -205,7 +205,7 @@ def attention_inputs(
     torch may not return a view of its input.
     """
     _check(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
-    if use_kernels(qkv):
+    if use_triton(qkv) or use_c(qkv):
         return _qkv(qkv, kv_heads, cos, sin, gain, EPS, gate, value_embedding)[:3]
     return attention_inputs_ref(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
 

@@ -109,6 +109,16 @@ def test_one_thread_runs_while_measuring_and_as_many_as_before_afterwards(fails)
         torch.set_num_threads(before)
 
 
+def test_attention_is_measured_again_when_there_are_other_kernels(choose_kernels, path, monkeypatch):
+    monkeypatch.setattr(measured, "RUNS", 1)
+    x = torch.ones(1, 16, 1, 32)
+    for kernels in ("torch", "c"):  # a compiler has been installed
+        choose_kernels(kernels)
+        attention._choose.cache_clear()
+        attention.attention(x, x, x)
+    assert len(json.loads(path.read_text())) == 2
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
