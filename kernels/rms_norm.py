@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.cpu import rms_norm as cpu
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_kernels, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_triton, wrap_triton
 from hotlap.kernels.rms_norm_narrow import (
     WIDEST,
     WIDEST_SCALED,
@@ -262,7 +262,7 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None = None) -> 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
     """RMSNorm of x (..., D), scaled by weight (D,) where given. Same shape and dtype as x."""
     _check(x, weight)
-    return _rms_norm(x, weight, eps)[0] if use_kernels(x) else rms_norm_ref(x, weight, eps)
+    return _rms_norm(x, weight, eps)[0] if use_triton(x) or use_c(x) else rms_norm_ref(x, weight, eps)
 
 
 def rms_norm_residual(
@@ -282,7 +282,7 @@ def rms_norm_residual(
     if scales is not None and (any(scale.dim() for scale in scales) or scales[0].dtype != scales[1].dtype):
         given = " and ".join(f"{tuple(scale.shape)} {scale.dtype}" for scale in scales)
         raise ValueError(f"scales are {given}; both have to be () and of one dtype")
-    if not use_kernels(x):
+    if not (use_triton(x) or use_c(x)):
         return rms_norm_residual_ref(x, residual, weight, eps, scales)
     if scales is not None and use_triton(x) and next_power_of_2(x.shape[-1]) > WIDEST_SCALED:
         total = scales[0] * x + scales[1] * residual

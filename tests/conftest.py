@@ -61,6 +61,7 @@ def choose_kernels(monkeypatch):
     def choose(name: str) -> None:
         monkeypatch.setenv("HOTLAP_KERNELS", name)
         dispatch._decide.cache_clear()
+        torch._dynamo.reset()  # compiled functions hold the choice
 
     yield choose
     dispatch._decide.cache_clear()

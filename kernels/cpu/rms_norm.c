@@ -31,19 +31,20 @@ void rms_norm(const element *x, const element *residual, const float *a, const f
 static inline __attribute__((always_inline)) void row_backward(
     const element *dy, const element *dtotal, const element *x, const element *residual, const float *weight,
     element *dx, element *dresidual, float *dscales, float *dweight, float a, float b, float r, int64_t N) {
-#define GRADIENT(n) (weight ? load(dy[n]) * weight[n] : load(dy[n])) /* of the normalised row */
-#define TOTAL(n) (residual ? load(rounded(a * load(x[n]) + b * load(residual[n]))) : load(x[n]))
-    float dot = 0, da = 0, db = 0;
+#define GRADIENT(n) (weight ? load(dy[n]) * weight[n] : load(dy[n])) 
+#define NORMALISED(n) (r * (residual ? load(rounded(a * load(x[n]) + b * load(residual[n]))) : load(x[n])))
+    float dot = 0;
+    double da = 0, db = 0; /* of both signs, so that much cancels */
     VECTOR_SUM(dot)
-    for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * TOTAL(n);
-    float share = dot * r * r / N; /* r mean(g n), for the gradient g of the normalised row n */
+    for (int64_t n = 0; n < N; n++) dot += GRADIENT(n) * NORMALISED(n);
+    float mean = dot / N;
     VECTOR_SUM(da, db)
     for (int64_t n = 0; n < N; n++) {
-        float d = r * (GRADIENT(n) - share * TOTAL(n)) + (dtotal ? load(dtotal[n]) : 0);
-        if (weight) dweight[n] += r * load(dy[n]) * TOTAL(n);
+        float d = r * (GRADIENT(n) - mean * NORMALISED(n)) + (dtotal ? load(dtotal[n]) : 0);
+        if (weight) dweight[n] += load(dy[n]) * NORMALISED(n);
         if (residual) {
-            da += d * load(x[n]);
-            db += d * load(residual[n]);
+            da += (double)d * load(x[n]);
+            db += (double)d * load(residual[n]);
             dresidual[n] = rounded(b * d);
         }
         dx[n] = rounded(a * d);
