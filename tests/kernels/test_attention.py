@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tools import assert_as_good
+from helpers.tools import assert_as_good, relative_error
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,15 +126,43 @@ def test_what_is_computed_in_blocks_grows_with_the_tokens_and_not_with_their_squ
     assert counts[0] < 2048 * 400 * (4 * 2 * 8)  # queries, keys, and what each pair takes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("T, S", [(90, 90), (30, 90), (90, 40)])
-def test_gradients_of_blocks_are_those_of_the_specification(T, S, softcap):
-    inputs = [torch.randn(2, n, heads, 16).double().requires_grad_() for n, heads in ((T, 4), (S, 2), (S, 2))]
-    document_start = torch.full((2, T), 7) if T <= S else None
-    upstream, arguments = torch.randn(2, T, 4, 16), (70, document_start, softcap, 0.7)
+@pytest.mark.parametrize(
+    "T, S, window", [(90, 90, 70), (30, 90, None), (90, 40, 1), (1, 300, 70), (193, 193, None)]
+)
+def test_gradients_of_blocks_are_those_of_the_specification(T, S, window, softcap, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    inputs = [random(2, n, heads, 16).requires_grad_() for n, heads in ((T, 4), (S, 2), (S, 2))]
+    document_start = torch.tensor([[7], [50]]).expand(2, T) if T <= S else None  # where some see no key
+    upstream, arguments = random(2, T, 4, 16), (window, document_start, softcap, 0.7)
     y, grads = gradients(lambda *x: attention(*x, backend="blockwise"), inputs, upstream, *arguments)
-    wanted, wanted_grads = gradients(attention_ref, inputs, upstream, *arguments)
-    for a, b in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    wanted, wanted_grads = gradients(attention_ref, doubles, upstream, *arguments)
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]
+    for ours, exact in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        assert ours.dtype == dtype and relative_error(ours, exact) < tolerance
+
+
+@pytest.mark.parametrize("layout", ["heads first", "channels apart", "expanded"])
+def test_strides_of_inputs_and_gradients_of_blocks_do_not_matter(layout):
+    def view(x):
+        if layout == "heads first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.stack((x, x), -1)[..., 0] if layout == "channels apart" else x[:1].expand(x.shape)
+
+    inputs, upstream = fused_qkv(2, 150, 4, 2, 16, torch.float32), torch.randn(2, 150, 4, 16)
+    views = [view(x.detach()).requires_grad_() for x in inputs]
+    copies = [x.detach().contiguous().requires_grad_() for x in views]
+    ours, wanted = (
+        gradients(lambda *x: attention(*x, backend="blockwise"), given, gradient, 40)
+        for given, gradient in ((views, view(upstream)), (copies, view(upstream).contiguous()))
+    )
+    for a, b in zip((ours[0], *ours[1]), (wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(a, b)
 
 
