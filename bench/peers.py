@@ -23,7 +23,6 @@ from hotlap.bench.timing import failure, measure, start_afresh
 from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
-from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
@@ -135,13 +134,15 @@ def bench_pair(
 
 
 def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
-    """Our training step. micro_rows: rows per forward pass; 0 is all."""
+    """Our training step. micro_rows: rows per forward pass; 0 is all.
+
+    On a CPU without `keep_freed_memory`, unlike training: the peer runs in the same process, and as its users
+    run it.
+    """
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type, shape.width))
     model.to_empty(device=device).init_weights()
     optimizer = MuonAdamW(model, OptimConfig())
-    if device.type == "cpu":
-        keep_freed_memory()  # as training does; the peer, in the same process, gains from it too
     if device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False)
