@@ -47,7 +47,8 @@ def tiny() -> PretrainConfig:
     )  # fmt: skip
     return PretrainConfig(
         out=Path("runs/tiny/pretrain"), model=model,
-        optim=OptimConfig(weight_decay=0.0),
+        # at nanochat's 0.5, the scalars turn the residual stream to zero within the warmup: the loss spikes
+        optim=OptimConfig(weight_decay=0.0, scalar_lr=0.1),
         schedule=ScheduleConfig(warmup_steps=20, momentum_warmup_steps=100),
         loop=LoopConfig(250, evaluate_every=125, save_every=50),
     )  # fmt: skip
