@@ -29,16 +29,21 @@ def share_the_memory():
         torch.cuda.empty_cache()
 
 
+def let_torch_note_its_functions() -> None:
+    """Before one of them is replaced."""
+    with torch.device("cpu"):  # at its first use torch notes, for good, which functions it has to watch
+        torch.empty(0)
+    # and compilers, which functions are torch's, until a process group is destroyed
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+
 @pytest.fixture
 def triton_kernels(choose_kernels):
     """Run the Triton kernels, on memory that holds NaN before it is written."""
     if dispatch.triton is None:
         pytest.skip("needs Triton")
     choose_kernels("triton")
-    with torch.device("cpu"):  # at its first use torch notes, for good, which functions it has to watch
-        torch.empty(0)
-    # and compilers, which functions are torch's, until a process group is destroyed
-    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    let_torch_note_its_functions()
     with poisoned_memory():
         yield
 
@@ -49,6 +54,7 @@ def c_kernels(choose_kernels):
     if torch.cuda.is_available():
         pytest.skip("of CPUs")
     choose_kernels("c")
+    let_torch_note_its_functions()
     with poisoned_memory():
         yield
 
