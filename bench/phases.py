@@ -23,8 +23,7 @@ from hotlap.bench.kernels import KernelsConfig, bench_kernels, is_fault
 from hotlap.bench.operations import BUILDERS, operations
 from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.training import TrainingConfig, bench_training
-from hotlap.bench.tune import TuneConfig
-from hotlap.bench.tune import main as tune
+from hotlap.bench.tune import TuneConfig, tune
 from hotlap.common import files
 from hotlap.common.machine import device_name
 from hotlap.kernels.dispatch import default_device

@@ -6,6 +6,7 @@ import sys
 import tarfile
 
 import pytest
+import torch
 from helpers.suite_phases import (
     crashes,
     dies_twice,
@@ -101,6 +102,12 @@ def test_what_is_compiled_goes_to_the_cache_that_is_named(call, tmp_path, monkey
     run_suite("look", SuiteConfig(out=tmp_path / "look", cache=tmp_path / "cache"))
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "inductor")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_the_tuning_phase_reaches_the_tuner(tmp_path):
+    with pytest.raises(ValueError, match="tune needs a GPU"):
+        phases.tuning(tmp_path, 60, False, kernel=("rms_norm",))
 
 
 TEST = """
