@@ -150,7 +150,7 @@ def _captured(name: str, call: Call, calls: Callable[[], None]) -> torch.cuda.CU
         log.info("%s is timed with host overhead, without a CUDA graph: %s", name, why)
         return None
     try:
-        return captured(calls, stream=torch.cuda.current_stream())
+        return captured(calls, stream=torch.cuda.current_stream())[0]
     except RuntimeError as error:
         log.warning("%s is timed without a CUDA graph: capture failed: %s", name, str(error).splitlines()[0])
         return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def to_device(numbers: list, device: torch.device, out: Tensor | None = None) -> Tensor:
@@ -18,19 +20,20 @@ def to_device(numbers: list, device: torch.device, out: Tensor | None = None) ->
     return host.to(device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
 
 
-def captured(calls: Callable[[], object], **options: Any) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what calls() launches, which must have run before. options: of `torch.cuda.graph`.
+def captured(calls: Callable[[], T], **options: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of what calls() launches, which must have run before, and what it returns: the tensors
+    that the graph writes. options: of `torch.cuda.graph`.
 
     RuntimeError if it cannot be captured, for example because it waits for the GPU.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, **options):
-            calls()
+            outputs = calls()
     except RuntimeError:
         torch.cuda.set_stream(stream)  # torch does not, if a capture fails
         options.pop("pool", None)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
             pass  # a successful capture makes torch's random generator usable again
         raise
-    return graph
+    return graph, outputs

@@ -123,13 +123,10 @@ class Decoder:
         return self.model(ids[:, None], cache=self.cache, last=True)[:, 0]
 
     def _capture(self, step: Step) -> None:
-        def calls() -> None:
-            step.logits = self._forward(step.inputs)
-
         # graphs share memory, because one runs at a time
         pool = next((other.graph.pool() for other in self.steps.values() if other.graph), None)
         try:
-            step.graph = captured(calls, pool=pool)
+            step.graph, step.logits = captured(lambda: self._forward(step.inputs), pool=pool)
         except RuntimeError as error:
             self.captures, self.steps = False, {}
             log.warning("decoding without a CUDA graph: capture failed: %s", str(error).splitlines()[0])

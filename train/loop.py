@@ -24,6 +24,7 @@ from hotlap.train.faults import fault
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
+from hotlap.train.passes import Passes
 from hotlap.train.run.checkpoint import Saver
 from hotlap.train.run.disk_space import checkpoint_bytes, require_space
 from hotlap.train.run.metrics import Progress
@@ -87,7 +88,7 @@ def fit(
     state = state or RunState()
     finished = state.finished or state.step == config.steps
     clock, checker = Clock(config), StepChecker(config.bad_steps, state.recent)
-    metrics_of = step_metrics(model, world)
+    passes, metrics_of = Passes(model, loss), step_metrics(model, world)
     if world.is_main:
         require_space(run, checkpoint_bytes(model.state_dict(), dict(optimizer.named_state())))
     with (
@@ -98,7 +99,7 @@ def fit(
         profiled(run if profile else None, world) as profile_step,
     ):
         if (warm_up or config.minutes) and not finished:
-            batches = take_warmup_steps(model, optimizer, schedule, batches, loss, world)
+            batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
@@ -113,7 +114,7 @@ def fit(
             share = set_schedule(model, optimizer, schedule, step, clock.fraction(step, elapsed))
             done = clock.is_last(step, elapsed)
             with explain_out_of_memory(world, len(micro[0].inputs)):
-                outcome = take_step(model, micro, loss, weight, config.clip, world, step)
+                outcome = take_step(passes, micro, weight, config.clip, world, step)
                 accepted = checker.accepts(world, step, outcome, model, micro)
                 if accepted:
                     optimizer.step()

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import local, replica_count, set_gradient_sync
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
-from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
+from hotlap.train.passes import Passes
 
 WARMUP_STEPS = 2  # per stage: the second step finds what the first has left, such as gradients that are None
 
@@ -32,27 +31,19 @@ class Outcome:
 
 
 def take_step(
-    model: GPT,
-    micro: list[Batch],
-    loss: Loss,
-    weight: float,
-    clip: float,
-    world: World,
-    step: int = 0,
+    passes: Passes, micro: list[Batch], weight: float, clip: float, world: World, step: int = 0
 ) -> Outcome:
     """Compute the gradients of the summed loss divided by `weight`, that of all batches on all ranks."""
     if weight == 0:
         raise ValueError("this step has no targets: the loss mask excludes every row of its batch")
-    own = torch.zeros((), device=world.device)
+    model, own = passes.model, torch.zeros((), device=world.device)
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
         set_gradient_sync(model, i, len(micro))
-        value, found = loss(model, batch)
-        if i == 0 and fault("loss", world.rank, step) == "nan":
-            value = value * float("nan")
-        (value / weight).backward()
-        own += value.detach()
-        metrics = {name: metrics.get(name, 0) + tensor.detach() for name, tensor in found.items()}
+        broken = float("nan") if i == 0 and fault("loss", world.rank, step) == "nan" else 1.0
+        value, found = passes(batch, broken * weight)
+        own += broken * value
+        metrics = {name: metrics.get(name, 0) + tensor for name, tensor in found.items()}
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if action := fault("gradient", world.rank, step):
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
@@ -73,16 +64,16 @@ def take_step(
 
 @torch.no_grad()
 def take_warmup_steps(
-    model: GPT,
+    passes: Passes,
     optimizer: MuonAdamW,
     schedule: ScheduleConfig,
     batches: Iterator[list[Batch]],
-    loss: Loss,
     world: World,
 ) -> Iterator[list[Batch]]:
     """Compile everything before the clock starts: take steps on a real batch in every stage of the schedule,
     then restore weights and optimiser state. Returns all batches, the one used here included.
     """
+    model = passes.model
     tensors = [local(t) for t in itertools.chain(model.parameters(), (t for _, t in optimizer.named_state()))]
     before = [tensor.to("cpu", copy=True) for tensor in tensors]
     first = next(batches)
@@ -92,7 +83,7 @@ def take_warmup_steps(
         set_schedule(model, optimizer, schedule, 0, i / len(schedule.stages))
         for _ in range(WARMUP_STEPS):
             with torch.enable_grad():
-                take_step(model, micro, loss, weight, 0.0, world, step=-1)
+                take_step(passes, micro, weight, 0.0, world, step=-1)
             optimizer.step()
             optimizer.zero_grad()
     for tensor, value in zip(tensors, before, strict=True):

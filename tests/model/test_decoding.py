@@ -17,7 +17,7 @@ from hotlap.model.sampling import Sampling
 def captures(monkeypatch):
     """A function that lets a decoder capture graphs on a CPU; returns the list of graphs.
 
-    Capturing runs nothing. A replay runs the calls, and fails if the cache or the inputs lie elsewhere since.
+    Capturing changes nothing. A replay runs the calls, and fails if the cache or the inputs lie elsewhere.
     """
 
     def start(decoder: Decoder) -> list:
@@ -31,15 +31,18 @@ def captures(monkeypatch):
                 "pool" if decoder.steps and any(s.graph for s in decoder.steps.values()) else None
             )
             graph, seen = SimpleNamespace(replays=0, pool=lambda: "pool"), addresses()
+            before = decoder.cache.last_embedding.clone()
+            outputs = calls()
+            decoder.cache.last_embedding.copy_(before)
 
             def replay():
                 assert addresses() == seen
-                calls()
+                outputs.copy_(calls())
                 graph.replays += 1
 
             graph.replay = replay
             graphs.append(graph)
-            return graph
+            return graph, outputs
 
         monkeypatch.setattr(decoding, "captured", captured)
         decoder.captures = True

@@ -21,6 +21,7 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, lr_share
+from hotlap.train.passes import Passes
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.run.state import RunState
 from hotlap.train.step import WARMUP_STEPS, Outcome, take_step
@@ -63,7 +64,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows, random_model, 
     results = []
     for micro in (split(ragged_batch(), 8), split(ragged_batch(), rows)):
         model = random_model(CONFIG)
-        outcome = take_step(model, micro, next_token_loss, sum(b.weight for b in micro), 0.0, world)
+        weight = sum(b.weight for b in micro)
+        outcome = take_step(Passes(model, next_token_loss), micro, weight, 0.0, world)
         results.append(
             (outcome.loss, outcome.norm, torch.cat([p.grad.flatten() for p in model.parameters()]))
         )
@@ -80,13 +82,14 @@ def test_a_step_without_targets_is_an_error(world):
     batch = ragged_batch()
     batch.targets[:] = IGNORE
     with pytest.raises(ValueError, match="no targets"):
-        take_step(fresh()[0], [batch], next_token_loss, 0, 0.0, world)
+        take_step(Passes(fresh()[0], next_token_loss), [batch], 0, 0.0, world)
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
 def test_clipping_bounds_the_norm_and_reports_the_unclipped_one(clip, random_model, world):
     model = random_model(CONFIG)
-    norm = take_step(model, [ragged_batch()], next_token_loss, ragged_batch().weight, clip, world).norm
+    batch, passes = ragged_batch(), Passes(model, next_token_loss)
+    norm = take_step(passes, [batch], batch.weight, clip, world).norm
     clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     assert norm > 0.01 and clipped == pytest.approx(min(norm, clip), rel=1e-4)
 
