@@ -21,6 +21,7 @@ from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.training import UNTIMED, made, random_batches, step_seconds
 from hotlap.common import files
 from hotlap.common.log import log
+from hotlap.common.process import keep_freed_memory
 from hotlap.train.distributed.world import joined
 
 KINDS = (  # the first pattern found in a kernel's name counts
@@ -64,6 +65,8 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         path = results.open_file("breakdown", config.out, world.device)
         on_gpu = world.device.type == "cuda"
         model, optimizer = made(shape, on_gpu, False, world)
+        if not on_gpu:
+            keep_freed_memory()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         with random_batches(shape, rows, config.steps + UNTIMED, world) as batches:
             steps = step_seconds(model, optimizer, batches, 1, config.steps, world)

@@ -4,37 +4,40 @@ ours in the same run. Nothing is written to the checkouts. race.py compares whol
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
+from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step, shape_beside
 from hotlap.bench.race import race
-from hotlap.bench.timing import failure, measure, start_afresh
+from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
+from hotlap.bench.training import made
 from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
-from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.dispatch import default_device
+from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig
-from hotlap.model.gpt import GPT
-from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
-
-Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
+from hotlap.model.flops import meta_model, mfu, nanochat_flops, peak_flops
+from hotlap.train.data.rows import Batch
+from hotlap.train.distributed.world import World
+from hotlap.train.losses import next_token_loss
+from hotlap.train.step import take_step
 
 
 @dataclass(frozen=True)
 class PeersConfig:
     """Time a whole training step (forward, backward, optimizer) of peers and of hotlap at the same shape and
     batch. Or, with --race, whole runs of nanoGPT's recipe for a CPU and of ours.
+
+    As the peers' scripts mask no documents, neither do we here.
     """
 
     nanogpt: Path | None = None
@@ -48,9 +51,18 @@ class PeersConfig:
     models: tuple[str, ...] = ()
     """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU; 124m, d12 and d24 on a GPU."""
     rows: int = 0
-    """Rows per step; 0: a usual number for the model."""
+    """Rows per forward pass; 0: a usual number for the model. The models of both sides are in memory."""
+    micro_batches: int = 1
+    """Forward and backward passes per step (gradient accumulation)."""
+    window_pattern: str = ""
+    """Attention windows of both sides beside nanochat: S and L by layer; empty: those of the model.
+    Without FlashAttention 3, nanochat recommends L, because windows need a slow mask."""
+    fp8: bool = False
+    """Beside nanochat, run large matmuls in fp8, each side in its own way. nanoGPT has no fp8."""
     seconds: float = 5.0
     """Measuring time of each step."""
+    minutes: float = 0
+    """Stop starting new pairs after this many minutes, and list those skipped; 0: no limit."""
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
@@ -61,8 +73,7 @@ def bench_peers(config: PeersConfig) -> list[dict]:
         if not config.nanogpt or config != PeersConfig(config.nanogpt, race=config.race, out=config.out):
             raise ValueError("--race needs --nanogpt PATH, and takes no other flag but --out")
         return race(config.nanogpt, config.race, config.out)
-    builders = {"nanogpt": nanogpt_step, "nanochat": nanochat_step}
-    paths = {name: getattr(config, name) for name in (*builders, "modded") if getattr(config, name)}
+    paths = {n: getattr(config, n) for n in ("nanogpt", "nanochat", "modded") if getattr(config, n)}
     if not paths:
         raise ValueError("no peer; name a checkout with --nanogpt PATH, --nanochat PATH or --modded PATH")
     for name, path in paths.items():
@@ -70,168 +81,131 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             raise FileNotFoundError(f"no checkout of {name} at {path}")
     device = default_device()
     scripts = modded.runnable(config.modded, device) if config.modded else {}
-    if not config.seconds > 0 or config.rows < 0:
-        raise ValueError(f"seconds={config.seconds} must be positive and rows={config.rows} 0 or more")
+    if not config.seconds > 0 or config.rows < 0 or config.micro_batches < 1:
+        raise ValueError(
+            f"seconds={config.seconds} must be positive, rows={config.rows} 0 or more, and "
+            f"micro_batches={config.micro_batches} 1 or more"
+        )
+    peers = [name for name in ("nanogpt", "nanochat") if name in paths]
+    if config.fp8:
+        if not config.nanochat:
+            raise ValueError("--fp8 needs --nanochat PATH; nanoGPT has no fp8")
+        check_fp8(device)
+        if config.nanogpt:
+            log.warning("skipping nanoGPT: it has no fp8")
+        peers = ["nanochat"]
+    budget = Budget(config.minutes)
     names = config.models or (("124m", "d12", "d24") if device.type == "cuda" else ("tiny",))
-    shapes = {name: model_config(name) for name in names}
+    pairs = [
+        (name, peer, shape_beside(peer, model_config(name), config.window_pattern))
+        for name in names
+        for peer in peers
+    ]
     path = results.open_file("peers", config.out, device)
     log_warnings(device)
     rows: list[dict] = []
-    for name, shape in shapes.items():
-        for peer in [peer for peer in builders if peer in paths]:
-            start_afresh(device)
-            try:
-                rows += bench_pair(name, shape, peer, builders[peer], paths[peer], config, device)
-            except RuntimeError as error:  # such as out of memory; the other pairs still run
-                case, note = f"step {name} beside {peer}", failure(error)
-                rows.append({"case": case, "provider": peer, "ms": None, "note": note})
-                log.error("%s: %s", case, note)
-                results.write_traceback(path.parent, case)
-            results.save(path, rows, device)
+    for name, peer, shape in pairs:
+        start_afresh(device)
+        case = case_name(name, peer, shape, config)
+        note = "" if budget.fits() else NO_TIME
+        try:
+            rows += [] if note else bench_pair(case, name, peer, shape, config, device)
+        except (ImportError, FileNotFoundError):  # a checkout that no pair can use
+            raise
+        except Exception as error:  # such as out of memory; recorded as a row, and the other pairs still run
+            note = failure(error)
+            results.write_traceback(path.parent, case)
+        if note:
+            rows.append({"case": case, "provider": peer, "ms": None, "note": note})
+            log.error("%s: %s", case, note)
+        results.save(path, rows, device)
     for name, script in scripts.items():
         start_afresh(device)
         shape = model_config("124m")
-        step = our_step(shape, device, micro_rows=ROWS["124m"])
+        step = our_step(shape, ROWS["124m"], device)
         rows += modded.bench_script(name, script, modded.data_folder(config.modded), shape, step, device)
         results.save(path, rows, device)
     log.info("written to %s", path)
     return rows
 
 
+def case_name(name: str, peer: str, shape: GPTConfig, config: PeersConfig) -> str:
+    """Such as "step d24 4x8x2048 fp8 windows L beside nanochat"."""
+    passes = f"{config.micro_batches}x" if config.micro_batches > 1 else ""
+    case = f"step {name} {passes}{config.rows or ROWS[name]}x{shape.context}{' fp8' if config.fp8 else ''}"
+    if config.window_pattern and peer == "nanochat":
+        case += f" windows {shape.window_pattern}"
+    return f"{case} beside {peer}"
+
+
 def bench_pair(
-    name: str, shape: GPTConfig, peer: str, build: Callable, path: Path, config: PeersConfig, device
+    case: str, name: str, peer: str, shape: GPTConfig, config: PeersConfig, device: torch.device
 ) -> list[dict]:
-    """Time our step and a peer's, interleaved. Beside nanoGPT, our model is a plain GPT without the speedrun
-    extras.
+    """Time our step and a peer's, interleaved. Both have their model, gradients and optimizer in memory, but
+    activations one at a time, so a pair fits where the larger side and half of the other do.
     """
+    rows = config.rows or ROWS[name]
+    batch = config.micro_batches * rows
     if peer == "nanogpt":
-        shape = dataclasses.replace(
-            shape, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False,
-            backout=False, softcap=0.0,
-        )  # fmt: skip
-    count = config.rows or ROWS[name]
-    tokens = torch.randint(shape.vocab_size, (2, count, shape.context + 1), device=device)
-    steps: dict[str, Step] = {"hotlap": our_step(shape, device), peer: build(path, shape, device)}
+        build, attention = partial(nanogpt_step, config.nanogpt), "SDPA"
+    else:
+        build = partial(nanochat_step, config.nanochat, fp8=config.fp8)
+        attention = nanochat_attention(config.nanochat, shape)
+    steps: dict[str, Step] = {
+        "hotlap": our_step(shape, rows, device, config.fp8),
+        peer: build(shape, rows, device),
+    }
+    tokens = torch.randint(shape.vocab_size, (2, batch, shape.context + 1), device=device)
     timings = measure(
         {who: (lambda i, step=step: step(tokens[i])) for who, step in steps.items()},
         device, sets=2, seconds=config.seconds, capture=False,
     )  # fmt: skip
-    rows = []
+    model, peak = meta_model(shape), peak_flops(device)
+    flops = nanochat_flops(model)
+    found = []
     for who, timing in timings.items():
-        rows.append(
+        speed = batch * shape.context / timing.median
+        found.append(
             {
-                "case": f"step {name} {count}x{shape.context} beside {peer}",
+                "case": case,
                 "provider": who,
                 "ms": 1e3 * timing.median,
                 "ms_low": 1e3 * timing.low,
                 "ms_high": 1e3 * timing.high,
-                "tokens_per_second": count * shape.context / timing.median,
+                "tokens_per_second": speed,
+                "mfu_nanochat": mfu(flops, speed, peak),
                 "times_as_fast_as_peer": timings[peer].median / timing.median,
+                "windows": shape.window_pattern,
+                "attention": attention if who == peer else "hotlap's, without document masks",
             }
         )
-        log.info("%s", results.as_line(rows[-1]))
-    return rows
+        if config.fp8 and who == "hotlap":
+            found[-1]["fp8_layers"] = model.use_fp8()  # none in a small model, where fp8 would be slower
+        log.info("%s", results.as_line(found[-1]))
+    return found
 
 
-def our_step(shape: GPTConfig, device, micro_rows: int = 0) -> Step:
-    """Our training step. micro_rows: rows per forward pass; 0 is all.
+def our_step(shape: GPTConfig, rows: int, device: torch.device, fp8: bool = False) -> Step:
+    """Our training step, as the training loop takes it: passes of `rows` rows, the gradient norm, which the
+    loop logs, and the optimizer; on a GPU compiled. But documents are not masked.
 
     On a CPU without `keep_freed_memory`, unlike training: the peer runs in the same process, and as its users
     run it.
     """
-    with torch.device("meta"):
-        model = GPT(shape, fast_dtype(device.type, shape.width))
-    model.to_empty(device=device).init_weights()
-    optimizer = MuonAdamW(model, OptimConfig())
-    if device.type == "cuda":
-        for block in model.blocks:
-            block.compile(dynamic=False)
+    world = World(0, 1, device, dist.HashStore())
+    shape = dataclasses.replace(shape, document_masks=False)
+    model, optimizer = made(shape, device.type == "cuda", fp8, world)
 
     def step(tokens: Tensor) -> None:
-        for rows in tokens.split(micro_rows or len(tokens)):
-            (model(rows[:, :-1], rows[:, 1:].contiguous()) / tokens[:, 1:].numel()).backward()
+        passes = [
+            Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), torch.zeros_like(part[:, :-1]), 0)
+            for part in tokens.split(rows)
+        ]
+        take_step(model, passes, next_token_loss, tokens[:, 1:].numel(), 0.0, world)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def nanogpt_step(path: Path, shape: GPTConfig, device) -> Step:
-    """nanoGPT's step as in its train.py: AdamW, clipping, and on a GPU compiled, with bf16 autocast."""
-    module = module_at("nanogpt_model", path / "model.py")
-    config = module.GPTConfig(
-        block_size=shape.context, vocab_size=shape.vocab_size, n_layer=shape.layers, n_head=shape.heads,
-        n_embd=shape.width, dropout=0.0, bias=False,
-    )  # fmt: skip
-    with contextlib.redirect_stdout(sys.stderr):
-        model = module.GPT(config).to(device)
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    on_gpu = device.type == "cuda"
-    forward = torch.compile(model) if on_gpu else model
-
-    def step(tokens: Tensor) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            _, loss = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def nanochat_step(path: Path, shape: GPTConfig, device) -> Step:
-    """nanochat's step as in its base_train.py: its own Muon and AdamW, the model compiled on a GPU."""
-    sys.path.insert(0, str(path))
-    try:
-        with nothing_written():
-            from nanochat import gpt
-    except ImportError as error:
-        raise ImportError(
-            f"nanochat at {path} cannot be imported ({error}); install its requirements"
-        ) from error
-    finally:
-        sys.path.remove(str(path))
-    config = gpt.GPTConfig(
-        sequence_len=shape.context, vocab_size=shape.vocab_size, n_layer=shape.layers, n_head=shape.heads,
-        n_kv_head=shape.kv_heads, n_embd=shape.width, window_pattern=shape.window_pattern,
-    )  # fmt: skip
-    with contextlib.redirect_stdout(sys.stderr):
-        with torch.device("meta"):
-            model = gpt.GPT(config)
-        model.to_empty(device=device)
-        model.init_weights()
-        optimizer = model.setup_optimizer()
-    forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-
-    def step(tokens: Tensor) -> None:
-        forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def module_at(name: str, path: Path) -> ModuleType:
-    """Import a file as a module called `name`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; is that a checkout of the peer?")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    with nothing_written():
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def nothing_written():
-    """Import without writing bytecode into the checkout."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
 
 
 def main(arguments: list[str]) -> None:

@@ -214,6 +214,8 @@ def measure_training(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = made(shape, compiled, fp8, world)
+    if device.type == "cpu":
+        keep_freed_memory()
     with batches_of(shape, count, micro * (steps + UNTIMED), world) as batches:
         first = step_seconds(model, optimizer, batches, micro, UNTIMED, world)
         samples = step_seconds(model, optimizer, batches, micro, steps, world)
@@ -249,8 +251,6 @@ def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT
         model.use_fp8()
     parallelize(model, world, "none", compiled)
     materialize(model, world.device, seed=0)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     return model, MuonAdamW(model, OptimConfig())
 
 
