@@ -23,6 +23,8 @@ from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.process import keep_freed_memory
 from hotlap.train.distributed.world import joined
+from hotlap.train.losses import next_token_loss
+from hotlap.train.passes import Passes
 
 KINDS = (  # the first pattern found in a kernel's name counts
     ("our attention", r"_attention_"),
@@ -67,11 +69,12 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         model, optimizer = made(shape, on_gpu, False, world)
         if not on_gpu:
             keep_freed_memory()
+        passes = Passes(model, next_token_loss)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         with random_batches(shape, rows, config.steps + UNTIMED, world) as batches:
-            steps = step_seconds(model, optimizer, batches, 1, config.steps, world)
+            steps = step_seconds(passes, optimizer, batches, 1, config.steps, world)
             with profile(activities=activities, acc_events=True) as profiler:
-                (parts,) = step_seconds(model, optimizer, batches, 1, 1, world)
+                (parts,) = step_seconds(passes, optimizer, batches, 1, 1, world)
         found = kernel_times(profiler, on_gpu)
         case = f"{config.model} {rows}x{shape.context}"
         table = [{"case": case, "provider": "whole step, before", "ms": 1e3 * sum(steps[-1])}]

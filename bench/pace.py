@@ -129,7 +129,7 @@ def our_row(name: str, recipe: PretrainConfig, rows: int, found: dict, world: Wo
     """The row of a whole step and run of the recipe, computed from the measured parts of a step."""
     context = recipe.model.context
     passes = max(1, round(recipe.batch_rows / (rows * world.size)))
-    each = sum(found[f"{part}_ms"] for part in ("data_wait", "forward", "backward"))
+    each = sum(found[f"{part}_ms"] for part in ("data_wait", "passes"))
     ms = passes * each + found["optimizer_ms"]
     speed = 1e3 * passes * rows * world.size * context / ms
     share = speed / found["tokens_per_second"]  # the optimizer runs once per step, not once per pass

@@ -17,7 +17,7 @@ from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step, shape_beside
 from hotlap.bench.race import race
-from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
+from hotlap.bench.timing import NO_TIME, Budget, Timing, failure, measure, start_afresh
 from hotlap.bench.training import made
 from hotlap.common import options
 from hotlap.common.log import log
@@ -29,6 +29,7 @@ from hotlap.model.flops import meta_model, mfu, nanochat_flops, peak_flops
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.world import World
 from hotlap.train.losses import next_token_loss
+from hotlap.train.passes import Passes
 from hotlap.train.step import take_step
 
 
@@ -141,8 +142,8 @@ def case_name(name: str, peer: str, shape: GPTConfig, config: PeersConfig) -> st
 def bench_pair(
     case: str, name: str, peer: str, shape: GPTConfig, config: PeersConfig, device: torch.device
 ) -> list[dict]:
-    """Time our step and a peer's, interleaved. Both have their model, gradients and optimizer in memory, but
-    activations one at a time, so a pair fits where the larger side and half of the other do.
+    """Time our step and a peer's: in turns on a CPU, whose speed drifts; one after the other on a GPU, whose
+    memory may not hold both.
     """
     rows = config.rows or ROWS[name]
     batch = config.micro_batches * rows
@@ -151,15 +152,17 @@ def bench_pair(
     else:
         build = partial(nanochat_step, config.nanochat, fp8=config.fp8)
         attention = nanochat_attention(config.nanochat, shape)
-    steps: dict[str, Step] = {
-        "hotlap": our_step(shape, rows, device, config.fp8),
-        peer: build(shape, rows, device),
-    }
+    sides = {"hotlap": partial(our_step, fp8=config.fp8), peer: build}
     tokens = torch.randint(shape.vocab_size, (2, batch, shape.context + 1), device=device)
-    timings = measure(
-        {who: (lambda i, step=step: step(tokens[i])) for who, step in steps.items()},
-        device, sets=2, seconds=config.seconds, capture=False,
-    )  # fmt: skip
+    timings: dict[str, Timing] = {}
+    for group in [[side] for side in sides] if device.type == "cuda" else [list(sides)]:
+        steps: dict[str, Step] = {who: sides[who](shape, rows, device) for who in group}
+        timings |= measure(
+            {who: (lambda i, step=step: step(tokens[i])) for who, step in steps.items()},
+            device, sets=2, seconds=config.seconds, capture=False,
+        )  # fmt: skip
+        del steps
+        start_afresh(device)
     model, peak = meta_model(shape), peak_flops(device)
     flops = nanochat_flops(model)
     found = []
@@ -195,13 +198,14 @@ def our_step(shape: GPTConfig, rows: int, device: torch.device, fp8: bool = Fals
     world = World(0, 1, device, dist.HashStore())
     shape = dataclasses.replace(shape, document_masks=False)
     model, optimizer = made(shape, device.type == "cuda", fp8, world)
+    passes = Passes(model, next_token_loss)
 
     def step(tokens: Tensor) -> None:
-        passes = [
+        micro = [
             Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), torch.zeros_like(part[:, :-1]), 0)
             for part in tokens.split(rows)
         ]
-        take_step(model, passes, next_token_loss, tokens[:, 1:].numel(), 0.0, world)
+        take_step(passes, micro, tokens[:, 1:].numel(), 0.0, world)
         optimizer.step()
         optimizer.zero_grad()
 

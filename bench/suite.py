@@ -193,7 +193,7 @@ def summary(outcome: dict[str, str], out: Path) -> str:
 
 SHOWN = (
     "ms", "tflops", "tb_per_s", "share_of_ceiling", "best_other_over_this", "tokens_per_second",
-    "mfu_nanochat", "forward_ms", "backward_ms", "optimizer_ms", "memory_gb", "first_step_s",
+    "mfu_nanochat", "passes_ms", "optimizer_ms", "memory_gb", "first_step_s",
     "share_of_bandwidth", "note",
 )  # fmt: skip
 

@@ -37,8 +37,9 @@ from hotlap.train.distributed.sharding import local, materialize, parallelize, s
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.passes import Passes
 
-PHASES = ("data_wait", "forward", "backward", "optimizer")
+PHASES = ("data_wait", "passes", "optimizer")
 KERNELS = (
     "attention",
     "embedding",
@@ -217,8 +218,9 @@ def measure_training(
     if device.type == "cpu":
         keep_freed_memory()
     with batches_of(shape, count, micro * (steps + UNTIMED), world) as batches:
-        first = step_seconds(model, optimizer, batches, micro, UNTIMED, world)
-        samples = step_seconds(model, optimizer, batches, micro, steps, world)
+        passes = Passes(model, next_token_loss)
+        first = step_seconds(passes, optimizer, batches, micro, UNTIMED, world)
+        samples = step_seconds(passes, optimizer, batches, micro, steps, world)
     whole = Timing.of([sum(sample) for sample in samples])
     parts = {
         f"{phase}_ms": 1e3 * Timing.of(list(seconds)).median
@@ -255,33 +257,30 @@ def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT
 
 
 def step_seconds(
-    model: GPT, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, steps: int, world: World
+    passes: Passes, optimizer: MuonAdamW, batches: Iterator[list[Batch]], micro: int, steps: int, world: World
 ) -> list[list[float]]:
-    """Seconds of each of `steps` steps, by part: waiting for its batches, forward passes, backward passes,
-    and the optimizer with the gradient norm.
+    """Seconds of each of `steps` steps, by part: waiting for its batches, forward and backward passes, and
+    the optimizer with the gradient norm.
 
     As in training, the host waits for a GPU once a step, for the norm, and prepares the next step while the
     GPU still updates the weights.
     """
-    watch = Stopwatch(world.device)
+    watch, model = Stopwatch(world.device), passes.model
     for _ in range(steps):
         some = [batch.to(world.device) for _ in range(micro) for batch in next(batches)]
         tokens = world.size * sum(batch.inputs.numel() for batch in some)
         watch.mark()
         for i, batch in enumerate(some):
             set_gradient_sync(model, i, micro)
-            loss = next_token_loss(model, batch)[0] / tokens
-            watch.mark()
-            loss.backward()
-            watch.mark()
+            passes(batch, tokens)
+        watch.mark()
         gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
         torch.nn.utils.get_total_norm(gradients).item()
         optimizer.step()
         optimizer.zero_grad()
         watch.mark()
-    times, each = watch.seconds(), 2 * micro + 2
-    parts = [times[start : start + each] for start in range(0, len(times), each)]
-    return [[wait, sum(passes[::2]), sum(passes[1::2]), update] for wait, *passes, update in parts]
+    times = watch.seconds()
+    return [times[i : i + len(PHASES)] for i in range(0, len(times), len(PHASES))]
 
 
 def main(arguments: list[str]) -> None:
