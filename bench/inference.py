@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from hotlap.bench import plots, results
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import measure_ceilings
+from hotlap.bench.peer_steps import nanochat_attention, nanochat_decoding, nanochat_model, shape_beside
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.config import GPTConfig
 from hotlap.model.decoding import Decoder, KVCache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
@@ -31,6 +36,8 @@ class InferenceConfig:
     """Batch sizes: sequences decoded at once."""
     prompt: int = 0
     """Prompt length in tokens; 0: half the model's context."""
+    nanochat: Path | None = None
+    """Your checkout of nanochat, to measure its engine's steps beside ours."""
     minutes: float = 0
     """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
     out: Path | None = None
@@ -50,45 +57,68 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
         raise ValueError(
             f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
         )
+    if config.nanochat:
+        if not config.nanochat.is_dir():
+            raise FileNotFoundError(f"no checkout of nanochat at {config.nanochat}")
+        shape = shape_beside("nanochat", shape)
     path = results.open_file("inference", config.out, device)
     log_warnings(device)
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type, shape.width))
-    model.to_empty(device=device).init_weights().eval()
-    for parameter in model.parameters():
-        if not parameter.any():  # zero at initialisation; matmuls of zeros take less power and time
-            parameter.normal_(0, shape.width**-0.5)
-    model.for_inference()
+    without_zeros(model.to_empty(device=device).init_weights().eval(), shape.width).for_inference()
+    sides: dict[str, Callable[..., list[dict]]] = {"hotlap": partial(measure_decoding, model)}
+    if config.nanochat:
+        theirs = without_zeros(nanochat_model(config.nanochat, shape, device).eval(), shape.width)
+        sides["nanochat"] = partial(measure_nanochat, config.nanochat, theirs, shape)
     ceilings = measure_ceilings(device)
     rows: list[dict] = []
     for batch in config.batches:
-        start_afresh(device)
         case = f"{name} prompt {prompt} batch {batch}"
-        notes: dict[str, object] = {"ms": None, "note": NO_TIME}
-        if budget.fits():
+        limit = decoding_bytes(model, batch, prompt) / ceilings.copy
+        found: list[dict] = []
+        for who, measure_side in sides.items():
+            start_afresh(device)
+            note = "" if budget.fits() else NO_TIME
             try:
-                rows += measure_decoding(model, case, batch, prompt, ceilings.copy, device)
-                notes = {}
-            except Exception as error:  # recorded as the row of this batch; the other sizes still run
-                notes["note"] = failure(error).replace("--rows", "--batches")
+                found += [] if note else measure_side(case, batch, prompt, limit, device)
+            except ImportError:  # of a checkout that no batch size can use
+                raise
+            except Exception as error:  # recorded as a row; the other sizes still run
+                note = failure(error).replace("--rows", "--batches")
                 results.write_traceback(path.parent, f"inference {case}")
-        if notes:
-            rows.append({"case": case, "provider": "hotlap", **notes})
-        for row in rows:
-            if row["case"] == case:
-                log.info("%s", results.as_line(row))
+            if note:
+                found.append({"case": case, "provider": who, "ms": None, "note": note})
+        if config.nanochat:
+            peer = found[-1]["ms"]
+            for row in found:
+                row["times_as_fast_as_peer"] = peer / row["ms"] if peer and row["ms"] else None
+        for row in found:
+            log.info("%s", results.as_line(row))
+        rows += found
         results.save(path, rows, device, ceilings=vars(ceilings))
     plots.draw(rows, path.with_suffix(".png"), plots.inference)
     log.info("written to %s", path)
     return rows
 
 
+def without_zeros(model: nn.Module, width: int) -> nn.Module:
+    """The model, with random numbers in parameters that are zero at initialisation: matmuls of zeros take
+    less power and time.
+    """
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(0, width**-0.5)
+    return model
+
+
 def measure_decoding(
-    model: GPT, case: str, batch: int, prompt: int, bandwidth: float, device: torch.device
+    model: GPT, case: str, batch: int, prompt: int, limit: float, device: torch.device
 ) -> list[dict]:
     """Time the prefill of one prompt, and the engine's decoding step with `batch` greedy sequences of that
     length, from their last tokens to their next. On a GPU the engine's step is "hotlap in a graph"; "hotlap"
     runs the same step eagerly.
+
+    limit: the seconds that reading what a step needs would take.
     """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
@@ -106,29 +136,43 @@ def measure_decoding(
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    limit = decoding_bytes(model, batch, prompt) / bandwidth
     rows = []
     for graph in (False, True) if device.type == "cuda" else (False,):
         decoder = Decoder(model, cache)
         decoder.captures = graph
-        timings = measure({"prefill": prefill, "decode": decode}, device, capture=False)
-        step = timings["decode"]
+        provider = "hotlap in a graph" if graph else "hotlap"
+        row = measured(case, provider, prefill, decode, batch, limit, device)
         if graph != decoder.captures:  # the capture failed, which is logged
             break
-        rows.append(
-            {
-                "case": case,
-                "provider": "hotlap in a graph" if graph else "hotlap",
-                "first_token_ms": 1e3 * timings["prefill"].median,
-                "ms": 1e3 * step.median,
-                "ms_low": 1e3 * step.low,
-                "ms_high": 1e3 * step.high,
-                "tokens_per_second": batch / step.median,
-                "limit_ms": 1e3 * limit,
-                "share_of_bandwidth": limit / step.median,
-            }
-        )
+        rows.append(row)
     return rows
+
+
+def measure_nanochat(
+    path: Path, model: nn.Module, shape: GPTConfig, case: str, batch: int, prompt: int, limit: float, device
+) -> list[dict]:
+    """The same of nanochat's engine, against the same limit as ours."""
+    prefill, decode = nanochat_decoding(path, model, batch, prompt)
+    row = measured(case, "nanochat", prefill, decode, batch, limit, device)
+    return [row | {"attention": nanochat_attention(path, shape)}]
+
+
+def measured(
+    case: str, provider: str, prefill: Callable, decode: Callable, batch: int, limit: float, device
+) -> dict:
+    timings = measure({"prefill": prefill, "decode": decode}, device, capture=False)
+    step = timings["decode"]
+    return {
+        "case": case,
+        "provider": provider,
+        "first_token_ms": 1e3 * timings["prefill"].median,
+        "ms": 1e3 * step.median,
+        "ms_low": 1e3 * step.low,
+        "ms_high": 1e3 * step.high,
+        "tokens_per_second": batch / step.median,
+        "limit_ms": 1e3 * limit,
+        "share_of_bandwidth": limit / step.median,
+    }
 
 
 def decoding_bytes(model: GPT, batch: int, length: int) -> int:

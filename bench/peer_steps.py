@@ -1,4 +1,4 @@
-"""nanoGPT's and nanochat's models and training steps, as their own scripts build, compile and run them.
+"""nanoGPT's and nanochat's models, training steps and decoding, as their own scripts build and run them.
 
 They come from your checkouts, to which nothing is written.
 """
@@ -7,6 +7,7 @@ They come from your checkouts, to which nothing is written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -21,6 +22,18 @@ from torch import Tensor
 from hotlap.model.config import GPTConfig
 
 Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
+
+
+def shape_beside(peer: str, shape: GPTConfig, window_pattern: str = "") -> GPTConfig:
+    """The shape that both sides have: with all of nanochat's extras, or without any beside nanoGPT. Documents
+    are not masked, as the peers' scripts mask none. window_pattern: beside nanochat, in place of the shape's.
+    """
+    extra = peer == "nanochat"
+    return dataclasses.replace(
+        shape, value_embeddings=extra, residual_scalars=extra, smear=extra, backout=extra,
+        softcap=15.0 if extra else 0.0, document_masks=False,
+        window_pattern=(window_pattern or shape.window_pattern) if extra else "L",
+    ).validate()  # fmt: skip
 
 
 def nanogpt_step(path: Path, shape: GPTConfig, rows: int, device: torch.device) -> Step:
@@ -92,6 +105,54 @@ def nanochat_model(path: Path, shape: GPTConfig, device: torch.device) -> nn.Mod
     return model
 
 
+def nanochat_decoding(
+    path: Path, model: nn.Module, batch: int, prompt: int
+) -> tuple[Callable[[int], object], Callable[[int], object]]:
+    """What nanochat's engine does: a forward pass over one prompt, and a step that adds a token to each of
+    `batch` sequences of that length, from their last tokens to their next, the most likely ones.
+    """
+    engine, c, device = nanochat_engine(path), model.config, model.get_device()
+
+    def cache(rows: int, length: int):
+        return engine.KVCache(
+            batch_size=rows, seq_len=length, num_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head,
+            num_layers=c.n_layer, device=device, dtype=engine.COMPUTE_DTYPE,
+        )  # fmt: skip
+
+    ids = torch.randint(c.vocab_size, (1, prompt), device=device)
+    full = cache(batch, prompt + 1)
+    full.k_cache.normal_()
+    full.v_cache.normal_()
+    full.prev_embedding = torch.zeros(batch, 1, c.n_embd, dtype=engine.COMPUTE_DTYPE, device=device)
+    last_tokens = [i % c.vocab_size for i in range(batch)]
+
+    def prefill(_: int) -> None:
+        model(ids, kv_cache=cache(1, prompt))[:, -1, :]
+
+    def decode(_: int) -> None:
+        full.cache_seqlens.fill_(prompt)
+        tokens = torch.tensor(last_tokens, dtype=torch.long, device=device).unsqueeze(1)  # (B, 1)
+        logits = model(tokens, kv_cache=full)[:, -1, :]  # (B, V)
+        engine.sample_next_token(logits, None, temperature=0.0)[:, 0].tolist()
+
+    return prefill, decode
+
+
+def nanochat_engine(path: Path) -> ModuleType:
+    """nanochat's engine.py, without what it imports to read checkpoints when it is run as a script: that
+    needs its tokenizers' packages.
+    """
+    name = "nanochat.checkpoint_manager"
+    nothing = ModuleType(name)
+    nothing.load_model = None
+    found = sys.modules.setdefault(name, nothing)
+    try:
+        return nanochat_module(path, "engine")
+    finally:
+        if found is nothing:
+            del sys.modules[name]
+
+
 def nanochat_uses_fp8(module: nn.Module, name: str) -> bool:
     """Whether base_train.py converts a layer to fp8: if its sizes are multiples of 16, and at least 128."""
     if not isinstance(module, nn.Linear):
@@ -101,7 +162,7 @@ def nanochat_uses_fp8(module: nn.Module, name: str) -> bool:
 
 
 def nanochat_attention(path: Path, shape: GPTConfig) -> str:
-    """Which attention nanochat uses in training and prefill. It chooses when it is imported."""
+    """Which attention nanochat uses for whole rows. It chooses when it is imported."""
     if nanochat_module(path, "flash_attention").USE_FA3:
         return "FlashAttention 3"
     masked = any(window < shape.context for window in shape.windows)

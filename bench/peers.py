@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hotlap.bench import modded, results
 from hotlap.bench.models import ROWS, model_config
-from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step
+from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step, shape_beside
 from hotlap.bench.race import race
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.bench.training import made
@@ -96,7 +96,11 @@ def bench_peers(config: PeersConfig) -> list[dict]:
         peers = ["nanochat"]
     budget = Budget(config.minutes)
     names = config.models or (("124m", "d12", "d24") if device.type == "cuda" else ("tiny",))
-    pairs = [(name, peer, shape_beside(peer, model_config(name), config)) for name in names for peer in peers]
+    pairs = [
+        (name, peer, shape_beside(peer, model_config(name), config.window_pattern))
+        for name in names
+        for peer in peers
+    ]
     path = results.open_file("peers", config.out, device)
     log_warnings(device)
     rows: list[dict] = []
@@ -123,16 +127,6 @@ def bench_peers(config: PeersConfig) -> list[dict]:
         results.save(path, rows, device)
     log.info("written to %s", path)
     return rows
-
-
-def shape_beside(peer: str, shape: GPTConfig, config: PeersConfig) -> GPTConfig:
-    """The shape that both sides have: with all of nanochat's extras, or without any beside nanoGPT."""
-    extra = peer == "nanochat"
-    return dataclasses.replace(
-        shape, value_embeddings=extra, residual_scalars=extra, smear=extra, backout=extra,
-        softcap=15.0 if extra else 0.0, document_masks=False,
-        window_pattern=(config.window_pattern or shape.window_pattern) if extra else "L",
-    ).validate()  # fmt: skip
 
 
 def case_name(name: str, peer: str, shape: GPTConfig, config: PeersConfig) -> str:
@@ -166,7 +160,8 @@ def bench_pair(
         {who: (lambda i, step=step: step(tokens[i])) for who, step in steps.items()},
         device, sets=2, seconds=config.seconds, capture=False,
     )  # fmt: skip
-    flops, peak = nanochat_flops(meta_model(shape)), peak_flops(device)
+    model, peak = meta_model(shape), peak_flops(device)
+    flops = nanochat_flops(model)
     found = []
     for who, timing in timings.items():
         speed = batch * shape.context / timing.median
@@ -184,6 +179,8 @@ def bench_pair(
                 "attention": attention if who == peer else "hotlap's, without document masks",
             }
         )
+        if config.fp8 and who == "hotlap":
+            found[-1]["fp8_layers"] = model.use_fp8()  # none in a small model, where fp8 would be slower
         log.info("%s", results.as_line(found[-1]))
     return found
 

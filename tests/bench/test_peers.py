@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.tools import tiny_config
 
-from hotlap.bench import modded, peers, training
+from hotlap.bench import inference, modded, peers, training
 from hotlap.bench.peer_steps import nanochat_step, nanochat_uses_fp8, nanogpt_step
 from hotlap.cli import main
 from hotlap.model.gpt import GPT
@@ -150,6 +150,7 @@ class GPT(torch.nn.Module):
         self.made.append(self)
         self.config = c
         self.table = torch.nn.Embedding(c.vocab_size, c.vocab_size)
+        self.init_weights()
     def init_weights(self):
         self.table.weight.data.zero_()
     def configure_optimizers(self, decay, rate, betas, kind):
@@ -158,7 +159,9 @@ class GPT(torch.nn.Module):
         return torch.optim.SGD(self.parameters(), 0.1)
     def loss(self, ids, targets):
         return torch.nn.functional.cross_entropy(self.table(ids).flatten(0, 1), targets.flatten())
-    def forward(self, ids, targets):
+    def get_device(self):
+        return self.table.weight.device
+    def forward(self, ids, targets=None, kv_cache=None):
         RETURN
 """
 NANOGPT = PEER.replace(
@@ -169,7 +172,25 @@ NANOCHAT = PEER.replace(
     "FIELDS",
     "sequence_len: int; vocab_size: int; n_layer: int; n_head: int; n_kv_head: int; n_embd: int; "
     "window_pattern: str",
-).replace("RETURN", "return self.loss(ids, targets)")
+).replace("RETURN", "return self.loss(ids, targets) if kv_cache is None else kv_cache.add(self.table(ids))")
+# The cache holds no more tokens than it has room for.
+ENGINE = """
+import torch
+from nanochat.checkpoint_manager import load_model
+COMPUTE_DTYPE = torch.float32
+class KVCache:
+    def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers, device, dtype):
+        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
+        self.k_cache, self.v_cache = (torch.zeros(shape, device=device) for _ in range(2))
+        self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    def add(self, logits):
+        assert logits.shape[0] == len(self.cache_seqlens)
+        self.cache_seqlens += logits.shape[1]
+        assert self.cache_seqlens.max() <= self.k_cache.shape[2]
+        return logits
+def sample_next_token(logits, rng, temperature):
+    return logits.argmax(-1, keepdim=True)
+"""
 
 
 @pytest.fixture
@@ -180,6 +201,8 @@ def stand_ins(tmp_path, monkeypatch):
     (paths["nanochat"] / "nanochat").mkdir(parents=True)
     (paths["nanochat"] / "nanochat" / "gpt.py").write_text(NANOCHAT)
     (paths["nanochat"] / "nanochat" / "flash_attention.py").write_text("USE_FA3 = False")
+    (paths["nanochat"] / "nanochat" / "engine.py").write_text(ENGINE)
+    (paths["nanochat"] / "nanochat" / "checkpoint_manager.py").write_text("import not_installed")
     paths["nanogpt"].mkdir()
     (paths["nanogpt"] / "model.py").write_text(NANOGPT)
     yield paths
@@ -214,7 +237,7 @@ def test_a_peers_step_is_the_same_in_micro_batches(stand_ins, peer):
         before = weight.detach().clone()
         step(tokens)
         changes.append(weight.detach() - before)
-    torch.testing.assert_close(changes[1], changes[0], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(changes[1], changes[0], atol=1e-9, rtol=1e-3)
     assert changes[0].any()
 
 
@@ -253,3 +276,18 @@ def test_fp8_is_compared_with_a_peer_that_has_it(stand_ins):
     sizes = ((128, 256), (128, 12), (64, 128), (136, 128))
     assert [nanochat_uses_fp8(torch.nn.Linear(*size), "") for size in sizes] == [True, False, False, False]
     assert not nanochat_uses_fp8(torch.nn.Embedding(128, 128), "")
+
+
+def test_nanochats_decoding_is_timed_beside_ours_against_the_same_limit(stand_ins, tmp_path):
+    config = inference.InferenceConfig(
+        batches=(1, 3), prompt=8, nanochat=stand_ins["nanochat"], out=tmp_path / "out"
+    )
+    rows = inference.bench_inference(config)
+    for batch in (1, 3):
+        found = [row for row in rows if row["case"] == f"tiny prompt 8 batch {batch}"]
+        ours, theirs = found[0], found[-1]
+        assert (ours["provider"], theirs["provider"]) == ("hotlap", "nanochat")
+        assert ours["limit_ms"] == theirs["limit_ms"]
+        assert theirs["share_of_bandwidth"] == pytest.approx(theirs["limit_ms"] / theirs["ms"])
+        assert ours["times_as_fast_as_peer"] == pytest.approx(theirs["ms"] / ours["ms"])
+    assert "nanochat.checkpoint_manager" not in sys.modules  # as it needs more packages
