@@ -125,10 +125,11 @@ def joined(timeout: float = 300) -> Iterator[World]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store, rank, size = dist.HashStore(), 0, 1
+    between_gpus = size > 1 and device.type == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if between_gpus else "gloo",
         store=dist.PrefixStore("torch", store), rank=rank, world_size=size,
-        timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None,
+        timeout=timedelta(seconds=timeout), device_id=device if between_gpus else None,
     )  # fmt: skip
     _world = World(rank, size, device, dist.PrefixStore("hotlap", store), timeout)
     set_log_rank(_world)
