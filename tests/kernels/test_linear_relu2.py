@@ -159,14 +159,14 @@ def test_wide_layers_are_not_fused(monkeypatch):
 @once
 def test_a_few_rows_are_fused_only_for_their_gradients(launches):
     """Decoding reads the weights, which a few tiles cannot do at full bandwidth."""
-    (x, w_in, w_out), _ = case(64, 16, 32)
+    (x, w_in, w_out), _ = case(64, 16, 32, torch.bfloat16)  # a GPU never fuses float32
     used = []
     for rows, grad in ((63, True), (63, False), (64, False)):
         launches.clear()
         with torch.set_grad_enabled(grad):
             y = linear_relu2(x[:rows].view(1, rows, 16), w_in, w_out)
         used.append(bool(launches))
-        torch.testing.assert_close(y[0], linear_relu2_ref(x[:rows], w_in, w_out))
+        torch.testing.assert_close(y[0], linear_relu2_ref(x[:rows], w_in, w_out), rtol=2e-2, atol=2e-2)
     launches.clear()
     linear_relu2(x[:3].detach(), w_in.detach(), w_out.detach())
     assert [*used, bool(launches)] == [True, False, True, False]
