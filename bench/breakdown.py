@@ -81,9 +81,7 @@ def break_down(config: BreakdownConfig) -> list[dict]:
         table += [{"case": case, "provider": "whole step, profiled", "ms": 1e3 * sum(parts)}]
         table += [{"case": case, "provider": kind, "ms": ms} for kind, ms in by_kind(found)]
         results.save(path, table, world.device)
-        by_time = sorted(found.items(), key=lambda item: -item[1][0])
-        lines = [f"{ms:10.3f} ms {count:6} x  {name[:150]}" for name, (ms, count) in by_time]
-        files.write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
+        files.write(path.with_suffix(".txt"), listed(found))
         trace = path.with_name("trace.json")
         profiler.export_chrome_trace(str(trace))
         with open(trace, "rb") as plain, gzip.open(f"{trace}.gz", "wb", compresslevel=3) as packed:
@@ -103,6 +101,12 @@ def kernel_times(profiler: profile, on_gpu: bool) -> dict[str, tuple[float, int]
             ms, count = found.get(event.key, (0.0, 0))
             found[event.key] = (ms + time / 1e3, count + event.count)
     return found
+
+
+def listed(found: dict[str, tuple[float, int]]) -> str:
+    """A line for each kernel, the slowest first."""
+    by_time = sorted(found.items(), key=lambda item: -item[1][0])
+    return "".join(f"{ms:10.3f} ms {count:6} x  {name[:150]}\n" for name, (ms, count) in by_time)
 
 
 def by_kind(found: dict[str, tuple[float, int]]) -> list[tuple[str, float]]:

@@ -1,4 +1,7 @@
-"""`hotlap bench inference`: time to first token and per decoding step, beside the memory-bandwidth limit."""
+"""`hotlap bench inference`: time to first token and per decoding step, beside the memory-bandwidth limit.
+
+inference-BATCH.txt has the kernels of our decoding steps, profiled: operations on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.profiler import ProfilerActivity, profile
 
 from hotlap.bench import plots, results
+from hotlap.bench.breakdown import kernel_times, listed
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.peer_steps import nanochat_attention, nanochat_decoding, nanochat_model, shape_beside
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
@@ -24,6 +29,8 @@ from hotlap.model.decoding import Decoder, KVCache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
+
+PROFILED = 10  # decoding steps
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     with torch.device("meta"):
         model = GPT(shape, fast_dtype(device.type, shape.width))
     without_zeros(model.to_empty(device=device).init_weights().eval(), shape.width).for_inference()
-    sides: dict[str, Callable[..., list[dict]]] = {"hotlap": partial(measure_decoding, model)}
+    sides: dict[str, Callable[..., list[dict]]] = {"hotlap": partial(measure_decoding, model, path.parent)}
     if config.nanochat:
         theirs = without_zeros(nanochat_model(config.nanochat, shape, device).eval(), shape.width)
         sides["nanochat"] = partial(measure_nanochat, config.nanochat, theirs, shape)
@@ -112,13 +119,13 @@ def without_zeros(model: nn.Module, width: int) -> nn.Module:
 
 
 def measure_decoding(
-    model: GPT, case: str, batch: int, prompt: int, limit: float, device: torch.device
+    model: GPT, folder: Path, case: str, batch: int, prompt: int, limit: float, device: torch.device
 ) -> list[dict]:
     """Time the prefill of one prompt, and the engine's decoding step with `batch` greedy sequences of that
     length, from their last tokens to their next. On a GPU the engine's step is "hotlap in a graph"; "hotlap"
     runs the same step eagerly.
 
-    limit: the seconds that reading what a step needs would take.
+    folder: for the profile. limit: the seconds that reading what a step needs would take.
     """
     shape = model.config
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
@@ -145,6 +152,11 @@ def measure_decoding(
         if graph != decoder.captures:  # the capture failed, which is logged
             break
         rows.append(row)
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        for i in range(PROFILED):
+            decode(i)
+    files.write(folder / f"inference-{batch}.txt", listed(kernel_times(profiler, on_gpu)))
     return rows
 
 

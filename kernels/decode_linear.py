@@ -10,8 +10,8 @@ summed beside the product and scales its result. So the normalised row is not ro
 the product, as the reference does, which changes y by at most 2^-8 |n| |W|^T in bfloat16, 2^-11 in float16.
 
 A second form of the kernel starts while the kernel before it runs, and meanwhile fetches its weight into the
-L2 cache (programmatic dependent launch, from compute capability 9.0). It is not measured, so it is taken only
-where `hotlap bench tune` finds it faster.
+L2 cache (programmatic dependent launch, from compute capability 9.0). It is taken only where `hotlap bench
+tune` finds it faster, which it did not on an H100.
 
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
 and for float32 on a GPU (no tensor cores), both functions are the reference.
@@ -196,8 +196,8 @@ def _with_early(tiles: list[Tile], device: Device) -> list[Tile]:
 
 
 def _decode_linear_wide_tiles(rows: int, device: Device) -> list[Tile]:
-    """For weights of two programs a processor or more. The order is calculated, not measured: 50 to 100 KB
-    in flight on each processor of an H100, where bandwidth times latency is 20 to 30.
+    """For weights of two programs a processor or more: 50 to 100 KB in flight on each processor of an H100,
+    where bandwidth times latency is 20 to 30.
     """
     if device.warp == 64:  # AMD, whose matmul instructions take no less than 16 rows and columns
         return _tiles([(16, 64, 4, 3), (16, 64, 4, 2), (32, 64, 4, 2)], ROWS)

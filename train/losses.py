@@ -4,6 +4,10 @@ A loss function takes the model and a batch, and returns the loss summed over th
 log. The loop divides all of them by the weight of the step: the sum of its batches' weights over all ranks.
 Each batch carries its weight, because the backward pass divides by the step's weight, so all ranks must know
 it beforehand.
+
+On one GPU, passes are captured as CUDA graphs (passes.py), which repeat the same kernels. So what a loss
+function does may depend on the shapes of a batch's tensors and on its other fields, but not on numbers in the
+tensors. One that reads such numbers cannot be captured, and runs eagerly.
 """
 
 from __future__ import annotations

@@ -246,6 +246,8 @@ def test_decoding_is_measured_against_the_bytes_that_it_must_read(tmp_path):
     assert one["limit_ms"] < four["limit_ms"] < 4 * one["limit_ms"]  # the weights are read once
     assert all(row["share_of_bandwidth"] == pytest.approx(row["limit_ms"] / row["ms"]) for row in rows)
     assert (tmp_path / "inference.png").read_bytes().startswith(b"\x89PNG")
+    for batch in (1, 4):
+        assert "aten::mm" in (tmp_path / f"inference-{batch}.txt").read_text()
 
 
 def test_a_batch_that_does_not_fit_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
