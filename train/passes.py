@@ -1,6 +1,6 @@
 """Forward and backward passes of micro-batches, on a GPU as CUDA graphs.
 
-A pass launches some 80 kernels a layer, one by one from Python. A fast GPU runs those of a small model sooner
+A pass launches some 60 kernels a layer, one by one from Python. A fast GPU runs those of a small model sooner
 than Python launches them. A CUDA graph launches all of them at once. It repeats them with the same addresses
 and sizes, so batches are copied to where the first one was.
 """
