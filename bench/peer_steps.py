@@ -25,13 +25,13 @@ Step = Callable[[Tensor], None]  # trains on tokens (B, T + 1)
 
 
 def shape_beside(peer: str, shape: GPTConfig, window_pattern: str = "") -> GPTConfig:
-    """The shape that both sides have: with all of nanochat's extras, or without any beside nanoGPT. Documents
-    are not masked, as the peers' scripts mask none. window_pattern: beside nanochat, in place of the shape's.
+    """The shape that both sides have: with all of nanochat's extras, or without any beside nanoGPT.
+    window_pattern: beside nanochat, in place of the shape's.
     """
     extra = peer == "nanochat"
     return dataclasses.replace(
         shape, value_embeddings=extra, residual_scalars=extra, smear=extra, backout=extra,
-        softcap=15.0 if extra else 0.0, document_masks=False,
+        softcap=15.0 if extra else 0.0,
         window_pattern=(window_pattern or shape.window_pattern) if extra else "L",
     ).validate()  # fmt: skip
 

@@ -52,7 +52,7 @@ class PeersConfig:
     models: tuple[str, ...] = ()
     """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU; 124m, d12 and d24 on a GPU."""
     rows: int = 0
-    """Rows per forward pass; 0: a usual number for the model. The models of both sides are in memory."""
+    """Rows per forward pass; 0: a usual number for the model."""
     micro_batches: int = 1
     """Forward and backward passes per step (gradient accumulation)."""
     window_pattern: str = ""
