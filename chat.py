@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 
 from hotlap.common import options
 from hotlap.common.errors import BAD_DATA, guarded
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device, kernel_choice
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.engine import Engine
@@ -31,7 +31,6 @@ HELP = """\
   /help              list the commands
   /quit              quit (or Ctrl-D, /exit)
   Ctrl-C stops an answer."""
-TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the writing direction
 LONGEST_MESSAGE = 100_000  # characters
 
 
@@ -105,11 +104,6 @@ class Continuation:
         for token in self.engine.generate(prompt, self.sampling):
             yield decoder.push(token)
         yield decoder.finish()
-
-
-def printable(text: str) -> str:
-    """text without characters that control the terminal or change the writing direction."""
-    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in TURNS))
 
 
 def say(chat: Chat | Continuation, question: str) -> bool:
