@@ -19,10 +19,8 @@ MAX_DEPTH = 30
 MAX_DIGITS = 300  # before the decimal point, of any intermediate result
 MAX_PLACES = 600  # after it; what is smaller is 0
 MAX_BITS = 100_000  # of an exact power
-EXACT_DIGITS = (
-    100  # a result with more is rounded to ROUNDED_DIGITS, or to PLACES decimal places if that is more
-)
-ROUNDED_DIGITS, PLACES = 10, 2
+EXACT_DIGITS = 100  # a result with more is rounded
+ROUNDED_DIGITS, PLACES = 10, 2  # to this many digits, or decimal places if they are more
 CHARACTERS = set("0123456789.eE+-*/%() ")
 # for powers that are not rational, or too long
 APPROXIMATE = Context(prec=MAX_DIGITS + 20, Emax=MAX_DIGITS + 1, Emin=-MAX_PLACES - 1)
@@ -62,15 +60,15 @@ def shown(value: Fraction) -> str:
     if value.denominator == 1:
         return str(value.numerator)
     numerator, denominator = Decimal(value.numerator), Decimal(value.denominator)
-    exact = Context(prec=EXACT_DIGITS)
-    number = exact.divide(numerator, denominator)
+    context = Context(prec=EXACT_DIGITS)
+    number = context.divide(numerator, denominator)
     if Fraction(number) != value:
-        places = max(ROUNDED_DIGITS, number.adjusted() + 1 + PLACES)
-        number = Context(prec=places).divide(numerator, denominator)
-    number = number.normalize(exact)
+        context = Context(prec=max(ROUNDED_DIGITS, number.adjusted() + 1 + PLACES))
+        number = context.divide(numerator, denominator)
+    number = number.normalize(context)  # no zeros at the end
     exponent = number.adjusted()
     if exponent < -4:
-        return f"{number.scaleb(-exponent, exact):f}e{exponent:+03}"
+        return f"{number.scaleb(-exponent, context):f}e{exponent:+03}"
     return f"{number:f}"
 
 

@@ -57,6 +57,7 @@ def test_a_result_that_ends_keeps_all_its_digits(expression, result):
         ("2**0.5", "1.414213562"),
         ("12345678901/7", "1763668414.43"), ("10**40/7", "1" + "428571" * 6 + "428.57"),
         ("1/7e8", "1.428571429e-09"), ("0.5**1000", "9.332636185e-302"),
+        ("10**200/3", "3" * 200 + ".33"), ("(10**200-1)/3", "3" * 200), ("1e250+0.5", "1" + "0" * 250 + ".5"),
     ],
 )  # fmt: skip
 def test_a_result_that_does_not_end_is_rounded_after_its_whole_digits(expression, result):
