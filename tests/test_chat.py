@@ -140,7 +140,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(tiny_tokenizer, capsys):
         prompt = render_prompt(chat.messages[:-1], tiny_tokenizer)
         assert len(prompt) + 8 <= 64
         assert chat.engine.model.fed[0][: len(prompt)] == prompt
-    assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().out
+    assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().err
     assert chat.messages[-2]["content"] == "Q8?" and 1 < len(chat.messages) // 2 < 9
     check_messages(chat.messages)
 
