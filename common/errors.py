@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from hotlap.common.terminal import printable
+
 # as in sysexits.h
 BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 70, 65, 66, 73, 74, 75
 
@@ -64,5 +66,5 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
         if not isinstance(error, Interrupted):
             text = f"rank {rank}: error: {text}" if rank else f"error: {text}"
         if not (rank and isinstance(error, Interrupted)):
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
         return code

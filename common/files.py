@@ -22,9 +22,11 @@ def file_sha256(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: a killed process leaves the old file."""
+    """Write a UTF-8 text file atomically: a killed process leaves the old file. Names of files keep the bytes
+    that are not UTF-8.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
-    part.write_text(text, encoding="utf-8", newline="")
+    part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     part.replace(path)
 
 

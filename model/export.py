@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hotlap.common import options
+from hotlap.common.terminal import printable
 from hotlap.model.weights import STATE, load_model, model_folder, save_model, stage
 
 
@@ -47,4 +48,4 @@ def export_weights(config: ExportConfig) -> Path:
 
 def main(arguments: list[str]) -> None:
     """`hotlap export weights`."""
-    print(export_weights(options.parse(ExportConfig, arguments, command="export weights")))
+    print(printable(str(export_weights(options.parse(ExportConfig, arguments, command="export weights")))))

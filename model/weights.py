@@ -162,31 +162,65 @@ def model_folder(path: str | Path) -> Path:
         return path
     if checkpoints := run_checkpoints(path):
         return checkpoints[-1]
-    found = find_models(Path("runs"))
-    hint = (
-        f"found: {', '.join(map(str, found))}"
-        if found
-        else "none found under runs/; train one with `make demo`"
-    )
-    raise FileNotFoundError(f"no model at {path}; {hint}")
+    raise FileNotFoundError(f"{what_is_at(path)}; {models_found(find_models(Path('runs')))}")
+
+
+def what_is_at(path: Path) -> str:
+    """Why a path has no model, and what to do."""
+    if not os.path.exists(path):
+        return f"no model at {path}"
+    if not os.path.isdir(path):
+        return f"{path} is a file, not the folder of a run or model"
+    if not os.access(path, os.R_OK | os.X_OK):
+        return f"{path} is a folder that you may not read"
+    if is_model(path.parent):
+        return f"{path} is a part of a checkpoint; give {path.parent}"
+    if os.path.isdir(path / "checkpoints"):
+        return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
+    if any(path.glob("*.bin")):
+        return f"{path} has token shards and no model; train one on them with `hotlap pretrain --data {path}`"
+    missing = [name for name in (CONFIG, TOKENIZER, TENSORS) if not any(path.glob(name))]
+    if len(missing) < 3:
+        return f"{path} is no whole model: it lacks {' and '.join(missing)}; copy or export it again"
+    return f"no model in the folder {path}"
+
+
+def models_found(found: list[Path]) -> str:
+    """The newest models, for an error."""
+    if not found:
+        return "none found under runs/; train one with `make demo`"
+    more = f" and {len(found) - SHOWN} older ones" if len(found) > SHOWN else ""
+    return f"found: {', '.join(map(str, found[-SHOWN:]))}{more}"
 
 
 def is_model(path: Path) -> bool:
-    return all((path / name).is_file() for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    return all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
 
 
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. One without a manifest is incomplete."""
-    found = {p: re.fullmatch(r"step-(\d{6,})", p.name) for p in (run / "checkpoints").glob("step-*")}
-    whole = [p for p, name in found.items() if name and (p / MANIFEST).is_file()]
-    return sorted(whole, key=lambda p: int(found[p][1]))
+    folder = run / "checkpoints"
+    try:
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d{6,}", name)]
+    except OSError:  # there is none, or it cannot be read
+        return []
+    whole = [name for name in names if os.path.isfile(folder / name / MANIFEST)]
+    return [folder / name for name in sorted(whole, key=lambda name: int(name.removeprefix("step-")))]
 
 
 def find_models(root: Path) -> list[Path]:
-    """Runs and model directories under root, newest last."""
+    """Runs and model directories under root, newest last; without folders that cannot be read."""
     found = []
     for folder, names, _ in os.walk(root):
         if is_model(Path(folder)) or ("checkpoints" in names and run_checkpoints(Path(folder))):
             found.append(Path(folder))
         names[:] = [n for n in names if n != "checkpoints"]
-    return sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime if (p / CONFIG).exists() else 0)
+    return sorted(found, key=changed)
+
+
+def changed(folder: Path) -> float:
+    """When a run or model was written; 0 if unknown."""
+    try:
+        return os.path.getmtime(folder / CONFIG)
+    except OSError:
+        return 0.0

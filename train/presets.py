@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from hotlap.common import options
+from hotlap.common.terminal import printable
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, parameter_counts
 from hotlap.train.loop import LoopConfig
@@ -162,4 +163,4 @@ def pretrain_command(arguments: list[str]) -> None:
     """`hotlap pretrain`, with presets."""
     config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
     pretrain(config)
-    print(f"{config.out}/report.md")
+    print(printable(f"{config.out}/report.md"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hotlap.common import options
 from hotlap.common.log import log
+from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.train.data.conversations import (
@@ -117,4 +118,4 @@ def main(arguments: list[str]) -> None:
     """`hotlap sft`."""
     config = options.parse(SFTConfig, arguments, command="sft")
     fine_tune(config)
-    print(f"chat with it: python chat.py {config.out}")
+    print(printable(f"chat with it: python chat.py {config.out}"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hotlap.common import files
 from hotlap.common.log import log
+from hotlap.common.terminal import printable
 from hotlap.train.distributed.world import World
 from hotlap.train.run.state import RunState
 
@@ -48,7 +49,7 @@ class Progress:
         self.twentieth = 0
         self.metrics = Metrics(run / METRICS, start) if world.is_main else None
         self.bar = tqdm(
-            total=steps, initial=start, unit="step", desc=run.name, dynamic_ncols=True,
+            total=steps, initial=start, unit="step", desc=printable(run.name), dynamic_ncols=True,
             disable=None if world.is_main else True,
         )  # fmt: skip
 

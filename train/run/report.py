@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import options
+from hotlap.common import files, options
 from hotlap.common.errors import DataError
 from hotlap.common.plots import new_figure
+from hotlap.common.terminal import printable
 from hotlap.train.run.metrics import read_metrics
 
 # Names of metrics in reports, if not their keys.
@@ -58,7 +59,7 @@ def write_report(run: Path) -> Path:
     config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
     lines += ["## Configuration", "", "```json", config, "```", ""]
     path = run / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    files.write(path, "\n".join(lines))
     return path
 
 
@@ -86,4 +87,4 @@ def draw_curves(metrics: list[dict], path: Path) -> bool:
 
 def main(arguments: list[str]) -> None:
     """`hotlap report`."""
-    print(write_report(options.parse(ReportConfig, arguments, command="report").run))
+    print(printable(str(write_report(options.parse(ReportConfig, arguments, command="report").run))))
