@@ -100,6 +100,8 @@ def fit(
     ):
         if (warm_up or config.minutes) and not finished:
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
+        if state.step:  # in a new folder, so that it has a model from the start; a no-op in the run's own
+            saver.save(model, optimizer, tokenizer, state)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
@@ -138,6 +140,7 @@ def fit(
             if evaluates:
                 if done:
                     saver.finish()  # commit the last checkpoint before anything else can fail
+                    model.set_windows(1.0)  # as it is used; fewer steps than stages do not reach the last one
                 evaluated = evaluate()
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))

@@ -46,9 +46,11 @@ from hotlap.train.loop import LoopConfig, fit
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
-from hotlap.train.run.folder import open_run, run_lock
+from hotlap.train.run.changes import continued
+from hotlap.train.run.folder import open_run, run_lock, write_config
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
+from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
 
@@ -101,8 +103,9 @@ class Stage:
     shape: GPTConfig
     tokenizer: Tokenizer
     loss: Loss
-    batches: Callable[[GPT, int, int], Iterator[list[Batch]]]
-    """(model, first step, rows of a micro-batch) -> this rank's micro-batches of each step."""
+    batches: Callable[[GPT, RunState, int], Iterator[list[Batch]]]
+    """(model, what the run has done, rows of a micro-batch) -> this rank's micro-batches of each step to
+    come."""
     evaluate: Callable[[GPT, int], dict[str, float]] | None
     """(model, rows per forward pass) -> metrics over all ranks, with names that begin with validation_."""
     data: str
@@ -159,22 +162,22 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     if stage.base is not None:
         load_weights(model, stage.base)
     optimizer = MuonAdamW(model, config.optim)
-    state = resume_from(config.out, config.resume, model, optimizer, world)
-    if state.step and state.data != stage.data:
-        raise ValueError(
-            f"{config.out} was started on other data than {stage.source} holds now; restore that data, or "
-            "start a new run with another --out"
-        )
+    state = resume_from(
+        config.out, config.resume, model, optimizer, world,
+        accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
+    )  # fmt: skip
+    if world.is_main:
+        write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:
-            return next(stage.batches(model, state.step, 1))[0].to(world.device)
+            return next(stage.batches(model, state, 1))[0].to(world.device)
 
         micro_rows = largest_micro_batch(model, common_rows(config), world, stage.loss, one_row)
     describe(model, config.out, stage.about, world, micro_rows)
     last = fit(
         stage.loop, config.schedule, model, optimizer, stage.tokenizer,
-        stage.batches(model, state.step, micro_rows), stage.loss, world=world, run=config.out,
+        stage.batches(model, state, micro_rows), stage.loss, world=world, run=config.out,
         state=dataclasses.replace(state, stage=stage.name, data=stage.data),
         evaluate=stage.evaluate and (lambda: stage.evaluate(model, micro_rows)),
         profile=config.profile, warm_up=warm_up,
@@ -189,10 +192,11 @@ def row_batches(
 ) -> Callable[[GPT, int, int], Iterator[list[Batch]]]:
     """Stage.batches from packed rows, prefetched by a thread. steps: of the whole run."""
 
-    def batches(model: GPT, start: int, micro_rows: int) -> Iterator[list[Batch]]:
+    def batches(model: GPT, state: RunState, micro_rows: int) -> Iterator[list[Batch]]:
         found = step_batches(
-            rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
-            world=world.size, share=rows_share(config.schedule, steps),
+            rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=state.step,
+            first=state.tokens // rows.T, rank=world.rank, world=world.size,
+            share=rows_share(config.schedule, steps),
         )  # fmt: skip
         return prefetched(found, world.device)
 

@@ -204,15 +204,16 @@ def step_batches(
     batch_rows: int,
     micro_rows: int,
     start: int = 0,
+    first: int = 0,
     rank: int = 0,
     world: int = 1,
     share: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step from `start` on.
 
-    A step takes the next share(step) * batch_rows rows of the sequence, for any number of ranks.
+    A step takes the next share(step) * batch_rows rows of the sequence, for any number of ranks. first: the
+    rows that the steps before took, perhaps of another number.
     """
-    first = sum(round(batch_rows * share(step)) for step in range(start))
     for step in itertools.count(start):
         count = round(batch_rows * share(step))
         check_rows(count, micro_rows, world)

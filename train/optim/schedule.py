@@ -51,7 +51,8 @@ class ScheduleConfig:
 
 def stage_at(config: ScheduleConfig, done: float) -> tuple[float, float]:
     """Batch size and windows, as fractions, at the completed fraction `done` of the run."""
-    return config.stages[min(int(done * len(config.stages)), len(config.stages) - 1)]
+    place = int(done * len(config.stages) + 1e-9)  # 48 / 49 * 49 is less than 48
+    return config.stages[min(place, len(config.stages) - 1)]
 
 
 def stage_rows(config: ScheduleConfig, batch_rows: int) -> list[int]:
