@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common.checks import at_least
 from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
@@ -54,12 +55,8 @@ class LoopConfig:
     Schedules then follow elapsed time, not steps."""
 
     def validate(self) -> LoopConfig:
-        for name in ("steps", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("clip", "minutes"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
+        at_least(self, 1, "steps", "evaluate_every", "save_every")
+        at_least(self, 0, "clip", "minutes", zero="off")
         return self
 
 

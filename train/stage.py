@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from hotlap.common.checks import at_least
 from hotlap.common.log import log
 from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.fp8 import check_fp8
@@ -84,10 +85,8 @@ class StageConfig:
 
     def validate(self: T) -> T:
         """Return self, or raise ValueError naming the first invalid field."""
-        if self.batch_rows < 1:
-            raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
+        at_least(self, 1, "batch_rows")
+        at_least(self, 0, "seed")
         self.optim.validate()
         self.loop.validate()
         self.schedule.validate(self.loop.minutes)
@@ -120,9 +119,17 @@ class Stage:
     """Model directory to start from; None starts from random weights."""
 
 
-def check_machine(config: StageConfig, world: World) -> None:
-    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing."""
-    micro_batch_rows(config.micro_batch, common_rows(config), world)
+def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
+    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing.
+
+    shape: of the model, if it is known, to check the memory.
+    """
+    rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
+    if shape:
+        check_memory(
+            shape, world, step_rows=config.batch_rows, micro_rows=rows, recompute=config.recompute,
+            dtype=config.dtype,
+        )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
 
@@ -151,13 +158,13 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     """
     if world.device.type == "cpu":
         keep_freed_memory()
+    check_machine(config, world, stage.shape)
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
         model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
     use_fp8(model, config.dtype)
     compile = should_compile(config.compile, world.device)
     parallelize(model, world, config.recompute, compile)
-    check_memory(model, world, micro_rows)
     materialize(model, world.device, config.seed)
     if stage.base is not None:
         load_weights(model, stage.base)
