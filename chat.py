@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import json
+import secrets
 import sys
-import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,8 @@ import tyro
 
 from hotlap.common import options
 from hotlap.common.errors import BAD_DATA, guarded
+from hotlap.common.log import set_up_logging
+from hotlap.common.terminal import lenient, printable
 from hotlap.kernels.dispatch import default_device, kernel_choice
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.engine import Engine
@@ -23,16 +25,19 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
 from hotlap.model.weights import find_models, load_model, model_folder, stage
 
-HELP = """\
+CONVERSATION_HELP = """\
   /system TEXT       set the system message (no TEXT: remove it)
-  /temperature N     0 takes the most likely token; higher is more random
   /clear             start a new conversation
-  /save FILE         append the conversation to FILE as a line of JSON
+  /save FILE         append the conversation to FILE as a line of JSON"""
+HELP = """\
+  /temperature N     0 takes the most likely token; higher is more random
   /help              list the commands
   /quit              quit (or Ctrl-D, /exit)
   Ctrl-C stops an answer."""
-TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the writing direction
+OF_CONVERSATIONS = ("/system", "/clear", "/save")
+COMMANDS = (*OF_CONVERSATIONS, "/temperature", "/help", "/quit", "/exit")
 LONGEST_MESSAGE = 100_000  # characters
+BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,41 @@ class ChatConfig:
     """Run, checkpoint or model directory; the newest under runs/ by default."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.0))
+    temperature: float | None = None
+    """0 takes the most likely token. By default 0, and 0.8 for base models, which repeat themselves at 0."""
+    top_k: int = Sampling.top_k
+    """Sample from the k most likely tokens; 0: from all."""
+    max_tokens: int = Sampling.max_tokens
+    """Maximum length of an answer in tokens."""
+    seed: int | None = None
+    """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
+
+    def sampling(self, base: bool) -> Sampling:
+        temperature = self.temperature
+        if temperature is None:
+            temperature = BASE_TEMPERATURE if base else 0.0
+        if self.seed is not None and not 0 <= self.seed < 1 << 62:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
+        return Sampling(temperature, self.top_k, self.max_tokens).validate()
+
+
+def seeds(first: int | None) -> Iterator[int]:
+    """A seed for each answer: first, first + 1, ..., or random ones if `first` is None."""
+    return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
 
 
 class Chat:
     """A conversation with a chat model."""
 
-    def __init__(self, engine: Engine, sampling: Sampling):
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
+        """seed: of the first answer; sampling's own is not used."""
+        self.engine, self.sampling, self.seeds = engine, sampling, seeds(seed)
+        self.clear()
         self.system = ""
+
+    def clear(self) -> None:
         self.messages: list[dict] = []
+        self.dropped = 0  # questions that the context has no room for
 
     def answer(self, question: str) -> Iterator[str]:
         """Stream the answer as text. Question and answer (as far as it came) join the conversation."""
@@ -61,9 +91,10 @@ class Chat:
         try:
             prompt, dropped = self.fitting_prompt()
             if dropped:
-                yield f"[the context is full: dropped the first {dropped} questions and answers]\n"
+                note(f"the context is full: dropped the first {dropped} questions and answers")
+                self.dropped += dropped
             decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
-            for token in self.engine.generate(prompt, self.sampling):
+            for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
                 ids.append(token)
                 if parts.push(token) == "text":
                     yield decoder.push(token)
@@ -95,63 +126,79 @@ class Chat:
 class Continuation:
     """A base model, which continues text."""
 
-    def __init__(self, engine: Engine, sampling: Sampling):
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
+        """seed: of the first text; sampling's own is not used."""
+        self.engine, self.sampling, self.seeds = engine, sampling, seeds(seed)
 
     def answer(self, text: str) -> Iterator[str]:
-        tokenizer = self.engine.tokenizer
-        prompt = [tokenizer.bos, *tokenizer.encode(text)][-(self.engine.model.config.context * 3 // 4) :]
+        tokenizer, room = self.engine.tokenizer, self.engine.model.config.context * 3 // 4
+        prompt = [tokenizer.bos, *tokenizer.encode(text)]
+        if len(prompt) > room:
+            note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
         decoder = StreamDecoder(tokenizer)
-        for token in self.engine.generate(prompt, self.sampling):
+        for token in self.engine.generate(prompt[-room:], replace(self.sampling, seed=next(self.seeds))):
             yield decoder.push(token)
         yield decoder.finish()
 
 
-def printable(text: str) -> str:
-    """text without characters that control the terminal or change the writing direction."""
-    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in TURNS))
+def note(text: str) -> None:
+    print(printable(f"[{text}]"), file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    print(printable(f"error: {text}"), file=sys.stderr, flush=True)
 
 
 def say(chat: Chat | Continuation, question: str) -> bool:
-    """Print the answer as it comes; False after an error. Ctrl-C stops the answer, not the program."""
-    stream = chat.answer(question)
+    """Print the answer as it comes; False if there is none. Ctrl-C stops the answer, not the program."""
+    if len(question) > LONGEST_MESSAGE:
+        complain(f"{len(question):,} characters; at most {LONGEST_MESSAGE:,}")
+        return False
+    stream, spaces, said = chat.answer(question), "", False
     try:
         for piece in stream:
-            print(printable(piece), end="", flush=True)
-        print()
+            text = spaces + printable(piece)
+            if text.strip():
+                print(text, end="", flush=True)
+                spaces, said = "", True
+            else:
+                spaces = text  # shown if anything follows
+        print("" if said else "[no answer]", flush=True)
     except KeyboardInterrupt:
         stream.close()
-        print(" [stopped]")
+        print(" [stopped]", flush=True)
+        return True
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return False
-    return True
+    return said
 
 
-def command(chat: Chat, line: str) -> bool:
+def command(chat: Chat | Continuation, line: str) -> bool:
     """Run a /command. False: quit."""
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
+    name, rest = [*line.split(maxsplit=1), ""][:2]
     if name in ("/quit", "/exit"):
         return False
     if name == "/help":
-        print(HELP)
+        print(f"{CONVERSATION_HELP}\n{HELP}" if isinstance(chat, Chat) else HELP)
+    elif name == "/temperature":
+        try:
+            chat.sampling = replace(chat.sampling, temperature=float(rest)).validate()
+            print(f"[temperature {chat.sampling.temperature}]")
+        except ValueError:
+            complain(f"/temperature {rest or '(nothing)'}: needs a number from 0 to 10")
+    elif name not in COMMANDS:
+        complain(f"unknown command {name}; /help lists them")
+    elif isinstance(chat, Continuation):
+        complain(f"{name} needs a conversation, and a base model continues each text on its own")
     elif name == "/clear":
-        chat.messages = []
+        chat.clear()
         print("[new conversation]")
     elif name == "/system":
         chat.system = rest
         print(f"[system message: {rest!r}]" if rest else "[no system message]")
-    elif name == "/temperature":
-        try:
-            chat.sampling = dataclasses.replace(chat.sampling, temperature=float(rest)).validate()
-            print(f"[temperature {chat.sampling.temperature}]")
-        except ValueError:
-            print(f"error: /temperature {rest or '(nothing)'}: needs a number from 0 to 10", file=sys.stderr)
     elif name == "/save":
         save(chat, rest)
-    else:
-        print(f"error: unknown command {name}; /help lists them", file=sys.stderr)
     return True
 
 
@@ -164,9 +211,10 @@ def save(chat: Chat, name: str) -> None:
             raise OSError("the conversation is empty")
         with open(name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
-        print(f"[saved to {name}]")
+        without = f" without the first {chat.dropped} questions, which were dropped" if chat.dropped else ""
+        print(f"[saved to {name}{without}]")
     except OSError as error:
-        print(f"error: /save: {error}", file=sys.stderr)
+        complain(f"/save: {error}")
 
 
 def converse(chat: Chat | Continuation) -> None:
@@ -174,56 +222,61 @@ def converse(chat: Chat | Continuation) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history, if Python has it
+            import readline  # noqa: F401  line editing, history and pasted lines, if Python has it
         print("type a message, or /help" if isinstance(chat, Chat) else "type text for the model to continue")
     while True:
         try:
             line = input("\n> " if interactive else "")
         except EOFError:
+            if interactive:
+                print()
             return
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             print("\n(/quit or Ctrl-D to quit)")
             continue
         line = printable(line).strip()
-        if len(line) > LONGEST_MESSAGE:
-            print(f"error: {len(line):,} characters; at most {LONGEST_MESSAGE:,}", file=sys.stderr)
-        elif line.startswith("/") and isinstance(chat, Chat):
+        name = line.split(maxsplit=1)[0] if line else ""
+        if name in COMMANDS or (name.startswith("/") and isinstance(chat, Chat)):
             if not command(chat, line):
                 return
-        elif line in ("/quit", "/exit"):
-            return
         elif line:
             say(chat, line)
 
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
-    config.sampling.validate()
     path = config.model
     if path is None:
         found = find_models(Path("runs"))
         path = found[-1] if found else Path("runs")
+    config.sampling(base=False)  # raises
     folder = model_folder(path)
+    base = stage(folder) == "pretrain"
+    if config.prompt is None and sys.stdin is None:
+        raise ValueError("standard input is closed; ask with -p QUESTION")
+    if config.prompt is not None and not config.prompt.strip() and not base:
+        raise ValueError("the question of -p is empty")
     device = default_device()
     model, tokenizer = load_model(folder, device)
     engine = Engine(model.for_inference(), tokenizer, slots=1)
     kernel_choice(device.type)  # logs the choice now, not during the first answer
     parameters = sum(p.numel() for p in engine.model.parameters())
-    print(f"[{folder}: {parameters / 1e6:.1f}M parameters on {device}]", file=sys.stderr)
-    if stage(folder) == "pretrain":
-        print("[base model: it continues text; `hotlap sft` fine-tunes it for chat]", file=sys.stderr)
-        return Continuation(engine, config.sampling)
-    return Chat(engine, config.sampling)
+    note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}")
+    if base:
+        note("base model: it continues text; `hotlap sft` fine-tunes it for chat")
+    return (Continuation if base else Chat)(engine, config.sampling(base), config.seed)
 
 
 def main(arguments: list[str]) -> int:
     """`hotlap chat`, and `python chat.py`."""
     config = options.parse(ChatConfig, arguments, command="chat")
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
+        lenient(stream)
     chat = open_chat(config)
     if config.prompt is not None:
-        return 0 if say(chat, config.prompt) else BAD_DATA
+        return 0 if say(chat, printable(config.prompt)) else BAD_DATA
     converse(chat)
     return 0
 
@@ -231,4 +284,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     debug = "--debug" in sys.argv
     flags = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    set_up_logging()
     raise SystemExit(guarded(lambda: main(flags), debug))

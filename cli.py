@@ -11,6 +11,7 @@ import sys
 from hotlap.common.errors import guarded, known
 from hotlap.common.log import set_up_logging
 from hotlap.common.process import wait_asleep
+from hotlap.common.terminal import lenient
 
 # What a command does, and its module or module:function, which takes the remaining arguments. Words after
 # the module are arguments that come before them.
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    lenient(sys.stdout)
     if arguments == ["--version"]:
         print(f"hotlap {importlib.metadata.version('hotlap')}")
         return 0

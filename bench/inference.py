@@ -103,7 +103,7 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
             log.info("%s", results.as_line(row))
         rows += found
         results.save(path, rows, device, ceilings=vars(ceilings))
-    plots.draw(rows, path.with_suffix(".png"), plots.inference)
+    plots.draw(path, plots.inference)
     log.info("written to %s", path)
     return rows
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hotlap.bench import plots, results
-from hotlap.bench.accuracy import as_tuple, mistake, right_answer
+from hotlap.bench.accuracy import as_tuple, is_plain_torch, mistake, right_answer
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, measure_ceilings
 from hotlap.bench.providers import CONTEXT, Function, Operation
@@ -39,6 +39,7 @@ from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 
 UNFINISHED = "did not finish: it hung, or its process was killed"  # the note of a row
+PLAIN = "plain torch: there is no kernel of ours for this on this device"
 ALL = "all"  # in place of a provider: the reference, or all providers in turns
 LONGEST = 150  # seconds, at most, to compile and check one provider, or to time all of them
 
@@ -102,7 +103,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
             run.add(operation.case(), "hotlap", NO_TIME)
         run.save()
     run.save(complete=True)
-    plots.draw(run.rows, path.with_suffix(".png"), plots.kernels)
+    plots.draw(path, plots.kernels)
     log.info("written to %s", path)
     return run.rows
 
@@ -197,6 +198,9 @@ def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> No
             run.add(operation.case(), name, note)
         elif note is not None:
             good.append(name)
+    if "hotlap" in good and is_plain_torch(right, "hotlap"):
+        good.remove("hotlap")
+        run.add(operation.case(), "hotlap", PLAIN)
     del right
     sets = run.attempt(operation, ALL, "", partial(needed_sets, operation, run.device)) if good else None
     for case, direction in directions.items() if sets else ():

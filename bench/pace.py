@@ -92,7 +92,7 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
                 path, table, world.device, assumes=ASSUMES, expected=expected_throughput(recipe, world)
             )
             unit = "tokens/s" if of_recipe(goal(name)) else "TFLOP/s"
-            draw(table, path.with_suffix(".png"), partial(bars, unit))
+            draw(path, partial(bars, unit))
             log.info("written to %s", path)
     return table
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from hotlap.common.errors import is_out_of_memory
 from hotlap.common.gpu import captured
 from hotlap.common.log import log
 
@@ -249,7 +250,6 @@ def start_afresh(device: torch.device) -> None:
 
 def failure(error: Exception) -> str:
     """The note of a row for an error."""
-    of_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    if isinstance(error, torch.OutOfMemoryError) or of_cpu:
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     return f"{FAILED} {' '.join(str(error).split())[:120] or type(error).__name__}"

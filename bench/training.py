@@ -114,7 +114,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
                     if path:
                         results.save(path, rows, world.device)
     if path:
-        plots.draw(rows, path.with_suffix(".png"), partial(plots.training, PHASES))
+        plots.draw(path, partial(plots.training, PHASES))
         log.info("written to %s", path)
     return rows
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from hotlap.common.log import log
 
+CAPTION = 0.22  # inches at the bottom of a figure
+
 
 def new_figure(**settings: Any) -> Any | None:
     """A matplotlib Figure without a window. None if matplotlib is missing, which is logged once.
@@ -19,6 +21,18 @@ def new_figure(**settings: Any) -> Any | None:
         log_missing()
         return None
     return Figure(layout="constrained", **settings)
+
+
+def caption(figure: Any, *facts: str) -> None:
+    """Write facts in small type below what is drawn: the device and the date of a measurement, and whatever
+    else its reader must know. Call it once, when the figure has its size.
+    """
+    share = CAPTION / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
+    figure.text(
+        0.995, 0.25 * share, ", ".join(filter(None, facts)), ha="right", va="bottom", fontsize=7, color="0.4",
+        parse_math=False,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from hotlap.common.checks import at_least, positive
+
 HEAD_DIM = 128  # of models built from a depth; the fastest size for attention kernels
 ROPE_BASE = 100_000.0  # base of the rotary frequencies
 MLP_RATIO = 4  # hidden width of the MLP / width
@@ -74,9 +76,7 @@ class GPTConfig:
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
-        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(self, 1, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.heads % self.kv_heads:
@@ -88,10 +88,8 @@ class GPTConfig:
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
-        if not 0 < self.qk_gain < float("inf"):
-            raise ValueError(f"qk_gain={self.qk_gain} must be a positive number")
-        if not 0 <= self.softcap < float("inf"):
-            raise ValueError(f"softcap={self.softcap} must be 0 (off) or more")
+        positive(self, "qk_gain")
+        at_least(self, 0, "softcap", zero="off")
         return self
 
     @classmethod

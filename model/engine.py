@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hotlap.common.errors import DataError
 from hotlap.common.gpu import to_device
+from hotlap.common.log import log
 from hotlap.kernels.cpu.threads import threads_for
 from hotlap.model.conversation import AnswerParts
 from hotlap.model.decoding import Decoder, KVCache
@@ -91,6 +93,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], tokenizer.bos}
+        self.unspelt = False  # whether the tokenizer could not spell a tool's result
         self.token_flops = 2 * parameter_counts(model)["matmul"]
         self.tool_end = special["<|tool_end|>"]
         self.result_start, self.result_end = special["<|result_start|>"], special["<|result_end|>"]
@@ -106,7 +109,8 @@ class Engine:
         """Queue a prompt. ValueError if it is empty or fills the context.
 
         When the model ends a tool call, `run_tool` runs it, and the tokens of its result are forced to
-        follow. If `tools` is empty, nothing is run or forced.
+        follow; none if the tokenizer lacks a character of it. If `tools` is empty, nothing is run or
+        forced.
         """
         context = self.model.config.context
         if not 0 < len(prompt) < context:
@@ -196,11 +200,23 @@ class Engine:
         request.parts.push(token.id)
         if ends_call and request.tools:
             result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
-            request.forced.extend([self.result_start, *self.tokenizer.encode(result), self.result_end])
+            request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
         if token.id in self.stops:
             self._end(request, "stop")
         elif len(request.tokens) == request.room:
             self._end(request, "length")
+
+    def _spelt(self, result: str) -> list[int]:
+        """Ids of a tool's result. None if the tokenizer lacks a character of it: the rest could be another
+        number.
+        """
+        try:
+            return self.tokenizer.encode(result)
+        except DataError as error:
+            if not self.unspelt:
+                log.warning("warning: a tool's result stays empty, here and where this recurs: %s", error)
+            self.unspelt = True
+            return []
 
     def _end(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
         request.finish_reason = reason

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from hotlap.common import options
+from hotlap.common.files import write
+from hotlap.common.terminal import printable
 from hotlap.model.weights import STATE, load_model, model_folder, save_model, stage
 
 
@@ -37,7 +39,7 @@ def export_weights(config: ExportConfig) -> Path:
     try:
         save_model(partial, model, tokenizer)
         if trained_for := stage(folder):  # chat.py needs to know a base model
-            (partial / STATE).write_text(json.dumps({"stage": trained_for}) + "\n")
+            write(partial / STATE, json.dumps({"stage": trained_for}) + "\n")
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial)
@@ -47,4 +49,4 @@ def export_weights(config: ExportConfig) -> Path:
 
 def main(arguments: list[str]) -> None:
     """`hotlap export weights`."""
-    print(export_weights(options.parse(ExportConfig, arguments, command="export weights")))
+    print(printable(str(export_weights(options.parse(ExportConfig, arguments, command="export weights")))))

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hotlap.common.checks import at_least, between
 from hotlap.common.gpu import to_device
 
 
@@ -26,12 +26,10 @@ class Sampling:
     """Seed of the random generator."""
 
     def validate(self) -> Sampling:
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
-            raise ValueError(f"temperature={self.temperature} must be a number from 0 to 10")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (off) or more")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        between(self, 0, 10, "temperature")
+        at_least(self, 0, "top_k", zero="off")
+        at_least(self, 1, "max_tokens")
+        at_least(self, 0, "seed")
         return self
 
 

@@ -21,8 +21,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
 from hotlap.common.errors import DataError
-from hotlap.kernels.dispatch import fast_dtype
+from hotlap.common.files import read_object, write
+from hotlap.common.memory import require_memory
+from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
+from hotlap.model.flops import counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.tokenizer import Tokenizer
@@ -34,13 +37,16 @@ SHOWN = 5  # differences listed in an error
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write a model, with its weights in one file, into an existing folder."""
     save_description(folder, model.config, tokenizer)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    try:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
 
 
 def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json."""
     text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write(folder / CONFIG, text)
     tokenizer.save(folder / TOKENIZER)
 
 
@@ -52,6 +58,8 @@ def load_model(
     compute_dtype: None is the fastest one on this device.
     """
     folder, config, tokenizer = open_model(path)
+    needed = 4 * counts_of(config)["total"] + rotary_bytes(config)
+    require_memory(f"the model in {folder}", needed, "use a smaller one", device)
     compute_dtype = compute_dtype or fast_dtype(device.type, config.width)
     with torch.device("meta"):
         model = GPT(config, compute_dtype)
@@ -72,24 +80,43 @@ def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
             "they are from different runs"
         )
+    check_size(folder, config)
     return folder, config, tokenizer
+
+
+def check_size(folder: Path, config: GPTConfig) -> None:
+    """Raise DataError or ValueError for a config.json that claims far more than the folder has weights, or
+    more context than the device has memory, before a model of that shape is built.
+    """
+    claimed = counts_of(config)["total"]
+    stored = sum(math.prod(tensor.size) for tensor in stored_tensors(folder).values())
+    if claimed > 2 * stored:
+        raise DataError(
+            f"{folder / CONFIG} is of a model of {claimed:,} parameters, but the tensors there have "
+            f"{stored:,}; use the files of one model"
+        )
+    what = f"{folder / CONFIG}: a context of {config.context} tokens"
+    require_memory(what, rotary_bytes(config), "lower it there", default_device())
 
 
 def load_config(folder: Path) -> GPTConfig:
     try:
-        return GPTConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return GPTConfig.from_dict(read_object(folder / CONFIG))
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
 
 
 def stage(folder: Path) -> str | None:
     """The last training stage of a model, "pretrain" or "sft"; None if its directory does not say."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8")).get("stage")
+        found = read_object(folder / STATE).get("stage")
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{folder / STATE} is not a checkpoint's state: {error!r}") from error
+    if not isinstance(found, str | None):
+        raise DataError(f"{folder / STATE}: stage={found!r} must be the name of a stage")
+    return found
 
 
 def load_weights(model: GPT, folder: Path) -> None:
@@ -162,31 +189,65 @@ def model_folder(path: str | Path) -> Path:
         return path
     if checkpoints := run_checkpoints(path):
         return checkpoints[-1]
-    found = find_models(Path("runs"))
-    hint = (
-        f"found: {', '.join(map(str, found))}"
-        if found
-        else "none found under runs/; train one with `make demo`"
-    )
-    raise FileNotFoundError(f"no model at {path}; {hint}")
+    raise FileNotFoundError(f"{what_is_at(path)}; {models_found(find_models(Path('runs')))}")
+
+
+def what_is_at(path: Path) -> str:
+    """Why a path has no model, and what to do."""
+    if not os.path.exists(path):
+        return f"no model at {path}"
+    if not os.path.isdir(path):
+        return f"{path} is a file, not the folder of a run or model"
+    if not os.access(path, os.R_OK | os.X_OK):
+        return f"{path} is a folder that you may not read"
+    if is_model(path.parent):
+        return f"{path} is a part of a checkpoint; give {path.parent}"
+    if os.path.isdir(path / "checkpoints"):
+        return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
+    if any(path.glob("*.bin")):
+        return f"{path} has token shards and no model; train one on them with `hotlap pretrain --data {path}`"
+    missing = [name for name in (CONFIG, TOKENIZER, TENSORS) if not any(path.glob(name))]
+    if len(missing) < 3:
+        return f"{path} is no whole model: it lacks {' and '.join(missing)}; copy or export it again"
+    return f"no model in the folder {path}"
+
+
+def models_found(found: list[Path]) -> str:
+    """The newest models, for an error."""
+    if not found:
+        return "none found under runs/; train one with `make demo`"
+    more = f" and {len(found) - SHOWN} older ones" if len(found) > SHOWN else ""
+    return f"found: {', '.join(map(str, found[-SHOWN:]))}{more}"
 
 
 def is_model(path: Path) -> bool:
-    return all((path / name).is_file() for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    return all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
 
 
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. One without a manifest is incomplete."""
-    found = {p: re.fullmatch(r"step-(\d{6,})", p.name) for p in (run / "checkpoints").glob("step-*")}
-    whole = [p for p, name in found.items() if name and (p / MANIFEST).is_file()]
-    return sorted(whole, key=lambda p: int(found[p][1]))
+    folder = run / "checkpoints"
+    try:
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d{6,}", name)]
+    except OSError:  # there is none, or it cannot be read
+        return []
+    whole = [name for name in names if os.path.isfile(folder / name / MANIFEST)]
+    return [folder / name for name in sorted(whole, key=lambda name: int(name.removeprefix("step-")))]
 
 
 def find_models(root: Path) -> list[Path]:
-    """Runs and model directories under root, newest last."""
+    """Runs and model directories under root, newest last; without folders that cannot be read."""
     found = []
     for folder, names, _ in os.walk(root):
         if is_model(Path(folder)) or ("checkpoints" in names and run_checkpoints(Path(folder))):
             found.append(Path(folder))
         names[:] = [n for n in names if n != "checkpoints"]
-    return sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime if (p / CONFIG).exists() else 0)
+    return sorted(found, key=changed)
+
+
+def changed(folder: Path) -> float:
+    """When a run or model was written; 0 if unknown."""
+    try:
+        return os.path.getmtime(folder / CONFIG)
+    except OSError:
+        return 0.0

@@ -11,7 +11,7 @@ import pytest
 from helpers.tools import ScriptedModel, script, tiny_config
 
 from hotlap import chat as program
-from hotlap.chat import Chat, Continuation, command, printable, say
+from hotlap.chat import Chat, Continuation, command, say
 from hotlap.model.conversation import check_messages, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
@@ -140,7 +140,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(tiny_tokenizer, capsys):
         prompt = render_prompt(chat.messages[:-1], tiny_tokenizer)
         assert len(prompt) + 8 <= 64
         assert chat.engine.model.fed[0][: len(prompt)] == prompt
-    assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().out
+    assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().err
     assert chat.messages[-2]["content"] == "Q8?" and 1 < len(chat.messages) // 2 < 9
     check_messages(chat.messages)
 
@@ -218,13 +218,6 @@ def test_saving_appends_conversations_that_can_be_trained_on(tiny_tokenizer, tmp
 def test_leaving():
     chat = Chat(None, Sampling())
     assert not command(chat, "/quit") and not command(chat, "/exit") and command(chat, "/help")
-
-
-def test_nothing_that_steers_a_terminal_is_printable():
-    controls = "".join(map(chr, [*range(32), *range(127, 160)]))
-    assert printable(controls) == "\t\n"
-    assert printable("a\x1b[31mred\x9b2J") == "a[31mred2J"
-    assert printable("naïve 猫 😀 👩‍👩‍👧 é") == "naïve 猫 😀 👩‍👩‍👧 é"
 
 
 def test_a_base_model_continues_the_end_of_a_long_text(tiny_tokenizer):

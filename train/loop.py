@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common.checks import at_least
 from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
@@ -54,12 +55,8 @@ class LoopConfig:
     Schedules then follow elapsed time, not steps."""
 
     def validate(self) -> LoopConfig:
-        for name in ("steps", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("clip", "minutes"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
+        at_least(self, 1, "steps", "evaluate_every", "save_every")
+        at_least(self, 0, "clip", "minutes", zero="off")
         return self
 
 
@@ -100,6 +97,8 @@ def fit(
     ):
         if (warm_up or config.minutes) and not finished:
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
+        if state.step:  # in a new folder, so that it has a model from the start; a no-op in the run's own
+            saver.save(model, optimizer, tokenizer, state)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
@@ -138,6 +137,7 @@ def fit(
             if evaluates:
                 if done:
                     saver.finish()  # commit the last checkpoint before anything else can fail
+                    model.set_windows(1.0)  # as it is used; fewer steps than stages do not reach the last one
                 evaluated = evaluate()
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))

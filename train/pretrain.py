@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hotlap.common.checks import at_least
 from hotlap.common.errors import DataError
 from hotlap.model.config import GPTConfig
+from hotlap.model.tokenizer import check_bpe_size
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.rows import PackedRows, packed_rows
 from hotlap.train.data.shards import fingerprint, shard_paths
+from hotlap.train.data.sources import shard_folder
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.loop import LoopConfig
@@ -43,8 +46,7 @@ class PretrainConfig(StageConfig):
 
     def validate(self) -> PretrainConfig:
         super().validate()
-        if self.validation_tokens < 0:
-            raise ValueError(f"validation_tokens={self.validation_tokens} must be 0 (all) or more")
+        at_least(self, 0, "validation_tokens", zero="all")
         self.model.validate()
         return self
 
@@ -56,7 +58,10 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
     """
     config = config.validate()
     with joined() as world:
-        check_machine(config, world)
+        # the tokenizer, which decides the number of ids, is not known yet
+        check_machine(config, world, dataclasses.replace(config.model, vocab_size=1))
+        if config.tokenizer == "bpe" and not shard_folder(config.data):
+            check_bpe_size(config.model.vocab_size)
 
         def data():
             return prepare(config.out, config.data, config.tokenizer, config.model.vocab_size)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hotlap.common import options
+from hotlap.common.checks import TOO_LARGE, at_least
 from hotlap.common.log import log
+from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.train.data.conversations import (
@@ -51,8 +53,7 @@ class SFTConfig(StageConfig):
 
     def validate(self) -> SFTConfig:
         super().validate()
-        if not 0 <= self.epochs < float("inf"):
-            raise ValueError(f"epochs={self.epochs} must be 0 (only loop.steps count) or more")
+        at_least(self, 0, "epochs", zero="only loop.steps count")
         return self
 
 
@@ -60,8 +61,8 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     """Fine-tune on all ranks, and return the last metrics."""
     config = config.validate()
     with joined() as world:
-        check_machine(config, world)
         base, shape, tokenizer = open_model(config.base)
+        check_machine(config, world, shape)
         with world.main_first(f"download {config.data}"):
             if world.is_main:
                 download_conversations(config.data)
@@ -89,8 +90,8 @@ def read_rows(config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> 
     from tqdm import tqdm
 
     conversations = tqdm(
-        conversations_of(config.data, config.seed), config.data, unit=" conversations", unit_scale=True,
-        disable=None if world.is_main else True, leave=False,
+        conversations_of(config.data, config.seed), printable(config.data), unit=" conversations",
+        unit_scale=True, disable=None if world.is_main else True, leave=False,
     )  # fmt: skip
     rows = conversation_rows(conversations, tokenizer, T, config.seed)
     return rows["train"], rows["validation"]
@@ -99,7 +100,10 @@ def read_rows(config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> 
 def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:
     """Steps that cover every row config.epochs times, given the batch size of each schedule stage."""
     rows_a_step = statistics.fmean(stage_rows(config.schedule, config.batch_rows))
-    return math.ceil(config.epochs * rows.epoch_rows() / rows_a_step)
+    steps = config.epochs * rows.epoch_rows() / rows_a_step
+    if steps >= TOO_LARGE:
+        raise ValueError(f"epochs={config.epochs:g} are {steps:g} steps, and at most 2^63 can be counted")
+    return math.ceil(steps)
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
@@ -117,4 +121,4 @@ def main(arguments: list[str]) -> None:
     """`hotlap sft`."""
     config = options.parse(SFTConfig, arguments, command="sft")
     fine_tune(config)
-    print(f"chat with it: python chat.py {config.out}")
+    print(printable(f"chat with it: python chat.py {config.out}"))

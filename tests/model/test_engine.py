@@ -11,6 +11,7 @@ from helpers.tools import ScriptedModel, script, tiny_config
 from hotlap.model.conversation import parse_answer, render, render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling, sample
+from hotlap.model.tokenizer import train_characters
 
 GREEDY = Sampling(temperature=0.0, max_tokens=20)
 
@@ -244,6 +245,19 @@ def test_each_request_has_its_own_tools(tiny_tokenizer):
     marks = t.special["<|result_start|>"], t.special["<|result_end|>"]
     assert results == [[]] + [[marks[0], *t.encode(text), marks[1]] for text in ("9*9!", "9*9")]
     assert asked == []
+
+
+def test_a_result_that_cannot_be_spelt_is_empty_and_other_requests_go_on(caplog):
+    t = train_characters("89*hi")  # without the 1 of 81, and without the letters of an error
+    start, end = ([t.special[f"<|{part}_{at}|>"] for part in ("tool", "result")] for at in ("start", "end"))
+    calls = [[start[0], *t.encode(text), end[0]] for text in ("9*9", "*")]
+    scripts = [script(1, call) | script(1 + len(call) + 2, t.encode("hi")) for call in calls]
+    scripts.append(script(1, t.encode("hihihihi")))
+    model = ScriptedModel(tiny_config(), scripts, otherwise=t.special["<|assistant_end|>"])
+    with caplog.at_level("WARNING", "hotlap"):
+        answers = Engine(model, t).complete([[t.bos]] * 3, GREEDY)
+    assert answers == [[*call, start[1], end[1], *t.encode("hi")] for call in calls] + [t.encode("hihihihi")]
+    assert caplog.text.count("a tool's result stays empty") == 1
 
 
 def test_a_result_that_does_not_fit_is_cut(tiny_tokenizer):

@@ -1,6 +1,7 @@
 """Model directories: bit for bit, named errors, and nothing that runs."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -11,7 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from hotlap.common.errors import DataError
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import CONFIG, MANIFEST, TOKENIZER, WEIGHTS, load_model, model_folder, save_model
+from hotlap.model.weights import (
+    CONFIG,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    find_models,
+    load_model,
+    model_folder,
+    save_model,
+)
 
 CPU = torch.device("cpu")
 
@@ -184,10 +194,51 @@ def test_a_wrong_path_lists_what_there_is(tmp_path, tiny_tokenizer, monkeypatch)
     (tmp_path / "runs" / "second").mkdir()
     save_model(tmp_path / "runs" / "second", GPT(tiny_config()).init_weights(), tiny_tokenizer)
     for wrong in ("runs/none", "runs", "runs/second/config.json", "runs/first/checkpoints"):
-        with pytest.raises(
-            FileNotFoundError, match=rf"no model at {wrong}; found: .*runs/first.*runs/second"
-        ):
+        with pytest.raises(FileNotFoundError, match=rf"{wrong}.*; found: .*runs/first.*runs/second"):
             model_folder(wrong)
+
+
+def test_a_path_without_a_model_says_what_is_there_and_what_to_do(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = checkpoint(tmp_path / "run", 1, tiny_tokenizer).relative_to(tmp_path)
+    checkpoint(tmp_path / "stopped", 1, tiny_tokenizer, finished=False)
+    for folder in (whole / "optimizer", "shards", "half", "notes"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "shards" / "train_000000.bin").touch()
+    (tmp_path / "notes" / "a.txt").touch()
+    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "half" / CONFIG).write_text("{}")
+    for path, said in {
+        "notes/a.txt": "notes/a.txt is a file, not the folder of a run or model; none found",
+        "runs": "runs is a file",
+        str(whole / "optimizer"): f"a part of a checkpoint; give {whole}",
+        "shards": "has token shards and no model; train one on them with `hotlap pretrain --data shards`",
+        "stopped": "is a run without a complete checkpoint; train it on with --resume auto",
+        "half": "is no whole model: it lacks tokenizer.json and *.safetensors; copy or export it again",
+        "notes": "no model in the folder notes",
+        "x" * 300: "no model at xxx",
+    }.items():
+        with pytest.raises(FileNotFoundError) as caught:
+            model_folder(path)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_models_are_found_beside_what_cannot_be_read(tmp_path, tiny_tokenizer, monkeypatch):
+    checkpoint(tmp_path / "run", 1, tiny_tokenizer)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "checkpoints").write_text("a file")
+    (tmp_path / "loop").symlink_to("loop")
+    checkpoint(tmp_path / "closed", 1, tiny_tokenizer)
+    stat = os.stat
+
+    def refusing(path, *given, **named):
+        if "closed/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert find_models(tmp_path) == [tmp_path / "run"]
+    assert find_models(tmp_path / "loop") == find_models(tmp_path / "broken" / "checkpoints") == []
 
 
 @pytest.mark.gpu

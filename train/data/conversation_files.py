@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import check_regular, text_lines
+from hotlap.common.files import check_regular, text_lines, unique
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown
 from hotlap.train.data.sources import parquet_column
@@ -115,15 +115,6 @@ def parsed(line: str) -> object:
             raise DataError('a list of messages; write {"messages": [...]} around it')
         raise DataError(f"a JSON array; each line must be {RECORD} (jq -c '.[]' FILE > NEW)")
     return value
-
-
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. DataError if a key is there twice, because only one of its values would be read."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DataError(f"the key {twice!r} is there twice in the same object")
-    return found
 
 
 def checked(record: object) -> list[dict]:

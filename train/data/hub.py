@@ -21,6 +21,7 @@ from pathlib import Path
 from hotlap.common.errors import DataError
 from hotlap.common.files import file_sha256, write
 from hotlap.common.log import log
+from hotlap.common.terminal import printable
 from hotlap.train.data.datasets import Dataset
 from hotlap.train.data.download import (
     Content,
@@ -119,7 +120,7 @@ def fetch(dataset: Dataset, folder: Path, missing: dict[str, Content]) -> None:
     log.info("%s: %d files, %.2f GB, to %s", dataset.repo, len(missing), total / 1e9, folder)
     waiting = {pool.submit(fetch_file, dataset, name, c, staging, stop): name for name, c in missing.items()}
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=printable(folder.name), disable=None) as bar:
             while waiting:
                 for ready in wait(waiting, 0.5, FIRST_COMPLETED).done:
                     name, sha256 = waiting.pop(ready), ready.result()

@@ -10,7 +10,7 @@ from typing import Literal
 from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
-from hotlap.model.tokenizer import SMALLEST_BPE, Tokenizer
+from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
@@ -75,10 +75,8 @@ def make_tokenizer_file(config: TokenizerConfig) -> Tokenizer:
         raise FileExistsError(f"{config.out} exists; --force overwrites it")
     if not config.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
-    if config.kind == "bpe" and config.vocab_size < SMALLEST_BPE:
-        raise ValueError(
-            f"vocab_size={config.vocab_size} is less than {SMALLEST_BPE} (256 bytes + special tokens)"
-        )
+    if config.kind == "bpe":
+        tokenizers.check_bpe_size(config.vocab_size)
     tokenizer = learn_tokenizer(config)
     tokenizer.save(config.out)
     return tokenizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from hotlap.common import options
 from hotlap.common.files import cache_folder
 from hotlap.common.machine import circumstances
+from hotlap.common.terminal import printable
 from hotlap.model.conversation import spoken
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
@@ -161,4 +162,4 @@ def line(name: str, score: float, interval: list[float], n: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """`hotlap eval`."""
-    print(as_table(evaluate_model(options.parse(EvalConfig, arguments, command="eval"))))
+    print(printable(as_table(evaluate_model(options.parse(EvalConfig, arguments, command="eval")))))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from hotlap.common.checks import at_least, positive
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
@@ -45,11 +46,8 @@ class OptimConfig:
     """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
 
     def validate(self) -> OptimConfig:
-        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or more")
+        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+        at_least(self, 0, "weight_decay")
         return self
 
 

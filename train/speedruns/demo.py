@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import files, options
+from hotlap.common.terminal import printable
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
@@ -36,7 +37,7 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     scores_path = run / "scores.json"
     if scores_path.exists():
         scores = json.loads(scores_path.read_text())
-        print(f"{run} is complete; remove it to train again.\n")
+        print(printable(f"{run} is complete; remove it to train again.\n"))
     else:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
@@ -47,8 +48,8 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         write_summary(run, scores, sample_conversation(engine))
         # written last: it marks the run as complete
         files.write(scores_path, json.dumps(scores, indent=1) + "\n")
-    print((run / "report.md").read_text())
-    print(f"report: {run / 'report.md'}\nchat:   python chat.py {tuned.out}")
+    print(printable((run / "report.md").read_text(encoding="utf-8", errors="replace")))
+    print(printable(f"report: {run / 'report.md'}\nchat:   python chat.py {tuned.out}"))
     return scores
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hotlap.common import options
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.gpt import GPT
+from hotlap.model.weights import CONFIG
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, TOKENIZER_SHARDS, climbmix_with_tokenizer
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import Dtype, compute_dtype, materialize, parallelize
@@ -29,7 +29,8 @@ from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.presets import REFERENCE_BATCH
 from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, pretrain
-from hotlap.train.run.folder import CONFIG
+from hotlap.train.run.changes import changes
+from hotlap.train.run.folder import read_config
 from hotlap.train.speedruns.plan import confirm, download_words, plan
 from hotlap.train.speedruns.records import MINUTES, of_recipe
 from hotlap.train.speedruns.result import write_result
@@ -155,11 +156,15 @@ def best_shape(flops: float) -> tuple[int, int, int]:
 
 
 def as_begun(recipe: PretrainConfig) -> PretrainConfig:
-    """The recipe in the shape that its run was started with, even if another speed is measured now."""
-    path = recipe.out / CONFIG
-    if not path.exists():
+    """The recipe in the shape that its run was started with, even if another speed is measured now.
+
+    ValueError if the run has another length: it may be extended, but is no result of this time then.
+    """
+    if not (recipe.out / CONFIG).exists():
         return recipe
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_config(recipe.out)
+    if "loop.minutes" in (found := changes(saved, recipe)):
+        raise ValueError(f"{recipe.out}: {found['loop.minutes']}; choose another --out")
     return dataclasses.replace(
         recipe, model=GPTConfig.from_dict(saved["model"]), batch_rows=saved["batch_rows"]
     )

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from hotlap.common.machine import device_name
+from hotlap.common.memory import GB
+from hotlap.common.terminal import printable
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, training_bytes
 from hotlap.train.data import public
 from hotlap.train.data.hub import DownloadPlan
-from hotlap.train.distributed.memory import GB, device_bytes
+from hotlap.train.distributed.memory import device_bytes
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import dollars_per_hour, throughput
@@ -72,7 +74,8 @@ def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:
     """Print a plan, and return whether to carry it out. yes: do not ask."""
     if not world.is_main:
         return True
-    print(f"{title}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()), flush=True)
+    text = f"{title}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items())
+    print(printable(text), flush=True)
     if yes:
         return True
     if world.size > 1 or not sys.stdin.isatty():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hotlap.common import files
 from hotlap.common.plots import new_figure
+from hotlap.common.terminal import printable
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns.records import Record
 
@@ -32,7 +33,7 @@ def write_result(
     if (out / "curves.png").exists():
         lines += ["", "![validation of the runs and the records](curves.png)"]
     files.write(out / "report.md", "\n".join([*lines, ""]))
-    print("\n".join([*lines, "", str(out / "report.md")]))
+    print(printable("\n".join([*lines, "", str(out / "report.md")])))
 
 
 def shown(value: object) -> str:

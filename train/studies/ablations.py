@@ -22,6 +22,7 @@ from torch import Tensor
 from hotlap.common import options
 from hotlap.common.errors import known
 from hotlap.common.machine import device_name, log_warnings
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.qkv import attention_inputs
 from hotlap.model import gpt
@@ -194,4 +195,4 @@ def qk_norm_alone(
 
 def main(arguments: list[str]) -> None:
     """`hotlap ablations`."""
-    print(sweep.markdown(ablate(options.parse(AblationsConfig, arguments, command="ablations"))))
+    print(printable(sweep.markdown(ablate(options.parse(AblationsConfig, arguments, command="ablations")))))

@@ -20,6 +20,7 @@ from hotlap.common import files, options
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.plots import new_figure
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
@@ -348,4 +349,4 @@ def peers() -> list[Point]:
 
 def main(arguments: list[str]) -> None:
     """`hotlap scaling`."""
-    print(scaling(options.parse(ScalingConfig, arguments, command="scaling")))
+    print(printable(scaling(options.parse(ScalingConfig, arguments, command="scaling"))))

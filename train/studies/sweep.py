@@ -24,6 +24,7 @@ from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.options import merge, tomllib
 from hotlap.common.plots import new_figure
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
@@ -325,4 +326,4 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
 def main(arguments: list[str]) -> None:
     """`hotlap sweep`."""
     config = options.parse(SweepConfig, arguments, command="sweep")
-    print(markdown(sweep(config, device_name(default_device()))))
+    print(printable(markdown(sweep(config, device_name(default_device())))))

@@ -39,7 +39,7 @@ BAD_LINES = {
     '{"instruction": "a", "output": "b"}': "'instruction', 'output'; .* output of an assistant's",
     '{"text": "a"}': "'text'; text without roles is for `hotlap pretrain`",
     '{"id": 1}': "needs a \"messages\" list, not an object with the keys 'id'",
-    '{"messages": [], "messages": []}': "key 'messages' is there twice",
+    '{"messages": [], "messages": []}': "'messages' is there twice",
     record(messages=[]): "list of at least one message, not a list of 0",
     record(messages="hello"): "must be a list .*not 'hello'",
     record(system="Be brief."): "'system' beside `messages` would be lost",
