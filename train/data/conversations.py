@@ -132,33 +132,57 @@ class EncodedTexts:
         return self.ids[text]
 
 
-class Rendered(NamedTuple):
-    """A conversation's ids and loss mask, or why the tokenizer has none for it."""
+class LeftOut:
+    """Conversations that cannot be used, counted by reason."""
 
-    conversation: Conversation
-    ids: list[int]
-    loss_mask: list[bool]
-    problem: str = ""
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, conversation: Conversation, detail: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, f"{conversation.place}: {detail}")
+
+    def reasons(self, kept: int) -> list[str]:
+        total = kept + self.counts.total()
+        return [
+            f"{n:,} of {total:,} conversations {why} ({self.first[why]})" for why, n in self.counts.items()
+        ]
 
 
-def rendered(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[Rendered]:
-    """The conversations as tokens, in the same order. Some MB of text are encoded at once."""
+def rendered(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, T: int, left_out: LeftOut
+) -> Iterator[tuple[Conversation, list[int], list[bool]]]:
+    """The conversations of at most T tokens, with their ids and loss mask; the others go to left_out. Some
+    MB of text are encoded at once.
+    """
+    too_long = f"are longer than the model's context of {T} tokens"
+    most = T * max(tokenizer.byte_counts())  # characters that could fit
     batch: list[Conversation] = []
     characters = 0
 
-    def flush() -> Iterator[Rendered]:
+    def flush() -> Iterator[tuple[Conversation, list[int], list[bool]]]:
         texts = tokenizer
-        if tokenizer.is_bpe:  # single characters take no threads, and there may be others
+        if tokenizer.is_bpe:  # single characters gain nothing from threads, and may be missing
             texts = EncodedTexts([conversation.messages for conversation in batch], tokenizer)
         for conversation in batch:
             try:
-                yield Rendered(conversation, *render(conversation.messages, texts))
+                ids, loss_mask = render(conversation.messages, texts)
             except DataError as error:
-                yield Rendered(conversation, [], [], str(error))
+                left_out.add("have characters that the model's tokenizer lacks", conversation, str(error))
+                continue
+            if len(ids) > T:
+                left_out.add(too_long, conversation, f"{len(ids):,} tokens")
+            else:
+                yield conversation, ids, loss_mask
 
     for conversation in conversations:
+        size = sum(len(message["content"]) for message in conversation.messages)
+        if size > most:  # encoding it would take much memory
+            left_out.add(too_long, conversation, f"{size:,} characters")
+            continue
         batch.append(conversation)
-        characters += sum(len(message["content"]) for message in conversation.messages)
+        characters += size
         if characters > CHARACTERS_AT_ONCE:
             yield from flush()
             batch, characters = [], 0
@@ -221,28 +245,20 @@ def conversation_rows(
     Conversations that are longer than a row, or have characters that the tokenizer lacks, are left out, and
     their number is logged. Text that spells a special token stays text.
     """
-    kept = Tokens(tokenizer.vocab_size)
-    left_out: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    kept, left_out = Tokens(tokenizer.vocab_size), LeftOut()
     spelled_special = 0
-    for conversation, ids, loss_mask, problem in rendered(conversations, tokenizer):
-        if problem:
-            reason, example = "have characters that the model's tokenizer lacks", problem
-        elif len(ids) > T:
-            reason, example = f"are longer than the model's context of {T} tokens", f"{len(ids):,} tokens"
-        else:
-            kept.add(conversation, ids, loss_mask)
-            texts = (message["content"] for message in conversation.messages)
-            spelled_special += any(token in text for text in texts for token in SPECIAL_TOKENS)
-            continue
-        left_out[reason] += 1
-        first.setdefault(reason, f"{conversation.place}: {example}")
-    total = len(kept.stops) + left_out.total()
-    found = [f"{n:,} of {total:,} conversations {why} ({first[why]})" for why, n in left_out.items()]
+    for conversation, ids, loss_mask in rendered(conversations, tokenizer, T, left_out):
+        kept.add(conversation, ids, loss_mask)
+        texts = (message["content"] for message in conversation.messages)
+        spelled_special += any(token in text for text in texts for token in SPECIAL_TOKENS)
+    reasons = left_out.reasons(len(kept.stops))
     if not kept.stops:
-        raise DataError(f"no conversation fits the model: {'; '.join(found)}; shorten or change them")
-    for line in found:
-        log.info("left out: %s", line)
+        raise DataError(
+            f"no conversation fits the model: {'; '.join(reasons)}; shorten or change them, or take another "
+            "--base"
+        )
+    for reason in reasons:
+        log.info("left out: %s", reason)
     if spelled_special:
         log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
     return {

@@ -18,6 +18,7 @@ from hotlap.model.messages import TOOL
 from hotlap.model.tokenizer import train_characters
 from hotlap.train.data.conversations import (
     Conversation,
+    LeftOut,
     Tokens,
     built_in,
     conversation_digests,
@@ -90,6 +91,19 @@ def test_what_cannot_be_used_is_left_out_before_the_split_and_counted_once(tiny_
         assert f"({place}: " in record
     with pytest.raises(DataError, match=r"no conversation fits the model: 1 of 1 .* context of 64 tokens"):
         conversation_rows(named(talks[:1]), tiny_tokenizer, 64, 0)
+
+
+def test_text_that_cannot_fit_is_not_encoded(tiny_tokenizer, monkeypatch):
+    """Where it is very long, that would take much memory, or more stack than a library has."""
+    encode_batch = tiny_tokenizer.encode_batch
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        assert max(map(len, texts)) < 1_000_000
+        return encode_batch(texts)
+
+    monkeypatch.setattr(tiny_tokenizer, "encode_batch", encode)
+    rows = rows_of([conversation(" " * 1_000_000, "a"), conversation("a", "b")], tiny_tokenizer)
+    assert len(conversation_digests(rows)) == 1
 
 
 def test_conversations_with_characters_that_the_tokenizer_lacks_are_left_out_and_counted(caplog):
@@ -258,8 +272,8 @@ def test_texts_that_are_encoded_together_are_what_they_are_alone(tiny_tokenizer,
         *[conversation(f"{i}", "b") for i in range(9)],
     ]
     monkeypatch.setattr("hotlap.train.data.conversations.CHARACTERS_AT_ONCE", 5)
-    found = list(rendered(named(talks), tiny_tokenizer))
-    assert found == [(talk, *render(talk.messages, tiny_tokenizer), "") for talk in named(talks)]
+    found = list(rendered(named(talks), tiny_tokenizer, 1000, LeftOut()))
+    assert found == [(talk, *render(talk.messages, tiny_tokenizer)) for talk in named(talks)]
 
 
 def test_rows_take_conversations_one_at_a_time_and_keep_tokens_only(tiny_tokenizer, monkeypatch):
