@@ -11,7 +11,7 @@ from pathlib import Path
 from hotlap.common.errors import DataError
 from hotlap.common.files import check_regular, text_lines, unique
 from hotlap.common.log import log
-from hotlap.model.messages import check_messages, shown
+from hotlap.model.messages import check_messages, shown, tool_expression
 from hotlap.train.data.sources import parquet_column
 
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -132,7 +132,7 @@ def checked(record: object) -> list[dict]:
         raise DataError(f"the conversation does not end with the assistant's answer, but with {found}")
     for i, message in enumerate(messages):
         try:
-            json.dumps(message, ensure_ascii=False).encode()
+            (message["content"] + (tool_expression(message) if message.get("tool_calls") else "")).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise DataError(f"message {i}: {half!a} is half of a character; was the text cut off?") from None
