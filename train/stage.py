@@ -48,7 +48,7 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
 from hotlap.train.run.changes import continued
-from hotlap.train.run.folder import open_run, run_lock, write_config
+from hotlap.train.run.folder import open_run, run_lock, write_config, write_machine
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
@@ -175,6 +175,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     )  # fmt: skip
     if world.is_main:
         write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
+        write_machine(config.out, world.device, world.size)
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:
