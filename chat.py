@@ -10,18 +10,18 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from hotlap.common import options
-from hotlap.common.errors import BAD_DATA, guarded
-from hotlap.kernels.dispatch import default_device, kernel_choice
+from hotlap import cli
+from hotlap.common.errors import BAD_DATA
+from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
-from hotlap.model.engine import Engine
-from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
-from hotlap.model.weights import find_models, load_model, model_folder, stage
+
+if TYPE_CHECKING:
+    from hotlap.model.engine import Engine
 
 HELP = """\
   /system TEXT       set the system message (no TEXT: remove it)
@@ -198,6 +198,11 @@ def converse(chat: Chat | Continuation) -> None:
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
+    # These import torch, which takes seconds: what is wrong with the flags is said before.
+    from hotlap.kernels.dispatch import default_device, kernel_choice
+    from hotlap.model.engine import Engine
+    from hotlap.model.weights import find_models, load_model, model_folder, stage
+
     config.sampling.validate()
     path = config.model
     if path is None:
@@ -216,9 +221,8 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     return Chat(engine, config.sampling)
 
 
-def main(arguments: list[str]) -> int:
+def main(config: ChatConfig) -> int:
     """`hotlap chat`, and `python chat.py`."""
-    config = options.parse(ChatConfig, arguments, command="chat")
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     chat = open_chat(config)
@@ -229,6 +233,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    debug = "--debug" in sys.argv
-    flags = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    raise SystemExit(guarded(lambda: main(flags), debug))
+    raise SystemExit(cli.main(["chat", *sys.argv[1:]]))

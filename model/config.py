@@ -1,9 +1,11 @@
-"""The shape of a GPT, as one frozen dataclass, and the rule that derives it from a depth."""
+"""What configures a model, sampling and exports. Imports no torch, so that flags are read at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 HEAD_DIM = 128  # of models built from a depth; the fastest size for attention kernels
 ROPE_BASE = 100_000.0  # base of the rotary frequencies
@@ -114,3 +116,36 @@ class GPTConfig:
         if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample the next token."""
+
+    temperature: float = 0.6
+    """0 takes the most likely token."""
+    top_k: int = 50
+    """Sample from the k most likely tokens; 0: from all."""
+    max_tokens: int = 256
+    """Maximum length of an answer in tokens."""
+    seed: int = 0
+    """Seed of the random generator."""
+
+    def validate(self) -> Sampling:
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
+            raise ValueError(f"temperature={self.temperature} must be a number from 0 to 10")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (off) or more")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        return self
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model directory with config.json, tokenizer.json and model.safetensors."""
+
+    model: Path = Path("runs/tiny/sft")
+    """Run, checkpoint or model directory."""
+    out: Path = Path("exported")
+    """Folder to write; it must be empty or not exist yet."""

@@ -36,6 +36,7 @@ SPECIAL_TOKENS = (
     "<|result_start|>", "<|result_end|>",
 )  # fmt: skip
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
+TOKENIZER = "tokenizer.json"  # in a model's folder
 
 
 class Tokenizer:

@@ -6,14 +6,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from hotlap.common import options
 from hotlap.model.config import GPTConfig
-from hotlap.model.flops import meta_model, parameter_counts
-from hotlap.train.loop import LoopConfig
-from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.optim.schedule import ScheduleConfig
-from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.sft import SFTConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
@@ -145,6 +140,8 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
 
 def matmul_parameters(config: GPTConfig) -> int:
     """Number of parameters in matmuls: all but embeddings and scalars."""
+    from hotlap.model.flops import meta_model, parameter_counts  # imports torch, which flags do without
+
     return parameter_counts(meta_model(config))["matmul"]
 
 
@@ -156,10 +153,3 @@ PRETRAIN = {
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),
 }
-
-
-def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`, with presets."""
-    config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
-    pretrain(config)
-    print(f"{config.out}/report.md")

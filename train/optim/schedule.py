@@ -7,9 +7,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hotlap.model.gpt import GPT
-from hotlap.train.optim.muon_adamw import MuonAdamW
+if TYPE_CHECKING:
+    from hotlap.model.gpt import GPT
+    from hotlap.train.optim.muon_adamw import MuonAdamW
 
 
 @dataclass(frozen=True)

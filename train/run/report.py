@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import options
 from hotlap.common.errors import DataError
 from hotlap.common.plots import new_figure
 from hotlap.train.run.metrics import read_metrics
@@ -84,6 +83,6 @@ def draw_curves(metrics: list[dict], path: Path) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ReportConfig) -> None:
     """`hotlap report`."""
-    print(write_report(options.parse(ReportConfig, arguments, command="report").run))
+    print(write_report(config.run))
