@@ -28,6 +28,7 @@ from hotlap.bench.timing import (
     Budget,
     Timing,
     buffer_sets,
+    compiled_or_failed,
     failure,
     measure,
     side_stream,
@@ -148,8 +149,7 @@ def is_usable(device: torch.device) -> bool:
         return False
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # else a compiled backward pass runs only once
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else uncompiled code would be timed
+@compiled_or_failed(donated_buffer=False)  # else a compiled backward pass runs only once
 def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> None:
     """Add the rows of one operation, for each direction and each provider that has not failed before."""
     start_afresh(run.device)

@@ -20,7 +20,16 @@ import torch
 from hotlap.bench import plots, results
 from hotlap.bench.config import TrainingConfig
 from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
-from hotlap.bench.timing import NO_TIME, OUT_OF_MEMORY, Budget, Stopwatch, Timing, failure, start_afresh
+from hotlap.bench.timing import (
+    NO_TIME,
+    OUT_OF_MEMORY,
+    Budget,
+    Stopwatch,
+    Timing,
+    compiled_or_failed,
+    failure,
+    start_afresh,
+)
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.common.process import keep_freed_memory
@@ -171,7 +180,7 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
             module.use_triton = use_triton
 
 
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else blocks would silently run uncompiled
+@compiled_or_failed()
 def measure_training(
     shape: GPTConfig,
     count: int,
