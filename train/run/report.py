@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.plots import caption, new_figure
@@ -111,6 +111,6 @@ def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ReportConfig) -> None:
     """`hotlap report`."""
-    print(printable(str(write_report(options.parse(ReportConfig, arguments, command="report").run))))
+    print(printable(str(write_report(config.run))))
