@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hotlap.bench.providers import CONTEXT, Function, Operation
 from hotlap.common.log import log
+from hotlap.kernels.cpu import library
+from hotlap.kernels.dispatch import kernel_choice
 
 ERROR_FACTOR = 2.0  # allowed error, as a multiple of the reference's in the same dtype
 # Error that is always allowed: rounding of the dtype.
@@ -75,6 +78,16 @@ def mistake(right: RightAnswer, provider: str) -> str:
             what = "gradient" if i >= len(off) - operation.differentiable else "output"
             return f"WRONG: {what} has error {error:.2g}, allowed {most:.2g}"
     return ""
+
+
+def is_plain_torch(right: RightAnswer, provider: str) -> bool:
+    """Whether our provider runs none of our kernels, as where there is none in C for an operation."""
+    choice = kernel_choice(right.tensors[0].device.type)
+    if choice != "c":
+        return choice == "torch"
+    with mock.patch.object(library, "library", wraps=library.library) as loaded:
+        outputs_and_gradients(right.operation, right.operation.providers[provider], right.tensors)
+    return not loaded.called
 
 
 @contextlib.contextmanager

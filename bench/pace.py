@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hotlap.bench import results
+from hotlap.bench.config import SpeedrunConfig
 from hotlap.bench.plots import draw
 from hotlap.bench.timing import start_afresh
 from hotlap.bench.training import Batches, measure_training, random_batches
-from hotlap.common import options
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
@@ -51,26 +50,6 @@ ASSUMES = (
 )
 
 
-@dataclass(frozen=True)
-class SpeedrunConfig:
-    """Measure a speedrun's training step beside the records: tokens/s, MFU, memory, and the time of a whole
-    run.
-    """
-
-    recipe: str = ""
-    """A preset of `hotlap pretrain`, or gpt2-grade; the default is gpt2-grade on a GPU and tiny on a CPU."""
-    rows: int = 0
-    """Rows per forward pass on each rank; 0: the recipe's, or fewer if they do not fit in memory."""
-    steps: int = 10
-    """Steps to measure, after two warm-up steps."""
-    data: Path | None = None
-    """Folder of token shards to read; random tokens by default."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block; auto: on a GPU only."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
-
-
 def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
     """Measure, write speedrun.json, .csv and .png, and return the rows: ours, then the records."""
     on_gpu = default_device().type == "cuda"
@@ -92,7 +71,7 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
                 path, table, world.device, assumes=ASSUMES, expected=expected_throughput(recipe, world)
             )
             unit = "tokens/s" if of_recipe(goal(name)) else "TFLOP/s"
-            draw(table, path.with_suffix(".png"), partial(bars, unit))
+            draw(path, partial(bars, unit))
             log.info("written to %s", path)
     return table
 
@@ -232,7 +211,6 @@ def bars(unit: str, figure: Any, rows: list[dict]) -> None:
     axes.set_title(rows[0]["case"], fontsize=9)
 
 
-def main(arguments: list[str]) -> None:
+def main(config: SpeedrunConfig) -> None:
     """`hotlap bench speedrun`."""
-    config = options.parse(SpeedrunConfig, arguments, command="bench speedrun")
     print("\n".join(summary(bench_speedrun(config))))

@@ -1,4 +1,4 @@
-"""Plots of results: `draw` saves what one of the other functions draws."""
+"""Plots of result files: `draw` saves what one of the other functions draws."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hotlap.common.plots import new_figure
+from hotlap.bench import results
+from hotlap.common.plots import caption, new_figure
 
 DIRECTIONS = ("forward", "backward", "both")
 TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
 
-def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None]) -> bool:
-    """Save a figure of the rows that have a time, drawn by content(figure, rows). False if there are none, or
-    no matplotlib.
+def draw(path: Path, content: Callable[[Any, list[dict]], None]) -> bool:
+    """Save a figure of a result file beside it: its rows that have a time, drawn by content(figure, rows),
+    with device and date below. False if no row has a time, or there is no matplotlib.
     """
-    timed = [row for row in rows if row.get("ms") is not None]
-    if not timed:
-        return False
-    figure = new_figure()
+    found = results.load(path)
+    timed = [row for row in found["rows"] if row.get("ms") is not None]
+    figure = new_figure() if timed else None
     if figure is None:
         return False
     content(figure, timed)
-    figure.savefig(path, dpi=120)
+    caption(figure, found["device"], found["date"])
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     return True
 
 
@@ -58,7 +59,7 @@ def kernels(figure: Any, rows: list[dict]) -> None:
         axes.set_xlim(0.7 * min(shares), 1.5 * max(1, *shares))
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(operations)), operations, fontsize=7)
-    figure.supxlabel("share of the measured ceiling (of a copy, or of a large matmul)", fontsize=9)
+    panels[1].set_xlabel("share of the measured ceiling (of a copy, or of a large matmul)", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], labels[::-1], loc="outside upper left", ncols=min(8, len(labels)), fontsize=8

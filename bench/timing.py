@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from hotlap.common.errors import is_out_of_memory
 from hotlap.common.gpu import captured
 from hotlap.common.log import log
 
@@ -33,6 +34,18 @@ NO_TIME = "skipped: no time left"
 OUT_OF_MEMORY = "out of memory; give fewer --rows"
 FAILED = "does not run:"
 CACHE_FACTOR = 2.5  # size of all buffer sets, as a multiple of the last-level cache
+
+
+@contextlib.contextmanager
+def compiled_or_failed(**options: bool) -> Iterator[None]:
+    """What reaches torch.compile's limit of variants fails, instead of being timed uncompiled. options: of
+    AOTAutograd.
+    """
+    import torch._functorch.config
+
+    dynamo = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with dynamo, torch._functorch.config.patch(**options):
+        yield
 
 
 @dataclass(frozen=True)
@@ -249,7 +262,6 @@ def start_afresh(device: torch.device) -> None:
 
 def failure(error: Exception) -> str:
     """The note of a row for an error."""
-    of_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    if isinstance(error, torch.OutOfMemoryError) or of_cpu:
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     return f"{FAILED} {' '.join(str(error).split())[:120] or type(error).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from hotlap.common.terminal import printable
 
 # as in sysexits.h
-BUG, BAD_DATA, NO_INPUT, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 70, 65, 66, 73, 74, 75
+BAD_DATA, NO_INPUT, BUG, NO_MEMORY, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 65, 66, 70, 71, 73, 74, 75
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DataError(ValueError):
@@ -32,6 +34,8 @@ EXIT_CODES: dict[type[BaseException], int] = {  # the first match counts
     DataError: BAD_DATA,
     ValueError: 2,
     FloatingPointError: 1,
+    MemoryError: NO_MEMORY,
+    RecursionError: BAD_DATA,
     ImportError: 1,
     FileNotFoundError: NO_INPUT,
     FileExistsError: CANNOT_CREATE,
@@ -48,6 +52,33 @@ def known(name: str, names: object, what: str) -> str:
     raise ValueError(f"unknown {what}: {name!r}; {hint}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch had not enough memory, on a CPU or a GPU."""
+    said = ("not enough memory", "can't allocate memory", "out of memory")  # torch, on a CPU and by CUDA
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """An error on one line, and its exit code."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if is_out_of_memory(error) and not isinstance(error, MemoryError):
+        error = MemoryError(text)
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
+    if type(error).__module__ == "pyo3_runtime":
+        text = f"a library in Rust (tokenizers, tiktoken or safetensors) failed: {text}"
+    elif code == NO_MEMORY:
+        text = f"not enough memory: {text}; ask for less, such as fewer rows, a shorter context or less data"
+    elif isinstance(error, RecursionError):
+        text = f"something in a file is nested too deeply ({text}); --debug shows where"
+    elif isinstance(error, OSError) and error.errno in FULL:
+        text = f"the disk is full: cannot write {error.filename or ''} ({error.strerror}); free up space"
+    elif code == BUG:
+        text = f"{type(error).__name__}: {text} (a bug; --debug shows the traceback)"
+    return text, code
+
+
 def guarded(action: Callable[[], int | None], debug: bool) -> int:
     """Run action and return its exit code. An error is printed as one line, or raised if debug is set."""
     try:
@@ -55,13 +86,12 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:  # tyro has printed help or a mistake
+        raise
+    except BaseException as error:  # also a panic of a library in Rust, which is not an Exception
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
-        if code == BUG:
-            text = f"{type(error).__name__}: {text} (a bug; --debug shows the traceback)"
+        text, code = explained(error)
         rank = int(os.environ.get("RANK", 0))  # under torchrun
         if not isinstance(error, Interrupted):
             text = f"rank {rank}: error: {text}" if rank else f"error: {text}"

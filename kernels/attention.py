@@ -35,7 +35,7 @@ from hotlap.kernels.attention_torch import (
     sdpa_takes,
 )
 from hotlap.kernels.cpu.measured import fastest
-from hotlap.kernels.dispatch import device_facts, kernel_choice, kernel_op, use_triton
+from hotlap.kernels.dispatch import constant, device_facts, kernel_choice, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
 
 
@@ -227,19 +227,19 @@ def _report(choice: str, why: str) -> None:
     log.info("attention: %s (%s)", choice, why)
 
 
-@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
+@constant
 def choose_backend(*question) -> str:
     """The backend for "auto": `_choose`, cached."""
     return _choose(*question)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def backend_runs(*question) -> bool:
     """As `can_run`."""
     return can_run(*question)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_special(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a tile for heads of HEAD belongs to a form of its kernel that torch cannot trace."""
     tables = (_attention_forward_tiles, _attention_dq_tiles, _attention_dk_dv_tiles)

@@ -45,6 +45,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_unregistered: list[Callable[[], None]] = []  # what registers the operations with torch
+_registering = threading.RLock()
 
 
 def launches() -> bool:
@@ -113,7 +115,16 @@ def _compiled(required: bool) -> tuple[str, str]:
     return "c", "tensors are on a CPU"
 
 
-@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
+def constant(function: Callable) -> Callable:
+    """Let compilers use the function's result instead of tracing the call.
+
+    The same as `torch.compiler.assume_constant_result`, which would import the compiler: 2 s at start-up.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def kernel_choice(device_type: str) -> str:
     """`torch`, `triton` or `c` for tensors on devices of this type; HOTLAP_KERNELS overrides."""
     return _decide(device_type)
@@ -137,6 +148,14 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+@constant
+def register_operations() -> None:
+    """Register the operations of all kernels with torch, those that are not yet."""
+    with _registering:
+        while _unregistered:
+            _unregistered.pop()()
+
+
 class kernel_op:
     """An operation of torch whose implementation launches kernels.
 
@@ -154,6 +173,9 @@ class kernel_op:
 
     c: the implementation for CPUs, with the same arguments and results, where there is one. It is an
     operation of its own, opaque to compilers, that shares all the rest.
+
+    It is registered when the dispatcher first needs it, because registering a triton_op imports torch's
+    compiler, which takes 2 s at start-up. Eager calls do without.
     """
 
     def __init__(
@@ -176,19 +198,23 @@ class kernel_op:
             finally:
                 _thread.launches = outer
 
-        name = f"hotlap::{name}"
-        if triton and not (INTERPRETED or opaque):
-            self.op = triton_op(name, implementation, mutates_args=mutates)
-        else:
-            schema = infer_schema(implementation, mutates_args=mutates)
-            self.op = custom_op(name, launch, mutates_args=mutates, schema=schema)
-        self.op.register_fake(fake)
+        def register():
+            if triton and not (INTERPRETED or opaque):
+                op = triton_op(f"hotlap::{name}", implementation, mutates_args=mutates)
+            else:
+                schema = infer_schema(implementation, mutates_args=mutates)
+                op = custom_op(f"hotlap::{name}", launch, mutates_args=mutates, schema=schema)
+            op.register_fake(fake)
+            if backward:
+                op.register_autograd(backward, setup_context=save)
+            self.op = op
+
+        _unregistered.append(register)
         self.eager = launch
         names = list(inspect.signature(implementation).parameters)
         self.mutated = [names.index(name) for name in mutates]
         if backward is None:
             return
-        self.op.register_autograd(backward, setup_context=save)
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -205,12 +231,17 @@ class kernel_op:
 
         self.eager = eager
 
+    def registered(self) -> Callable:
+        """The operation that dispatcher and compilers see."""
+        register_operations()
+        return self.op
+
     def __call__(self, *inputs):
         if self.c and use_c(inputs[0]):
             return self.c(*inputs)
         plain = not traced() and type(inputs[0]) in (Tensor, Parameter)
         if not plain:
-            return self.op(*inputs)
+            return self.registered()(*inputs)
         output = self.eager(*inputs)
         if self.mutated:  # so that autograd notices a tensor saved before
             for changed in (inputs[i] for i in self.mutated):

@@ -31,6 +31,7 @@ from torch import Tensor
 from hotlap.kernels.dispatch import (
     Device,
     allow_descriptors,
+    constant,
     device_facts,
     jit,
     kernel_op,
@@ -330,7 +331,7 @@ def _divided(polynomials: tuple[Polynomial, ...], by: float) -> tuple[Polynomial
     return (a / by, b / by**3, c / by**5), *others
 
 
-@torch.compiler.assume_constant_result  # compilers use the result and do not trace the call
+@constant
 def gram_aspect(device: torch.device) -> float:
     """K / n from which the Gram form is used on a device, as measured there or by default."""
     if device.type != "cuda":

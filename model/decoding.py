@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hotlap.common.gpu import captured, to_device
 from hotlap.common.log import log
@@ -85,7 +84,9 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache = model, cache
         self.device = cache.last_embedding.device
-        self.captures = self.device.type == "cuda" and not isinstance(model.embedding.weight, DTensor)
+        # A sharded model's weights are DTensors. Their module, which takes a second to import, has the class.
+        sharded = hasattr(model.embedding.weight, "device_mesh")
+        self.captures = self.device.type == "cuda" and not sharded
         self.steps: dict[int, Step] = {}
         self.keys = cache.k[0]  # that graphs read
 

@@ -222,9 +222,9 @@ class GPT(nn.Module):
 
     def set_windows(self, share: float) -> None:
         """Limit each layer to a share of its attention window, in steps of 128 keys; 1 is the whole
-        window."""
+        window. A share of less than one key still is one step."""
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            block.attention.window = min(window, -(-int(share * window) // 128) * 128)
+            block.attention.window = min(window, -(-max(1, int(share * window)) // 128) * 128)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """The first value of each parameter and table, whole, by name. A seed means them in this order."""

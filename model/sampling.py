@@ -3,36 +3,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from hotlap.common.gpu import to_device
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample the next token."""
-
-    temperature: float = 0.6
-    """0 takes the most likely token."""
-    top_k: int = 50
-    """Sample from the k most likely tokens; 0: from all."""
-    max_tokens: int = 256
-    """Maximum length of an answer in tokens."""
-    seed: int = 0
-    """Seed of the random generator."""
-
-    def validate(self) -> Sampling:
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
-            raise ValueError(f"temperature={self.temperature} must be a number from 0 to 10")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (off) or more")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-        return self
+from hotlap.model.config import Sampling
 
 
 def sample(logits: Tensor, settings: list[Sampling], generators: list[torch.Generator]) -> Tensor:

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hotlap.common import files
 from hotlap.common.errors import DataError
+from hotlap.common.memory import require_memory
 
 # Llama 3's pre-tokenization: contractions, words with the mark or space before them, numbers of up to three
 # digits, punctuation, line ends, spaces. llama.cpp knows it under that name.
@@ -36,6 +37,8 @@ SPECIAL_TOKENS = (
     "<|result_start|>", "<|result_end|>",
 )  # fmt: skip
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
+BYTES_OF_AN_ID = 57  # reserved by the trainer: an entry of its hash map and one of its list
+TOKENIZER = "tokenizer.json"  # in a model's folder
 
 
 class Tokenizer:
@@ -138,10 +141,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with `vocab_size` ids, special tokens included; fewer if the text runs out of
     merges.
     """
-    if vocab_size < SMALLEST_BPE:
-        raise ValueError(
-            f"vocab_size={vocab_size} is less than {SMALLEST_BPE} (256 bytes + {len(SPECIAL_TOKENS)} special)"
-        )
+    check_bpe_size(vocab_size)
     tokenizer = byte_level(models.BPE(), SPLIT_PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
@@ -150,6 +150,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return finish(tokenizer)
+
+
+def check_bpe_size(vocab_size: int) -> None:
+    """Raise ValueError for a number of ids that a byte-level BPE cannot have. The trainer reserves memory for
+    all of them, and would end the process if there is not enough.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise ValueError(
+            f"vocab_size={vocab_size} is less than {SMALLEST_BPE} (256 bytes + {len(SPECIAL_TOKENS)} special)"
+        )
+    require_memory(f"vocab_size={vocab_size}", BYTES_OF_AN_ID * vocab_size, "lower it")
 
 
 def train_characters(text: str) -> Tokenizer:

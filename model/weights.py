@@ -13,34 +13,42 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
 from hotlap.common.errors import DataError
-from hotlap.kernels.dispatch import fast_dtype
+from hotlap.common.files import read_object, write
+from hotlap.common.memory import require_memory
+from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
+from hotlap.model.flops import counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
-from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 
-CONFIG, TOKENIZER, WEIGHTS, STATE = "config.json", "tokenizer.json", "model.safetensors", "state.json"
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import TensorStorageMetadata
+
+CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state.json"
 SHOWN = 5  # differences listed in an error
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write a model, with its weights in one file, into an existing folder."""
     save_description(folder, model.config, tokenizer)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    try:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
 
 
 def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json."""
     text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write(folder / CONFIG, text)
     tokenizer.save(folder / TOKENIZER)
 
 
@@ -52,6 +60,8 @@ def load_model(
     compute_dtype: None is the fastest one on this device.
     """
     folder, config, tokenizer = open_model(path)
+    needed = 4 * counts_of(config)["total"] + rotary_bytes(config)
+    require_memory(f"the model in {folder}", needed, "use a smaller one", device)
     compute_dtype = compute_dtype or fast_dtype(device.type, config.width)
     with torch.device("meta"):
         model = GPT(config, compute_dtype)
@@ -72,24 +82,43 @@ def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
             "they are from different runs"
         )
+    check_size(folder, config)
     return folder, config, tokenizer
+
+
+def check_size(folder: Path, config: GPTConfig) -> None:
+    """Raise DataError or ValueError for a config.json that claims far more than the folder has weights, or
+    more context than the device has memory, before a model of that shape is built.
+    """
+    claimed = counts_of(config)["total"]
+    stored = sum(math.prod(tensor.size) for tensor in stored_tensors(folder).values())
+    if claimed > 2 * stored:
+        raise DataError(
+            f"{folder / CONFIG} is of a model of {claimed:,} parameters, but the tensors there have "
+            f"{stored:,}; use the files of one model"
+        )
+    what = f"{folder / CONFIG}: a context of {config.context} tokens"
+    require_memory(what, rotary_bytes(config), "lower it there", default_device())
 
 
 def load_config(folder: Path) -> GPTConfig:
     try:
-        return GPTConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return GPTConfig.from_dict(read_object(folder / CONFIG))
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
 
 
 def stage(folder: Path) -> str | None:
     """The last training stage of a model, "pretrain" or "sft"; None if its directory does not say."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8")).get("stage")
+        found = read_object(folder / STATE).get("stage")
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{folder / STATE} is not a checkpoint's state: {error!r}") from error
+    if not isinstance(found, str | None):
+        raise DataError(f"{folder / STATE}: stage={found!r} must be the name of a stage")
+    return found
 
 
 def load_weights(model: GPT, folder: Path) -> None:
@@ -131,6 +160,8 @@ def listed(differences: list[str]) -> str:
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Size, dtype and parts of every tensor in a folder's .safetensors files."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes seconds to import
+
     for path in sorted(folder.glob(TENSORS)):
         try:
             with safe_open(path, "pt"):
@@ -145,10 +176,12 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
     """Read the tensors in a folder into existing tensors of the same names, shapes and dtypes."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         try:
-            reader = HuggingFaceStorageReader(str(folder))
+            reader = dcp.HuggingFaceStorageReader(str(folder))
             dcp.load(into, storage_reader=reader, no_dist=True)
         except dcp.CheckpointException as error:
             cause, _ = error.failures[0]

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.train.config import LoopConfig
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.memory import explain_out_of_memory
 from hotlap.train.distributed.stragglers import Stragglers
@@ -31,36 +31,7 @@ from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
 from hotlap.train.run.state import RunState
 from hotlap.train.step import Outcome, take_step, take_warmup_steps
-from hotlap.train.step_checks import Policy, StepChecker, check_copies
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Length of the run, validation, checkpoints, and what to do about bad steps."""
-
-    steps: int
-    """Optimiser steps in the run."""
-    evaluate_every: int = 250
-    """Steps between validations; the last step always validates."""
-    save_every: int = 250
-    """Steps between checkpoints; the last step always saves."""
-    clip: float = 0.0
-    """Clip gradients to this norm; 0 disables clipping."""
-    bad_steps: Policy = "stop"
-    """stop: stop the run on a NaN or infinite loss or gradient, and only log spikes.
-    skip: skip the step in both cases."""
-    minutes: float = 0.0
-    """Stop after this many minutes of training (compilation, validation, saving excluded); 0: no limit.
-    Schedules then follow elapsed time, not steps."""
-
-    def validate(self) -> LoopConfig:
-        for name in ("steps", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("clip", "minutes"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
-        return self
+from hotlap.train.step_checks import StepChecker, check_copies
 
 
 def fit(
@@ -100,6 +71,8 @@ def fit(
     ):
         if (warm_up or config.minutes) and not finished:
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
+        if state.step:  # in a new folder, so that it has a model from the start; a no-op in the run's own
+            saver.save(model, optimizer, tokenizer, state)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
@@ -138,6 +111,7 @@ def fit(
             if evaluates:
                 if done:
                     saver.finish()  # commit the last checkpoint before anything else can fail
+                    model.set_windows(1.0)  # as it is used; fewer steps than stages do not reach the last one
                 evaluated = evaluate()
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))

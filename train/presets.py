@@ -6,18 +6,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-from hotlap.common import options
-from hotlap.common.terminal import printable
 from hotlap.model.config import GPTConfig
-from hotlap.model.flops import meta_model, parameter_counts
-from hotlap.train.loop import LoopConfig
-from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.optim.schedule import ScheduleConfig
-from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.sft import SFTConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
+DEEPEST = 1000  # far beyond where the rules were tried: 50 trillion parameters
 RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 FINEWEB_VALIDATION = 10_485_760  # tokens, by the track's rules
@@ -70,8 +65,8 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     A run has `ratio` tokens per matmul parameter. The batch grows with tokens^0.383 and the learning rates
     with the square root of the batch; weight decay falls as the run gets longer.
     """
-    if depth < 1:
-        raise ValueError(f"depth={depth} must be at least 1")
+    if not 1 <= depth <= DEEPEST:
+        raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
     model = GPTConfig.from_depth(depth, vocab_size, context)
     tokens = ratio * matmul_parameters(model)
     reference = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size, context)
@@ -146,7 +141,9 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
 
 def matmul_parameters(config: GPTConfig) -> int:
     """Number of parameters in matmuls: all but embeddings and scalars."""
-    return parameter_counts(meta_model(config))["matmul"]
+    from hotlap.model.flops import counts_of  # imports torch, which flags do without
+
+    return counts_of(config)["matmul"]
 
 
 PRETRAIN = {
@@ -157,10 +154,3 @@ PRETRAIN = {
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),
 }
-
-
-def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`, with presets."""
-    config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
-    pretrain(config)
-    print(printable(f"{config.out}/report.md"))

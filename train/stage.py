@@ -10,9 +10,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_weights
+from hotlap.train.config import LoopConfig, StageConfig
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
@@ -33,8 +34,6 @@ from hotlap.train.distributed.memory import (
     rank_bytes,
 )
 from hotlap.train.distributed.sharding import (
-    Dtype,
-    Recompute,
     compute_dtype,
     materialize,
     parallelize,
@@ -42,54 +41,17 @@ from hotlap.train.distributed.sharding import (
     use_fp8,
 )
 from hotlap.train.distributed.world import World
-from hotlap.train.loop import LoopConfig, fit
+from hotlap.train.loop import fit
 from hotlap.train.losses import Loss
-from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
-from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
-from hotlap.train.run.folder import open_run, run_lock
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.optim.schedule import rows_share, stage_rows
+from hotlap.train.run.changes import continued
+from hotlap.train.run.folder import open_run, run_lock, write_config, write_machine
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
+from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """The fields that all stages share."""
-
-    out: Path
-    """Run directory, for configuration, metrics, checkpoints and report."""
-    batch_rows: int = 16
-    """Rows per step over all ranks; a row is as long as the model's context."""
-    micro_batch: str = "all"
-    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
-    recompute: Recompute = "none"
-    """Activation checkpointing: none, whole blocks (block), or all but matmuls and attention (selective)."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(1000))
-    seed: int = 0
-    """Random seed for initial weights and data order."""
-    dtype: Dtype = "auto"
-    """Compute dtype. auto: bfloat16 or float32, whichever is faster here. fp8: for large matmuls, else
-    bfloat16."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Use torch.compile. auto: on a GPU only."""
-    profile: bool = False
-    """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
-    resume: str = "no"
-    """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
-
-    def validate(self: T) -> T:
-        """Return self, or raise ValueError naming the first invalid field."""
-        if self.batch_rows < 1:
-            raise ValueError(f"batch_rows={self.batch_rows} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
-        self.optim.validate()
-        self.loop.validate()
-        self.schedule.validate(self.loop.minutes)
-        return self
 
 
 @dataclass(frozen=True)
@@ -101,8 +63,9 @@ class Stage:
     shape: GPTConfig
     tokenizer: Tokenizer
     loss: Loss
-    batches: Callable[[GPT, int, int], Iterator[list[Batch]]]
-    """(model, first step, rows of a micro-batch) -> this rank's micro-batches of each step."""
+    batches: Callable[[GPT, RunState, int], Iterator[list[Batch]]]
+    """(model, what the run has done, rows of a micro-batch) -> this rank's micro-batches of each step to
+    come."""
     evaluate: Callable[[GPT, int], dict[str, float]] | None
     """(model, rows per forward pass) -> metrics over all ranks, with names that begin with validation_."""
     data: str
@@ -117,9 +80,17 @@ class Stage:
     """Model directory to start from; None starts from random weights."""
 
 
-def check_machine(config: StageConfig, world: World) -> None:
-    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing."""
-    micro_batch_rows(config.micro_batch, common_rows(config), world)
+def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
+    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing.
+
+    shape: of the model, if it is known, to check the memory.
+    """
+    rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
+    if shape:
+        check_memory(
+            shape, world, step_rows=config.batch_rows, micro_rows=rows, recompute=config.recompute,
+            dtype=config.dtype,
+        )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
 
@@ -148,33 +119,34 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     """
     if world.device.type == "cpu":
         keep_freed_memory()
+    check_machine(config, world, stage.shape)
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
         model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
     use_fp8(model, config.dtype)
     compile = should_compile(config.compile, world.device)
     parallelize(model, world, config.recompute, compile)
-    check_memory(model, world, micro_rows)
     materialize(model, world.device, config.seed)
     if stage.base is not None:
         load_weights(model, stage.base)
     optimizer = MuonAdamW(model, config.optim)
-    state = resume_from(config.out, config.resume, model, optimizer, world)
-    if state.step and state.data != stage.data:
-        raise ValueError(
-            f"{config.out} was started on other data than {stage.source} holds now; restore that data, or "
-            "start a new run with another --out"
-        )
+    state = resume_from(
+        config.out, config.resume, model, optimizer, world,
+        accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
+    )  # fmt: skip
+    if world.is_main:
+        write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
+        write_machine(config.out, world.device, world.size)
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:
-            return next(stage.batches(model, state.step, 1))[0].to(world.device)
+            return next(stage.batches(model, state, 1))[0].to(world.device)
 
         micro_rows = largest_micro_batch(model, common_rows(config), world, stage.loss, one_row)
     describe(model, config.out, stage.about, world, micro_rows)
     last = fit(
         stage.loop, config.schedule, model, optimizer, stage.tokenizer,
-        stage.batches(model, state.step, micro_rows), stage.loss, world=world, run=config.out,
+        stage.batches(model, state, micro_rows), stage.loss, world=world, run=config.out,
         state=dataclasses.replace(state, stage=stage.name, data=stage.data),
         evaluate=stage.evaluate and (lambda: stage.evaluate(model, micro_rows)),
         profile=config.profile, warm_up=warm_up,
@@ -189,10 +161,11 @@ def row_batches(
 ) -> Callable[[GPT, int, int], Iterator[list[Batch]]]:
     """Stage.batches from packed rows, prefetched by a thread. steps: of the whole run."""
 
-    def batches(model: GPT, start: int, micro_rows: int) -> Iterator[list[Batch]]:
+    def batches(model: GPT, state: RunState, micro_rows: int) -> Iterator[list[Batch]]:
         found = step_batches(
-            rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=start, rank=world.rank,
-            world=world.size, share=rows_share(config.schedule, steps),
+            rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=state.step,
+            first=state.tokens // rows.T, rank=world.rank, world=world.size,
+            share=rows_share(config.schedule, steps),
         )  # fmt: skip
         return prefetched(found, world.device)
 

@@ -43,6 +43,13 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     assert any(row["provider"] == "eager" and row["ms"] for row in rows)
 
 
+def test_plain_torch_is_not_timed_under_our_name(tmp_path):
+    rows = bench_kernels(KernelsConfig(("relu2", "rms_norm"), out=tmp_path, **QUICK))
+    ours = {row["case"].split()[0]: row for row in rows if row["provider"] == "hotlap"}
+    assert ours["relu2"]["ms"] is None and "plain torch" in ours["relu2"]["note"]  # no kernel in C
+    assert ours["rms_norm"]["ms"] > 0
+
+
 def test_a_compiled_provider_is_timed_in_every_direction(tmp_path, one_size):
     rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **(QUICK | {"compile": True})))
     compiled = [row["case"].split()[1] for row in rows if row["provider"] == "compile" and row["ms"] > 0]
@@ -56,6 +63,7 @@ def test_what_fails_while_it_is_timed_is_a_row_and_the_others_go_on(tmp_path, mo
         return x.relu().square()
 
     monkeypatch.setattr(RELU2, fails_without_gradients)
+    monkeypatch.setattr(kernels, "is_plain_torch", lambda *_: False)
     rows = bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
     ours = {row["case"].split()[1]: row.get("note") for row in rows if row["provider"] == "hotlap"}
     assert ours == {"forward": "does not run: no kernel image", "backward": None, "both": None}
@@ -104,6 +112,7 @@ def test_what_is_under_way_is_on_disk(tmp_path, monkeypatch, one_size):
         return x.relu().square()
 
     monkeypatch.setattr(RELU2, looks)
+    monkeypatch.setattr(kernels, "is_plain_torch", lambda *_: False)
     bench_kernels(KernelsConfig(("relu2",), out=tmp_path, **QUICK))
     assert seen[0] == ("relu2 d12 16x256", "hotlap", kernels.UNFINISHED)
     assert seen[-1] == ("relu2 d12 16x256", "all", kernels.UNFINISHED)

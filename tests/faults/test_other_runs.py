@@ -115,6 +115,7 @@ def test_a_run_from_before_a_field_existed_resumes_with_the_default_of_the_field
     saved = json.loads(to_json(config))
     del saved["profile"], saved["validation_tokens"], saved["model"]["qk_gain"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "metrics.jsonl").touch()
     open_run(tmp_path, config, resume=True)
     other = dataclasses.replace(config, model=GPTConfig(qk_gain=1.0))
     with pytest.raises(ValueError, match=r"model\.qk_gain: saved 1\.2, current 1\.0"):

@@ -133,7 +133,7 @@ def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 def chosen(operation: kernel_op) -> CustomOpDef:
     """The operation of torch that runs for tensors on DEVICE: the one in C, where C is chosen."""
-    return operation.c.op if operation.c and kernel_choice(DEVICE.type) == "c" else operation.op
+    return (operation.c if operation.c and kernel_choice(DEVICE.type) == "c" else operation).registered()
 
 
 def launches_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:

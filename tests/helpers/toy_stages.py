@@ -74,8 +74,8 @@ def preference(config: ToyConfig) -> dict:
     with joined() as world:
         check_machine(config, world)
 
-        def batches(model, start, micro_rows):
-            for step in itertools.count(start):
+        def batches(model, state, micro_rows):
+            for step in itertools.count(state.step):
                 yield [
                     Batch(*rows_of(torch.stack([row(step, i) for p in pairs for i in (2 * p, 2 * p + 1)])),
                           weight=len(pairs))
@@ -102,8 +102,8 @@ def policy(config: ToyConfig) -> dict:
             advantage = (ids[:, PROMPT:] % 2 == 0).float().mean(1) - 0.25
             return Rollouts(*rows_of(ids), weight=ids.shape[0] * ANSWER, advantage=advantage)
 
-        def batches(model, start, micro_rows):
-            for step in itertools.count(start):
+        def batches(model, state, micro_rows):
+            for step in itertools.count(state.step):
                 yield [
                     rollout(model, torch.stack([row(step, i)[:PROMPT] for i in rows]))
                     for rows in my_rows(config, world, micro_rows)

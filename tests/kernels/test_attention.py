@@ -187,6 +187,8 @@ def test_the_operations_on_blocks_keep_the_rules_of_torch():
     inputs = fused_qkv(2, 70, 2, 1, 16, torch.float32)
     document_start = torch.tensor([starts([30, 40]), starts([70])])
     arguments = (document_start, 9, 2.0, 0.25)
-    opcheck(module.attention_blockwise.op, (*inputs, *arguments))
+    opcheck(module.attention_blockwise.registered(), (*inputs, *arguments))
     detached = (x.detach() for x in inputs)
-    opcheck(module._attention_blockwise_backward.op, (torch.randn(2, 70, 2, 16), *detached, *arguments))
+    opcheck(
+        module._attention_blockwise_backward.registered(), (torch.randn(2, 70, 2, 16), *detached, *arguments)
+    )

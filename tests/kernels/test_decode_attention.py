@@ -193,7 +193,7 @@ def test_the_operations_keep_the_rules_of_torch(only_triton):
     q, k, v = tokens(2, 3, 2, 1, 16)
     k_cache, v_cache = empty_cache(2, 8, 1, 16).nan_to_num(1.0)
     every = torch.arange(2, device=DEVICE)
-    opcheck(module._decode_attention.op, (q, k, v, k_cache, v_cache, every, every, 4, 0.0, 0.25))
+    opcheck(module._decode_attention.registered(), (q, k, v, k_cache, v_cache, every, every, 4, 0.0, 0.25))
 
 
 def test_compiles_whole_and_still_writes_the_cache(only_triton):

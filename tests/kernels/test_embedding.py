@@ -204,10 +204,10 @@ def test_the_operations_keep_the_rules_of_torch():
     ids, weight = some_ids(2, 17, V=9), random(9, 33)
     runs, dy = token_runs(ids, weight), random(2, 17, 33, grad=False)
     for accumulate in (False, True):
-        opcheck(module._embedding.op, (weight, ids, *runs, torch.bfloat16, accumulate))
-    opcheck(module._embedding.op, (weight.detach(), ids, None, None, torch.float32, False))
-    opcheck(module._embedding_backward.op, (dy, *runs, torch.float32))
-    opcheck(module._embedding_add.op, (torch.zeros(9, 33, device=DEVICE), dy, *runs))
+        opcheck(module._embedding.registered(), (weight, ids, *runs, torch.bfloat16, accumulate))
+    opcheck(module._embedding.registered(), (weight.detach(), ids, None, None, torch.float32, False))
+    opcheck(module._embedding_backward.registered(), (dy, *runs, torch.float32))
+    opcheck(module._embedding_add.registered(), (torch.zeros(9, 33, device=DEVICE), dy, *runs))
 
 
 def test_compiles_whole_to_the_same_gradients_of_two_micro_batches():

@@ -164,8 +164,8 @@ def test_compiles_whole_to_the_same_results():
 
 def test_the_operation_keeps_the_rules_of_torch():
     x = random(20, 30, grad=False)
-    opcheck(module._quantize_op.op, (x, E4M3, False, None))
-    opcheck(module._quantize_op.op, (x, E5M2, False, random(20, 30, grad=False, seed=1)))
+    opcheck(module._quantize_op.registered(), (x, E4M3, False, None))
+    opcheck(module._quantize_op.registered(), (x, E5M2, False, random(20, 30, grad=False, seed=1)))
 
 
 def test_sizes_that_do_not_fit_and_devices_without_fp8_are_refused():

@@ -259,8 +259,8 @@ def test_compiles_whole_to_the_same_results(reduction):
 
 def test_the_operations_keep_the_rules_of_torch():
     x, head, targets = problem()
-    opcheck(module._linear_sum.op, (x, head, targets, 15.0, 0.1, IGNORE))
-    opcheck(module._linear_losses.op, (x, head, targets, 15.0, 0.1, IGNORE))
+    opcheck(module._linear_sum.registered(), (x, head, targets, 15.0, 0.1, IGNORE))
+    opcheck(module._linear_losses.registered(), (x, head, targets, 15.0, 0.1, IGNORE))
 
 
 def test_two_runs_agree_bit_for_bit():

@@ -134,9 +134,9 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_the_operations_keep_the_rules_of_torch():
     (x, w_in, w_out), (dy,) = case(10, 16, 32)
-    opcheck(module._linear_relu2.op, (x, w_in, w_out))
+    opcheck(module._linear_relu2.registered(), (x, w_in, w_out))
     a = torch.rand(10, 32, device=DEVICE)
-    opcheck(module._linear_relu2_backward.op, (dy, x.detach(), w_in.detach(), w_out.detach(), a))
+    opcheck(module._linear_relu2_backward.registered(), (dy, x.detach(), w_in.detach(), w_out.detach(), a))
 
 
 def test_compiles_whole_to_the_same_results():

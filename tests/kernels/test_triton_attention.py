@@ -271,11 +271,11 @@ def test_the_operations_keep_the_rules_of_torch():
         (module._attention, module._attention_backward, False),
         (module._attention_special, module._attention_backward_special, True),
     ):
-        opcheck(forward.op, (q, k, v, document_start, 7, 0.0, 0.25, special))
-        opcheck(forward.op, (q, k, v, None, 0, 1.0, 0.25, special))
+        opcheck(forward.registered(), (q, k, v, document_start, 7, 0.0, 0.25, special))
+        opcheck(forward.registered(), (q, k, v, None, 0, 1.0, 0.25, special))
         y, lse = forward(q, k, v, document_start, 7, 0.0, 0.25, special)
         arguments = [x.detach() for x in (q, k, v)] + [document_start, y.detach(), lse]
-        opcheck(backward.op, (dy, *arguments, 7, 0.0, 0.25, special))
+        opcheck(backward.registered(), (dy, *arguments, 7, 0.0, 0.25, special))
 
 
 def test_compiles_whole_to_the_same_results():

@@ -168,9 +168,11 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_the_operations_keep_the_rules_of_torch():
     logits, targets = case(4, 40)
-    opcheck(module._cross_entropy.op, (logits, targets, 15.0, 1e-4, IGNORE, False))
+    opcheck(module._cross_entropy.registered(), (logits, targets, 15.0, 1e-4, IGNORE, False))
     ones = torch.ones(4, device=DEVICE)
-    opcheck(module._cross_entropy_backward.op, (ones, logits.detach(), targets, ones, 15.0, 0.0, IGNORE))
+    opcheck(
+        module._cross_entropy_backward.registered(), (ones, logits.detach(), targets, ones, 15.0, 0.0, IGNORE)
+    )
 
 
 def test_compiles_whole_to_the_same_results():

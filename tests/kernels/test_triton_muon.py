@@ -156,12 +156,12 @@ def test_autograd_is_told_of_what_was_changed():
 
 def test_the_operations_keep_the_rules_of_torch():
     weight, update, second = case(2, 8, 20, torch.float16)
-    opcheck(module._muon_momentum.op, (weight, list(random(2, 8, 20, grad=False)), scalar(0.9)))
-    opcheck(module._muon_squares.op, (update,))
+    opcheck(module._muon_momentum.registered(), (weight, list(random(2, 8, 20, grad=False)), scalar(0.9)))
+    opcheck(module._muon_squares.registered(), (update,))
     squares = muon_squares(update)
-    opcheck(module._muon_factors.op, (squares, second, 8, 0.9))
+    opcheck(module._muon_factors.registered(), (squares, second, 8, 0.9))
     weights = [w.clone() for w in weight]
-    opcheck(module._muon_apply.op, (update, squares, weights, scalar(0.3), scalar(0.2)))
+    opcheck(module._muon_apply.registered(), (update, squares, weights, scalar(0.3), scalar(0.2)))
 
 
 @pytest.mark.parametrize("M, N", [(30, 17), (17, 30)])

@@ -231,8 +231,8 @@ def test_strides_do_not_matter_and_two_runs_agree():
 def test_the_operation_keeps_the_rules_of_torch():
     x = random(2, 20, 33, dtype=torch.float16, grad=False)
     gram = module._symmetric_product(x, x)
-    opcheck(module._symmetric_product.op, (x, x, False))
-    opcheck(module._symmetric_product.op, (gram, gram, False, 0.5, gram, 1.0, 2.0))
+    opcheck(module._symmetric_product.registered(), (x, x, False))
+    opcheck(module._symmetric_product.registered(), (gram, gram, False, 0.5, gram, 1.0, 2.0))
 
 
 def test_compiles_whole_to_the_same_results():

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
-from hotlap.model.tokenizer import SMALLEST_BPE, Tokenizer
-from hotlap.model.weights import TOKENIZER
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
 from hotlap.train.data.public import climbmix_text, with_progress
@@ -75,10 +73,8 @@ def make_tokenizer_file(config: TokenizerConfig) -> Tokenizer:
         raise FileExistsError(f"{config.out} exists; --force overwrites it")
     if not config.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
-    if config.kind == "bpe" and config.vocab_size < SMALLEST_BPE:
-        raise ValueError(
-            f"vocab_size={config.vocab_size} is less than {SMALLEST_BPE} (256 bytes + special tokens)"
-        )
+    if config.kind == "bpe":
+        tokenizers.check_bpe_size(config.vocab_size)
     tokenizer = learn_tokenizer(config)
     tokenizer.save(config.out)
     return tokenizer
@@ -200,11 +196,11 @@ def climbmix_with_tokenizer(folder: Path, shards: int, vocab_size: int) -> None:
     public.climbmix(folder, shards, Tokenizer.load(path))
 
 
-def data_command(arguments: list[str]) -> None:
+def data_command(config: DataConfig) -> None:
     """`hotlap data`."""
-    make_data(options.parse(DataConfig, arguments, command="data"))
+    make_data(config)
 
 
-def tokenizer_command(arguments: list[str]) -> None:
+def tokenizer_command(config: TokenizerConfig) -> None:
     """`hotlap tokenizer`."""
-    make_tokenizer_file(options.parse(TokenizerConfig, arguments, command="tokenizer"))
+    make_tokenizer_file(config)

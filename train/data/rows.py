@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from hotlap.train.data.shards import Documents, first_shards, shard_documents, s
 
 if TYPE_CHECKING:
     from hotlap.model.tokenizer import Tokenizer
+
+LISTED = 1000  # rows of the largest micro-batch that an error suggests
 
 
 def cut(documents: Documents, T: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +50,7 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     with documents of all lengths, 1-2 % of the rows is padding.
     """
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(T + 1)]  # rows by the space left
+    with_space: dict[int, list[int]] = defaultdict(list)  # rows by the space left; T may be huge
     spaces: list[int] = []  # sorted sizes for which with_space has rows
     for piece in np.argsort(-lengths, kind="stable"):
         length = int(lengths[piece])
@@ -187,7 +190,8 @@ def packed_rows(
 def check_rows(batch_rows: int, micro_rows: int, world: int = 1) -> None:
     """Raise ValueError, listing valid values, if a step's rows do not divide into ranks x micro-batches."""
     if batch_rows % (micro_rows * world):
-        valid = [str(n) for n in range(1, batch_rows + 1) if batch_rows % (n * world) == 0]
+        some = range(1, min(batch_rows, LISTED) + 1)
+        valid = [str(n) for n in some if batch_rows % (n * world) == 0]
         raise ValueError(
             f"a batch of {batch_rows} rows is not a multiple of {world} ranks x {micro_rows} rows; "
             + (
@@ -204,15 +208,16 @@ def step_batches(
     batch_rows: int,
     micro_rows: int,
     start: int = 0,
+    first: int = 0,
     rank: int = 0,
     world: int = 1,
     share: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step from `start` on.
 
-    A step takes the next share(step) * batch_rows rows of the sequence, for any number of ranks.
+    A step takes the next share(step) * batch_rows rows of the sequence, for any number of ranks. first: the
+    rows that the steps before took, perhaps of another number.
     """
-    first = sum(round(batch_rows * share(step)) for step in range(start))
     for step in itertools.count(start):
         count = round(batch_rows * share(step))
         check_rows(count, micro_rows, world)

@@ -8,23 +8,30 @@ from contextlib import contextmanager
 
 import torch
 
-from hotlap.model.flops import training_bytes
+from hotlap.common.errors import is_out_of_memory
+from hotlap.common.memory import GB, memory_of, require_memory
+from hotlap.model.config import MLP_RATIO, GPTConfig
+from hotlap.model.flops import counts_of, rotary_bytes, training_bytes
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, check_rows
-from hotlap.train.distributed.sharding import replica_count
+from hotlap.train.distributed.sharding import Dtype, Recompute, replica_count, shard_count
 from hotlap.train.distributed.world import World
 from hotlap.train.losses import Loss
 
 USABLE = 0.9  # fraction of the memory to plan with
-GB = 1e9
+BATCH_BYTES = 3 * 8  # of a token: input, target and document start
+SMALLER = "lower --depth, or --model.layers, --model.width and --model.vocab-size, or use more GPUs"
+FEWER = "lower --micro-batch (or set it to auto) or --batch-rows, or add --recompute block"
 
 
 def device_bytes(world: World) -> int:
     """Memory of the GPU, or this process's share of the machine's memory."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return memory_of(world.device) // (1 if world.device.type == "cuda" else processes())
+
+
+def processes() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
@@ -33,16 +40,32 @@ def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
     return training_bytes(model, rows, model.config.context, shards, model.compute_dtype.itemsize)
 
 
-def check_memory(model: GPT, world: World, rows: int) -> dict[str, int]:
-    """Return rank_bytes; raise ValueError if the model does not fit even without activations."""
-    parts, available = rank_bytes(model, world, rows), device_bytes(world)
-    fixed = sum(parts.values()) - parts["activations"]
-    if fixed > available:
-        raise ValueError(
-            f"the model needs {fixed / GB:.1f} GB on each rank even without activations, and {world.device} "
-            f"has {available / GB:.1f} GB; train on more GPUs, or a smaller --depth"
-        )
-    return parts
+def check_memory(
+    shape: GPTConfig, world: World, *, step_rows: int, micro_rows: int, recompute: Recompute, dtype: Dtype
+) -> None:
+    """Raise ValueError if a lower bound on the memory of a training step exceeds what a rank has.
+
+    Only shapes are needed: no model, no data. Counted are the float32 weights with gradients and optimizer
+    state; what the backward pass of any kernel needs of each layer; and a step's batches.
+    """
+    counts, T = counts_of(shape), shape.context
+    fixed = 12 * counts["matrices"] + 16 * (counts["total"] - counts["matrices"])
+    fixed //= shard_count(world)
+    kept = shape.width  # by each layer for each token: its input, or all that its matmuls and attention read
+    if recompute == "none":
+        kept = (2 + MLP_RATIO) * shape.width + 2 * shape.kv_heads * shape.head_dim
+    row = T * shape.layers * kept * {"float32": 4, "fp8": 1}.get(dtype, 2)
+    tables = rotary_bytes(shape)
+    checks = (
+        (f"training {counts['total']:.3g} parameters", fixed, SMALLER),
+        (f"training with a context of {T} tokens", fixed + tables + row, "lower --model.context"),
+        (f"a micro-batch of {micro_rows} rows of {T} tokens", fixed + tables + micro_rows * row, FEWER),
+    )
+    for what, needed, hint in checks:
+        require_memory(what, needed, hint, world.device, processes())
+    batches = step_rows // world.size * T * BATCH_BYTES
+    what = f"a step of {step_rows} rows of {T} tokens"
+    require_memory(what, batches, "lower --batch-rows", processes=processes())
 
 
 def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
@@ -78,7 +101,7 @@ def largest_micro_batch(
         fixed = sum(parts.values()) - each
     fit = max(1, int((USABLE * device_bytes(world) - fixed) / each))
     fit = min(world.gather(fit))
-    return max(rows for rows in range(1, per_rank + 1) if per_rank % rows == 0 and rows <= fit)
+    return next(rows for rows in range(min(fit, per_rank), 0, -1) if per_rank % rows == 0)
 
 
 def measure_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
@@ -95,8 +118,7 @@ def explain_out_of_memory(world: World, rows: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        on_cpu = "not enough memory" in str(error) or "can't allocate memory" in str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
+        if not is_out_of_memory(error):
             raise
         peak = ""
         if world.device.type == "cuda":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +29,9 @@ from hotlap.common.log import log
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.gpt import GPT
+from hotlap.train.config import Recompute
 from hotlap.train.distributed.world import World
 
-Recompute = Literal["none", "block", "selective"]
-Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 MAX_GRAPHS = 64  # compiled variants of a block's forward
 
 
@@ -58,11 +56,16 @@ def mesh_of(world: World) -> DeviceMesh:
 
     All-gathers then stay within a node, and only gradients cross nodes (hybrid sharding).
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    nodes = world.size // local
-    if nodes > 1 and nodes * local == world.size and local > 1:
-        return init_device_mesh(world.device.type, (nodes, local), mesh_dim_names=("replicate", "shard"))
+    if (shards := shard_count(world)) < world.size:
+        nodes = world.size // shards
+        return init_device_mesh(world.device.type, (nodes, shards), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+
+
+def shard_count(world: World) -> int:
+    """Ranks among which the model is divided: those of a node, or all of them."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return local if local > 1 and world.size % local == 0 else world.size
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:

@@ -5,11 +5,16 @@ step and the completed fraction of the run. The shapes are nanochat's, the stage
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hotlap.model.gpt import GPT
-from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.common.checks import at_least, between
+
+if TYPE_CHECKING:
+    from hotlap.model.gpt import GPT
+    from hotlap.train.optim.muon_adamw import MuonAdamW
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,9 @@ class ScheduleConfig:
 
     def validate(self, minutes: float = 0.0) -> ScheduleConfig:
         """Return self, or raise ValueError naming the invalid field. minutes: LoopConfig's."""
-        if not 0 <= self.warmdown <= 1 or not 0 <= self.final_lr <= 1:
-            raise ValueError(f"warmdown={self.warmdown} and final_lr={self.final_lr} must be from 0 to 1")
-        if self.warmup_steps < 0 or self.momentum_warmup_steps < 1:
-            raise ValueError("warmup_steps must be 0 or more, momentum_warmup_steps at least 1")
+        between(self, 0, 1, "warmdown", "final_lr")
+        at_least(self, 0, "warmup_steps")
+        at_least(self, 1, "momentum_warmup_steps")
         if not all(0 <= momentum < 1 for momentum in self.momentum):
             raise ValueError(f"momentum={self.momentum} must be three numbers from 0 to less than 1")
         if not self.stages or not all(0 < share <= 1 for stage in self.stages for share in stage):
@@ -51,7 +55,8 @@ class ScheduleConfig:
 
 def stage_at(config: ScheduleConfig, done: float) -> tuple[float, float]:
     """Batch size and windows, as fractions, at the completed fraction `done` of the run."""
-    return config.stages[min(int(done * len(config.stages)), len(config.stages) - 1)]
+    place = int(done * len(config.stages) + 1e-9)  # 48 / 49 * 49 is less than 48
+    return config.stages[min(place, len(config.stages) - 1)]
 
 
 def stage_rows(config: ScheduleConfig, batch_rows: int) -> list[int]:
@@ -71,7 +76,10 @@ def rows_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
 
 def rows_in_all(config: ScheduleConfig, batch_rows: int, steps: int) -> int:
     """Rows of all steps of a run."""
-    return sum(round(batch_rows * share) for share in map(rows_share(config, steps), range(steps)))
+    rows, n = stage_rows(config, batch_rows), len(config.stages)
+    starts = [bisect_left(range(steps), i, key=lambda step: int(step / steps * n)) for i in range(n)]
+    ends = [*starts[1:], steps]
+    return sum(r * (end - start) for r, start, end in zip(rows, starts, ends, strict=True))
 
 
 def lr_share(config: ScheduleConfig, step: int, done: float) -> float:

@@ -39,6 +39,7 @@ from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.disk_space import checkpoint_bytes, explain_full_disk, require_space
+from hotlap.train.run.folder import read_config
 from hotlap.train.run.random_state import random_state
 from hotlap.train.run.state import RunState
 
@@ -239,13 +240,12 @@ class Saver:
 
     def _manifest(self, snapshot: Snapshot) -> dict:
         """The manifest, without its list of files."""
-        configuration = self.run / CONFIG
         return {
             "format": FORMAT,
             "step": snapshot.step,
             "world_size": self.world.size,
             "versions": versions(),
-            "run": json.loads(configuration.read_text()) if configuration.exists() else None,
+            "run": read_config(self.run) if (self.run / CONFIG).exists() else None,
             "tokenizer": snapshot.tokenizer.sha256,
             "data": snapshot.state.get("data"),
         }

@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hotlap.common import files
 from hotlap.common.errors import DataError
-from hotlap.common.options import differences, flat, to_json
-from hotlap.model.weights import TOKENIZER
+from hotlap.common.machine import circumstances
+from hotlap.common.options import to_json
+from hotlap.model.weights import CONFIG, TOKENIZER, listed, run_checkpoints
+from hotlap.train.run.changes import LENGTH, changes
 from hotlap.train.run.metrics import METRICS
 
-CONFIG = "config.json"
 LOCK = "run.lock"
-# Fields that may change when a run is resumed.
-CHANGEABLE = {"resume", "compile", "out", "micro_batch", "recompute", "profile"}
+MACHINE = "machine.json"
 
 
 @contextmanager
@@ -36,12 +39,17 @@ def run_lock(run: Path):
         raise FileExistsError(
             f"{run} cannot be a run's directory ({error.strerror}); choose another"
         ) from None
-    with open(run / LOCK, "a+", encoding="utf-8") as file:
+    try:
+        file = open(run / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise FileExistsError(f"cannot lock {run}: {LOCK} cannot be opened ({error.strerror})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{run} is in use by {file.read().strip() or 'another process'}") from None
+            holder = " ".join(file.read(200).split())
+            raise ValueError(f"{run} is in use by {holder or 'another process'}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -49,40 +57,71 @@ def run_lock(run: Path):
 
 
 def open_run(run: Path, config: Any, resume: bool) -> None:
-    """Start a new run, or check that a resumed run has its original configuration.
+    """Start a new run, or check that a resumed run has its original configuration, but for its length.
 
     Raises FileExistsError if the folder holds a run that is not being resumed, or anything else: nothing is
     overwritten. A run that failed before its first step is started afresh.
     """
-    path, text = run / CONFIG, to_json(config)
+    path = run / CONFIG
     if not path.exists():
+        if run_checkpoints(run):
+            raise FileExistsError(f"{run} has checkpoints, but no {CONFIG}; {in_new_folder(run)}")
         if others := sorted(p.name for p in run.iterdir() if p.name != LOCK):
             raise FileExistsError(f"{run} holds {others[0]} and no run; choose a new folder with --out")
-        path.write_text(text, encoding="utf-8")
+        write_config(run, config)
         return
-    try:
-        saved, current = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        ours = set(saved) == set(current)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a run's configuration: {error}") from error
-    if not resume:
-        if (run / METRICS).exists() or not ours:
-            raise FileExistsError(
-                f"{run} already holds a run; resume it with --resume auto, or choose another --out"
+    saved = read_config(run)
+    started = (run / METRICS).exists() or bool(run_checkpoints(run))
+    if started and not resume:
+        raise FileExistsError(
+            f"{run} already holds a run; resume it with --resume auto, or choose another --out"
+        )
+    if not started and set(saved) != set(json.loads(to_json(config))):
+        raise FileExistsError(f"{run} already holds a run or model of another kind; choose another --out")
+    changed = changes(saved, config)
+    if resume and started:
+        if texts := [text for name, text in changed.items() if name not in LENGTH]:
+            raise ValueError(
+                f"{run} was started with another configuration: {listed(texts)}; restore the original "
+                f"values, or {in_new_folder(run)}"
             )
+    elif changed or not resume:
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
             made.unlink(missing_ok=True)  # left by the failed start
-        path.write_text(text, encoding="utf-8")
-        return
-    saved = flat(json.loads(to_json(type(config)()))) | flat(
-        saved
-    )  # fields newer than the run: their defaults
-    current = flat(current)
-    for name in CHANGEABLE:
-        saved.pop(name, None)
-        current.pop(name, None)
-    if changed := differences(saved, current):
-        raise ValueError(
-            f"{run} was started with another configuration: {'; '.join(changed)}; "
-            "choose another --out, or restore the original values"
-        )
+        write_config(run, config)
+
+
+def in_new_folder(run: Path) -> str:
+    return f"choose another --out, with --resume {run} to go on from its checkpoint"
+
+
+def read_config(run: Path) -> dict:
+    """The fields in a run's config.json. DataError if it cannot be read."""
+    try:
+        fields = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"{fields!r:.40} is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{run / CONFIG} is not a run's configuration: {error}; {in_new_folder(run)}"
+        ) from error
+    return fields
+
+
+def write_config(run: Path, config: Any) -> None:
+    files.write(run / CONFIG, to_json(config))
+
+
+def write_machine(run: Path, device: torch.device, ranks: int) -> None:
+    """Record the device, versions and date of a start; the last one counts."""
+    files.write(run / MACHINE, json.dumps({**circumstances(device), "ranks": ranks}, indent=1) + "\n")
+
+
+def read_machine(run: Path) -> tuple[str, str]:
+    """The device, with the number of ranks, and the date of a run's last start; empty if they are unknown."""
+    try:
+        found = json.loads((run / MACHINE).read_text(encoding="utf-8"))
+        several = f"{found['ranks']} x " if found["ranks"] > 1 else ""
+        return f"{several}{found['device']}", str(found["date"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "", ""

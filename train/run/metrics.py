@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.train.distributed.world import World
 from hotlap.train.run.state import RunState
+
+if TYPE_CHECKING:
+    from hotlap.train.distributed.world import World
 
 METRICS = "metrics.jsonl"
 
@@ -20,8 +24,19 @@ class Metrics:
     """Appends one JSON object per step to metrics.jsonl. NaN and infinity become null."""
 
     def __init__(self, path: Path, first_step: int = 0):
-        """Append to the file, after dropping what an interrupted run wrote from `first_step` on."""
-        lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
+        """Append to the file, after dropping what an interrupted run wrote from `first_step` on.
+
+        What cannot be read is kept under another name, unless it is only a last line that was cut short.
+        """
+        found, lost, cut = parsed(path)
+        if lost and not cut:
+            aside = path.rename(path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}"))
+            log.warning("%s; kept as %s", left_out(path, lost), aside.name)
+        elif lost:
+            log.warning(left_out(path, lost))
+        lines = [m for m in found if m["step"] < first_step]
+        if again := len(found) - len(lines):
+            log.info("%s: steps after step %d are taken again; %d lines are dropped", path, first_step, again)
         files.write(path, "".join(map(as_line, lines)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
         self.last = lines[-1] if lines else {}
@@ -91,11 +106,37 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without any that a kill cut short."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """The lines of metrics.jsonl. Those that cannot be read are left out, with a warning."""
+    found, lost, _ = parsed(path)
+    if lost:
+        log.warning(left_out(path, lost))
+    return found
+
+
+def left_out(path: Path, lost: int) -> str:
+    if not path.is_file():
+        return f"{path} is not a file and cannot be read"
+    return f"{path}: {lost} {'lines' if lost > 1 else 'line'} cannot be read, left out"
+
+
+def parsed(path: Path) -> tuple[list[dict], int, bool]:
+    """The lines of metrics.jsonl that can be read, how many others there are, and whether that is only the
+    last one, without its end, as a killed process leaves it.
+    """
+    if not path.is_file():
+        return [], int(path.exists()), False
+    raw = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    lines = [step_line(line) for line in raw]
+    lost = lines.count(None)
+    cut = lost == 1 and lines[-1] is None and not path.read_bytes().endswith(b"\n")
+    return [line for line in lines if line is not None], lost, cut
+
+
+def step_line(line: bytes) -> dict | None:
+    """The values of a step; None if the line has none. NaN and infinity are None."""
+    try:
+        values = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
+        step = values["step"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return values if type(step) is int and step >= 0 else None

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.errors import DataError
-from hotlap.common.plots import new_figure
+from hotlap.common.log import log
+from hotlap.common.plots import caption, new_figure
 from hotlap.common.terminal import printable
-from hotlap.train.run.metrics import read_metrics
+from hotlap.train.run.folder import read_config, read_machine
+from hotlap.train.run.metrics import METRICS, read_metrics
 
 # Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
@@ -26,26 +28,28 @@ class ReportConfig:
 
 def write_report(run: Path) -> Path:
     """Write report.md and curves.png into a run's directory, and return the report's path."""
-    if not (run / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"no metrics.jsonl in {run}; give a run's directory")
-    metrics = read_metrics(run / "metrics.jsonl")
+    if not (run / METRICS).is_file():
+        raise FileNotFoundError(f"no {METRICS} in {run}; give a run's directory")
+    metrics = read_metrics(run / METRICS)
     if not metrics:
-        raise DataError(f"{run / 'metrics.jsonl'} is empty; the run has not completed a step yet")
+        raise DataError(f"{run / METRICS} has no step that can be read; the run has not completed a step yet")
     last = metrics[-1]
-    speed = sorted(m["tokens_per_second"] for m in metrics)[len(metrics) // 2]
-    utilisation = "n/a (unknown peak)" if last["mfu"] is None else f"{last['mfu']:.1%}"
+    speeds = sorted(v for m in metrics if (v := number(m, "tokens_per_second")) is not None)
+    device, date = read_machine(run)
     rows = {
+        "device": device or "n/a",
+        "started": date or "n/a",
         "steps": f"{last['step'] + 1:,}",
-        "tokens": f"{last['tokens']:,}",
-        "training time": f"{last['seconds']:.0f} s",
-        "tokens/s (median)": f"{speed:,.0f}",
-        "MFU (nanochat's formula)": utilisation,
-        "training loss": f"{last['loss']:.4f}",
+        "tokens": shown(number(last, "tokens"), ",.0f"),
+        "training time": shown(number(last, "seconds"), ".0f", " s"),
+        "tokens/s (median)": shown(speeds[len(speeds) // 2] if speeds else None, ",.0f"),
+        "MFU (nanochat's formula)": shown(number(last, "mfu"), ".1%", missing="n/a (unknown peak)"),
+        "training loss": shown(number(last, "loss"), ".4f"),
     }
     validations = [{k: v for k, v in m.items() if k.startswith("validation")} for m in metrics]
-    for name, value in next(filter(None, reversed(validations)), {}).items():
-        shown = "n/a" if value is None else f"{value:.4f}"
-        rows[NAMES.get(name, name.replace("_", " "))] = shown
+    validated = next(filter(None, reversed(validations)), {})
+    for name in validated:
+        rows[NAMES.get(name, name.replace("_", " "))] = shown(number(validated, name), ".4f")
     lines = [
         f"# {run.name}",
         "",
@@ -54,37 +58,59 @@ def write_report(run: Path) -> Path:
         *(f"| {k} | {v} |" for k, v in rows.items()),
         "",
     ]
-    if draw_curves(metrics, run / "curves.png"):
+    if draw_curves(metrics, run / "curves.png", device, date):
         lines += ["![loss and throughput](curves.png)", ""]
-    config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
-    lines += ["## Configuration", "", "```json", config, "```", ""]
+    try:
+        config = json.dumps(read_config(run), indent=1)
+        lines += ["## Configuration", "", "```json", config, "```", ""]
+    except DataError as error:
+        log.warning("the report is without the configuration: %s", error)
     path = run / "report.md"
     files.write(path, "\n".join(lines))
     return path
 
 
-def draw_curves(metrics: list[dict], path: Path) -> bool:
-    """Plot loss and tokens/s over the tokens seen. Returns False, and logs why, without matplotlib."""
+def number(values: dict, name: str) -> float | None:
+    """A metric of a line; None if the line has no such number."""
+    value = values.get(name)
+    usable = type(value) in (int, float) and abs(value) < 1e300
+    return float(value) if usable else None
+
+
+def shown(value: float | None, form: str, unit: str = "", missing: str = "n/a") -> str:
+    return missing if value is None else f"{value:{form}}{unit}"
+
+
+def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
+    """Plot loss and tokens/s over the tokens seen, with the facts below. Returns False, and logs why, without
+    matplotlib.
+    """
     figure = new_figure(figsize=(9, 3.4))
     if figure is None:
         return False
-    tokens = [m["tokens"] / 1e6 for m in metrics]
-    evaluated = [m for m in metrics if "validation_loss" in m]
+
+    def points(name: str, unit: float = 1) -> tuple[list[float], list[float]]:
+        """Millions of tokens, and a metric."""
+        pairs = [(number(m, "tokens"), number(m, name)) for m in metrics]
+        known = [(tokens / 1e6, value / unit) for tokens, value in pairs if None not in (tokens, value)]
+        return [x for x, _ in known], [y for _, y in known]
+
     loss, speed = figure.subplots(1, 2)
-    loss.plot(tokens, [m["loss"] for m in metrics], lw=0.8, label="training")
-    validated = [m["validation_loss"] for m in evaluated]
-    if evaluated:
-        loss.plot([m["tokens"] / 1e6 for m in evaluated], validated, "o-", label="validation")
+    loss.plot(*points("loss"), lw=0.8, label="training")
+    validated = points("validation_loss")
+    if validated[0]:
+        loss.plot(*validated, "o-", label=f"validation, {validated[1][-1]:.3f} in the end")
     loss.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
     loss.legend()
-    speed.plot(tokens, [m["tokens_per_second"] / 1e3 for m in metrics], lw=0.8)
+    speed.plot(*points("tokens_per_second", 1e3), lw=0.8)
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
     for axes in (loss, speed):
         axes.grid(alpha=0.3)
+    caption(figure, *facts)
     figure.savefig(path, dpi=120)
     return True
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ReportConfig) -> None:
     """`hotlap report`."""
-    print(printable(str(write_report(options.parse(ReportConfig, arguments, command="report").run))))
+    print(printable(str(write_report(config.run))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from hotlap.common.errors import DataError
@@ -30,12 +31,20 @@ from hotlap.train.run.random_state import set_random_state
 from hotlap.train.run.state import RunState
 
 
-def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
+def resume_from(
+    run: Path,
+    choice: str,
+    model: GPT,
+    optimizer: MuonAdamW,
+    world: World,
+    accept: Callable[[Path, dict, RunState], RunState] = lambda folder, manifest, state: state,
+) -> RunState:
     """Load a checkpoint on all ranks and return its state, or the state of a new run.
 
     choice: "no"; "auto", the run's newest intact checkpoint, if it has any; or the path of a checkpoint or
     run, which is loaded or refused, never replaced by another. Damaged or later checkpoints of the run are
-    renamed to aside-step-..., so that the run writes them again.
+    renamed to aside-step-..., so that the run writes them again. accept: returns the state to go on with from
+    a folder, its manifest and state, or raises ValueError before anything is loaded or renamed.
     """
     if world.is_main:
         remove_unfinished(run)
@@ -54,7 +63,8 @@ def resume_from(run: Path, choice: str, model: GPT, optimizer: MuonAdamW, world:
         folder = world.together(lambda: model_folder(choice))[0]
         manifest = verify_checkpoint(folder, world)
     check_same_tokenizer(run, folder, manifest)
-    state = load_checkpoint(folder, manifest, model, optimizer, world)
+    state = accept(folder, manifest, world.together(lambda: read_state(folder))[0])
+    load_checkpoint(folder, manifest, model, optimizer, world)
     if world.is_main:
         for later in found:
             if int(later.name.removeprefix("step-")) >= state.step and not later.samefile(folder):
@@ -99,8 +109,30 @@ def verify_checkpoint(folder: Path, world: World) -> dict:
     return world.together(lambda: verify(folder, world.rank, world.size))[0]
 
 
-def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> RunState:
-    """Load model, optimiser and random state in place, and return the run's state. manifest: as verified.
+def read_state(folder: Path) -> RunState:
+    """A checkpoint's state.json. DataError if it cannot be used."""
+    try:
+        state = RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        for field in dataclasses.fields(RunState):
+            if type(getattr(state, field.name)) is not type(getattr(RunState(), field.name)):
+                raise ValueError(f"{field.name} is {getattr(state, field.name)!r}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder / STATE} is not a checkpoint's state: {error}; use another checkpoint"
+        ) from error
+    return state
+
+
+def restore_random_state(path: Path) -> None:
+    """Set the random state from a checkpoint's file. DataError if it cannot be used."""
+    try:
+        set_random_state(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{path} is not a random state: {error!r}; use another checkpoint") from error
+
+
+def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> None:
+    """Load model, optimiser and random state in place. manifest: as verified.
 
     Raises DataError, before changing anything, that lists fields and tensors that differ as `saved X, current
     Y`; nothing is cast. The random state is restored only on the same number of ranks.
@@ -117,7 +149,7 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
         read_tensors(folder, weights)
         read_tensors(folder / OPTIMIZER, states)
         if manifest["world_size"] == world.size:
-            set_random_state(json.loads((folder / random_file(world.rank)).read_text()))
+            restore_random_state(folder / random_file(world.rank))
 
     world.together(fill)
     if manifest["world_size"] != world.size:
@@ -125,4 +157,3 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
             "%s was saved by %d ranks, this run has %d: everything is restored but the random state",
             folder, manifest["world_size"], world.size,
         )  # fmt: skip
-    return RunState(**json.loads((folder / STATE).read_text()))

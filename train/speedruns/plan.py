@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from hotlap.common.machine import device_name
+from hotlap.common.memory import GB
 from hotlap.common.terminal import printable
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts, training_bytes
 from hotlap.train.data import public
 from hotlap.train.data.hub import DownloadPlan
-from hotlap.train.distributed.memory import GB, device_bytes
+from hotlap.train.distributed.memory import device_bytes
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import dollars_per_hour, throughput

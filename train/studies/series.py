@@ -9,10 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hotlap.common.errors import Interrupted
+from hotlap.model.weights import listed
 from hotlap.train.data.prepare import prepare
 from hotlap.train.distributed.world import World
 from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.run.folder import open_run, run_lock
+from hotlap.train.run.changes import changes
+from hotlap.train.run.folder import read_config, run_lock
 from hotlap.train.run.metrics import METRICS, read_metrics
 
 
@@ -51,7 +53,11 @@ def finished(config: PretrainConfig) -> dict[str, float] | None:
     """The last metrics of a finished run; None if it is not finished."""
     if not (config.out / METRICS).exists():
         return None
-    open_run(config.out, dataclasses.replace(config, resume="auto"), resume=True)  # checks the configuration
+    if found := changes(read_config(config.out), config):
+        raise ValueError(
+            f"{config.out} was started with another configuration: {listed(list(found.values()))}; choose "
+            "another --out, or restore the original values"
+        )
     last = (read_metrics(config.out / METRICS) or [{}])[-1]
     done = last.get("step") == config.loop.steps - 1 and last.get("validation_bpb") is not None
     return last if done else None

@@ -109,7 +109,7 @@ def test_resuming_at_a_step_goes_on_with_its_batches(step):
     straight = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4)
     for _ in range(step):
         next(straight)
-    resumed = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4, start=step)
+    resumed = step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=4, start=step, first=8 * step)
     for _ in range(4):
         assert all(same(a, b) for a, b in zip(next(straight), next(resumed), strict=True))
 
@@ -121,11 +121,11 @@ def growing(step: int) -> float:
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
 def test_steps_that_grow_go_on_where_the_ones_before_ended(start):
     whole = random_shards(SHARDS, 16)
-    ranks = [
-        step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=1, start=start, rank=rank, world=2,
-                     share=growing) for rank in range(2)
-    ]  # fmt: skip
     first = [0, 2, 4, 8, 12, 20, 28]
+    ranks = [
+        step_batches(random_shards(SHARDS, 16), batch_rows=8, micro_rows=1, start=start, first=first[start],
+                     rank=rank, world=2, share=growing) for rank in range(2)
+    ]  # fmt: skip
     for step in range(start, 6):
         micro = [next(rank) for rank in ranks]
         inputs = torch.cat([m[i].inputs for i in range(len(micro[0])) for m in micro])

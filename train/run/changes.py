@@ -1,0 +1,85 @@
+"""What may differ between a run, or a checkpoint, and the configuration that goes on from it.
+
+A run in its own folder may change its length and what does not affect training. In a new folder it may also
+change what a checkpoint's state does not depend on, such as learning rates. Model, tokenizer, data and their
+order must be the same everywhere: they are what the state means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from hotlap.common.log import log
+from hotlap.common.options import differences, flat, to_json
+from hotlap.model.weights import listed
+from hotlap.train.run.state import RunState
+
+# Where and how a run is computed, watched and saved.
+FREE = {
+    "resume", "compile", "out", "micro_batch", "recompute", "profile",
+    "loop.evaluate_every", "loop.save_every", "loop.bad_steps",
+}  # fmt: skip
+LENGTH = {"loop.steps", "loop.minutes", "epochs"}
+ORDER = {"seed"}  # of the data: a position in one order is none in another
+# Compared by content, wherever the user keeps it: the model by its shape, the others by their hashes.
+BY_CONTENT = ("data", "tokenizer", "base", "model.")
+
+
+def changes(saved: dict, config: Any) -> dict[str, str]:
+    """`field: saved X, current Y`, by field, but for FREE ones. Fields newer than `saved` had the default."""
+    old = flat(json.loads(to_json(type(config)()))) | flat(saved)
+    new = flat(json.loads(to_json(config)))
+    return {
+        name: differences({name: old.get(name)}, {name: new.get(name)})[0]
+        for name in sorted({*old, *new} - FREE)
+        if old.get(name) != new.get(name)
+    }
+
+
+def continued(folder: Path, manifest: dict, state: RunState, config: Any, stage: Any) -> RunState:
+    """The state with which a run goes on from a checkpoint that another configuration may have saved.
+
+    config, stage: the run's StageConfig and Stage. Logs what differs, and what starts anew because of that.
+    ValueError if the checkpoint is of another stage, data or order of the data, or if the run would already
+    be over.
+    """
+    if state.stage != stage.name:
+        hint = f"; to fine-tune it, give --base {folder}" if stage.name == "sft" else ""
+        raise ValueError(f"{folder} is a checkpoint of {state.stage}, which {stage.name} cannot resume{hint}")
+    if state.data != stage.data:
+        raise ValueError(
+            f"{folder} was started on other data than {stage.source} holds now; restore that data, or start "
+            "a new run with another --out"
+        )
+    found = changes(manifest["run"], config) if manifest.get("run") else {}
+    found = {name: text for name, text in found.items() if not name.startswith(BY_CONTENT)}
+    if other := [text for name, text in found.items() if name in ORDER]:
+        raise ValueError(
+            f"{folder} has another order of the data: {'; '.join(other)}; restore the original value, or "
+            "start a new run"
+        )
+    if state.finished and (state.step == stage.loop.steps or not LENGTH & set(found)):
+        flag = "--loop.minutes" if stage.loop.minutes and state.step < stage.loop.steps else "--loop.steps"
+        log.info("%s: finished after step %d; to train on, give a higher %s", folder, state.step, flag)
+        return state
+    over = bool(stage.loop.minutes) and state.seconds >= 60 * stage.loop.minutes
+    if state.step >= stage.loop.steps or over:
+        length = f"{stage.loop.minutes:g} minutes" if over else f"{stage.loop.steps} steps"
+        flag = "--loop.minutes" if over else "--loop.steps"
+        raise ValueError(
+            f"{folder} has taken {state.step} steps in {state.seconds / 60:.3g} minutes, and this run ends "
+            f"after {length}; give a higher {flag}, or resume from an earlier checkpoint into another --out"
+        )
+    if not found:
+        return state
+    # other rates and batches have other losses and norms
+    log.info("%s: going on with %s; spikes are measured anew", folder, listed(list(found.values())))
+    if LENGTH & set(found):
+        log.info(
+            "the schedule follows the new length, so the learning rate may go up again: the last step had "
+            "%.3g of its peak", state.last.get("lr_share", 1.0),
+        )  # fmt: skip
+    return dataclasses.replace(state, finished=False, recent=RunState().recent)
