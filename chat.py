@@ -222,7 +222,11 @@ def converse(chat: Chat | Continuation) -> None:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing, history and pasted lines, if Python has it
-        print("type a message, or /help" if isinstance(chat, Chat) else "type text for the model to continue")
+        print(
+            "type a message, or /help"
+            if isinstance(chat, Chat)
+            else "type text for the model to continue, or /help"
+        )
     while True:
         try:
             line = input("\n> " if interactive else "")

@@ -208,12 +208,13 @@ def what_is_at(path: Path) -> str:
         return f"{path} is a folder that you may not read"
     if is_model(path.parent):
         return f"{path} is a part of a checkpoint; give {path.parent}"
-    if os.path.isdir(path / "checkpoints"):
+    names = os.listdir(path)
+    if "checkpoints" in names or {CONFIG, "run.lock"} <= {*names}:
         return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
     if any(path.glob("*.bin")):
         return f"{path} has token shards and no model; train one on them with `hotlap pretrain --data {path}`"
     missing = [name for name in (CONFIG, TOKENIZER, TENSORS) if not any(path.glob(name))]
-    if len(missing) < 3:
+    if not {CONFIG, TENSORS} <= {*missing}:
         return f"{path} is no whole model: it lacks {' and '.join(missing)}; copy or export it again"
     return f"no model in the folder {path}"
 

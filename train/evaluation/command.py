@@ -16,7 +16,15 @@ from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
 from hotlap.train.evaluation.config import EvalConfig
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
-from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, greedy, load_engine, question
+from hotlap.train.evaluation.questions import (
+    QUESTIONS,
+    TASKS,
+    examine,
+    examples_of,
+    greedy,
+    load_engine,
+    question,
+)
 
 OPENINGS = (  # only letters and spaces, which a character tokenizer is likely to have
     "The largest animal that lives in the sea is",
@@ -38,6 +46,8 @@ KNOWN = ("bpb", "core", "samples", *TASKS)
 
 def check(config: EvalConfig) -> None:
     """Raise what is wrong with the config itself."""
+    if not config.tasks:
+        raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
     if unknown := [task for task in config.tasks if task not in KNOWN]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
     if config.out and config.out.exists():
@@ -80,6 +90,8 @@ def evaluate_model(config: EvalConfig) -> dict:
         )
         core_tasks = open_bundle(config, world) if "core" in config.tasks else []
         prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
+        chosen = [task for task in TASKS if task in config.tasks] if world.is_main else []
+        examples = {task: examples_of(task, tokenizer, shape.context) for task in chosen}
         engine = load_engine(folder, world.device)
         scores: dict[str, dict] = {}
         wrong: dict[str, list] = {}
@@ -89,8 +101,8 @@ def evaluate_model(config: EvalConfig) -> dict:
         if core_tasks:
             scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
         if world.is_main:
-            for task in [task for task in TASKS if task in config.tasks]:
-                scores[task], wrong[task] = examine(engine, task)
+            for task in examples:
+                scores[task], wrong[task] = examine(engine, task, examples[task])
             if prompts:
                 answers = greedy(engine, list(prompts.values()))
                 shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
@@ -130,7 +142,7 @@ def as_table(result: dict) -> str:
         else:
             lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
     for text, answer in result["samples"]:
-        lines += ["", f"> {text}", answer.strip()]
+        lines += ["", f"> {text}", answer.strip() or "[no answer]"]
     return "\n".join(lines)
 
 

@@ -28,6 +28,12 @@ MACHINE = "machine.json"
 def run_lock(run: Path):
     """Lock the run's directory, or raise ValueError naming the process that holds the lock."""
     try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {run} is not UTF-8, and safetensors could not read its checkpoints"
+        ) from None
+    try:
         run.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise FileExistsError(

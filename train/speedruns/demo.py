@@ -34,7 +34,7 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
         engine = load_engine(tuned.out)
-        scores = {task: examine(engine, task)[0]["accuracy"] for task in TASKS}
+        scores = {task: examine(engine, task, TASKS[task]())[0]["accuracy"] for task in TASKS}
         scores["validation_bpb"] = bits
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
