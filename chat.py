@@ -10,20 +10,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from hotlap.common import options
-from hotlap.common.errors import BAD_DATA, guarded
-from hotlap.common.log import set_up_logging
+from hotlap import cli
+from hotlap.common.errors import BAD_DATA
 from hotlap.common.terminal import lenient, printable
-from hotlap.kernels.dispatch import default_device, kernel_choice
+from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
-from hotlap.model.engine import Engine
-from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import StreamDecoder
-from hotlap.model.weights import find_models, load_model, model_folder, stage
+
+if TYPE_CHECKING:
+    from hotlap.model.engine import Engine
 
 CONVERSATION_HELP = """\
   /system TEXT       set the system message (no TEXT: remove it)
@@ -223,7 +222,11 @@ def converse(chat: Chat | Continuation) -> None:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing, history and pasted lines, if Python has it
-        print("type a message, or /help" if isinstance(chat, Chat) else "type text for the model to continue")
+        print(
+            "type a message, or /help"
+            if isinstance(chat, Chat)
+            else "type text for the model to continue, or /help"
+        )
     while True:
         try:
             line = input("\n> " if interactive else "")
@@ -247,6 +250,11 @@ def converse(chat: Chat | Continuation) -> None:
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
+    # These import torch, which takes seconds: what is wrong with the flags is said before.
+    from hotlap.kernels.dispatch import default_device, kernel_choice
+    from hotlap.model.engine import Engine
+    from hotlap.model.weights import find_models, load_model, model_folder, stage
+
     path = config.model
     if path is None:
         found = find_models(Path("runs"))
@@ -269,9 +277,8 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     return (Continuation if base else Chat)(engine, config.sampling(base), config.seed)
 
 
-def main(arguments: list[str]) -> int:
+def main(config: ChatConfig) -> int:
     """`hotlap chat`, and `python chat.py`."""
-    config = options.parse(ChatConfig, arguments, command="chat")
     for stream in (sys.stdin, sys.stdout):
         lenient(stream)
     chat = open_chat(config)
@@ -282,7 +289,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    debug = "--debug" in sys.argv
-    flags = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    set_up_logging()
-    raise SystemExit(guarded(lambda: main(flags), debug))
+    raise SystemExit(cli.main(["chat", *sys.argv[1:]]))

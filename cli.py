@@ -1,57 +1,157 @@
-"""The `hotlap` command: a table of commands. A command's module is imported only when it is called."""
+"""The `hotlap` command: a table of commands.
+
+A command's flags are read before its code and torch are imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import os
 import sys
+from typing import Any, NamedTuple
 
+from hotlap.common import options
 from hotlap.common.errors import guarded, known
 from hotlap.common.log import set_up_logging
 from hotlap.common.process import wait_asleep
 from hotlap.common.terminal import lenient
 
-# What a command does, and its module or module:function, which takes the remaining arguments. Words after
-# the module are arguments that come before them.
-Table = dict[str, tuple[str, "str | Table"]]
+
+class Command(NamedTuple):
+    """A row of the table. Objects are named module:object and imported when they are needed."""
+
+    text: str
+    """What the command does."""
+    config: str
+    """The dataclass of its flags, or a function that reads them. In a module that imports no torch."""
+    run: str
+    """The function that takes the configuration and returns an exit code or None."""
+    presets: str = ""
+    """A module with PRETRAIN and from_depth, for --preset and --depth."""
+
+
+class Group(NamedTuple):
+    """A command that has further commands."""
+
+    text: str
+    commands: Table
+
+
+Table = dict[str, "Command | Group"]
 
 SPEEDRUNS: Table = {
-    "tiny": ("the demo: a chat model in minutes, without a GPU or a download", "train.speedruns.demo"),
-    "minutes": ("autoresearch's: the best model in five minutes", "train.speedruns.minutes"),
-    "gpt2-124m": ("modded-nanogpt's main track: a loss of 3.28 on FineWeb", "train.speedruns.track"),
-    "gpt2-grade": ("nanochat's: GPT-2's CORE score, then a chat model", "train.speedruns.grade"),
-}
+    "tiny": Command(
+        "the demo: a chat model in minutes, without a GPU or a download",
+        "train.speedruns.config:TinyConfig", "train.speedruns.demo:main",
+    ),
+    "minutes": Command(
+        "autoresearch's: the best model in five minutes",
+        "train.speedruns.config:MinutesConfig", "train.speedruns.minutes:main",
+    ),
+    "gpt2-124m": Command(
+        "modded-nanogpt's main track: a loss of 3.28 on FineWeb",
+        "train.speedruns.config:TrackConfig", "train.speedruns.track:main",
+    ),
+    "gpt2-grade": Command(
+        "nanochat's: GPT-2's CORE score, then a chat model",
+        "train.speedruns.config:GradeConfig", "train.speedruns.grade:main",
+    ),
+}  # fmt: skip
 BENCHMARKS: Table = {
-    "look": ("4 minutes on a GPU: do the kernels run, and where does the time go", "bench.suite look"),
-    "check": ("6 minutes on a GPU: native tests, tuning, kernels against alternatives", "bench.suite check"),
-    "figures": ("4 minutes on a GPU: training and inference", "bench.suite figures"),
-    "kernels": ("each operation against its alternatives and the device's ceiling", "bench.kernels"),
-    "training": ("tokens/s, MFU and the time of each part of a step", "bench.training"),
-    "speedrun": ("a speedrun's steps on this machine, beside the records", "bench.pace"),
-    "inference": ("time to first token, and tokens/s while decoding", "bench.inference"),
-    "peers": ("nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race", "bench.peers"),
-    "compare": ("what got slower between two result files", "bench.compare"),
-    "static": ("compile every kernel for six GPU architectures, no GPU needed", "bench.static"),
-    "tune": ("find the fastest tiles for this GPU", "bench.tune"),
-}
+    "look": Command(
+        "4 minutes on a GPU: do the kernels run, and where does the time go",
+        "bench.config:suite_flags", "bench.suite:main",
+    ),
+    "check": Command(
+        "6 minutes on a GPU: native tests, tuning, kernels against alternatives",
+        "bench.config:suite_flags", "bench.suite:main",
+    ),
+    "figures": Command(
+        "4 minutes on a GPU: training and inference",
+        "bench.config:suite_flags", "bench.suite:main",
+    ),
+    "kernels": Command(
+        "each operation against its alternatives and the device's ceiling",
+        "bench.config:KernelsConfig", "bench.kernels:main",
+    ),
+    "training": Command(
+        "tokens/s, MFU and the time of each part of a step",
+        "bench.config:TrainingConfig", "bench.training:main",
+    ),
+    "speedrun": Command(
+        "a speedrun's steps on this machine, beside the records",
+        "bench.config:SpeedrunConfig", "bench.pace:main",
+    ),
+    "inference": Command(
+        "time to first token, and tokens/s while decoding",
+        "bench.config:InferenceConfig", "bench.inference:main",
+    ),
+    "peers": Command(
+        "nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race",
+        "bench.config:PeersConfig", "bench.peers:main",
+    ),
+    "compare": Command(
+        "what got slower between two result files",
+        "bench.compare:CompareConfig", "bench.compare:main",
+    ),
+    "static": Command(
+        "compile every kernel for six GPU architectures, no GPU needed",
+        "bench.config:StaticConfig", "bench.static:main",
+    ),
+    "tune": Command(
+        "find the fastest tiles for this GPU",
+        "bench.config:TuneConfig", "bench.tune:main",
+    ),
+}  # fmt: skip
 COMMANDS: Table = {
-    "speedrun": ("train a model from scratch, for example hotlap speedrun tiny", SPEEDRUNS),
-    "tokenizer": ("train a tokenizer on text", "train.data.prepare:tokenizer_command"),
-    "data": ("turn text into token shards", "train.data.prepare:data_command"),
-    "pretrain": ("train a base model on text", "train.presets:pretrain_command"),
-    "sft": ("fine-tune a base model on conversations", "train.sft"),
-    "eval": ("evaluate a model: bits per byte, CORE, samples, questions", "train.evaluation.command"),
-    "report": ("rewrite a run's report", "train.run.report"),
-    "sweep": ("train variants of a recipe and compare them", "train.studies.sweep"),
-    "scaling": ("train several depths and fit scaling laws", "train.studies.scaling"),
-    "ablations": ("train the demo's model without each part of its recipe", "train.studies.ablations"),
-    "bench": ("benchmark this device: kernels, training, inference, peers", BENCHMARKS),
-    "export": ("export a model for other programs", {
-        "weights": ("config.json, tokenizer.json and model.safetensors", "model.export"),
+    "speedrun": Group("train a model from scratch, for example hotlap speedrun tiny", SPEEDRUNS),
+    "tokenizer": Command(
+        "train a tokenizer on text",
+        "train.data.prepare:TokenizerConfig", "train.data.prepare:tokenizer_command",
+    ),
+    "data": Command(
+        "turn text into token shards",
+        "train.data.prepare:DataConfig", "train.data.prepare:data_command",
+    ),
+    "pretrain": Command(
+        "train a base model on text",
+        "train.config:PretrainConfig", "train.pretrain:main", presets="train.presets",
+    ),
+    "sft": Command(
+        "fine-tune a base model on conversations",
+        "train.config:SFTConfig", "train.sft:main",
+    ),
+    "eval": Command(
+        "evaluate a model: bits per byte, CORE, samples, questions",
+        "train.evaluation.config:EvalConfig", "train.evaluation.command:main",
+    ),
+    "report": Command(
+        "rewrite a run's report",
+        "train.config:ReportConfig", "train.run.report:main",
+    ),
+    "sweep": Command(
+        "train variants of a recipe and compare them",
+        "train.studies.config:SweepConfig", "train.studies.sweep:main",
+    ),
+    "scaling": Command(
+        "train several depths and fit scaling laws",
+        "train.studies.config:ScalingConfig", "train.studies.scaling:main",
+    ),
+    "ablations": Command(
+        "train the demo's model without each part of its recipe",
+        "train.studies.config:AblationsConfig", "train.studies.ablations:main",
+    ),
+    "bench": Group("benchmark this device: kernels, training, inference, peers", BENCHMARKS),
+    "export": Group("export a model for other programs", {
+        "weights": Command(
+            "config.json, tokenizer.json and model.safetensors",
+            "model.config:ExportConfig", "model.export:main",
+        ),
     }),
-    "chat": ("chat with a model", "chat"),
+    "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
 }  # fmt: skip
 HELP = ("-h", "--help", "help")
 FLAGS = """
@@ -78,18 +178,34 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
     """Find the command in a table, and pass it the remaining arguments."""
     if not arguments or arguments[0] in HELP:
         print(f"usage: {path} COMMAND [flags]     ({path} COMMAND --help lists the flags)\n")
-        print("\n".join(f"  {name:10} {text}" for name, (text, _) in table.items()))
+        print("\n".join(f"  {name:10} {text}" for name, (text, *_) in table.items()))
         print(FLAGS)
         return 0 if arguments else 2
     name, *rest = arguments
-    target = table[known(name, table, f"{path} command")][1]
-    if isinstance(target, dict):
-        return run(f"{path} {name}", target, rest)
+    command = table[known(name, table, f"{path} command")]
+    if isinstance(command, Group):
+        return run(f"{path} {name}", command.commands, rest)
     set_up_logging()
     wait_asleep()
-    target, *leading = target.split()
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(f"hotlap.{module}"), function or "main")([*leading, *rest])
+    config = read_flags(f"{path} {name}", command, rest)
+    return named(command.run)(config)
+
+
+def read_flags(path: str, command: Command, arguments: list[str]) -> Any:
+    """The configuration of a command from its flags."""
+    kind = named(command.config)
+    if not dataclasses.is_dataclass(kind):
+        return kind(path.split()[-1], *arguments)
+    if not command.presets:
+        return options.parse(kind, arguments, command=path)
+    recipes = importlib.import_module(f"hotlap.{command.presets}")
+    return options.parse(kind, arguments, command=path, presets=recipes.PRETRAIN, depth=recipes.from_depth)
+
+
+def named(name: str) -> Any:
+    """The object of a name module:object."""
+    module, _, object_name = name.partition(":")
+    return getattr(importlib.import_module(f"hotlap.{module}"), object_name)
 
 
 if __name__ == "__main__":

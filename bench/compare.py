@@ -7,9 +7,6 @@ from pathlib import Path
 
 import tyro
 
-from hotlap.bench import results
-from hotlap.common import options
-
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -27,6 +24,8 @@ def compare(config: CompareConfig) -> list[str]:
 
     ValueError if the files are from different devices or have no case in common.
     """
+    from hotlap.bench import results  # imports torch
+
     before, after = results.load(config.before), results.load(config.after)
     if before["device"] != after["device"]:
         raise ValueError(
@@ -70,6 +69,6 @@ def unlike(before: dict, after: dict) -> list[str]:
     return lines
 
 
-def main(arguments: list[str]) -> None:
+def main(config: CompareConfig) -> None:
     """`hotlap bench compare`."""
-    print("\n".join(compare(options.parse(CompareConfig, arguments, command="bench compare"))))
+    print("\n".join(compare(config)))

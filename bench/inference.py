@@ -6,7 +6,6 @@ inference-BATCH.txt has the kernels of our decoding steps, profiled: operations 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from hotlap.bench import plots, results
 from hotlap.bench.breakdown import kernel_times, listed
+from hotlap.bench.config import InferenceConfig
 from hotlap.bench.models import model_config
 from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.peer_steps import nanochat_attention, nanochat_decoding, nanochat_model, shape_beside
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
@@ -31,24 +31,6 @@ from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
 
 PROFILED = 10  # decoding steps
-
-
-@dataclass(frozen=True)
-class InferenceConfig:
-    """Measure generation: time to first token, then decoding at several batch sizes."""
-
-    model: str = ""
-    """One of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU and d24 on a GPU."""
-    batches: tuple[int, ...] = (1, 8, 32, 128, 256)
-    """Batch sizes: sequences decoded at once."""
-    prompt: int = 0
-    """Prompt length in tokens; 0: half the model's context."""
-    nanochat: Path | None = None
-    """Your checkout of nanochat, to measure its engine's steps beside ours."""
-    minutes: float = 0
-    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
 
 
 @torch.inference_mode()
@@ -198,6 +180,6 @@ def decoding_bytes(model: GPT, batch: int, length: int) -> int:
     return weights + batch * seen * 2 * c.kv_heads * c.head_dim * size
 
 
-def main(arguments: list[str]) -> None:
+def main(config: InferenceConfig) -> None:
     """`hotlap bench inference`."""
-    bench_inference(options.parse(InferenceConfig, arguments, command="bench inference"))
+    bench_inference(config)

@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from hotlap.bench import plots, results
 from hotlap.bench.accuracy import as_tuple, is_plain_torch, mistake, right_answer
+from hotlap.bench.config import KernelsConfig
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, measure_ceilings
 from hotlap.bench.providers import CONTEXT, Function, Operation
@@ -28,12 +28,12 @@ from hotlap.bench.timing import (
     Budget,
     Timing,
     buffer_sets,
+    compiled_or_failed,
     failure,
     measure,
     side_stream,
     start_afresh,
 )
-from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
@@ -42,31 +42,6 @@ UNFINISHED = "did not finish: it hung, or its process was killed"  # the note of
 PLAIN = "plain torch: there is no kernel of ours for this on this device"
 ALL = "all"  # in place of a provider: the reference, or all providers in turns
 LONGEST = 150  # seconds, at most, to compile and check one provider, or to time all of them
-
-
-@dataclass(frozen=True)
-class KernelsConfig:
-    """Measure each operation: ours against torch, torch.compile, and other installed libraries."""
-
-    operations: tuple[str, ...] = ()
-    """Any of attention, windowed_attention, document_attention, long_attention, linear_relu2,
-    linear_cross_entropy, orthogonalize, muon, linear_fp8, rms_norm, rms_norm_residual, attention_inputs,
-    decode_attention, decode_linear, cross_entropy, embedding, relu2 and linear_cross_entropy_uncapped; by
-    default, all that the device supports. attention_lengths (rows of 1k to 16k tokens) must be named."""
-    sizes: tuple[str, ...] = ()
-    """The models whose widths are measured: d12, d24; both by default."""
-    rows: int = 0
-    """Number of tokens, up to 2048 or a multiple of it; 0: 16384 on a GPU, 1024 on a CPU."""
-    seconds: float = 0.2
-    """Measuring time of each provider in each direction."""
-    compile: bool = True
-    """Include torch.compile, which takes a while to compile."""
-    minutes: float = 0
-    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
-    resume: bool = False
-    """Continue an earlier run in the same folder, skipping providers that failed or hung."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
 
 
 class DeviceLost(OSError):
@@ -175,8 +150,7 @@ def is_usable(device: torch.device) -> bool:
         return False
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # else a compiled backward pass runs only once
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else uncompiled code would be timed
+@compiled_or_failed(donated_buffer=False)  # else a compiled backward pass runs only once
 def bench_operation(operation: Operation, run: Run, config: KernelsConfig) -> None:
     """Add the rows of one operation, for each direction and each provider that has not failed before."""
     start_afresh(run.device)
@@ -324,7 +298,7 @@ def ratio(row: dict) -> str:
     return "" if best is None else f"{best:.2f}x as fast as the best other"
 
 
-def main(arguments: list[str]) -> int:
+def main(config: KernelsConfig) -> int:
     """`hotlap bench kernels`; exit code 1 if one of our kernels failed or was wrong."""
-    rows = bench_kernels(options.parse(KernelsConfig, arguments, command="bench kernels"))
+    rows = bench_kernels(config)
     return int(any(map(is_fault, rows)))

@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hotlap.bench import results
+from hotlap.bench.config import SpeedrunConfig
 from hotlap.bench.plots import draw
 from hotlap.bench.timing import start_afresh
 from hotlap.bench.training import Batches, measure_training, random_batches
-from hotlap.common import options
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
@@ -49,26 +48,6 @@ ASSUMES = (
     "every step takes as long as those measured; validation, checkpoints and compilation are not counted; "
     "and the recipe's tokens suffice to reach the goal, which only a run shows"
 )
-
-
-@dataclass(frozen=True)
-class SpeedrunConfig:
-    """Measure a speedrun's training step beside the records: tokens/s, MFU, memory, and the time of a whole
-    run.
-    """
-
-    recipe: str = ""
-    """A preset of `hotlap pretrain`, or gpt2-grade; the default is gpt2-grade on a GPU and tiny on a CPU."""
-    rows: int = 0
-    """Rows per forward pass on each rank; 0: the recipe's, or fewer if they do not fit in memory."""
-    steps: int = 10
-    """Steps to measure, after two warm-up steps."""
-    data: Path | None = None
-    """Folder of token shards to read; random tokens by default."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block; auto: on a GPU only."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
@@ -232,7 +211,6 @@ def bars(unit: str, figure: Any, rows: list[dict]) -> None:
     axes.set_title(rows[0]["case"], fontsize=9)
 
 
-def main(arguments: list[str]) -> None:
+def main(config: SpeedrunConfig) -> None:
     """`hotlap bench speedrun`."""
-    config = options.parse(SpeedrunConfig, arguments, command="bench speedrun")
     print("\n".join(summary(bench_speedrun(config))))

@@ -5,21 +5,19 @@ ours in the same run. Nothing is written to the checkouts. race.py compares whol
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hotlap.bench import modded, results
+from hotlap.bench.config import PeersConfig
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step, shape_beside
 from hotlap.bench.race import race
 from hotlap.bench.timing import NO_TIME, Budget, Timing, failure, measure, start_afresh
 from hotlap.bench.training import made
-from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device
@@ -31,41 +29,6 @@ from hotlap.train.distributed.world import World
 from hotlap.train.losses import next_token_loss
 from hotlap.train.passes import Passes
 from hotlap.train.step import take_step
-
-
-@dataclass(frozen=True)
-class PeersConfig:
-    """Time a whole training step (forward, backward, optimizer) of peers and of hotlap at the same shape and
-    batch. Or, with --race, whole runs of nanoGPT's recipe for a CPU and of ours.
-
-    As the peers' scripts mask no documents, neither do we here.
-    """
-
-    nanogpt: Path | None = None
-    """Your checkout of nanoGPT."""
-    nanochat: Path | None = None
-    """Your checkout of nanochat; its requirements must be installed."""
-    modded: Path | None = None
-    """Your checkout of modded-nanogpt, with its data; it is compared with our 124m, at its scripts' batch."""
-    race: str = ""
-    """Train on this text with nanoGPT's recipe and ours, in turns: a file, or shakespeare (downloaded)."""
-    models: tuple[str, ...] = ()
-    """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU; 124m, d12 and d24 on a GPU."""
-    rows: int = 0
-    """Rows per forward pass; 0: a usual number for the model."""
-    micro_batches: int = 1
-    """Forward and backward passes per step (gradient accumulation)."""
-    window_pattern: str = ""
-    """Attention windows of both sides beside nanochat: S and L by layer; empty: those of the model.
-    Without FlashAttention 3, nanochat recommends L, because windows need a slow mask."""
-    fp8: bool = False
-    """Beside nanochat, run large matmuls in fp8, each side in its own way. nanoGPT has no fp8."""
-    seconds: float = 5.0
-    """Measuring time of each step."""
-    minutes: float = 0
-    """Stop starting new pairs after this many minutes, and list those skipped; 0: no limit."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_peers(config: PeersConfig) -> list[dict]:
@@ -212,6 +175,6 @@ def our_step(shape: GPTConfig, rows: int, device: torch.device, fp8: bool = Fals
     return step
 
 
-def main(arguments: list[str]) -> None:
+def main(config: PeersConfig) -> None:
     """`hotlap bench peers`."""
-    bench_peers(options.parse(PeersConfig, arguments, command="bench peers"))
+    bench_peers(config)

@@ -21,13 +21,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from hotlap.common import files, options
+from hotlap.bench.config import StaticConfig
+from hotlap.common import files
 from hotlap.kernels.dispatch import INTERPRETED, Device, triton
 from hotlap.kernels.tiles import Tile, fitting_tiles
 
@@ -99,21 +99,10 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class StaticConfig:
-    """Compile every kernel for six GPU architectures, and fail if one would run badly."""
-
-    arch: tuple[str, ...] = tuple(TARGETS)
-    """Architectures: sm_80 sm_89 sm_90 sm_100 sm_120 gfx942."""
-    kernel: tuple[str, ...] = MODULES
-    """Kernel files, such as rms_norm."""
-    all: bool = False
-    """Compile all tiles, and float16 too, not only the default tiles."""
-
-
 def run(config: StaticConfig, modules: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """Compile everything, and return the rows. modules: what to import for each name in config.kernel."""
     modules = modules or {name: f"hotlap.kernels.{name}" for name in MODULES}
+    config = StaticConfig(config.arch or tuple(TARGETS), config.kernel or tuple(modules), config.all)
     for name, given, known in (("arch", config.arch, TARGETS), ("kernel", config.kernel, modules)):
         if unknown := [value for value in given if value not in known]:
             raise ValueError(f"--{name} {unknown[0]} is unknown; known: {', '.join(known)}")
@@ -333,9 +322,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def main(config: StaticConfig) -> int:
     """`hotlap bench static`: print the table; exit code 1 if a kernel has a fault."""
-    config = options.parse(StaticConfig, arguments, command="bench static")
     start = time.monotonic()
     rows = run(config)
     print(table(rows))

@@ -9,7 +9,6 @@ file; at the end a summary is printed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -18,11 +17,11 @@ import signal
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.bench import phases, results
+from hotlap.bench.config import SuiteConfig, suite_flags
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
 from hotlap.common import files
@@ -34,23 +33,10 @@ GRACE = 10  # seconds for a phase to exit by itself after its time limit
 LAST_LINES = 3  # of a failed phase's log, in the summary
 
 
-@dataclass(frozen=True)
-class SuiteConfig:
-    """Run the phases of a call, and pack the results into one file."""
-
-    out: Path | None = None
-    """Empty folder for the results, packed into OUT.tar.gz beside it; CALL-DATE by default."""
-    cache: Path | None = None
-    """Folder for the caches of Triton and Inductor, to copy to another machine; their own by default."""
-    minutes: float = 0
-    """Time limit for the call; 0: its default. Phases that do not fit are listed."""
-    phases: tuple[str, ...] = ()
-    """Phases to run; all by default."""
-
-
-def run_suite(call: str, config: SuiteConfig) -> int:
+def run_suite(config: SuiteConfig) -> int:
     """Run a call. Returns 1 if a phase failed, else 0."""
-    groups = phases.CALLS[known(call, phases.CALLS, "call")]
+    call = known(config.call, phases.CALLS, "call")
+    groups = phases.CALLS[call]
     names = {phase.name for group in groups for phase in group}
     for name in config.phases:
         known(name, names, "phase")
@@ -212,22 +198,12 @@ def pack(out: Path, page: str) -> None:
     part.replace(out.parent / f"{out.name}.tar.gz")
 
 
-def main(arguments: list[str]) -> int:
-    """`hotlap bench look`, `check` and `figures`. Reads flags with argparse, as tyro may be missing."""
-    flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--out", type=Path, help="empty folder for the results; CALL-DATE by default")
-    flags.add_argument("--cache", type=Path, help="folder for the caches of Triton and Inductor")
-    flags.add_argument("--minutes", type=float, default=0, help="time limit for the call")
-    flags.add_argument("--phases", nargs="*", default=(), help="phases to run; all by default")
-    flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(prog="hotlap bench")
-    calls = parser.add_subparsers(dest="call", required=True)
-    for call in phases.CALLS:
-        calls.add_parser(call, parents=[flags], description=SuiteConfig.__doc__)
-    given = parser.parse_args(arguments)
-    return run_suite(given.call, SuiteConfig(given.out, given.cache, given.minutes, tuple(given.phases)))
+def main(config: SuiteConfig) -> int:
+    """`hotlap bench look`, `check` and `figures`."""
+    return run_suite(config)
 
 
 if __name__ == "__main__":
     set_up_logging()
-    raise SystemExit(guarded(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    raise SystemExit(guarded(lambda: main(suite_flags(*arguments)), debug="--debug" in sys.argv))

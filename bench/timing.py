@@ -36,6 +36,18 @@ FAILED = "does not run:"
 CACHE_FACTOR = 2.5  # size of all buffer sets, as a multiple of the last-level cache
 
 
+@contextlib.contextmanager
+def compiled_or_failed(**options: bool) -> Iterator[None]:
+    """What reaches torch.compile's limit of variants fails, instead of being timed uncompiled. options: of
+    AOTAutograd.
+    """
+    import torch._functorch.config
+
+    dynamo = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with dynamo, torch._functorch.config.patch(**options):
+        yield
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one call: the median of the samples, and their 10 % and 90 % quantiles."""

@@ -11,18 +11,25 @@ import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from hotlap.bench import plots, results
+from hotlap.bench.config import TrainingConfig
 from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
-from hotlap.bench.timing import NO_TIME, OUT_OF_MEMORY, Budget, Stopwatch, Timing, failure, start_afresh
-from hotlap.common import options
+from hotlap.bench.timing import (
+    NO_TIME,
+    OUT_OF_MEMORY,
+    Budget,
+    Stopwatch,
+    Timing,
+    compiled_or_failed,
+    failure,
+    start_afresh,
+)
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.common.process import keep_freed_memory
@@ -55,30 +62,6 @@ UNTIMED = 2  # warm-up steps
 BOS = 0
 
 Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Measure training steps on random tokens: tokens/s, MFU, memory, and the time of each part."""
-
-    models: tuple[str, ...] = ()
-    """Any of tiny, 124m, d12, d20 and d24; the default is tiny on a CPU, all others on a GPU."""
-    rows: int = 0
-    """Rows per forward pass; 0: a usual number, halved until it fits in memory."""
-    micro_batches: int = 1
-    """Forward and backward passes per step (gradient accumulation)."""
-    steps: int = 10
-    """Steps to measure, after two warm-up steps."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block; auto: on a GPU only."""
-    fp8: bool = False
-    """Run large matmuls in fp8."""
-    without: bool = False
-    """Measure again with each Triton kernel switched off, and with all of them off."""
-    minutes: float = 0
-    """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
-    out: Path | None = None
-    """Folder for the results; bench/results/DEVICE by default."""
 
 
 def bench_training(config: TrainingConfig) -> list[dict]:
@@ -197,7 +180,7 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
             module.use_triton = use_triton
 
 
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else blocks would silently run uncompiled
+@compiled_or_failed()
 def measure_training(
     shape: GPTConfig,
     count: int,
@@ -283,6 +266,6 @@ def step_seconds(
     return [times[i : i + len(PHASES)] for i in range(0, len(times), len(PHASES))]
 
 
-def main(arguments: list[str]) -> None:
+def main(config: TrainingConfig) -> None:
     """`hotlap bench training`."""
-    bench_training(options.parse(TrainingConfig, arguments, command="bench training"))
+    bench_training(config)

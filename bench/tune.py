@@ -17,15 +17,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from hotlap.bench import timing
+from hotlap.bench.config import TuneConfig
 from hotlap.bench.static import MODULES
 from hotlap.bench.timing import Call
-from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
@@ -45,19 +44,10 @@ GRAM_ASPECTS = (2.0, 3.0, 4.0)  # below these, the Gram form saves no FLOPs
 MARGIN = 0.98  # a candidate must beat this share of the default's time; less is noise
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """Find the fastest tiles for every kernel on this GPU, and use them in later runs."""
-
-    kernel: tuple[str, ...] = (*MODULES, "attention")
-    """Kernel files, such as rms_norm; attention tunes the choice of its backend."""
-    seconds: float = 0.05
-    """Measuring time of each tile."""
-
-
 def tune(config: TuneConfig) -> int:
     """Measure, print a line per case, and write the file."""
-    if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
+    kernels = config.kernel or (*MODULES, "attention")
+    if unknown := [name for name in kernels if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
     if not config.seconds > 0:
         raise ValueError(f"seconds={config.seconds} must be positive")
@@ -69,7 +59,7 @@ def tune(config: TuneConfig) -> int:
     facts = device_facts(device)
     results, choices = dict(tuned_tiles(facts.name)), dict(tuned_choices(facts.name))
     cases: dict[str, tuple[Case, tuple[str, int]]] = {}
-    for name in (name for name in config.kernel if name in MODULES):
+    for name in (name for name in kernels if name in MODULES):
         module = importlib.import_module(f"hotlap.kernels.{name}")
         for place, case in enumerate(module.cases(torch.bfloat16)):
             key = tile_key(case.table, case.size)  # kernels that share a table are tuned once, by the first
@@ -86,12 +76,12 @@ def tune(config: TuneConfig) -> int:
         took = f"{times[tiles.index(tile)]:.3f} ms, default {times.get(0, math.nan):.3f} ms"
         write_tuned(facts.name, results, choices)
         print(f"{key:40} {sizes} warps={tile.warps} stages={tile.stages}{form}: {took}", flush=True)
-    if "orthogonalize" in config.kernel:
+    if "orthogonalize" in kernels:
         times = dict(measure_gram(config.seconds, device))
         choices[GRAM_CHOICE] = str(from_where(times))
         shown = (f"{aspect}: {gram:.3f} and {plain:.3f} ms" for aspect, (gram, plain) in times.items())
         print(f"{GRAM_CHOICE:40} {choices[GRAM_CHOICE]}; with it and without, {', '.join(shown)}")
-    for key, times in measure_backends(config.seconds, device) if "attention" in config.kernel else ():
+    for key, times in measure_backends(config.seconds, device) if "attention" in kernels else ():
         choices[key] = best = min(times, key=times.__getitem__)
         print(f"attention {key:30} {best}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())}")
     print(write_tuned(facts.name, results, choices))
@@ -220,6 +210,6 @@ def step(inputs: torch.Tensor, dy: torch.Tensor, window: int | None, backend: st
     torch.autograd.grad(y, inputs, dy)
 
 
-def main(arguments: list[str]) -> int:
+def main(config: TuneConfig) -> int:
     """`hotlap bench tune`."""
-    return tune(options.parse(TuneConfig, arguments, command="bench tune"))
+    return tune(config)

@@ -57,7 +57,7 @@ def parse(
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     description = f"{(kind.__doc__ or '').strip()}\n\n" + "\n".join(notes)
-    return from_flags(start, rest, prog=f"hotlap {command}", description=description)
+    return from_flags(start, rest, prog=command, description=description)
 
 
 def from_flags(start: Config, arguments: list[str], **texts: str) -> Config:

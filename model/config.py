@@ -1,11 +1,12 @@
-"""The shape of a GPT, as one frozen dataclass, and the rule that derives it from a depth."""
+"""What configures a model, sampling and exports. Imports no torch, so that flags are read at once."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
-from hotlap.common.checks import at_least, positive
+from hotlap.common.checks import at_least, between, positive
 
 HEAD_DIM = 128  # of models built from a depth; the fastest size for attention kernels
 ROPE_BASE = 100_000.0  # base of the rotary frequencies
@@ -112,3 +113,34 @@ class GPTConfig:
         if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample the next token."""
+
+    temperature: float = 0.6
+    """0 takes the most likely token."""
+    top_k: int = 50
+    """Sample from the k most likely tokens; 0: from all."""
+    max_tokens: int = 256
+    """Maximum length of an answer in tokens."""
+    seed: int = 0
+    """Seed of the random generator."""
+
+    def validate(self) -> Sampling:
+        between(self, 0, 10, "temperature")
+        at_least(self, 0, "top_k", zero="off")
+        at_least(self, 1, "max_tokens")
+        at_least(self, 0, "seed")
+        return self
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model directory with config.json, tokenizer.json and model.safetensors."""
+
+    model: Path = Path("runs/tiny/sft")
+    """Run, checkpoint or model directory."""
+    out: Path = Path("exported")
+    """Folder to write; it must be empty or not exist yet."""

@@ -5,25 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hotlap.common import options
 from hotlap.common.files import write
 from hotlap.common.terminal import printable
+from hotlap.model.config import ExportConfig
 from hotlap.model.weights import STATE, load_model, model_folder, save_model, stage
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a model directory with config.json, tokenizer.json and model.safetensors."""
-
-    model: Path = Path("runs/tiny/sft")
-    """Run, checkpoint or model directory."""
-    out: Path = Path("exported")
-    """Folder to write; it must be empty or not exist yet."""
 
 
 def export_weights(config: ExportConfig) -> Path:
@@ -47,6 +36,6 @@ def export_weights(config: ExportConfig) -> Path:
     return out
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ExportConfig) -> None:
     """`hotlap export weights`."""
-    print(printable(str(export_weights(options.parse(ExportConfig, arguments, command="export weights")))))
+    print(printable(str(export_weights(config))))

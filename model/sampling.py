@@ -3,34 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from hotlap.common.checks import at_least, between
 from hotlap.common.gpu import to_device
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample the next token."""
-
-    temperature: float = 0.6
-    """0 takes the most likely token."""
-    top_k: int = 50
-    """Sample from the k most likely tokens; 0: from all."""
-    max_tokens: int = 256
-    """Maximum length of an answer in tokens."""
-    seed: int = 0
-    """Seed of the random generator."""
-
-    def validate(self) -> Sampling:
-        between(self, 0, 10, "temperature")
-        at_least(self, 0, "top_k", zero="off")
-        at_least(self, 1, "max_tokens")
-        at_least(self, 0, "seed")
-        return self
+from hotlap.model.config import Sampling
 
 
 def sample(logits: Tensor, settings: list[Sampling], generators: list[torch.Generator]) -> Tensor:

@@ -38,6 +38,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 BYTES_OF_AN_ID = 57  # reserved by the trainer: an entry of its hash map and one of its list
+TOKENIZER = "tokenizer.json"  # in a model's folder
 
 
 class Tokenizer:

@@ -13,12 +13,11 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
@@ -28,9 +27,12 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.flops import counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
-from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 
-CONFIG, TOKENIZER, WEIGHTS, STATE = "config.json", "tokenizer.json", "model.safetensors", "state.json"
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import TensorStorageMetadata
+
+CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state.json"
 SHOWN = 5  # differences listed in an error
 
 
@@ -158,6 +160,8 @@ def listed(differences: list[str]) -> str:
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Size, dtype and parts of every tensor in a folder's .safetensors files."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes seconds to import
+
     for path in sorted(folder.glob(TENSORS)):
         try:
             with safe_open(path, "pt"):
@@ -172,10 +176,12 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
     """Read the tensors in a folder into existing tensors of the same names, shapes and dtypes."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         try:
-            reader = HuggingFaceStorageReader(str(folder))
+            reader = dcp.HuggingFaceStorageReader(str(folder))
             dcp.load(into, storage_reader=reader, no_dist=True)
         except dcp.CheckpointException as error:
             cause, _ = error.failures[0]
@@ -202,12 +208,13 @@ def what_is_at(path: Path) -> str:
         return f"{path} is a folder that you may not read"
     if is_model(path.parent):
         return f"{path} is a part of a checkpoint; give {path.parent}"
-    if os.path.isdir(path / "checkpoints"):
+    names = os.listdir(path)
+    if "checkpoints" in names or {CONFIG, "run.lock"} <= {*names}:
         return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
     if any(path.glob("*.bin")):
         return f"{path} has token shards and no model; train one on them with `hotlap pretrain --data {path}`"
     missing = [name for name in (CONFIG, TOKENIZER, TENSORS) if not any(path.glob(name))]
-    if len(missing) < 3:
+    if not {CONFIG, TENSORS} <= {*missing}:
         return f"{path} is no whole model: it lacks {' and '.join(missing)}; copy or export it again"
     return f"no model in the folder {path}"
 

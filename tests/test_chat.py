@@ -1,5 +1,6 @@
 """chat.py as its user meets it: in a pipe, with odd input, and stopped in the middle."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 from helpers.tools import ScriptedModel, script, tiny_config
 
 from hotlap import chat as program
-from hotlap.chat import Chat, Continuation, command, say
+from hotlap.chat import Chat, ChatConfig, Continuation, command, say
+from hotlap.common.terminal import printable
 from hotlap.model.conversation import check_messages, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
+from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import save_model
 
 CHAT = Path(__file__).parent.parent / "chat.py"
@@ -215,15 +218,107 @@ def test_saving_appends_conversations_that_can_be_trained_on(tiny_tokenizer, tmp
     assert roles == [["user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
 
 
+def test_saving_says_what_the_context_had_no_room_for(tiny_tokenizer, tmp_path, capsys):
+    chat = talker(tiny_tokenizer, *["Yes."] * 10)
+    for number in range(9):
+        say(chat, f"Q{number}?")
+    command(chat, f"/save {tmp_path / 'talk.jsonl'}")
+    kept = len(chat.messages) // 2
+    assert f"without the first {9 - kept} questions, which were dropped]" in capsys.readouterr().out
+    command(chat, "/clear")
+    say(chat, "again?")
+    command(chat, f"/save {tmp_path / 'talk.jsonl'}")
+    assert "without" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", ["", " \n ", "\x1b\x07"], ids=["nothing", "spaces", "controls"])
+def test_an_empty_answer_says_so(answer, tiny_tokenizer, capsys):
+    chat = talker(tiny_tokenizer, answer, "Yes.")
+    assert not say(chat, "a?")
+    assert capsys.readouterr().out == "[no answer]\n"
+    assert say(chat, "b?") and capsys.readouterr().out == "Yes.\n"
+
+
+def drawn(random_chat, seed: int | None) -> list[str]:
+    """Answers to the same question, at a temperature above 0."""
+    chat = Chat(random_chat.engine, random_chat.sampling, seed)
+    answers = []
+    for _ in range(4):
+        answers.append("".join(chat.answer("again?")))
+        chat.clear()
+    return answers
+
+
+def test_every_answer_is_another_draw_and_a_seed_repeats_the_session(random_model, tiny_tokenizer):
+    engine = Engine(random_model(tiny_config()), tiny_tokenizer, slots=1)
+    chat = Chat(engine, Sampling(temperature=2.0, top_k=0, max_tokens=8))
+    assert len({*drawn(chat, None), *drawn(chat, None)}) > 4
+    seeded = drawn(chat, 3)
+    assert len(set(seeded)) > 1 and drawn(chat, 3) == seeded and drawn(chat, 4)[:3] == seeded[1:]
+
+
+def test_base_models_sample_by_default_and_chat_models_do_not():
+    assert ChatConfig().sampling(base=True).temperature > 0 == ChatConfig().sampling(base=False).temperature
+    assert ChatConfig(temperature=0.0).sampling(base=True).temperature == 0
+    with pytest.raises(ValueError, match="seed=-1"):
+        ChatConfig(seed=-1).sampling(base=True)
+
+
+def test_a_base_model_has_commands_but_no_conversation(capsys):
+    base = Continuation(None, Sampling())
+    assert command(base, "/temperature\t0.5") and base.sampling.temperature == 0.5
+    assert command(base, "/help") and "/system" not in capsys.readouterr().out
+    for name in ("/clear", "/system x", "/save file"):
+        assert command(base, name) and "needs a conversation" in capsys.readouterr().err
+    assert not command(base, "/quit")
+
+
+def test_a_base_model_continues_text_that_only_looks_like_a_command(monkeypatch, capsys):
+    base, said = Continuation(None, Sampling()), []
+    lines = iter(["/usr/bin is", "/temperature 0.5", "  ", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(program, "say", lambda chat, line: said.append(line))
+    program.converse(base)
+    assert said == ["/usr/bin is"] and base.sampling.temperature == 0.5
+
+
+def test_an_interrupt_ends_a_session_in_a_pipe(monkeypatch):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        program.converse(Chat(None, Sampling()))
+
+
+def test_names_and_errors_steer_no_terminal(tiny_tokenizer, capsys):
+    program.note("runs/\x1b[2J\x9b: 1M parameters")
+    command(Chat(None, Sampling()), "/sa\x1b[2Jve")
+    chat = talker(train_characters("hi"), "h")
+    say(chat, "\x9b?")
+    printed = capsys.readouterr().err
+    assert printable(printed) == printed and printed.count("\n") == 3
+
+
+@pytest.mark.parametrize("question", ["", " \t"])
+def test_an_empty_question_is_refused_before_the_model_is_loaded(question, workplace, monkeypatch):
+    monkeypatch.setattr(program, "load_model", lambda *given: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="the question of -p is empty"):
+        program.open_chat(ChatConfig(model=workplace / "runs" / "talker", prompt=question))
+
+
 def test_leaving():
     chat = Chat(None, Sampling())
     assert not command(chat, "/quit") and not command(chat, "/exit") and command(chat, "/help")
 
 
-def test_a_base_model_continues_the_end_of_a_long_text(tiny_tokenizer):
+def test_a_base_model_continues_the_end_of_a_long_text_and_says_so(tiny_tokenizer, capsys):
     t = tiny_tokenizer
     text = "The quick brown fox. " * 30
     model = ScriptedModel(tiny_config(), [script(48, t.encode("And so on."))], t.bos)
     continuation = Continuation(Engine(model, t), Sampling(temperature=0.0, max_tokens=16))
     assert "".join(continuation.answer(text)) == "And so on."
     assert model.fed[0][:48] == t.encode(text)[-48:]
+    count = len(t.encode(text)) + 1
+    assert f"[the text takes {count} tokens; the model continues the last 48" in capsys.readouterr().err

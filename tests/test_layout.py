@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlap.cli import COMMANDS
+from hotlap.cli import COMMANDS, Group, Table
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("common", "kernels", "model", "train", "bench", "tests")
@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "model": {"common", "kernels", "model"},
     "train": {"common", "kernels", "model", "train"},
     "bench": {"common", "kernels", "model", "train", "bench"},
-    "chat.py": {"common", "kernels", "model"},
+    "chat.py": {"common", "kernels", "model", "cli"},
     "cli.py": {"common"},
 }
 
@@ -70,11 +70,13 @@ def test_imports_go_down_only(part):
 
 
 def import_graph() -> dict[str, set[str]]:
-    """The modules of hotlap that each one imports, also inside of functions."""
+    """The modules of hotlap that each one imports when it runs, also inside of functions."""
     files = {name: ROOT / Path(*name.split(".")[1:]).with_suffix(".py") for name in modules()}
     graph = {}
     for name, file in files.items():
-        found = imports(ast.parse(file.read_text()))
+        tree = ast.parse(file.read_text())
+        tree.body = [n for n in tree.body if not ast.unparse(n).startswith("if TYPE_CHECKING:")]
+        found = imports(tree)
         graph[name] = {n if n in files else n.rsplit(".", 1)[0] for n in found} & set(files)
     return graph
 
@@ -85,18 +87,43 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_every_command_is_a_function_of_a_module_that_is_there():
-    def check(table):
-        for _, target in table.values():
-            if isinstance(target, dict):
-                check(target)
-                continue
-            module, _, function = target.split()[0].partition(":")
+    for command in leaves(COMMANDS).values():
+        for name in (command.config, command.run):
+            module, _, found = name.partition(":")
             tree = ast.parse((ROOT / Path(*module.split(".")).with_suffix(".py")).read_text())
-            assert (function or "main") in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, (
-                target
-            )
+            assert found in {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}, name
 
-    check(COMMANDS)
+
+def leaves(table: Table, path: str = "") -> dict:
+    """All commands that do something, by what one types for them."""
+    found = {}
+    for name, row in table.items():
+        found |= leaves(row.commands, f"{path}{name} ") if isinstance(row, Group) else {f"{path}{name}": row}
+    return found
+
+
+def test_reading_flags_does_not_import_torch(tmp_path):
+    """Help and mistakes are shown at once: torch takes seconds to import."""
+    run_python(
+        "import contextlib, io, os, sys\n"
+        "from hotlap import cli\n"
+        f"for command in {list(leaves(COMMANDS))}:\n"
+        "    for flags in (['--help'], ['--no-such-flag', '3'], ['--out']):\n"
+        "        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "            with contextlib.suppress(SystemExit):\n"
+        "                cli.main([*command.split(), *flags])\n"
+        "        assert 'torch' not in sys.modules, (command, flags)",
+        tmp_path,
+    )
+
+
+def test_the_chat_starts_without_the_compiler(tmp_path):
+    run_python(
+        "import sys, hotlap.chat, hotlap.model.engine, hotlap.model.weights, hotlap.kernels.dispatch\n"
+        "loaded = {'torch._dynamo', 'torch.distributed.fsdp', 'sympy'} & set(sys.modules)\n"
+        "assert not loaded, loaded",
+        tmp_path,
+    )
 
 
 def test_every_folder_with_code_is_installed():

@@ -6,17 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hotlap.common.checks import at_least
 from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.train.config import LoopConfig
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.memory import explain_out_of_memory
 from hotlap.train.distributed.stragglers import Stragglers
@@ -32,32 +31,7 @@ from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
 from hotlap.train.run.state import RunState
 from hotlap.train.step import Outcome, take_step, take_warmup_steps
-from hotlap.train.step_checks import Policy, StepChecker, check_copies
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Length of the run, validation, checkpoints, and what to do about bad steps."""
-
-    steps: int
-    """Optimiser steps in the run."""
-    evaluate_every: int = 250
-    """Steps between validations; the last step always validates."""
-    save_every: int = 250
-    """Steps between checkpoints; the last step always saves."""
-    clip: float = 0.0
-    """Clip gradients to this norm; 0 disables clipping."""
-    bad_steps: Policy = "stop"
-    """stop: stop the run on a NaN or infinite loss or gradient, and only log spikes.
-    skip: skip the step in both cases."""
-    minutes: float = 0.0
-    """Stop after this many minutes of training (compilation, validation, saving excluded); 0: no limit.
-    Schedules then follow elapsed time, not steps."""
-
-    def validate(self) -> LoopConfig:
-        at_least(self, 1, "steps", "evaluate_every", "save_every")
-        at_least(self, 0, "clip", "minutes", zero="off")
-        return self
+from hotlap.train.step_checks import StepChecker, check_copies
 
 
 def fit(

@@ -6,15 +6,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from hotlap.common import options
-from hotlap.common.terminal import printable
 from hotlap.model.config import GPTConfig
-from hotlap.model.flops import counts_of
-from hotlap.train.loop import LoopConfig
-from hotlap.train.optim.muon_adamw import OptimConfig
+from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.optim.schedule import ScheduleConfig
-from hotlap.train.pretrain import PretrainConfig, pretrain
-from hotlap.train.sft import SFTConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
@@ -147,6 +141,8 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
 
 def matmul_parameters(config: GPTConfig) -> int:
     """Number of parameters in matmuls: all but embeddings and scalars."""
+    from hotlap.model.flops import counts_of  # imports torch, which flags do without
+
     return counts_of(config)["matmul"]
 
 
@@ -158,10 +154,3 @@ PRETRAIN = {
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),
 }
-
-
-def pretrain_command(arguments: list[str]) -> None:
-    """`hotlap pretrain`, with presets."""
-    config = options.parse(PretrainConfig, arguments, command="pretrain", presets=PRETRAIN, depth=from_depth)
-    pretrain(config)
-    print(printable(f"{config.out}/report.md"))

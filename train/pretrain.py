@@ -4,51 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from hotlap.common.checks import at_least
 from hotlap.common.errors import DataError
-from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import check_bpe_size
+from hotlap.train.config import LoopConfig, PretrainConfig
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.rows import PackedRows, packed_rows
 from hotlap.train.data.shards import fingerprint, shard_paths
 from hotlap.train.data.sources import shard_folder
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.bits_per_byte import validation
-from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim.schedule import rows_in_all
-from hotlap.train.stage import Stage, StageConfig, check_machine, opened, row_batches, train
+from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
 
 # A timed run on little data ends after this many passes: each is worth less (Muennighoff et al., 2023).
 MOST_EPOCHS = 4
-
-
-@dataclass(frozen=True)
-class PretrainConfig(StageConfig):
-    """Train a base model on text."""
-
-    out: Path = Path("runs/pretrain")
-    data: str = "pydocs"
-    """pydocs (Python's documentation), shakespeare, text or .jsonl files, or a folder of token shards."""
-    tokenizer: str = "bpe"
-    """bpe (with model.vocab-size tokens) or characters, trained on the data; gpt2; or a tokenizer.json."""
-    model: GPTConfig = field(default_factory=GPTConfig)
-    validation_tokens: int = 0
-    """Tokens to validate on, from the start of the validation split; 0 means all."""
-
-    @property
-    def tokens(self) -> int:
-        """Training tokens of the run, unless it ends by the clock."""
-        return rows_in_all(self.schedule, self.batch_rows, self.loop.steps) * self.model.context
-
-    def validate(self) -> PretrainConfig:
-        super().validate()
-        at_least(self, 0, "validation_tokens", zero="all")
-        self.model.validate()
-        return self
 
 
 def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
@@ -104,3 +74,9 @@ def describe_length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) 
         return f"{loop.minutes:g} minutes or {loop.steps:,} steps"
     epochs = config.tokens / config.model.context / rows.epoch_rows() if len(rows.shards) == 1 else None
     return f"{config.tokens / 1e6:.2f}M tokens" + (f" ({epochs:.1f} epochs)" if epochs else "")
+
+
+def main(config: PretrainConfig) -> None:
+    """`hotlap pretrain`."""
+    pretrain(config)
+    print(f"{config.out}/report.md")

@@ -6,15 +6,14 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from hotlap.common import options
-from hotlap.common.checks import TOO_LARGE, at_least
+from hotlap.common.checks import TOO_LARGE
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
+from hotlap.train.config import SFTConfig
 from hotlap.train.data.conversations import (
     conversation_digests,
     conversation_rows,
@@ -24,37 +23,9 @@ from hotlap.train.data.conversations import (
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
-from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim.muon_adamw import OptimConfig
-from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all, stage_rows
-from hotlap.train.stage import Stage, StageConfig, check_machine, opened, row_batches, train
-
-
-@dataclass(frozen=True)
-class SFTConfig(StageConfig):
-    """Fine-tune a base model on conversations."""
-
-    out: Path = Path("runs/sft")
-    base: Path = Path("runs/pretrain")
-    """Base model to fine-tune: a run or model directory."""
-    data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings), smoltalk (a download) with tasks, or a file.
-    The file is .jsonl or .parquet, with records {"messages": [...]}."""
-    epochs: float = 0.0
-    """Train for at least this many passes over the conversations, even beyond loop.steps."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
-    schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(
-            warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=300
-        )
-    )
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(500))
-
-    def validate(self) -> SFTConfig:
-        super().validate()
-        at_least(self, 0, "epochs", zero="only loop.steps count")
-        return self
+from hotlap.train.optim.schedule import rows_in_all, stage_rows
+from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
 
 
 def fine_tune(config: SFTConfig) -> dict[str, float]:
@@ -117,8 +88,7 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def main(arguments: list[str]) -> None:
+def main(config: SFTConfig) -> None:
     """`hotlap sft`."""
-    config = options.parse(SFTConfig, arguments, command="sft")
     fine_tune(config)
     print(printable(f"chat with it: python chat.py {config.out}"))

@@ -10,13 +10,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
-from hotlap.common.checks import at_least
 from hotlap.common.log import log
 from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.fp8 import check_fp8
@@ -25,6 +24,7 @@ from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_weights
+from hotlap.train.config import LoopConfig, StageConfig
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
@@ -34,8 +34,6 @@ from hotlap.train.distributed.memory import (
     rank_bytes,
 )
 from hotlap.train.distributed.sharding import (
-    Dtype,
-    Recompute,
     compute_dtype,
     materialize,
     parallelize,
@@ -43,54 +41,17 @@ from hotlap.train.distributed.sharding import (
     use_fp8,
 )
 from hotlap.train.distributed.world import World
-from hotlap.train.loop import LoopConfig, fit
+from hotlap.train.loop import fit
 from hotlap.train.losses import Loss
-from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
-from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
+from hotlap.train.optim.muon_adamw import MuonAdamW
+from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import continued
-from hotlap.train.run.folder import open_run, run_lock, write_config
+from hotlap.train.run.folder import open_run, run_lock, write_config, write_machine
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """The fields that all stages share."""
-
-    out: Path
-    """Run directory, for configuration, metrics, checkpoints and report."""
-    batch_rows: int = 16
-    """Rows per step over all ranks; a row is as long as the model's context."""
-    micro_batch: str = "all"
-    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
-    recompute: Recompute = "none"
-    """Activation checkpointing: none, whole blocks (block), or all but matmuls and attention (selective)."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(1000))
-    seed: int = 0
-    """Random seed for initial weights and data order."""
-    dtype: Dtype = "auto"
-    """Compute dtype. auto: bfloat16 or float32, whichever is faster here. fp8: for large matmuls, else
-    bfloat16."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Use torch.compile. auto: on a GPU only."""
-    profile: bool = False
-    """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
-    resume: str = "no"
-    """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
-
-    def validate(self: T) -> T:
-        """Return self, or raise ValueError naming the first invalid field."""
-        at_least(self, 1, "batch_rows")
-        at_least(self, 0, "seed")
-        self.optim.validate()
-        self.loop.validate()
-        self.schedule.validate(self.loop.minutes)
-        return self
 
 
 @dataclass(frozen=True)
@@ -175,6 +136,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     )  # fmt: skip
     if world.is_main:
         write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
+        write_machine(config.out, world.device, world.size)
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:

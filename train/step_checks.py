@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from hotlap.common.errors import RankLost
 from hotlap.common.log import log
 from hotlap.model.gpt import GPT
+from hotlap.train.config import Policy
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import local, replica_count
 from hotlap.train.distributed.world import World
@@ -27,8 +27,6 @@ from hotlap.train.step import Outcome
 
 WINDOW, MIN_HISTORY, SIGMAS = 128, 32, 6.0
 MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
-
-Policy = Literal["stop", "skip"]
 
 
 class StepChecker:

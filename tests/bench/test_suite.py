@@ -42,7 +42,7 @@ def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, tmp_path, capsys):
         (Phase("last", 60, works),),
     )
     out = tmp_path / "look"
-    assert run_suite("look", SuiteConfig(out=out)) == 1
+    assert run_suite(SuiteConfig("look", out=out)) == 1
     page = capsys.readouterr().out
     said = {line.split(":")[0]: line for line in page.splitlines() if line.startswith("== ")}
     assert "FAILED: cut off" in said["== hung"] and "FAILED with exit code -6" in said["== crashed"]
@@ -60,13 +60,13 @@ def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, tmp_path, capsys):
 
 def test_a_phase_that_dies_goes_on_while_it_measures_more(call, tmp_path):
     call((Phase("kernels", 300, dies_twice), Phase("other", 60, works)))
-    assert run_suite("look", SuiteConfig(out=tmp_path / "look", minutes=10)) == 0
+    assert run_suite(SuiteConfig("look", out=tmp_path / "look", minutes=10)) == 0
     assert (tmp_path / "look" / "kernels" / "runs").read_text() == "011"
 
 
 def test_a_phase_that_is_complete_and_found_a_fault_is_not_repeated(call, tmp_path):
     call((Phase("kernels", 60, finds_a_fault),))
-    assert run_suite("look", SuiteConfig(out=tmp_path / "look")) == 1
+    assert run_suite(SuiteConfig("look", out=tmp_path / "look")) == 1
     assert (tmp_path / "look" / "kernels" / "runs").read_text() == "x"
 
 
@@ -74,32 +74,32 @@ def test_results_of_an_earlier_call_never_pass_for_this_ones(call, tmp_path, mon
     call()
     (tmp_path / "look" / "kernels").mkdir(parents=True)
     with pytest.raises(ValueError, match="look has files"):
-        run_suite("look", SuiteConfig(out=tmp_path / "look"))
+        run_suite(SuiteConfig("look", out=tmp_path / "look"))
     monkeypatch.chdir(tmp_path)
     call((Phase("first", 60, works),))
-    run_suite("look", SuiteConfig(minutes=1e-6))
+    run_suite(SuiteConfig("look", minutes=1e-6))
     assert len([path for path in tmp_path.glob("look-20*") if path.is_dir()]) == 1
 
 
 def test_phases_that_do_not_fit_in_the_time_are_listed(call, tmp_path, capsys):
     call((Phase("first", 60, works),), (Phase("second", 60, works),))
-    assert run_suite("look", SuiteConfig(out=tmp_path / "look", minutes=1e-6)) == 0
+    assert run_suite(SuiteConfig("look", out=tmp_path / "look", minutes=1e-6)) == 0
     assert capsys.readouterr().out.splitlines() == [f"== {name}: {NO_TIME}" for name in ("first", "second")]
 
 
 def test_phases_may_be_chosen_by_name(call, tmp_path, capsys):
     call((Phase("first", 60, crashes),), (Phase("second", 60, works),))
-    assert run_suite("look", SuiteConfig(out=tmp_path / "look", phases=("second",))) == 0
+    assert run_suite(SuiteConfig("look", out=tmp_path / "look", phases=("second",))) == 0
     assert "first" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="did you mean 'second'"):
-        run_suite("look", SuiteConfig(out=tmp_path / "look", phases=("secnd",)))
+        run_suite(SuiteConfig("look", out=tmp_path / "look", phases=("secnd",)))
 
 
 def test_what_is_compiled_goes_to_the_cache_that_is_named(call, tmp_path, monkeypatch):
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, "before")
     call()
-    run_suite("look", SuiteConfig(out=tmp_path / "look", cache=tmp_path / "cache"))
+    run_suite(SuiteConfig("look", out=tmp_path / "look", cache=tmp_path / "cache"))
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "inductor")
 
@@ -161,7 +161,7 @@ def test_the_calls_run_without_a_package_but_torch_and_numpy(tmp_path):
         "from hotlap.bench import suite\n"
         "if __name__ == '__main__':\n"
         "    for call in ('look', 'check', 'figures'):\n"
-        "        assert suite.main([call, '--minutes', '1e-6', '--out', call]) == 0"
+        "        assert suite.main(suite.suite_flags(call, '--minutes', '1e-6', '--out', call)) == 0"
     )
     (tmp_path / "bare.py").write_text(code)
     done = subprocess.run([sys.executable, "bare.py"], capture_output=True, text=True, cwd=tmp_path)

@@ -189,4 +189,6 @@ def test_the_operations_on_blocks_keep_the_rules_of_torch():
     arguments = (document_start, 9, 2.0, 0.25)
     opcheck(module.attention_blockwise.registered(), (*inputs, *arguments))
     detached = (x.detach() for x in inputs)
-    opcheck(module._attention_blockwise_backward.registered(), (torch.randn(2, 70, 2, 16), *detached, *arguments))
+    opcheck(
+        module._attention_blockwise_backward.registered(), (torch.randn(2, 70, 2, 16), *detached, *arguments)
+    )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.bench import static, tune
 from hotlap.kernels import attention_hopper, dispatch, orthogonalize, tiles
-from hotlap.kernels.dispatch import Device, use_triton
+from hotlap.kernels.dispatch import Device, constant, use_triton
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.tiles import Tile, pick_tile, tuned_file, write_tuned
 from hotlap.model.config import GPTConfig
@@ -197,3 +197,13 @@ def test_torch_and_triton_train_a_model_to_the_same_losses(choose_kernels):
     ours, want = losses("triton"), losses("torch")
     assert want[-1] < want[0] - 0.1
     assert ours == pytest.approx(want, rel=1e-5)
+
+
+def test_a_constant_function_is_marked_as_torch_marks_it():
+    def ours():
+        return 1
+
+    def of_torch():
+        return 1
+
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(of_torch))

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hotlap.common import options
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
-from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
 from hotlap.train.data.public import climbmix_text, with_progress
@@ -198,11 +196,11 @@ def climbmix_with_tokenizer(folder: Path, shards: int, vocab_size: int) -> None:
     public.climbmix(folder, shards, Tokenizer.load(path))
 
 
-def data_command(arguments: list[str]) -> None:
+def data_command(config: DataConfig) -> None:
     """`hotlap data`."""
-    make_data(options.parse(DataConfig, arguments, command="data"))
+    make_data(config)
 
 
-def tokenizer_command(arguments: list[str]) -> None:
+def tokenizer_command(config: TokenizerConfig) -> None:
     """`hotlap tokenizer`."""
-    make_tokenizer_file(options.parse(TokenizerConfig, arguments, command="tokenizer"))
+    make_tokenizer_file(config)

@@ -11,8 +11,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
-from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import TOKENIZER
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
 from hotlap.train.data.download import require_free_space

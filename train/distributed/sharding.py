@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +29,9 @@ from hotlap.common.log import log
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.gpt import GPT
+from hotlap.train.config import Recompute
 from hotlap.train.distributed.world import World
 
-Recompute = Literal["none", "block", "selective"]
-Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 MAX_GRAPHS = 64  # compiled variants of a block's forward
 
 

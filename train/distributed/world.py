@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from hotlap.common.errors import DataError, RankLost
-from hotlap.common.log import log
+from hotlap.common.log import Formatter, log
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 
 T = TypeVar("T")
@@ -86,7 +87,7 @@ class World:
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
         """Run the body on rank 0, then on the others. what: a name that is unique within the run."""
-        key = f"done/{what}"
+        key = printable(f"done/{what}")  # the store takes UTF-8 only
         if not self.is_main:
             self.store.wait([key], PREPARATION_TIMEOUT)
             if problem := self.store.get(key).decode():
@@ -96,7 +97,7 @@ class World:
         try:
             yield
         except Exception as error:
-            self.store.set(key, str(error) or type(error).__name__)
+            self.store.set(key, printable(str(error)) or type(error).__name__)
             raise
         self.store.set(key, "")
 
@@ -165,7 +166,7 @@ def set_log_rank(world: World) -> None:
     if world.size > 1 and not world.is_main:
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
-            handler.setFormatter(logging.Formatter(f"rank {world.rank}: %(message)s"))
+            handler.setFormatter(Formatter(f"rank {world.rank}: %(message)s"))
 
 
 def first_error(world: World, error: Exception) -> Exception:
@@ -174,7 +175,9 @@ def first_error(world: World, error: Exception) -> Exception:
     try:
         if not broken:
             if not isinstance(error, RankLost):
-                world.store.compare_set("error", "", f"rank {world.rank}: {error or type(error).__name__}")
+                world.store.compare_set(
+                    "error", "", printable(f"rank {world.rank}: {error or type(error).__name__}")
+                )
             return error
         world.store.set(f"alive/{world.rank}", "")
         end = time.monotonic() + ROLL_CALL

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-from hotlap.common import options
 from hotlap.common.files import cache_folder
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
@@ -16,9 +13,18 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
+from hotlap.train.evaluation.config import EvalConfig
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
-from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, greedy, load_engine, question
+from hotlap.train.evaluation.questions import (
+    QUESTIONS,
+    TASKS,
+    examine,
+    examples_of,
+    greedy,
+    load_engine,
+    question,
+)
 
 OPENINGS = (  # only letters and spaces, which a character tokenizer is likely to have
     "The largest animal that lives in the sea is",
@@ -26,26 +32,6 @@ OPENINGS = (  # only letters and spaces, which a character tokenizer is likely t
     "In the morning she opened the window and",
     "A function returns",
 )
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Score a model: bits per byte, CORE, samples, and held-out questions of the built-in tasks."""
-
-    model: Path = Path("runs/tiny/sft")
-    """Run or model directory."""
-    tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
-    """What to score: bpb, core and samples; facts, arithmetic and spelling only for chat models."""
-    data: Path | None = None
-    """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
-    validation_tokens: int = 0
-    """For bpb: tokens to read, from the start of the split; 0 means all."""
-    core_bundle: Path | None = None
-    """For core: nanochat's eval_bundle folder; downloaded if not given."""
-    max_per_task: int = 0
-    """For core: examples per task (nanochat uses 500 during training); 0 means all."""
-    out: Path | None = None
-    """JSON file for scores, samples and wrong answers; it must not exist yet."""
 
 
 def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]]:
@@ -60,6 +46,8 @@ KNOWN = ("bpb", "core", "samples", *TASKS)
 
 def check(config: EvalConfig) -> None:
     """Raise what is wrong with the config itself."""
+    if not config.tasks:
+        raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
     if unknown := [task for task in config.tasks if task not in KNOWN]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
     if config.out and config.out.exists():
@@ -102,6 +90,8 @@ def evaluate_model(config: EvalConfig) -> dict:
         )
         core_tasks = open_bundle(config, world) if "core" in config.tasks else []
         prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
+        chosen = [task for task in TASKS if task in config.tasks] if world.is_main else []
+        examples = {task: examples_of(task, tokenizer, shape.context) for task in chosen}
         engine = load_engine(folder, world.device)
         scores: dict[str, dict] = {}
         wrong: dict[str, list] = {}
@@ -111,8 +101,8 @@ def evaluate_model(config: EvalConfig) -> dict:
         if core_tasks:
             scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
         if world.is_main:
-            for task in [task for task in TASKS if task in config.tasks]:
-                scores[task], wrong[task] = examine(engine, task)
+            for task in examples:
+                scores[task], wrong[task] = examine(engine, task, examples[task])
             if prompts:
                 answers = greedy(engine, list(prompts.values()))
                 shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
@@ -152,7 +142,7 @@ def as_table(result: dict) -> str:
         else:
             lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
     for text, answer in result["samples"]:
-        lines += ["", f"> {text}", answer.strip()]
+        lines += ["", f"> {text}", answer.strip() or "[no answer]"]
     return "\n".join(lines)
 
 
@@ -160,6 +150,6 @@ def line(name: str, score: float, interval: list[float], n: int) -> str:
     return f"{name:34}{score:8.4f}{'{:.4f} to {:.4f}'.format(*interval):>18}{n:>8}"
 
 
-def main(arguments: list[str]) -> None:
+def main(config: EvalConfig) -> None:
     """`hotlap eval`."""
-    print(printable(as_table(evaluate_model(options.parse(EvalConfig, arguments, command="eval")))))
+    print(printable(as_table(evaluate_model(config))))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.conversation import render_prompt, spoken
@@ -50,9 +51,27 @@ TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 }
 
 
-def examine(engine: Engine, task: str) -> tuple[dict, list[tuple[str, str, str]]]:
-    """Accuracy on a built-in task with its interval and n, and the wrong answers."""
+def examples_of(task: str, tokenizer: Tokenizer, context: int) -> list[tuple[str, str]]:
+    """Questions and answers of a built-in task. DataError or ValueError if the model cannot read them."""
     examples = TASKS[task]()
+    try:
+        longest = max(len(question(text, tokenizer)) for text, _ in examples)
+    except DataError as error:
+        raise DataError(
+            f"the model cannot read the questions of {task}: {error}; try other --tasks"
+        ) from error
+    if longest >= context:
+        raise ValueError(
+            f"the questions of {task} have up to {longest} tokens, and must be shorter than the model's "
+            f"context of {context}; try other --tasks"
+        )
+    return examples
+
+
+def examine(
+    engine: Engine, task: str, examples: list[tuple[str, str]]
+) -> tuple[dict, list[tuple[str, str, str]]]:
+    """Accuracy on a built-in task's examples with its interval and n, and the wrong answers."""
     wrong = wrong_answers(engine, examples)
     score = counted(len(examples) - len(wrong), len(examples))
     log.info("%s: %.1f %% of %d correct", task, 100 * score["accuracy"], len(examples))

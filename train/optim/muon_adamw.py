@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from hotlap.common.checks import at_least, positive
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
+from hotlap.train.config import OptimConfig
 from hotlap.train.distributed.sharding import local
 from hotlap.train.optim.exchange import Exchange, assign_owners
 
@@ -28,27 +27,6 @@ ADAM_EPS = 1e-10
 # one slows learning.
 SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Peak learning rates and weight decay; the schedule scales them over the run."""
-
-    matrix_lr: float = 0.02
-    """Muon's learning rate for the block matrices."""
-    embedding_lr: float = 0.3
-    """AdamW's learning rate for the token embedding; value embeddings use half of it."""
-    head_lr: float = 0.008
-    """AdamW's learning rate for the output head."""
-    scalar_lr: float = 0.5
-    """AdamW's learning rate for the x0 scalars; residual scalars use a hundredth of it."""
-    weight_decay: float = 0.28
-    """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
-
-    def validate(self) -> OptimConfig:
-        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
-        at_least(self, 0, "weight_decay")
-        return self
 
 
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:

@@ -8,10 +8,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hotlap.common.checks import at_least, between
-from hotlap.model.gpt import GPT
-from hotlap.train.optim.muon_adamw import MuonAdamW
+
+if TYPE_CHECKING:
+    from hotlap.model.gpt import GPT
+    from hotlap.train.optim.muon_adamw import MuonAdamW
 
 
 @dataclass(frozen=True)

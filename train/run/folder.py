@@ -10,19 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hotlap.common import files
 from hotlap.common.errors import DataError
+from hotlap.common.machine import circumstances
 from hotlap.common.options import to_json
 from hotlap.model.weights import CONFIG, TOKENIZER, listed, run_checkpoints
 from hotlap.train.run.changes import LENGTH, changes
 from hotlap.train.run.metrics import METRICS
 
 LOCK = "run.lock"
+MACHINE = "machine.json"
 
 
 @contextmanager
 def run_lock(run: Path):
     """Lock the run's directory, or raise ValueError naming the process that holds the lock."""
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {run} is not UTF-8, and safetensors could not read its checkpoints"
+        ) from None
     try:
         run.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -100,3 +110,18 @@ def read_config(run: Path) -> dict:
 
 def write_config(run: Path, config: Any) -> None:
     files.write(run / CONFIG, to_json(config))
+
+
+def write_machine(run: Path, device: torch.device, ranks: int) -> None:
+    """Record the device, versions and date of a start; the last one counts."""
+    files.write(run / MACHINE, json.dumps({**circumstances(device), "ranks": ranks}, indent=1) + "\n")
+
+
+def read_machine(run: Path) -> tuple[str, str]:
+    """The device, with the number of ranks, and the date of a run's last start; empty if they are unknown."""
+    try:
+        found = json.loads((run / MACHINE).read_text(encoding="utf-8"))
+        several = f"{found['ranks']} x " if found["ranks"] > 1 else ""
+        return f"{several}{found['device']}", str(found["date"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "", ""

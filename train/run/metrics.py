@@ -7,12 +7,15 @@ import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.train.distributed.world import World
 from hotlap.train.run.state import RunState
+
+if TYPE_CHECKING:
+    from hotlap.train.distributed.world import World
 
 METRICS = "metrics.jsonl"
 

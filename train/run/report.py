@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import caption, new_figure
 from hotlap.common.terminal import printable
-from hotlap.train.run.folder import read_config
+from hotlap.train.config import ReportConfig
+from hotlap.train.run.folder import read_config, read_machine
 from hotlap.train.run.metrics import METRICS, read_metrics
 
 # Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Rewrite a run's report.md and curves.png."""
-
-    run: Path = Path("runs/pretrain")
-    """Run directory."""
 
 
 def write_report(run: Path) -> Path:
@@ -35,7 +27,10 @@ def write_report(run: Path) -> Path:
         raise DataError(f"{run / METRICS} has no step that can be read; the run has not completed a step yet")
     last = metrics[-1]
     speeds = sorted(v for m in metrics if (v := number(m, "tokens_per_second")) is not None)
+    device, date = read_machine(run)
     rows = {
+        "device": device or "n/a",
+        "started": date or "n/a",
         "steps": f"{last['step'] + 1:,}",
         "tokens": shown(number(last, "tokens"), ",.0f"),
         "training time": shown(number(last, "seconds"), ".0f", " s"),
@@ -55,7 +50,7 @@ def write_report(run: Path) -> Path:
         *(f"| {k} | {v} |" for k, v in rows.items()),
         "",
     ]
-    if draw_curves(metrics, run / "curves.png"):
+    if draw_curves(metrics, run / "curves.png", device, date):
         lines += ["![loss and throughput](curves.png)", ""]
     try:
         config = json.dumps(read_config(run), indent=1)
@@ -78,8 +73,10 @@ def shown(value: float | None, form: str, unit: str = "", missing: str = "n/a") 
     return missing if value is None else f"{value:{form}}{unit}"
 
 
-def draw_curves(metrics: list[dict], path: Path) -> bool:
-    """Plot loss and tokens/s over the tokens seen. Returns False, and logs why, without matplotlib."""
+def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
+    """Plot loss and tokens/s over the tokens seen, with the facts below. Returns False, and logs why, without
+    matplotlib.
+    """
     figure = new_figure(figsize=(9, 3.4))
     if figure is None:
         return False
@@ -92,18 +89,20 @@ def draw_curves(metrics: list[dict], path: Path) -> bool:
 
     loss, speed = figure.subplots(1, 2)
     loss.plot(*points("loss"), lw=0.8, label="training")
-    if points("validation_loss")[0]:
-        loss.plot(*points("validation_loss"), "o-", label="validation")
+    validated = points("validation_loss")
+    if validated[0]:
+        loss.plot(*validated, "o-", label=f"validation, {validated[1][-1]:.3f} in the end")
     loss.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
     loss.legend()
     speed.plot(*points("tokens_per_second", 1e3), lw=0.8)
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
     for axes in (loss, speed):
         axes.grid(alpha=0.3)
+    caption(figure, *facts)
     figure.savefig(path, dpi=120)
     return True
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ReportConfig) -> None:
     """`hotlap report`."""
-    print(printable(str(write_report(options.parse(ReportConfig, arguments, command="report").run))))
+    print(printable(str(write_report(config.run))))

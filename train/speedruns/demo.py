@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
@@ -17,15 +16,8 @@ from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, load_en
 from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
+from hotlap.train.speedruns.config import TinyConfig
 from hotlap.train.speedruns.result import talk_to
-
-
-@dataclass(frozen=True)
-class TinyConfig:
-    """Train a model that answers questions about Python, in minutes, without a GPU or a download."""
-
-    out: Path = Path("runs/tiny")
-    """Folder for everything this command writes."""
 
 
 def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
@@ -42,7 +34,7 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
         engine = load_engine(tuned.out)
-        scores = {task: examine(engine, task)[0]["accuracy"] for task in TASKS}
+        scores = {task: examine(engine, task, TASKS[task]())[0]["accuracy"] for task in TASKS}
         scores["validation_bpb"] = bits
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
@@ -77,8 +69,7 @@ def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, s
     files.write(run / "report.md", "\n".join(lines))
 
 
-def main(arguments: list[str]) -> int:
+def main(config: TinyConfig) -> int:
     """`hotlap speedrun tiny`."""
-    config = options.parse(TinyConfig, arguments, command="speedrun tiny")
     tiny_speedrun(config)
     return talk_to(config.out / "sft")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
-from hotlap.common import options
 from hotlap.train.data.conversations import (
     check_conversations,
     conversations_plan,
@@ -20,32 +17,11 @@ from hotlap.train.evaluation.command import EvalConfig, evaluate_model
 from hotlap.train.presets import gpt2_grade, gpt2_grade_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
+from hotlap.train.speedruns.config import GradeConfig
 from hotlap.train.speedruns.plan import confirm, download_words, plan, plan_words
 from hotlap.train.speedruns.result import talk_to, write_result
 
 GPT2_CORE = 0.256525
-
-
-@dataclass(frozen=True)
-class GradeConfig:
-    """nanochat's speedrun: train a model that beats GPT-2 on CORE (0.256525), then fine-tune it for chat."""
-
-    out: Path = Path("runs/gpt2-grade")
-    """Folder for everything this command writes."""
-    depth: int = 24
-    """Number of layers; everything else follows from it."""
-    data: Path = Path("data/climbmix")
-    """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
-    talks: str = "smoltalk"
-    """smoltalk (downloaded; adds the built-in tasks), tasks (only those), or a .jsonl or .parquet file."""
-    core_bundle: Path | None = None
-    """nanochat's eval_bundle folder; downloaded by default."""
-    micro_batch: str = "auto"
-    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
-    fp8: bool = False
-    """Run large matmuls in fp8."""
-    yes: bool = False
-    """Start without asking for confirmation."""
 
 
 def grade_speedrun(config: GradeConfig) -> dict:
@@ -96,7 +72,6 @@ def grade_speedrun(config: GradeConfig) -> dict:
     return result
 
 
-def main(arguments: list[str]) -> int:
+def main(config: GradeConfig) -> int:
     """`hotlap speedrun gpt2-grade`."""
-    config = options.parse(GradeConfig, arguments, command="speedrun gpt2-grade")
     return talk_to(config.out / "sft") if grade_speedrun(config) else 0

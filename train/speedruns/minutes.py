@@ -9,19 +9,17 @@ import dataclasses
 import itertools
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hotlap.common import options
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import CONFIG
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, TOKENIZER_SHARDS, climbmix_with_tokenizer
 from hotlap.train.data.rows import Batch
-from hotlap.train.distributed.sharding import Dtype, compute_dtype, materialize, parallelize
+from hotlap.train.distributed.sharding import compute_dtype, materialize, parallelize
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
@@ -31,6 +29,7 @@ from hotlap.train.presets import REFERENCE_BATCH
 from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, pretrain
 from hotlap.train.run.changes import changes
 from hotlap.train.run.folder import read_config
+from hotlap.train.speedruns.config import MinutesConfig
 from hotlap.train.speedruns.plan import confirm, download_words, plan
 from hotlap.train.speedruns.records import MINUTES, of_recipe
 from hotlap.train.speedruns.result import write_result
@@ -48,22 +47,6 @@ BEST = (
     (2e13, 2, 512, 1 << 13),
     (1.2e17, 8, 2048, 1 << 19),  # karpathy/autoresearch's baseline: 300 s of an H100, 0.9979 bits per byte
 )
-
-
-@dataclass(frozen=True)
-class MinutesConfig:
-    """Train the best model this device can in a fixed time, by karpathy/autoresearch's protocol."""
-
-    out: Path = Path("runs/minutes")
-    """Folder for the run."""
-    minutes: float = 5.0
-    """Minutes of training, without start-up, compilation and validation."""
-    data: str = "climbmix"
-    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of token shards."""
-    dtype: Dtype = "auto"
-    """Compute dtype."""
-    yes: bool = False
-    """Start without asking for confirmation."""
 
 
 def minutes_speedrun(config: MinutesConfig) -> dict:
@@ -170,6 +153,6 @@ def as_begun(recipe: PretrainConfig) -> PretrainConfig:
     )
 
 
-def main(arguments: list[str]) -> None:
+def main(config: MinutesConfig) -> None:
     """`hotlap speedrun minutes`."""
-    minutes_speedrun(options.parse(MinutesConfig, arguments, command="speedrun minutes"))
+    minutes_speedrun(config)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from dataclasses import dataclass
-from pathlib import Path
 
-from hotlap.common import options
 from hotlap.train.data import public
-from hotlap.train.distributed.sharding import Dtype
 from hotlap.train.distributed.world import joined
 from hotlap.train.presets import gpt2_124m
 from hotlap.train.pretrain import pretrain
+from hotlap.train.speedruns.config import TrackConfig
 from hotlap.train.speedruns.plan import confirm, download_words, plan
 from hotlap.train.speedruns.records import GPT2_124M, of_recipe
 from hotlap.train.speedruns.result import write_result
@@ -21,24 +18,6 @@ from hotlap.train.speedruns.result import write_result
 SHARD_TOKENS = 100_000_000  # of FineWeb
 TRACK_LOSS = 3.28
 TRACK_P = 0.01
-
-
-@dataclass(frozen=True)
-class TrackConfig:
-    """modded-nanogpt's main track: train 124M parameters to a loss of 3.28 on FineWeb."""
-
-    out: Path = Path("runs/gpt2-124m")
-    """Folder for the runs and their report."""
-    data: Path = Path("data/fineweb")
-    """Folder of FineWeb token shards; missing ones are downloaded."""
-    runs: int = 1
-    """Number of runs, each with its own seed; the rules ask for a mean loss below 3.28 with p < 0.01."""
-    micro_batch: str = "auto"
-    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
-    dtype: Dtype = "auto"
-    """Compute dtype."""
-    yes: bool = False
-    """Start without asking for confirmation."""
 
 
 def track_speedrun(config: TrackConfig) -> dict:
@@ -97,6 +76,6 @@ def track_result(runs: list[dict[str, float]], test) -> dict:
     }
 
 
-def main(arguments: list[str]) -> None:
+def main(config: TrackConfig) -> None:
     """`hotlap speedrun gpt2-124m`."""
-    track_speedrun(options.parse(TrackConfig, arguments, command="speedrun gpt2-124m"))
+    track_speedrun(config)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.presets import tiny
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.studies import sweep
+from hotlap.train.studies.config import AblationsConfig
 from hotlap.train.studies.sweep import BASE, Variant
 
 FIELDS = {
@@ -51,22 +50,6 @@ FIELDS = {
 }
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)  # learning rates of the matrices
 TIED_RATES = (1, 5)  # learning rates of the tied table, as multiples of the head's
-
-
-@dataclass(frozen=True)
-class AblationsConfig:
-    """Train the demo's base model without each part of its recipe, at equal time and on several seeds."""
-
-    seconds: float = 20
-    """Training time of each run."""
-    seeds: int = 3
-    """Runs of each variant."""
-    only: tuple[str, ...] = ()
-    """Names of the variants to train; all by default."""
-    base: str = ""
-    """Assignments for all runs: "loop.clip=1.0 model.layers=2"."""
-    out: Path = Path("runs/ablations")
-    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
 
 def ablate(config: AblationsConfig) -> list[dict]:
@@ -193,6 +176,6 @@ def qk_norm_alone(
     return attention_inputs(qkv, kv_heads, torch.ones_like(cos), torch.zeros_like(sin), *rest)
 
 
-def main(arguments: list[str]) -> None:
+def main(config: AblationsConfig) -> None:
     """`hotlap ablations`."""
-    print(printable(sweep.markdown(ablate(options.parse(AblationsConfig, arguments, command="ablations")))))
+    print(printable(sweep.markdown(ablate(config))))

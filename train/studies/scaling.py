@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.plots import new_figure
@@ -29,6 +29,7 @@ from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import from_depth, matmul_parameters
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
+from hotlap.train.studies.config import ScalingConfig
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
@@ -36,41 +37,6 @@ FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit n
 FAR = 10  # extrapolating beyond this multiple of the largest run's FLOPs is marked as a guess
 DEEPEST = 100
 UNTIMED = 2  # first steps, not timed
-
-
-@dataclass(frozen=True)
-class ScalingConfig:
-    """Train several depths, each compute-optimally, and fit scaling laws to their losses.
-
-    Finished runs are kept: rerun with more depths or budgets to extend the series.
-    """
-
-    depths: tuple[int, ...] = (12, 14, 16, 18, 20)
-    """Numbers of layers, at least two."""
-    ratio: float = 12
-    """Training tokens per matmul parameter."""
-    vocab_size: int = 32768
-    """Vocabulary size of the tokenizer."""
-    context: int = 2048
-    """Length of a row in tokens."""
-    data: str = "pydocs"
-    """See `hotlap pretrain --help`."""
-    tokenizer: str = "bpe"
-    """See `hotlap pretrain --help`."""
-    micro_batch: str = "auto"
-    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
-    seed: int = 0
-    """Seed of every run."""
-    out: Path = Path("runs/scaling")
-    """Folder for the runs (d12, ...) and the results: scaling.json, scaling.md and scaling.png."""
-    budget_flops: float = 0
-    """Predict the depth to train for this many FLOPs."""
-    budget_hours: float = 0
-    """Predict the depth to train in this many hours on this machine."""
-    budget_dollars: float = 0
-    """Predict the depth to train for this many dollars."""
-    dollars_per_hour: float = 0
-    """Hourly price of this machine; 0: a published price, if there is one for its GPUs."""
 
 
 @dataclass(frozen=True)
@@ -347,6 +313,6 @@ def peers() -> list[Point]:
     ]
 
 
-def main(arguments: list[str]) -> None:
+def main(config: ScalingConfig) -> None:
     """`hotlap scaling`."""
-    print(printable(scaling(options.parse(ScalingConfig, arguments, command="scaling"))))
+    print(printable(scaling(config)))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from hotlap.common import files, options
+from hotlap.common import files
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
@@ -30,29 +30,12 @@ from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.presets import PRETRAIN
 from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.studies.config import SweepConfig
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 BASE = "base"
 TURNS, PROBED, UNTIMED = 5, 6, 2  # timing: turns per variant, steps per turn, first steps not timed
 SPREAD = 1.3  # median step / fastest step; above it, the machine is busy with something else
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train variants of a recipe at equal tokens or equal time, and compare them with the recipe."""
-
-    variants: tuple[str, ...] = ()
-    """Each is a string of TOML assignments: "model.smear=false optim.matrix_lr=0.01"."""
-    preset: str = "tiny"
-    """The recipe: a preset of `hotlap pretrain`."""
-    base: str = ""
-    """Assignments for the recipe and all variants: 'data="text.txt" loop.steps=100'."""
-    seconds: float = 0
-    """Training time of each run, turned into steps by timing each variant first; 0: equal tokens."""
-    seeds: int = 3
-    """Runs of each variant."""
-    out: Path = Path("runs/sweep")
-    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +306,6 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> None:
+def main(config: SweepConfig) -> None:
     """`hotlap sweep`."""
-    config = options.parse(SweepConfig, arguments, command="sweep")
     print(printable(markdown(sweep(config, device_name(default_device())))))

@@ -12,10 +12,11 @@ from helpers.small_runs import conversation
 from helpers.tools import tiny_config
 
 from hotlap.common.errors import DataError
+from hotlap.common.terminal import printable
 from hotlap.model.conversation import render
 from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
-from hotlap.model.tokenizer import train_characters
+from hotlap.model.tokenizer import Tokenizer, train_characters
 from hotlap.model.weights import STATE, save_model
 from hotlap.train.data.conversations import Conversation, conversation_rows
 from hotlap.train.data.rows import PackedRows
@@ -173,9 +174,36 @@ def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkey
         evaluate_model(EvalConfig(base, ("bpb",), tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match=r"no core\.yaml in .*--core-bundle"):
         evaluate_model(EvalConfig(base, ("core",), core_bundle=tmp_path / "none"))
+    with pytest.raises(ValueError, match="no --tasks; known: bpb"):
+        evaluate_model(EvalConfig(base, ()))
     monkeypatch.setattr(command, "OPENINGS", ("0",))
     with pytest.raises(DataError, match="character '0' is not among"):
         evaluate_model(EvalConfig(base, ("samples",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a 7?", "cannot read the questions of facts: character '7'"),
+        ("a" * 70, "questions of facts have up to"),
+    ],
+)
+def test_questions_that_the_model_cannot_read_are_refused_before_it_is_loaded(text, said, base, monkeypatch):
+    (base / STATE).unlink()
+    monkeypatch.setattr(questions, "load_model", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setitem(questions.TASKS, "facts", lambda: [("a", "b"), (text, "b")])
+    with pytest.raises(ValueError, match=said):
+        evaluate_model(EvalConfig(base, ("facts",)))
+
+
+def test_samples_steer_no_terminal_and_stay_exact_in_the_file(tmp_path, base, monkeypatch, capsys):
+    monkeypatch.setattr(command, "OPENINGS", ("a bad",))
+    monkeypatch.setattr(command, "greedy", lambda engine, prompts: prompts)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2Jbad\x9b")
+    command.main(["--model", str(base), "--tasks", "samples", "--out", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    assert "[2Jbad\n" in printed and printable(printed) == printed
+    assert json.loads((tmp_path / "out.json").read_text())["samples"] == [["a bad", "\x1b[2Jbad\x9b"]]
 
 
 def test_without_a_folder_core_is_downloaded(tmp_path, base, monkeypatch):

@@ -1,0 +1,160 @@
+"""What configures the training stages. Imports no torch, so that flags are read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from hotlap.common.checks import at_least, positive
+from hotlap.model.config import GPTConfig
+from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
+
+T = TypeVar("T")
+
+
+Recompute = Literal["none", "block", "selective"]
+Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
+Policy = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Peak learning rates and weight decay; the schedule scales them over the run."""
+
+    matrix_lr: float = 0.02
+    """Muon's learning rate for the block matrices."""
+    embedding_lr: float = 0.3
+    """AdamW's learning rate for the token embedding; value embeddings use half of it."""
+    head_lr: float = 0.008
+    """AdamW's learning rate for the output head."""
+    scalar_lr: float = 0.5
+    """AdamW's learning rate for the x0 scalars; residual scalars use a hundredth of it."""
+    weight_decay: float = 0.28
+    """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
+
+    def validate(self) -> OptimConfig:
+        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+        at_least(self, 0, "weight_decay")
+        return self
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length of the run, validation, checkpoints, and what to do about bad steps."""
+
+    steps: int
+    """Optimiser steps in the run."""
+    evaluate_every: int = 250
+    """Steps between validations; the last step always validates."""
+    save_every: int = 250
+    """Steps between checkpoints; the last step always saves."""
+    clip: float = 0.0
+    """Clip gradients to this norm; 0 disables clipping."""
+    bad_steps: Policy = "stop"
+    """stop: stop the run on a NaN or infinite loss or gradient, and only log spikes.
+    skip: skip the step in both cases."""
+    minutes: float = 0.0
+    """Stop after this many minutes of training (compilation, validation, saving excluded); 0: no limit.
+    Schedules then follow elapsed time, not steps."""
+
+    def validate(self) -> LoopConfig:
+        at_least(self, 1, "steps", "evaluate_every", "save_every")
+        at_least(self, 0, "clip", "minutes", zero="off")
+        return self
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The fields that all stages share."""
+
+    out: Path
+    """Run directory, for configuration, metrics, checkpoints and report."""
+    batch_rows: int = 16
+    """Rows per step over all ranks; a row is as long as the model's context."""
+    micro_batch: str = "all"
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: none, whole blocks (block), or all but matmuls and attention (selective)."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(1000))
+    seed: int = 0
+    """Random seed for initial weights and data order."""
+    dtype: Dtype = "auto"
+    """Compute dtype. auto: bfloat16 or float32, whichever is faster here. fp8: for large matmuls, else
+    bfloat16."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Use torch.compile. auto: on a GPU only."""
+    profile: bool = False
+    """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
+    resume: str = "no"
+    """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
+
+    def validate(self: T) -> T:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "batch_rows")
+        at_least(self, 0, "seed")
+        self.optim.validate()
+        self.loop.validate()
+        self.schedule.validate(self.loop.minutes)
+        return self
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """Train a base model on text."""
+
+    out: Path = Path("runs/pretrain")
+    data: str = "pydocs"
+    """pydocs (Python's documentation), shakespeare, text or .jsonl files, or a folder of token shards."""
+    tokenizer: str = "bpe"
+    """bpe (with model.vocab-size tokens) or characters, trained on the data; gpt2; or a tokenizer.json."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    validation_tokens: int = 0
+    """Tokens to validate on, from the start of the validation split; 0 means all."""
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of the run, unless it ends by the clock."""
+        return rows_in_all(self.schedule, self.batch_rows, self.loop.steps) * self.model.context
+
+    def validate(self) -> PretrainConfig:
+        super().validate()
+        at_least(self, 0, "validation_tokens", zero="all")
+        self.model.validate()
+        return self
+
+
+@dataclass(frozen=True)
+class SFTConfig(StageConfig):
+    """Fine-tune a base model on conversations."""
+
+    out: Path = Path("runs/sft")
+    base: Path = Path("runs/pretrain")
+    """Base model to fine-tune: a run or model directory."""
+    data: str = "tasks"
+    """tasks (facts, sums, spelling, greetings), smoltalk (a download) with tasks, or a file.
+    The file is .jsonl or .parquet, with records {"messages": [...]}."""
+    epochs: float = 0.0
+    """Train for at least this many passes over the conversations, even beyond loop.steps."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(
+            warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=300
+        )
+    )
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(500))
+
+    def validate(self) -> SFTConfig:
+        super().validate()
+        at_least(self, 0, "epochs", zero="only loop.steps count")
+        return self
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Rewrite a run's report.md and curves.png."""
+
+    run: Path = Path("runs/pretrain")
+    """Run directory."""

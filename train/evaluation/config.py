@@ -1,0 +1,26 @@
+"""What configures `hotlap eval`. Imports no torch, so that flags are read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score a model: bits per byte, CORE, samples, and held-out questions of the built-in tasks."""
+
+    model: Path = Path("runs/tiny/sft")
+    """Run or model directory."""
+    tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
+    """What to score: bpb, core and samples; facts, arithmetic and spelling only for chat models."""
+    data: Path | None = None
+    """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
+    validation_tokens: int = 0
+    """For bpb: tokens to read, from the start of the split; 0 means all."""
+    core_bundle: Path | None = None
+    """For core: nanochat's eval_bundle folder; downloaded if not given."""
+    max_per_task: int = 0
+    """For core: examples per task (nanochat uses 500 during training); 0 means all."""
+    out: Path | None = None
+    """JSON file for scores, samples and wrong answers; it must not exist yet."""

@@ -1,0 +1,72 @@
+"""What configures the speedruns. Imports no torch, so that flags are read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotlap.train.config import Dtype
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Train a model that answers questions about Python, in minutes, without a GPU or a download."""
+
+    out: Path = Path("runs/tiny")
+    """Folder for everything this command writes."""
+
+
+@dataclass(frozen=True)
+class MinutesConfig:
+    """Train the best model this device can in a fixed time, by karpathy/autoresearch's protocol."""
+
+    out: Path = Path("runs/minutes")
+    """Folder for the run."""
+    minutes: float = 5.0
+    """Minutes of training, without start-up, compilation and validation."""
+    data: str = "climbmix"
+    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of token shards."""
+    dtype: Dtype = "auto"
+    """Compute dtype."""
+    yes: bool = False
+    """Start without asking for confirmation."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """modded-nanogpt's main track: train 124M parameters to a loss of 3.28 on FineWeb."""
+
+    out: Path = Path("runs/gpt2-124m")
+    """Folder for the runs and their report."""
+    data: Path = Path("data/fineweb")
+    """Folder of FineWeb token shards; missing ones are downloaded."""
+    runs: int = 1
+    """Number of runs, each with its own seed; the rules ask for a mean loss below 3.28 with p < 0.01."""
+    micro_batch: str = "auto"
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
+    dtype: Dtype = "auto"
+    """Compute dtype."""
+    yes: bool = False
+    """Start without asking for confirmation."""
+
+
+@dataclass(frozen=True)
+class GradeConfig:
+    """nanochat's speedrun: train a model that beats GPT-2 on CORE (0.256525), then fine-tune it for chat."""
+
+    out: Path = Path("runs/gpt2-grade")
+    """Folder for everything this command writes."""
+    depth: int = 24
+    """Number of layers; everything else follows from it."""
+    data: Path = Path("data/climbmix")
+    """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
+    talks: str = "smoltalk"
+    """smoltalk (downloaded; adds the built-in tasks), tasks (only those), or a .jsonl or .parquet file."""
+    core_bundle: Path | None = None
+    """nanochat's eval_bundle folder; downloaded by default."""
+    micro_batch: str = "auto"
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
+    fp8: bool = False
+    """Run large matmuls in fp8."""
+    yes: bool = False
+    """Start without asking for confirmation."""

@@ -1,0 +1,75 @@
+"""What configures the studies. Imports no torch, so that flags are read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train variants of a recipe at equal tokens or equal time, and compare them with the recipe."""
+
+    variants: tuple[str, ...] = ()
+    """Each is a string of TOML assignments: "model.smear=false optim.matrix_lr=0.01"."""
+    preset: str = "tiny"
+    """The recipe: a preset of `hotlap pretrain`."""
+    base: str = ""
+    """Assignments for the recipe and all variants: 'data="text.txt" loop.steps=100'."""
+    seconds: float = 0
+    """Training time of each run, turned into steps by timing each variant first; 0: equal tokens."""
+    seeds: int = 3
+    """Runs of each variant."""
+    out: Path = Path("runs/sweep")
+    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Train several depths, each compute-optimally, and fit scaling laws to their losses.
+
+    Finished runs are kept: rerun with more depths or budgets to extend the series.
+    """
+
+    depths: tuple[int, ...] = (12, 14, 16, 18, 20)
+    """Numbers of layers, at least two."""
+    ratio: float = 12
+    """Training tokens per matmul parameter."""
+    vocab_size: int = 32768
+    """Vocabulary size of the tokenizer."""
+    context: int = 2048
+    """Length of a row in tokens."""
+    data: str = "pydocs"
+    """See `hotlap pretrain --help`."""
+    tokenizer: str = "bpe"
+    """See `hotlap pretrain --help`."""
+    micro_batch: str = "auto"
+    """Rows per forward pass on each rank: a number, all, or auto (as many as fit in memory)."""
+    seed: int = 0
+    """Seed of every run."""
+    out: Path = Path("runs/scaling")
+    """Folder for the runs (d12, ...) and the results: scaling.json, scaling.md and scaling.png."""
+    budget_flops: float = 0
+    """Predict the depth to train for this many FLOPs."""
+    budget_hours: float = 0
+    """Predict the depth to train in this many hours on this machine."""
+    budget_dollars: float = 0
+    """Predict the depth to train for this many dollars."""
+    dollars_per_hour: float = 0
+    """Hourly price of this machine; 0: a published price, if there is one for its GPUs."""
+
+
+@dataclass(frozen=True)
+class AblationsConfig:
+    """Train the demo's base model without each part of its recipe, at equal time and on several seeds."""
+
+    seconds: float = 20
+    """Training time of each run."""
+    seeds: int = 3
+    """Runs of each variant."""
+    only: tuple[str, ...] = ()
+    """Names of the variants to train; all by default."""
+    base: str = ""
+    """Assignments for all runs: "loop.clip=1.0 model.layers=2"."""
+    out: Path = Path("runs/ablations")
+    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
