@@ -49,7 +49,8 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
             batches=row_batches(rows, config, steps, world),
             evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
             data=hashlib.sha256(b"".join(trained)).hexdigest(), source=config.data,
-            about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {epochs:.1f} epochs",
+            about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {epochs:.1f} epochs, "
+            f"{len(validated)} to validate",
             loop=dataclasses.replace(config.loop, steps=steps), base=base,
         )  # fmt: skip
         with opened(config, world, lambda: check_tokenizer(config.out / TOKENIZER, tokenizer)):
