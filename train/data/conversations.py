@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from array import array
 from collections import Counter
@@ -54,7 +55,7 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
     (`download_conversations`).
     """
     if data not in BUILT_IN:
-        for place, messages in read_conversations(Path(data)):
+        for place, messages in read_conversations(conversation_file(data)):
             yield Conversation(place, messages)
         return
     if Path(data).exists():
@@ -69,10 +70,19 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
         yield Conversation(f"task {number}", messages)
 
 
+def conversation_file(data: str) -> Path:
+    """The path that `data` is. `~` at its start is the home folder, if no file has that name."""
+    if not data.strip():
+        raise ValueError(
+            "the name of the conversations is empty; name a .jsonl or .parquet file, smoltalk, or tasks"
+        )
+    return Path(data if os.path.lexists(data) else os.path.expanduser(data))
+
+
 def check_conversations(data: str) -> None:
     """Read a file of conversations to its end, so that its errors show before a long run."""
     if data not in BUILT_IN:
-        for _ in read_conversations(Path(data)):
+        for _ in read_conversations(conversation_file(data)):
             pass
 
 

@@ -310,6 +310,22 @@ def test_equal_conversations_have_equal_digests(tiny_tokenizer):
     assert alone == [second]
 
 
+def test_a_name_is_a_file_of_the_folder_the_home_folder_or_a_built_in_one(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hotlap.train.data.conversations.documentation_tasks", lambda seed: [])
+    talk = conversation("a", "b")
+    (tmp_path / "tasks").write_text(json.dumps({"messages": talk}))
+    for name in ("./tasks", "~/tasks"):
+        assert [found.messages for found in conversations_of(name, seed=0)] == [talk]
+    assert not caplog.text
+    assert not list(conversations_of("tasks", seed=0))
+    assert "tasks: the built-in conversations, not the file of that name, which is ./tasks" in caplog.text
+    with pytest.raises(ValueError, match="the name of the conversations is empty"):
+        list(conversations_of(" ", seed=0))
+
+
 def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_path, monkeypatch, caplog):
     pytest.importorskip("pyarrow")
     pytest.importorskip("huggingface_hub")
