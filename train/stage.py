@@ -47,7 +47,7 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, rows_share, stage_rows
 from hotlap.train.run.changes import continued
-from hotlap.train.run.folder import open_run, run_lock, write_config
+from hotlap.train.run.folder import open_run, origin, run_lock, write_config
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
@@ -162,12 +162,14 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     if stage.base is not None:
         load_weights(model, stage.base)
     optimizer = MuonAdamW(model, config.optim)
+    start = world.together(lambda: origin(config.out, config.resume))[0]
     state = resume_from(
-        config.out, config.resume, model, optimizer, world,
+        config.out, start, model, optimizer, world,
         accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
     )  # fmt: skip
     if world.is_main:
-        write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
+        # checkpoints copy it, and the run goes on with it if it is stopped
+        write_config(config.out, dataclasses.replace(config, resume=start))
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:

@@ -61,17 +61,18 @@ def continued(folder: Path, manifest: dict, state: RunState, config: Any, stage:
             f"{folder} has another order of the data: {'; '.join(other)}; restore the original value, or "
             "start a new run"
         )
+    steps_flag = "--loop.steps" + (" and --loop.minutes 0" if stage.loop.minutes else "")
     if state.finished and (state.step == stage.loop.steps or not LENGTH & set(found)):
-        flag = "--loop.minutes" if stage.loop.minutes and state.step < stage.loop.steps else "--loop.steps"
+        flag = steps_flag if state.step == stage.loop.steps else "--loop.minutes"
         log.info("%s: finished after step %d; to train on, give a higher %s", folder, state.step, flag)
         return state
     over = bool(stage.loop.minutes) and state.seconds >= 60 * stage.loop.minutes
     if state.step >= stage.loop.steps or over:
         length = f"{stage.loop.minutes:g} minutes" if over else f"{stage.loop.steps} steps"
-        flag = "--loop.minutes" if over else "--loop.steps"
         raise ValueError(
             f"{folder} has taken {state.step} steps in {state.seconds / 60:.3g} minutes, and this run ends "
-            f"after {length}; give a higher {flag}, or resume from an earlier checkpoint into another --out"
+            f"after {length}; give a higher {'--loop.minutes' if over else steps_flag}, or resume from an "
+            "earlier checkpoint into another --out"
         )
     if not found:
         return state
