@@ -167,9 +167,8 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
         config.out, start, model, optimizer, world,
         accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
     )  # fmt: skip
-    if world.is_main:
-        # checkpoints copy it, and the run goes on with it if it is stopped
-        write_config(config.out, dataclasses.replace(config, resume=start))
+    current = dataclasses.replace(config, resume=start)  # what a run that is stopped goes on with
+    world.together(lambda: write_config(config.out, current) if world.is_main else None)
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:

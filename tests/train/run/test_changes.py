@@ -17,7 +17,10 @@ from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.run.changes import continued
+from hotlap.train.run.folder import write_config
 from hotlap.train.run.state import RunState
+from hotlap.train.speedruns.minutes import as_begun
+from hotlap.train.speedruns.minutes import timed as timed_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +227,22 @@ def test_a_timed_run_is_extended_by_minutes_or_by_steps():
         timed(0.5, 1000, done)
     with pytest.raises(ValueError, match=r"ends after 40 steps; give a higher --loop\.steps"):
         timed(0.0, 40, done)
+
+
+def test_a_checkpoint_that_does_not_say_its_configuration_is_extended_with_a_warning(caplog):
+    config = PretrainConfig(loop=LoopConfig(4))
+    stage = SimpleNamespace(name="pretrain", data="data", source="text", loop=config.loop)
+    done = RunState(stage="pretrain", data="data", step=2, finished=True)
+    assert not continued(Path("run"), {"run": None}, done, config, stage).finished
+    assert "does not say how it was configured" in caplog.text
+
+
+def test_a_speedrun_of_minutes_is_not_extended(tmp_path):
+    recipe = timed_recipe(tmp_path, "text", 1.0, 1e12)
+    write_config(tmp_path, recipe)
+    assert as_begun(recipe) == recipe
+    with pytest.raises(ValueError, match=r"loop\.minutes: saved 1\.0, current 2\.0; choose another --out"):
+        as_begun(timed_recipe(tmp_path, "text", 2.0, 1e12))
 
 
 def test_what_is_compared_by_content_may_have_another_name(tmp_path, caplog):
