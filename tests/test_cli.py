@@ -198,8 +198,8 @@ def test_a_run_that_exists_is_not_overwritten(work, capsys):
     assert_error(
         capsys, pretrain_here(), CANNOT_CREATE, "base already holds a run", "--resume", "auto", "--out"
     )
-    code = pretrain_here("--resume", "auto", "--loop.steps", "6", "--model.layers", "2")
-    assert_error(capsys, code, USAGE, "loop.steps: saved 4, current 6", "model.layers: saved 1, current 2")
+    code = pretrain_here("--resume", "auto", "--batch-rows", "6", "--model.layers", "2")
+    assert_error(capsys, code, USAGE, "batch_rows: saved 4, current 6", "model.layers: saved 1, current 2")
     assert pretrain_here("--resume", "auto") == 0
 
 

@@ -71,8 +71,9 @@ def fit(
     ):
         if (warm_up or config.minutes) and not finished:
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
-        if state.step:  # in a new folder, so that it has a model from the start; a no-op in the run's own
+        if state.step:  # a new folder needs it to be resumed itself; in the run's own, it exists
             saver.save(model, optimizer, tokenizer, state)
+            saver.finish()
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()

@@ -46,7 +46,7 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import continued
-from hotlap.train.run.folder import open_run, run_lock, write_config, write_machine
+from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
@@ -130,13 +130,19 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     if stage.base is not None:
         load_weights(model, stage.base)
     optimizer = MuonAdamW(model, config.optim)
+    start = world.together(lambda: origin(config.out, config.resume))[0]
     state = resume_from(
-        config.out, config.resume, model, optimizer, world,
+        config.out, start, model, optimizer, world,
         accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
     )  # fmt: skip
-    if world.is_main:
-        write_config(config.out, config)  # checkpoints copy it, and a run that stops again is resumed with it
-        write_machine(config.out, world.device, world.size)
+    current = dataclasses.replace(config, resume=start)  # what a run that is stopped goes on with
+
+    def record() -> None:
+        if world.is_main:
+            write_config(config.out, current)
+            write_machine(config.out, world.device, world.size)
+
+    world.together(record)
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:

@@ -18,7 +18,7 @@ from hotlap.common.files import file_sha256
 from hotlap.model.manifest import manifest_text, read_manifest
 from hotlap.model.weights import load_model, run_checkpoints
 from hotlap.train.distributed.world import joined
-from hotlap.train.run.resume import load_checkpoint, verify_checkpoint
+from hotlap.train.run.resume import load_checkpoint, read_state, verify_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -212,6 +212,16 @@ def run_everything(folder: Path, manifest: dict, world) -> None:
     ):
         with contextlib.suppress(ValueError):
             reader()
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer/random-00001.json"])
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"python": 3}', '{"step": "3"}', "[" * 100_000])
+def test_state_that_fits_the_manifest_and_makes_no_sense_is_refused_by_name(run, name, text):
+    (newest(run) / name).write_text(text)
+    manifest = signed(newest(run)) | {"world_size": 1}
+    with joined() as world, pytest.raises(DataError, match=Path(name).name):
+        read_state(newest(run))
+        load_checkpoint(newest(run), manifest, *built(), world)
 
 
 def test_a_checkpoint_loads_without_a_process_group(original):

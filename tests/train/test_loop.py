@@ -263,6 +263,24 @@ def test_a_finished_timed_run_takes_no_more_steps(tmp_path, tiny_tokenizer):
     assert last["step"] == 5
 
 
+def test_a_run_of_fewer_steps_than_stages_is_validated_with_whole_windows(tmp_path, tiny_tokenizer, world):
+    model = GPT(tiny_config(layers=1, context=300)).init_weights()
+    optimizer = MuonAdamW(model, OptimConfig())
+    schedule = ScheduleConfig(stages=((1.0, 1e-9), (1.0, 0.5), (1.0, 1.0)))
+    batches = step_batches(random_shards([[5, 9, 30, 40]], 300), batch_rows=1, micro_rows=1)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(model.blocks[0].attention.window)
+        return next_token_loss(model, batch)
+
+    fit(
+        LoopConfig(1), schedule, model, optimizer, tiny_tokenizer, batches, loss, world=world, run=tmp_path,
+        evaluate=lambda: seen.append(model.blocks[0].attention.window) or {},
+    )  # fmt: skip
+    assert seen == [128, 300]
+
+
 def test_warmup_steps_leave_no_trace(tmp_path, tiny_tokenizer):
     results = []
     for warm_up in (False, True):

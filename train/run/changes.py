@@ -14,7 +14,6 @@ from typing import Any
 
 from hotlap.common.log import log
 from hotlap.common.options import differences, flat, to_json
-from hotlap.model.weights import listed
 from hotlap.train.run.state import RunState
 
 # Where and how a run is computed, watched and saved.
@@ -46,6 +45,45 @@ def continued(folder: Path, manifest: dict, state: RunState, config: Any, stage:
     ValueError if the checkpoint is of another stage, data or order of the data, or if the run would already
     be over.
     """
+    saved = manifest.get("run")
+    if saved is None:
+        log.warning(
+            "%s does not say how it was configured; only model, tokenizer and data are compared", folder
+        )
+    found = {} if saved is None else changes(saved, config)
+    found = {name: text for name, text in found.items() if not name.startswith(BY_CONTENT)}
+    check_data(folder, state, found, stage)
+    steps_flag = "--loop.steps" + (" and --loop.minutes 0" if stage.loop.minutes else "")
+    same_time = bool(stage.loop.minutes) and saved is not None and not LENGTH & set(found)
+    if state.finished and (state.step == stage.loop.steps or same_time):
+        flag = steps_flag if state.step == stage.loop.steps else "--loop.minutes"
+        log.info("%s: finished after step %d; to train on, give a higher %s", folder, state.step, flag)
+        return state
+    over = bool(stage.loop.minutes) and state.seconds >= 60 * stage.loop.minutes
+    if state.step >= stage.loop.steps or over:
+        length = f"{stage.loop.minutes:g} minutes" if over else f"{stage.loop.steps} steps"
+        raise ValueError(
+            f"{folder} has taken {state.step} steps in {state.seconds / 60:.3g} minutes, and this run ends "
+            f"after {length}; give a higher {'--loop.minutes' if over else steps_flag}, or resume from an "
+            "earlier checkpoint into another --out"
+        )
+    state = dataclasses.replace(state, finished=False)
+    if not found:
+        return state
+    log.info("%s: going on with %s; spikes are measured anew", folder, "; ".join(found.values()))
+    if LENGTH & set(found):
+        log.info(
+            "the schedule follows the new length, so the learning rate may go up again: the last step had "
+            "%.3g of its peak", state.last.get("lr_share", 1.0),
+        )  # fmt: skip
+    return dataclasses.replace(state, recent=RunState().recent)  # other rates and batches have other losses
+
+
+def check_data(folder: Path, state: RunState, found: dict[str, str], stage: Any) -> None:
+    """Raise ValueError if a checkpoint is of another stage or data, or of another order of the data.
+
+    found: what has changed, by field.
+    """
     if state.stage != stage.name:
         hint = f"; to fine-tune it, give --base {folder}" if stage.name == "sft" else ""
         raise ValueError(f"{folder} is a checkpoint of {state.stage}, which {stage.name} cannot resume{hint}")
@@ -54,32 +92,8 @@ def continued(folder: Path, manifest: dict, state: RunState, config: Any, stage:
             f"{folder} was started on other data than {stage.source} holds now; restore that data, or start "
             "a new run with another --out"
         )
-    found = changes(manifest["run"], config) if manifest.get("run") else {}
-    found = {name: text for name, text in found.items() if not name.startswith(BY_CONTENT)}
     if other := [text for name, text in found.items() if name in ORDER]:
         raise ValueError(
             f"{folder} has another order of the data: {'; '.join(other)}; restore the original value, or "
             "start a new run"
         )
-    if state.finished and (state.step == stage.loop.steps or not LENGTH & set(found)):
-        flag = "--loop.minutes" if stage.loop.minutes and state.step < stage.loop.steps else "--loop.steps"
-        log.info("%s: finished after step %d; to train on, give a higher %s", folder, state.step, flag)
-        return state
-    over = bool(stage.loop.minutes) and state.seconds >= 60 * stage.loop.minutes
-    if state.step >= stage.loop.steps or over:
-        length = f"{stage.loop.minutes:g} minutes" if over else f"{stage.loop.steps} steps"
-        flag = "--loop.minutes" if over else "--loop.steps"
-        raise ValueError(
-            f"{folder} has taken {state.step} steps in {state.seconds / 60:.3g} minutes, and this run ends "
-            f"after {length}; give a higher {flag}, or resume from an earlier checkpoint into another --out"
-        )
-    if not found:
-        return state
-    # other rates and batches have other losses and norms
-    log.info("%s: going on with %s; spikes are measured anew", folder, listed(list(found.values())))
-    if LENGTH & set(found):
-        log.info(
-            "the schedule follows the new length, so the learning rate may go up again: the last step had "
-            "%.3g of its peak", state.last.get("lr_share", 1.0),
-        )  # fmt: skip
-    return dataclasses.replace(state, finished=False, recent=RunState().recent)

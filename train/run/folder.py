@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -88,7 +89,18 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     elif changed or not resume:
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
             made.unlink(missing_ok=True)  # left by the failed start
-        write_config(run, config)
+        write_config(run, dataclasses.replace(config, resume=origin(run, config.resume)))
+
+
+def origin(run: Path, choice: str) -> str:
+    """What --resume means in an opened run: `auto` in one that has no checkpoint of its own yet, but was
+    started from another run's, is that one.
+    """
+    if choice == "auto" and not run_checkpoints(run):
+        saved = read_config(run).get("resume")
+        if isinstance(saved, str) and saved != "no":
+            return saved
+    return choice
 
 
 def in_new_folder(run: Path) -> str:

@@ -29,11 +29,11 @@ class Metrics:
         What cannot be read is kept under another name, unless it is only a last line that was cut short.
         """
         found, lost, cut = parsed(path)
-        if lost and not cut:
-            aside = path.rename(path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}"))
-            log.warning("%s; kept as %s", left_out(path, lost), aside.name)
-        elif lost:
-            log.warning(left_out(path, lost))
+        kept = path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}") if lost and not cut else None
+        if lost:
+            log.warning(left_out(path, lost) + (f"; all is kept as {kept.name}" if kept else ""))
+        if kept:
+            path.rename(kept)
         lines = [m for m in found if m["step"] < first_step]
         if again := len(found) - len(lines):
             log.info("%s: steps after step %d are taken again; %d lines are dropped", path, first_step, again)

@@ -119,6 +119,29 @@ def test_windows_grow_with_the_stages_to_full_size():
     assert seen == [(128, 256, 256), (128, 512, 512), (256, 1024, 1024)]
 
 
+@pytest.mark.parametrize("context", [1, 16, 127, 128, 129, 300])
+@pytest.mark.parametrize("share", [1e-9, 0.001, 0.01, 1 / 3, 0.999, 1.0])
+def test_a_share_of_a_window_is_at_least_one_step_of_128_keys_and_at_most_the_window(context, share):
+    model = GPT(tiny_config(layers=2, context=context, window_pattern="SL"))
+    model.set_windows(share)
+    for block, whole in zip(model.blocks, model.config.windows, strict=True):
+        assert min(128, whole) <= block.attention.window <= whole
+
+
+def test_a_stage_begins_at_its_part_of_the_run_however_the_division_is_rounded():
+    for parts in range(1, 60):
+        config = ScheduleConfig(stages=tuple((1.0, (i + 1) / parts) for i in range(parts)))
+        for steps in (1, 2, parts, 2 * parts, 97):
+            stages = [stage_at(config, step / steps) for step in range(steps)]
+            assert stages == [config.stages[step * parts // steps] for step in range(steps)]
+
+
+@pytest.mark.parametrize("share", [1e-12, 0.01, 0.24])
+def test_a_share_of_the_batch_that_is_no_row_is_refused(share):
+    with pytest.raises(ValueError, match="must be whole"):
+        stage_rows(ScheduleConfig(stages=((share, 1.0), (1.0, 1.0))), 4)
+
+
 def test_stages_of_a_timed_run_cannot_change_the_batch_size():
     with pytest.raises(ValueError, match="the same batch size"):
         STAGES.validate(minutes=1.0)

@@ -154,11 +154,24 @@ def test_a_file_cannot_be_a_run(tmp_path):
         pass
 
 
-def test_a_damaged_config_of_a_run_is_named(tmp_path):
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"[{}]", b"3", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_config_of_a_run_is_named(tmp_path, damaged):
     open_run(tmp_path, OptimConfig(), resume=False)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"config\.json is not a run's configuration"):
-        open_run(tmp_path, OptimConfig(), resume=True)
+    (tmp_path / "config.json").write_bytes(damaged)
+    (tmp_path / "metrics.jsonl").touch()
+    for resume in (False, True):
+        with pytest.raises(DataError, match=r"config\.json is not a run's configuration.*--resume"):
+            open_run(tmp_path, OptimConfig(), resume=resume)
+
+
+def test_a_lock_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(FileExistsError, match=r"run\.lock cannot be opened"), run_lock(tmp_path):
+        pass
+    (tmp_path / "run.lock").rmdir()
+    (tmp_path / "run.lock").write_bytes(b"\xff\xfe")
+    with run_lock(tmp_path), pytest.raises(ValueError, match="in use by process"), run_lock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("resume", [False, True])
