@@ -16,6 +16,7 @@ import tyro
 
 from hotlap.common import options
 from hotlap.common.errors import BAD_DATA, guarded
+from hotlap.common.files import append
 from hotlap.kernels.dispatch import default_device, kernel_choice
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.engine import Engine
@@ -44,6 +45,11 @@ class ChatConfig:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.0))
+
+    def validate(self) -> ChatConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        self.sampling.validate()
+        return self
 
 
 class Chat:
@@ -162,8 +168,8 @@ def save(chat: Chat, name: str) -> None:
             raise OSError("name a file, as in /save talk.jsonl")
         if not chat.messages:
             raise OSError("the conversation is empty")
-        with open(name, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
+        line = json.dumps({"messages": system + chat.messages}, ensure_ascii=False)
+        append(Path(name), line + "\n")
         print(f"[saved to {name}]")
     except OSError as error:
         print(f"error: /save: {error}", file=sys.stderr)
@@ -198,7 +204,7 @@ def converse(chat: Chat | Continuation) -> None:
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
-    config.sampling.validate()
+    config.validate()
     path = config.model
     if path is None:
         found = find_models(Path("runs"))

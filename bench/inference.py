@@ -21,11 +21,12 @@ from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.peer_steps import nanochat_attention, nanochat_decoding, nanochat_model, shape_beside
 from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.common import files, options
+from hotlap.common.checks import TOO_LARGE, at_least
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
-from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.decoding import Decoder, KVCache, check_cache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
@@ -50,20 +51,28 @@ class InferenceConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> InferenceConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "prompt", zero="half the context")
+        at_least(self, 0, "minutes", zero="no limit")
+        if not self.batches or not all(1 <= batch < TOO_LARGE for batch in self.batches):
+            raise ValueError(f"batches={self.batches} must be numbers of at least 1, and less than 2^63")
+        return self
+
 
 @torch.inference_mode()
 def bench_inference(config: InferenceConfig) -> list[dict]:
     """Measure each batch size, write inference.json, .csv and .png, and return the rows. A batch size that
     fails has a row that says so.
     """
+    config.validate()
     budget, device = Budget(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
     prompt = config.prompt or shape.context // 2
-    if not 0 < prompt < shape.context or not config.batches or min(config.batches) < 1:
-        raise ValueError(
-            f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
-        )
+    if prompt >= shape.context:
+        raise ValueError(f"prompt={prompt} must leave room in {name}'s context of {shape.context}")
+    check_cache(shape, min(config.batches), prompt + 1, fast_dtype(device.type, shape.width), device)
     if config.nanochat:
         if not config.nanochat.is_dir():
             raise FileNotFoundError(f"no checkout of nanochat at {config.nanochat}")

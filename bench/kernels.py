@@ -34,13 +34,18 @@ from hotlap.bench.timing import (
     start_afresh,
 )
 from hotlap.common import options
+from hotlap.common.checks import at_least, positive
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
 
 UNFINISHED = "did not finish: it hung, or its process was killed"  # the note of a row
 ALL = "all"  # in place of a provider: the reference, or all providers in turns
 LONGEST = 150  # seconds, at most, to compile and check one provider, or to time all of them
+
+
+NARROWEST = 768  # width of the smallest model that is measured
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,16 @@ class KernelsConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> KernelsConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        at_least(self, 0, "rows", zero="a usual number")
+        at_least(self, 0, "minutes", zero="no limit")
+        if self.rows > CONTEXT and self.rows % CONTEXT:
+            raise ValueError(f"rows={self.rows} must be at most {CONTEXT} or a multiple of it")
+        require_memory(f"rows={self.rows}", self.rows * 2 * NARROWEST, "lower --rows")
+        return self
+
 
 class DeviceLost(OSError):
     """A kernel left the GPU context unusable, so this process cannot measure anything else."""
@@ -78,12 +93,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
     A provider that is wrong or fails is not timed and has a row that says so. Raises DeviceLost if a provider
     leaves the GPU unusable.
     """
-    if not config.seconds > 0:
-        raise ValueError(f"seconds={config.seconds} must be positive")
-    if config.rows < 0 or (config.rows > CONTEXT and config.rows % CONTEXT):
-        raise ValueError(
-            f"rows={config.rows} must be at most {CONTEXT} or a multiple of it; 0 is the default"
-        )
+    config.validate()
     budget, device = Budget(config.minutes), default_device()
     count = config.rows or (16384 if device.type == "cuda" else 1024)
     todo = operations(count, device, fast_dtype(device.type), config.operations, config.sizes)

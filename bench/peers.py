@@ -20,6 +20,7 @@ from hotlap.bench.race import race
 from hotlap.bench.timing import NO_TIME, Budget, Timing, failure, measure, start_afresh
 from hotlap.bench.training import made
 from hotlap.common import options
+from hotlap.common.checks import at_least, positive
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device
@@ -67,9 +68,18 @@ class PeersConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> PeersConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        at_least(self, 0, "rows", zero="a usual number")
+        at_least(self, 1, "micro_batches")
+        at_least(self, 0, "minutes", zero="no limit")
+        return self
+
 
 def bench_peers(config: PeersConfig) -> list[dict]:
     """Measure every pair, write peers.json and .csv, and return the rows. With config.race, race instead."""
+    config.validate()
     if config.race:
         if not config.nanogpt or config != PeersConfig(config.nanogpt, race=config.race, out=config.out):
             raise ValueError("--race needs --nanogpt PATH, and takes no other flag but --out")
@@ -82,11 +92,6 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             raise FileNotFoundError(f"no checkout of {name} at {path}")
     device = default_device()
     scripts = modded.runnable(config.modded, device) if config.modded else {}
-    if not config.seconds > 0 or config.rows < 0 or config.micro_batches < 1:
-        raise ValueError(
-            f"seconds={config.seconds} must be positive, rows={config.rows} 0 or more, and "
-            f"micro_batches={config.micro_batches} 1 or more"
-        )
     peers = [name for name in ("nanogpt", "nanochat") if name in paths]
     if config.fp8:
         if not config.nanochat:

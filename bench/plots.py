@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 
 DIRECTIONS = ("forward", "backward", "both")
 TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -23,7 +23,7 @@ def draw(rows: list[dict], path: Path, content: Callable[[Any, list[dict]], None
     if figure is None:
         return False
     content(figure, timed)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

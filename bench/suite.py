@@ -26,6 +26,7 @@ from hotlap.bench import phases, results
 from hotlap.bench.phases import Phase
 from hotlap.bench.timing import NO_TIME
 from hotlap.common import files
+from hotlap.common.checks import at_least
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging
 
@@ -47,15 +48,19 @@ class SuiteConfig:
     phases: tuple[str, ...] = ()
     """Phases to run; all by default."""
 
+    def validate(self) -> SuiteConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "minutes", zero="the call's default")
+        return self
+
 
 def run_suite(call: str, config: SuiteConfig) -> int:
     """Run a call. Returns 1 if a phase failed, else 0."""
+    config.validate()
     groups = phases.CALLS[known(call, phases.CALLS, "call")]
     names = {phase.name for group in groups for phase in group}
     for name in config.phases:
         known(name, names, "phase")
-    if not 0 <= config.minutes < float("inf"):
-        raise ValueError(f"minutes={config.minutes} must be positive, or 0 for the call's default")
     out = config.out or Path(f"{call}-{re.sub('[^0-9]+', '-', results.now()).strip('-')}")
     results.check_folder(out)
     if any(out.iterdir()):

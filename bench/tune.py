@@ -26,6 +26,7 @@ from hotlap.bench import timing
 from hotlap.bench.static import MODULES
 from hotlap.bench.timing import Call
 from hotlap.common import options
+from hotlap.common.checks import positive
 from hotlap.common.log import log
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
@@ -54,13 +55,17 @@ class TuneConfig:
     seconds: float = 0.05
     """Measuring time of each tile."""
 
+    def validate(self) -> TuneConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        return self
+
 
 def tune(config: TuneConfig) -> int:
     """Measure, print a line per case, and write the file."""
     if unknown := [name for name in config.kernel if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
-    if not config.seconds > 0:
-        raise ValueError(f"seconds={config.seconds} must be positive")
+    config.validate()
     if not torch.cuda.is_available():
         raise ValueError("hotlap bench tune needs a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":

@@ -52,10 +52,10 @@ def known(name: str, names: object, what: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch had not enough memory, on a CPU or a GPU."""
-    said = ("not enough memory", "can't allocate memory", "out of memory")  # torch, on a CPU and by CUDA
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU
+        return True
+    said = ("not enough memory", "can't allocate memory", "out of memory")  # torch on a CPU, and CUDA
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def explained(error: BaseException) -> tuple[str, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
+from hotlap.common.files import replacing
 from hotlap.common.log import log
 
 
@@ -19,6 +21,12 @@ def new_figure(**settings: Any) -> Any | None:
         log_missing()
         return None
     return Figure(layout="constrained", **settings)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as an image, whole or not at all."""
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format=path.suffix[1:])
 
 
 @functools.cache

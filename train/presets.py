@@ -70,8 +70,7 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     A run has `ratio` tokens per matmul parameter. The batch grows with tokens^0.383 and the learning rates
     with the square root of the batch; weight decay falls as the run gets longer.
     """
-    if not 1 <= depth <= DEEPEST:
-        raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
+    check_depth(depth)
     model = GPTConfig.from_depth(depth, vocab_size, context)
     tokens = ratio * matmul_parameters(model)
     reference = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size, context)
@@ -84,6 +83,11 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
         loop=LoopConfig(round(tokens / batch)),
     )  # fmt: skip
+
+
+def check_depth(depth: int) -> None:
+    if not 1 <= depth <= DEEPEST:
+        raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
 
 
 def gpt2_124m() -> PretrainConfig:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import options
-from hotlap.common.files import cache_folder
+from hotlap.common.checks import at_least
+from hotlap.common.files import cache_folder, write
 from hotlap.common.machine import circumstances
 from hotlap.model.conversation import spoken
 from hotlap.model.tokenizer import Tokenizer
@@ -46,6 +47,15 @@ class EvalConfig:
     out: Path | None = None
     """JSON file for scores, samples and wrong answers; it must not exist yet."""
 
+    def validate(self) -> EvalConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "validation_tokens", "max_per_task", zero="all")
+        if not self.tasks:
+            raise ValueError(f"tasks={self.tasks} must name at least one of {', '.join(KNOWN)}")
+        if unknown := [task for task in self.tasks if task not in KNOWN]:
+            raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
+        return self
+
 
 def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]]:
     """The tokens of a few questions; for a base model, of openings to continue."""
@@ -59,16 +69,13 @@ KNOWN = ("bpb", "core", "samples", *TASKS)
 
 def check(config: EvalConfig) -> None:
     """Raise what is wrong with the config itself."""
-    if unknown := [task for task in config.tasks if task not in KNOWN]:
-        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
+    config.validate()
     if config.out and config.out.exists():
         raise FileExistsError(f"{config.out} exists; choose another file with --out")
     if config.out and not config.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; create it first")
     if "bpb" in config.tasks and config.data is None:
         raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
-    if config.validation_tokens < 0:
-        raise ValueError(f"validation_tokens={config.validation_tokens} must be 0 (all) or more")
 
 
 def check_stage(config: EvalConfig, trained_for: str | None) -> None:
@@ -123,7 +130,7 @@ def evaluate_model(config: EvalConfig) -> dict:
             "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
         }  # fmt: skip
         if config.out and world.is_main:
-            config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(config.out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hotlap.common.errors import DataError
+from hotlap.common.files import naming, write
 from hotlap.common.options import differences, flat, to_json
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.run.metrics import METRICS
@@ -38,7 +39,8 @@ def run_lock(run: Path):
             raise ValueError(f"{run} is in use by {file.read().strip() or 'another process'}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with naming(run / LOCK):
+            file.flush()
         yield
 
 
@@ -52,7 +54,7 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     if not path.exists():
         if others := sorted(p.name for p in run.iterdir() if p.name != LOCK):
             raise FileExistsError(f"{run} holds {others[0]} and no run; choose a new folder with --out")
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
         return
     try:
         saved, current = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
@@ -66,7 +68,7 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
             )
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
             made.unlink(missing_ok=True)  # left by the failed start
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
         return
     saved = flat(json.loads(to_json(type(config)()))) | flat(
         saved

@@ -21,12 +21,14 @@ class Metrics:
     def __init__(self, path: Path, first_step: int = 0):
         """Append to the file, after dropping what an interrupted run wrote from `first_step` on."""
         lines = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
+        self._path = path
         files.write(path, "".join(map(as_line, lines)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
         self.last = lines[-1] if lines else {}
 
     def write(self, values: dict) -> None:
-        self._file.write(as_line(values))
+        with files.naming(self._path):
+            self._file.write(as_line(values))
 
     def close(self) -> None:
         self._file.close()

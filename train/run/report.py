@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hotlap.common import options
 from hotlap.common.errors import DataError
-from hotlap.common.plots import new_figure
+from hotlap.common.files import write
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.train.run.metrics import read_metrics
 
 # Names of metrics in reports, if not their keys.
@@ -58,7 +59,7 @@ def write_report(run: Path) -> Path:
     config = json.dumps(json.loads((run / "config.json").read_text()), indent=1)
     lines += ["## Configuration", "", "```json", config, "```", ""]
     path = run / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write(path, "\n".join(lines))
     return path
 
 
@@ -80,7 +81,7 @@ def draw_curves(metrics: list[dict], path: Path) -> bool:
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
     for axes in (loss, speed):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -17,7 +17,7 @@ from hotlap.train.data.conversations import (
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, climbmix_with_tokenizer
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.command import EvalConfig, evaluate_model
-from hotlap.train.presets import gpt2_grade, gpt2_grade_sft
+from hotlap.train.presets import check_depth, gpt2_grade, gpt2_grade_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
 from hotlap.train.speedruns.plan import confirm, download_words, plan, plan_words
@@ -47,11 +47,17 @@ class GradeConfig:
     yes: bool = False
     """Start without asking for confirmation."""
 
+    def validate(self) -> GradeConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        check_depth(self.depth)
+        return self
+
 
 def grade_speedrun(config: GradeConfig) -> dict:
     """Train, score and fine-tune. Returns the result, or {} if the user declines the plan. All ranks call
     it.
     """
+    config.validate()
     recipe = dataclasses.replace(
         gpt2_grade(config.depth), out=config.out / "pretrain", data=str(config.data),
         micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hotlap.common import options
+from hotlap.common.checks import positive
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.gpt import GPT
@@ -64,6 +65,11 @@ class MinutesConfig:
     yes: bool = False
     """Start without asking for confirmation."""
 
+    def validate(self) -> MinutesConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "minutes")
+        return self
+
 
 def minutes_speedrun(config: MinutesConfig) -> dict:
     """Train and report. Returns the result, or {} if the user declines the plan. All ranks call it.
@@ -71,6 +77,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
     On ClimbMix the protocol asks for a vocabulary of 8,192, and bits per byte on the first 40 x 524,288
     tokens of the last shard.
     """
+    config.validate()
     with joined() as world:
         hub, data = config.data == "climbmix", config.data
         flops = trial_flops(world, config.dtype)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hotlap.common import files
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns.records import Record
 
@@ -63,7 +63,7 @@ def draw_comparison(runs: list[Path], records: list[Record], score: str, path: P
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.axes[0].set(ylabel=score.replace("_", " "))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

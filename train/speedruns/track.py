@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import options
+from hotlap.common.checks import at_least
 from hotlap.train.data import public
 from hotlap.train.distributed.sharding import Dtype
 from hotlap.train.distributed.world import joined
@@ -40,6 +41,11 @@ class TrackConfig:
     yes: bool = False
     """Start without asking for confirmation."""
 
+    def validate(self) -> TrackConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "runs")
+        return self
+
 
 def track_speedrun(config: TrackConfig) -> dict:
     """Train all runs. Returns the result, or {} if the user declines the plan. All ranks call it.
@@ -47,8 +53,7 @@ def track_speedrun(config: TrackConfig) -> dict:
     The track's rules: FineWeb's tokens in their given order; the loss on the first 10,485,760 validation
     tokens; compiling and warming up is not timed if the state is restored afterwards; nor is validation.
     """
-    if config.runs < 1:
-        raise ValueError(f"runs={config.runs} must be at least 1")
+    config.validate()
     test = one_sided_test() if config.runs > 1 else None
     recipe = dataclasses.replace(
         gpt2_124m(), data=str(config.data), micro_batch=config.micro_batch, dtype=config.dtype, resume="auto"

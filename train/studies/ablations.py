@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.common import options
+from hotlap.common.checks import at_least
 from hotlap.common.errors import known
 from hotlap.common.machine import device_name, log_warnings
 from hotlap.kernels.dispatch import default_device
@@ -67,9 +68,16 @@ class AblationsConfig:
     out: Path = Path("runs/ablations")
     """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
+    def validate(self) -> AblationsConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "seconds", zero="equal tokens")
+        at_least(self, 1, "seeds")
+        return self
+
 
 def ablate(config: AblationsConfig) -> list[dict]:
     """Train the variants, and return the rows of the table."""
+    config.validate()
     variants = ablations(options.merge(tiny(), sweep.assignments(config.base), "--base"))
     chosen = [known(name, variants, "ablation") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}

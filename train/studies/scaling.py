@@ -17,15 +17,16 @@ from statistics import median
 import numpy as np
 
 from hotlap.common import files, options
+from hotlap.common.checks import at_least, positive
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
-from hotlap.train.presets import from_depth, matmul_parameters
+from hotlap.train.presets import check_depth, from_depth, matmul_parameters
 from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
@@ -34,6 +35,7 @@ AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "tr
 FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit noise
 FAR = 10  # extrapolating beyond this multiple of the largest run's FLOPs is marked as a guess
 DEEPEST = 100
+MOST_FLOPS = 1e40  # that are looked at for a depth
 UNTIMED = 2  # first steps, not timed
 
 
@@ -70,6 +72,22 @@ class ScalingConfig:
     """Predict the depth to train for this many dollars."""
     dollars_per_hour: float = 0
     """Hourly price of this machine; 0: a published price, if there is one for its GPUs."""
+
+    def validate(self) -> ScalingConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        if len(set(self.depths)) != len(self.depths) or len(self.depths) < 2:
+            raise ValueError(f"depths={list(self.depths)} must be at least two different depths")
+        for depth in self.depths:
+            check_depth(depth)
+        positive(self, "ratio")
+        at_least(self, 1, "vocab_size", "context")
+        at_least(self, 0, "seed")
+        at_least(self, 0, "budget_hours", "budget_dollars", "dollars_per_hour", zero="none")
+        if not 0 <= self.budget_flops < MOST_FLOPS:
+            raise ValueError(
+                f"budget_flops={self.budget_flops} must be 0 (none) or more, up to {MOST_FLOPS:g}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -145,11 +163,7 @@ def scaling(config: ScalingConfig) -> str:
 
 def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, PretrainConfig]:
     """The runs of the series by depth. ValueError if the config cannot work."""
-    if len(set(config.depths)) != len(config.depths) or len(config.depths) < 2:
-        raise ValueError(f"depths={list(config.depths)} must be at least two different depths")
-    budgets = (config.budget_flops, config.budget_hours, config.budget_dollars, config.dollars_per_hour)
-    if not all(0 <= budget < float("inf") for budget in budgets):
-        raise ValueError("budgets and prices must be 0 (none) or positive")
+    config.validate()
     if config.budget_dollars and not (config.dollars_per_hour or price):
         raise ValueError("the price of this machine is unknown; give --dollars-per-hour")
     return {depth: depth_run(config, depth) for depth in sorted(config.depths)}
@@ -333,7 +347,7 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("validation bits per byte")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

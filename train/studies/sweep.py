@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,11 +18,12 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from hotlap.common import files, options
+from hotlap.common.checks import at_least
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.options import merge, tomllib
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
@@ -53,6 +53,12 @@ class SweepConfig:
     out: Path = Path("runs/sweep")
     """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
 
+    def validate(self) -> SweepConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "seconds", zero="equal tokens")
+        at_least(self, 1, "seeds")
+        return self
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -64,6 +70,7 @@ class Variant:
 
 def sweep(config: SweepConfig, device: str) -> list[dict]:
     """Run a sweep, and return the rows of its table. device: its name."""
+    config.validate()
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}
@@ -88,10 +95,6 @@ def run_variants(
     """Train each variant on each seed in its own folder under `out`, and return the rows of the table, the
     base first. Finished runs are not trained again.
     """
-    if seeds < 1 or not 0 <= seconds < math.inf:
-        raise ValueError(
-            f"seeds={seeds} must be at least 1, and seconds={seconds} positive or 0 (equal tokens)"
-        )
     base = variants[BASE].config
     for name, variant in variants.items():
         variant.config.validate()
@@ -318,7 +321,7 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
     axes.set(ylim=(len(shown) - 0.5, -0.5))
     axes.set_xlabel(f"difference to the base in bits per byte (± standard error), after {equal}", fontsize=9)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 
