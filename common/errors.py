@@ -66,7 +66,7 @@ def explained(error: BaseException) -> tuple[str, int]:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
     if type(error).__module__ == "pyo3_runtime":
         text = f"a library in Rust (tokenizers, tiktoken or safetensors) failed: {text}"
-    elif code == NO_MEMORY:
+    elif code == NO_MEMORY and "; " not in text:  # of Python or a library: it says nothing to try
         text = f"not enough memory: {text}; ask for less, such as fewer rows, a shorter context or less data"
     elif isinstance(error, RecursionError):
         text = f"something in a file is nested too deeply ({text}); --debug shows where"

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from hotlap.common import options
+from hotlap.common.checks import TOO_LARGE
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import counts_of
 from hotlap.train.loop import LoopConfig
@@ -77,11 +78,16 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     growth = tokens / (ratio * matmul_parameters(reference))
     batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
     share = (batch / REFERENCE_BATCH) ** 0.5
+    steps = round(tokens / batch)
+    if context > batch:
+        raise ValueError(f"context={context} must be at most the {batch} tokens of a step at depth {depth}")
+    if not 1 <= steps < TOO_LARGE:
+        raise ValueError(f"ratio={ratio} gives {steps} steps; there must be at least 1, and less than 2^63")
     optim = scaled(OptimConfig(), share, OptimConfig().weight_decay * share / growth)
     return PretrainConfig(
         out=Path(f"runs/d{depth}"), model=model, optim=optim,
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
-        loop=LoopConfig(round(tokens / batch)),
+        loop=LoopConfig(steps),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def raises(error: BaseException):
     [
         (raises(ValueError("a is 1;\n  it must be 2")), 2, ["error: a is 1; it must be 2"]),
         (raises(DataError("a.json is empty")), 65, ["error: a.json is empty"]),
+        (raises(MemoryError("8 rows are too many; try 4")), 71, ["error: 8 rows are too many; try 4"]),
         (raises(MemoryError()), 71, ["error: not enough memory", "ask for less"]),
         (too_large_for_numpy, 71, ["error: not enough memory: Unable to allocate", "ask for less"]),
         (too_large_for_torch, 71, ["error: not enough memory", "ask for less"]),

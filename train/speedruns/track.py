@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import options
-from hotlap.common.checks import at_least
+from hotlap.common.checks import between
 from hotlap.train.data import public
 from hotlap.train.distributed.sharding import Dtype
 from hotlap.train.distributed.world import joined
@@ -22,6 +22,9 @@ from hotlap.train.speedruns.result import write_result
 SHARD_TOKENS = 100_000_000  # of FineWeb
 TRACK_LOSS = 3.28
 TRACK_P = 0.01
+
+
+MOST_RUNS = 1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class TrackConfig:
 
     def validate(self) -> TrackConfig:
         """Return self, or raise ValueError naming the first invalid field."""
-        at_least(self, 1, "runs")
+        between(self, 1, MOST_RUNS, "runs")
         return self
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,7 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import check_depth, from_depth, matmul_parameters
-from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.pretrain import PretrainConfig, check_sizes
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
@@ -145,7 +146,10 @@ def scaling(config: ScalingConfig) -> str:
     device = device_name(default_device())
     price = dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
     runs = check(config, price)
-    with joined() as world, shared_data(next(iter(runs.values())), config.out, world) as folder:
+    with joined() as world, ExitStack() as stack:
+        for run in runs.values():
+            check_sizes(run, world)
+        folder = stack.enter_context(shared_data(next(iter(runs.values())), config.out, world))
         world.together(lambda: check_vocabulary(config))
         points = []
         for depth, run in runs.items():

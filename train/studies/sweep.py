@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -28,7 +28,7 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.presets import PRETRAIN
-from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.pretrain import PretrainConfig, check_sizes, pretrain
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
 BASE = "base"
@@ -102,7 +102,10 @@ def run_variants(
             raise ValueError(f"{name!r} changes data or tokenizer, which all variants share; use --base")
     if len({folder_name(name) for name in variants}) < len(variants):
         raise ValueError("two variants would get the same folder: they differ only in spaces or punctuation")
-    with joined() as world, shared_data(base, out, world) as folder:
+    with joined() as world, ExitStack() as stack:
+        for variant in variants.values():
+            check_sizes(variant.config, world)
+        folder = stack.enter_context(shared_data(base, out, world))
         speeds = seconds_per_step(variants, folder, out, world) if seconds else {}
         found: dict[str, list[dict]] = {name: [] for name in variants}
         for seed in range(seeds):
