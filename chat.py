@@ -16,6 +16,7 @@ import tyro
 
 from hotlap import cli
 from hotlap.common.errors import BAD_DATA
+from hotlap.common.files import append
 from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
@@ -68,6 +69,11 @@ class ChatConfig:
 def seeds(first: int | None) -> Iterator[int]:
     """A seed for each answer: first, first + 1, ..., or random ones if `first` is None."""
     return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
+
+    def validate(self) -> ChatConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        self.sampling(base=False)
+        return self
 
 
 class Chat:
@@ -208,8 +214,8 @@ def save(chat: Chat, name: str) -> None:
             raise OSError("name a file, as in /save talk.jsonl")
         if not chat.messages:
             raise OSError("the conversation is empty")
-        with open(name, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": system + chat.messages}, ensure_ascii=False) + "\n")
+        line = json.dumps({"messages": system + chat.messages}, ensure_ascii=False)
+        append(Path(name), line + "\n")
         without = f" without the first {chat.dropped} questions, which were dropped" if chat.dropped else ""
         print(f"[saved to {name}{without}]")
     except OSError as error:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hotlap.common.checks import TOO_LARGE, at_least, positive
+from hotlap.common.memory import require_memory
+
+CONTEXT = 2048  # tokens of a row
+NARROWEST = 768  # width of the smallest model that is measured
+
 
 @dataclass(frozen=True)
 class KernelsConfig:
@@ -32,6 +38,16 @@ class KernelsConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> KernelsConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        at_least(self, 0, "rows", zero="a usual number")
+        at_least(self, 0, "minutes", zero="no limit")
+        if self.rows > CONTEXT and self.rows % CONTEXT:
+            raise ValueError(f"rows={self.rows} must be at most {CONTEXT} or a multiple of it")
+        require_memory(f"rows={self.rows}", self.rows * 2 * NARROWEST, "lower --rows")
+        return self
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -56,6 +72,13 @@ class TrainingConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> TrainingConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "steps", "micro_batches")
+        at_least(self, 0, "rows", zero="a usual number")
+        at_least(self, 0, "minutes", zero="no limit")
+        return self
+
 
 @dataclass(frozen=True)
 class SpeedrunConfig:
@@ -76,6 +99,12 @@ class SpeedrunConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> SpeedrunConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "steps")
+        at_least(self, 0, "rows", zero="the recipe's")
+        return self
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -93,6 +122,14 @@ class InferenceConfig:
     """Stop starting new cases after this many minutes, and list those skipped; 0: no limit."""
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
+
+    def validate(self) -> InferenceConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "prompt", zero="half the context")
+        at_least(self, 0, "minutes", zero="no limit")
+        if not self.batches or not all(1 <= batch < TOO_LARGE for batch in self.batches):
+            raise ValueError(f"batches={self.batches} must be numbers of at least 1, and less than 2^63")
+        return self
 
 
 @dataclass(frozen=True)
@@ -129,6 +166,14 @@ class PeersConfig:
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 
+    def validate(self) -> PeersConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        at_least(self, 0, "rows", zero="a usual number")
+        at_least(self, 1, "micro_batches")
+        at_least(self, 0, "minutes", zero="no limit")
+        return self
+
 
 @dataclass(frozen=True)
 class StaticConfig:
@@ -151,6 +196,11 @@ class TuneConfig:
     seconds: float = 0.05
     """Measuring time of each tile."""
 
+    def validate(self) -> TuneConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "seconds")
+        return self
+
 
 @dataclass(frozen=True)
 class SuiteConfig:
@@ -166,6 +216,11 @@ class SuiteConfig:
     """Time limit for the call; 0: its default. Phases that do not fit are listed."""
     phases: tuple[str, ...] = ()
     """Phases to run; all by default."""
+
+    def validate(self) -> SuiteConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "minutes", zero="the call's default")
+        return self
 
 
 def suite_flags(call: str, *arguments: str) -> SuiteConfig:

@@ -25,7 +25,7 @@ from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
-from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.decoding import Decoder, KVCache, check_cache
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling, sample
@@ -38,14 +38,14 @@ def bench_inference(config: InferenceConfig) -> list[dict]:
     """Measure each batch size, write inference.json, .csv and .png, and return the rows. A batch size that
     fails has a row that says so.
     """
+    config.validate()
     budget, device = Budget(config.minutes), default_device()
     name = config.model or ("d24" if device.type == "cuda" else "tiny")
     shape = model_config(name)
     prompt = config.prompt or shape.context // 2
-    if not 0 < prompt < shape.context or not config.batches or min(config.batches) < 1:
-        raise ValueError(
-            f"prompt={prompt} must leave room in {name}'s context of {shape.context}, and batches be positive"
-        )
+    if prompt >= shape.context:
+        raise ValueError(f"prompt={prompt} must leave room in {name}'s context of {shape.context}")
+    check_cache(shape, min(config.batches), prompt + 1, fast_dtype(device.type, shape.width), device)
     if config.nanochat:
         if not config.nanochat.is_dir():
             raise FileNotFoundError(f"no checkout of nanochat at {config.nanochat}")

@@ -21,7 +21,7 @@ from hotlap.bench.accuracy import as_tuple, is_plain_torch, mistake, right_answe
 from hotlap.bench.config import KernelsConfig
 from hotlap.bench.operations import operations
 from hotlap.bench.peaks import Ceilings, measure_ceilings
-from hotlap.bench.providers import CONTEXT, Function, Operation
+from hotlap.bench.providers import Function, Operation
 from hotlap.bench.timing import (
     FAILED,
     NO_TIME,
@@ -54,12 +54,7 @@ def bench_kernels(config: KernelsConfig) -> list[dict]:
     A provider that is wrong or fails is not timed and has a row that says so. Raises DeviceLost if a provider
     leaves the GPU unusable.
     """
-    if not config.seconds > 0:
-        raise ValueError(f"seconds={config.seconds} must be positive")
-    if config.rows < 0 or (config.rows > CONTEXT and config.rows % CONTEXT):
-        raise ValueError(
-            f"rows={config.rows} must be at most {CONTEXT} or a multiple of it; 0 is the default"
-        )
+    config.validate()
     budget, device = Budget(config.minutes), default_device()
     count = config.rows or (16384 if device.type == "cuda" else 1024)
     todo = operations(count, device, fast_dtype(device.type), config.operations, config.sizes)

@@ -19,7 +19,7 @@ from hotlap.bench import results
 from hotlap.bench.config import SpeedrunConfig
 from hotlap.bench.plots import draw
 from hotlap.bench.timing import start_afresh
-from hotlap.bench.training import Batches, measure_training, random_batches
+from hotlap.bench.training import Batches, check_sizes, measure_training, random_batches
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
@@ -55,8 +55,8 @@ def bench_speedrun(config: SpeedrunConfig) -> list[dict]:
     on_gpu = default_device().type == "cuda"
     name = config.recipe or (GPT2_GRADE if on_gpu else "tiny")
     recipe = RECIPES[known(name, RECIPES, "recipe")]()
-    if config.steps < 1 or config.rows < 0:
-        raise ValueError(f"steps={config.steps} must be at least 1 and rows={config.rows} 0 or more")
+    config.validate()
+    check_sizes(name, recipe.model, config.rows or 1, config.steps)
     batches = shard_batches(config.data) if config.data else random_batches
     with joined() as world:
         path = results.open_file("speedrun", config.out, world.device) if world.is_main else None

@@ -33,6 +33,7 @@ from hotlap.train.step import take_step
 
 def bench_peers(config: PeersConfig) -> list[dict]:
     """Measure every pair, write peers.json and .csv, and return the rows. With config.race, race instead."""
+    config.validate()
     if config.race:
         if not config.nanogpt or config != PeersConfig(config.nanogpt, race=config.race, out=config.out):
             raise ValueError("--race needs --nanogpt PATH, and takes no other flag but --out")
@@ -45,11 +46,6 @@ def bench_peers(config: PeersConfig) -> list[dict]:
             raise FileNotFoundError(f"no checkout of {name} at {path}")
     device = default_device()
     scripts = modded.runnable(config.modded, device) if config.modded else {}
-    if not config.seconds > 0 or config.rows < 0 or config.micro_batches < 1:
-        raise ValueError(
-            f"seconds={config.seconds} must be positive, rows={config.rows} 0 or more, and "
-            f"micro_batches={config.micro_batches} 1 or more"
-        )
     peers = [name for name in ("nanogpt", "nanochat") if name in paths]
     if config.fp8:
         if not config.nanochat:

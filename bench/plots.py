@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hotlap.bench import results
-from hotlap.common.plots import caption, new_figure
+from hotlap.common.plots import caption, new_figure, save_figure
 
 DIRECTIONS = ("forward", "backward", "both")
 TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -24,7 +24,7 @@ def draw(path: Path, content: Callable[[Any, list[dict]], None]) -> bool:
         return False
     content(figure, timed)
     caption(figure, found["device"], found["date"])
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    save_figure(figure, path.with_suffix(".png"))
     return True
 
 

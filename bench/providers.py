@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotlap.bench.config import CONTEXT as CONTEXT
 from hotlap.common.log import log
 
 Function = Callable[..., Any]  # of tensors, returning one tensor or a tuple
 
-CONTEXT, LONG, HEAD_DIM = 2048, 8192, 128
+LONG, HEAD_DIM = 8192, 128
 WIDTHS = {"d12": 768, "d24": 1536}
 
 

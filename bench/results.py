@@ -77,8 +77,7 @@ def rename_earlier(path: Path) -> Path:
 
 def write_traceback(folder: Path, what: str) -> None:
     """Append the traceback of the error being handled to errors.txt; a row only has room for one line."""
-    with open(folder / "errors.txt", "a", encoding="utf-8") as file:
-        file.write(f"{now()} {what}\n{traceback.format_exc()}\n")
+    files.append(folder / "errors.txt", f"{now()} {what}\n{traceback.format_exc()}\n")
 
 
 def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> None:

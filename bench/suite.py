@@ -35,13 +35,12 @@ LAST_LINES = 3  # of a failed phase's log, in the summary
 
 def run_suite(config: SuiteConfig) -> int:
     """Run a call. Returns 1 if a phase failed, else 0."""
+    config.validate()
     call = known(config.call, phases.CALLS, "call")
     groups = phases.CALLS[call]
     names = {phase.name for group in groups for phase in group}
     for name in config.phases:
         known(name, names, "phase")
-    if not 0 <= config.minutes < float("inf"):
-        raise ValueError(f"minutes={config.minutes} must be positive, or 0 for the call's default")
     out = config.out or Path(f"{call}-{re.sub('[^0-9]+', '-', results.now()).strip('-')}")
     results.check_folder(out)
     if any(out.iterdir()):

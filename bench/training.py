@@ -32,6 +32,7 @@ from hotlap.bench.timing import (
 )
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.memory import require_memory
 from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.kernels.fp8 import check_fp8
@@ -40,6 +41,7 @@ from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.data.shards import shard_documents, write_shard
+from hotlap.train.distributed.memory import row_bytes
 from hotlap.train.distributed.sharding import local, materialize, parallelize, set_gradient_sync
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.losses import next_token_loss
@@ -68,17 +70,15 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     """Measure each model, write training.json, .csv and .png, and return the rows. A model that fails, for
     example out of memory, has a row that says so.
     """
-    for name in ("steps", "micro_batches"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if config.rows < 0:
-        raise ValueError(f"rows={config.rows} must be 0 or more")
+    config.validate()
     if config.fp8:
         check_fp8(default_device())
     budget = Budget(config.minutes)
     on_gpu = default_device().type == "cuda"
     names = config.models or (("d12", "124m", "d24", "d20") if on_gpu else ("tiny",))
     shapes = {name: model_config(name) for name in names}
+    for name, shape in shapes.items():
+        check_sizes(name, shape, config.rows or 1, config.micro_batches * config.steps, config.fp8)
     variants: list[tuple[str, tuple[str, ...]]] = [("", ())]
     if config.without and kernel_choice("cuda" if on_gpu else "cpu") == "triton":
         variants += [(name, (name,)) for name in KERNELS]
@@ -100,6 +100,14 @@ def bench_training(config: TrainingConfig) -> list[dict]:
         plots.draw(path, partial(plots.training, PHASES))
         log.info("written to %s", path)
     return rows
+
+
+def check_sizes(name: str, shape: GPTConfig, rows: int, passes: int, fp8: bool = False) -> None:
+    """Raise ValueError if a pass of this many rows, or the tokens of all passes, cannot be in memory."""
+    each = row_bytes(shape, "none", "fp8" if fp8 else "auto")
+    require_memory(f"{name} with --rows {rows}", rows * each, "lower --rows", default_device())
+    tokens = f"the random tokens of {passes} passes with --rows {rows}"
+    require_memory(tokens, 8 * passes * rows * shape.context, "lower --rows, --steps or --micro-batches")
 
 
 def bench_model(

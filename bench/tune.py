@@ -49,8 +49,7 @@ def tune(config: TuneConfig) -> int:
     kernels = config.kernel or (*MODULES, "attention")
     if unknown := [name for name in kernels if name not in (*MODULES, "attention")]:
         raise ValueError(f"--kernel {unknown[0]} is unknown; known: {', '.join(MODULES)}, attention")
-    if not config.seconds > 0:
-        raise ValueError(f"seconds={config.seconds} must be positive")
+    config.validate()
     if not torch.cuda.is_available():
         raise ValueError("hotlap bench tune needs a GPU, and this machine has none")
     if INTERPRETED or kernel_choice("cuda") != "triton":

@@ -54,10 +54,10 @@ def known(name: str, names: object, what: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch had not enough memory, on a CPU or a GPU."""
-    said = ("not enough memory", "can't allocate memory", "out of memory")  # torch, on a CPU and by CUDA
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU
+        return True
+    said = ("not enough memory", "can't allocate memory", "out of memory")  # torch on a CPU, and CUDA
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def explained(error: BaseException) -> tuple[str, int]:
@@ -68,7 +68,7 @@ def explained(error: BaseException) -> tuple[str, int]:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
     if type(error).__module__ == "pyo3_runtime":
         text = f"a library in Rust (tokenizers, tiktoken or safetensors) failed: {text}"
-    elif code == NO_MEMORY:
+    elif code == NO_MEMORY and "; " not in text:  # of Python or a library: it says nothing to try
         text = f"not enough memory: {text}; ask for less, such as fewer rows, a shorter context or less data"
     elif isinstance(error, RecursionError):
         text = f"something in a file is nested too deeply ({text}); --debug shows where"

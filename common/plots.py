@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
+from hotlap.common.files import replacing
 from hotlap.common.log import log
 
 CAPTION = 0.22  # inches at the bottom of a figure
@@ -33,6 +35,12 @@ def caption(figure: Any, *facts: str) -> None:
         0.995, 0.25 * share, ", ".join(filter(None, facts)), ha="right", va="bottom", fontsize=7, color="0.4",
         parse_math=False,
     )  # fmt: skip
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as an image, whole or not at all."""
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format=path.suffix[1:])
 
 
 @functools.cache

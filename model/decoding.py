@@ -16,11 +16,20 @@ from torch import Tensor
 
 from hotlap.common.gpu import captured, to_device
 from hotlap.common.log import log
+from hotlap.common.memory import require_memory
 from hotlap.kernels.decode_attention import decode_attention
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
 
 GROWTH = 128  # the cache grows in multiples of this many tokens per slot
+
+
+def check_cache(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device) -> None:
+    """Raise ValueError if a `KVCache` with room for `length` tokens in each slot is more than the memory."""
+    keys_and_values = 2 * config.layers * length * config.kv_heads * config.head_dim
+    needed = slots * (keys_and_values + config.width) * dtype.itemsize
+    hint = "ask for fewer tokens (--max-tokens) or fewer sequences at once"
+    require_memory(f"a cache of {slots} x {length} tokens", needed, hint, torch.device(device))
 
 
 class KVCache:
@@ -30,6 +39,8 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device):
+        check_cache(config, slots, length, dtype, device)
+        self.config = config
         shape = (slots, length, config.kv_heads, config.head_dim)
         self.k, self.v = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)] for _ in range(2)
@@ -40,6 +51,7 @@ class KVCache:
         """Prepare a slot for a new sequence of up to `length` tokens. All slots grow if they are shorter."""
         missing = length - self.k[0].shape[1]
         if missing > 0:
+            check_cache(self.config, len(self.last_embedding), length, self.k[0].dtype, self.k[0].device)
             missing += -length % GROWTH
             for tensors in (self.k, self.v):
                 for layer, tensor in enumerate(tensors):

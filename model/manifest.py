@@ -28,7 +28,7 @@ def read_manifest(folder: Path) -> dict:
         fields = json.loads(text)
         version = fields["format"]
         fields.pop("sha256", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"cannot read {path} ({error!r}); use another checkpoint") from error
     if version != FORMAT:
         raise DataError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")

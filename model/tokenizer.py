@@ -58,11 +58,15 @@ class Tokenizer:
         vocabulary = {t: i for t, i in fields["model"]["vocab"].items() if t not in self.special}
         self.text_size = len(vocabulary)
         self.vocab_size = self.text_size + len(self.special)
+        if wrong := [i for i in (*vocabulary.values(), *self.special.values()) if type(i) is not int]:
+            raise DataError(f"the tokenizer's id {wrong[0]!r} is not a whole number")
         if sorted(vocabulary.values()) != list(range(self.text_size)):
             raise DataError(f"the tokenizer's {self.text_size} text ids are not 0 to {self.text_size - 1}")
         if sorted(self.special.values()) != list(range(self.text_size, self.vocab_size)):
             raise DataError("the tokenizer's special ids do not follow its text ids")
-        self.is_bpe = fields["model"]["type"] == "BPE"
+        if (kind := fields["model"]["type"]) not in ("BPE", "WordLevel"):
+            raise DataError(f"the tokenizer's model is {kind!r}; it must be BPE or WordLevel")
+        self.is_bpe = kind == "BPE"
         if self.is_bpe:
             byte_of = {character: byte for byte, character in byte_level_alphabet().items()}
             ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
@@ -83,7 +87,9 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
         try:
             return cls(path.read_text(encoding="utf-8"))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except DataError as error:
+            raise DataError(f"{path} is not a hotlap tokenizer.json: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is not a hotlap tokenizer.json ({error!r})") from error
 
     def save(self, path: str | Path) -> None:

@@ -98,7 +98,8 @@ def check_size(folder: Path, config: GPTConfig) -> None:
             f"{stored:,}; use the files of one model"
         )
     what = f"{folder / CONFIG}: a context of {config.context} tokens"
-    require_memory(what, rotary_bytes(config), "lower it there", default_device())
+    tables = 2 * rotary_bytes(config)  # they are computed, then copied
+    require_memory(what, tables, "lower it there", default_device())
 
 
 def load_config(folder: Path) -> GPTConfig:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from hotlap.common.checks import TOO_LARGE
 from hotlap.model.config import GPTConfig
 from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.optim.schedule import ScheduleConfig
@@ -65,20 +66,29 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     A run has `ratio` tokens per matmul parameter. The batch grows with tokens^0.383 and the learning rates
     with the square root of the batch; weight decay falls as the run gets longer.
     """
-    if not 1 <= depth <= DEEPEST:
-        raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
+    check_depth(depth)
     model = GPTConfig.from_depth(depth, vocab_size, context)
     tokens = ratio * matmul_parameters(model)
     reference = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size, context)
     growth = tokens / (ratio * matmul_parameters(reference))
     batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
     share = (batch / REFERENCE_BATCH) ** 0.5
+    steps = round(tokens / batch)
+    if context > batch:
+        raise ValueError(f"context={context} must be at most the {batch} tokens of a step at depth {depth}")
+    if not 1 <= steps < TOO_LARGE:
+        raise ValueError(f"ratio={ratio} gives {steps} steps; there must be at least 1, and less than 2^63")
     optim = scaled(OptimConfig(), share, OptimConfig().weight_decay * share / growth)
     return PretrainConfig(
         out=Path(f"runs/d{depth}"), model=model, optim=optim,
         batch_rows=batch // context, micro_batch=str(min(32, batch // context)),
-        loop=LoopConfig(round(tokens / batch)),
+        loop=LoopConfig(steps),
     )  # fmt: skip
+
+
+def check_depth(depth: int) -> None:
+    if not 1 <= depth <= DEEPEST:
+        raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
 
 
 def gpt2_124m() -> PretrainConfig:

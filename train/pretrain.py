@@ -12,7 +12,7 @@ from hotlap.train.data.prepare import prepare
 from hotlap.train.data.rows import PackedRows, packed_rows
 from hotlap.train.data.shards import fingerprint, shard_paths
 from hotlap.train.data.sources import shard_folder
-from hotlap.train.distributed.world import joined
+from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.losses import next_token_loss
 from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
@@ -28,10 +28,7 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
     """
     config = config.validate()
     with joined() as world:
-        # the tokenizer, which decides the number of ids, is not known yet
-        check_machine(config, world, dataclasses.replace(config.model, vocab_size=1))
-        if config.tokenizer == "bpe" and not shard_folder(config.data):
-            check_bpe_size(config.model.vocab_size)
+        check_sizes(config, world)
 
         def data():
             return prepare(config.out, config.data, config.tokenizer, config.model.vocab_size)
@@ -58,6 +55,14 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
                 source=str(folder), about=describe_length(config, loop, rows), loop=loop,
             )  # fmt: skip
             return train(config, stage, world, warm_up)
+
+
+def check_sizes(config: PretrainConfig, world: World) -> None:
+    """Raise ValueError if this machine cannot run the config, before any data is read."""
+    # the number of ids is not known yet: the tokenizer decides it
+    check_machine(config, world, dataclasses.replace(config.model, vocab_size=1))
+    if config.tokenizer == "bpe" and not shard_folder(config.data):
+        check_bpe_size(config.model.vocab_size)
 
 
 def limit_epochs(config: PretrainConfig, rows: PackedRows) -> LoopConfig:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +49,7 @@ from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import continued
 from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
+from hotlap.train.run.metrics import METRICS
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
@@ -102,14 +105,26 @@ def common_rows(config: StageConfig) -> int:
 
 @contextmanager
 def opened(config: StageConfig, world: World, prepare: Callable[[], T]) -> Iterator[T]:
-    """Lock the run's directory and yield what prepare() returns. Rank 0 calls it first, then the others."""
+    """Lock the run's directory and yield what prepare() returns. Rank 0 calls it first, then the others.
+
+    After an error before anything was prepared or trained, a new directory is deleted.
+    """
+    new = not config.out.exists()
     with ExitStack() as stack:
+        stack.push(partial(delete_unused, config.out, new and world.is_main))
         with world.main_first(f"open {config.out}"):
             if world.is_main:
                 stack.enter_context(run_lock(config.out))
                 open_run(config.out, config, config.resume != "no")
             prepared = prepare()
         yield prepared
+
+
+def delete_unused(run: Path, new: bool, kind: type[BaseException] | None, *_: object) -> None:
+    """Delete a new run's directory after an error, unless it holds data or a step."""
+    failed = kind is not None and issubclass(kind, Exception)
+    if new and failed and not any((run / name).exists() for name in (METRICS, "data")):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False) -> dict[str, float]:

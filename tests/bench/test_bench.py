@@ -287,7 +287,7 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
         (["peers"], 2, "name a checkout with --nanogpt PATH"),
         (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
         (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),
-        (["look", "--minutes", "-1"], 2, "minutes=-1.0 must be positive"),
+        (["look", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (the call's default) or more"),
         (["kernel"], 2, "did you mean 'kernels'?"),
     ],
 )

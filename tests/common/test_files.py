@@ -1,5 +1,7 @@
 """The cache folder, and writing whole files."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,53 @@ def test_the_line_with_bytes_of_another_encoding_is_named(tmp_path):
     path.write_bytes(b"a\n" * 9000 + "né\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.txt:9001: byte 0xe9 at character 2 is not UTF-8"):
         list(files.text_lines(path))
+
+
+def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    files.write(path, "old")
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*result\.json'") as raised:
+        files.write(path, "new")
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    files.append(path, "é\n")
+    files.append(path, "b\n")
+    assert path.read_text() == "é\nb\n"
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.append(Path("/dev/full"), "c\n")
+    with pytest.raises(FileNotFoundError, match="none/talk"):
+        files.append(tmp_path / "none" / "talk.jsonl", "c\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "not JSON"),
+        ("[1]", "no JSON object but '\\[1\\]'"),
+        ("null", "no JSON object but 'None'"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON"),
+        (b"\xff{}", "not JSON"),
+    ],
+)
+def test_a_file_that_holds_no_json_object_is_named(tmp_path, content, says):
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f"config.json.*{says}"):
+        files.read_object(path)
+
+
+def test_a_json_object_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_object(tmp_path / "config.json") == {"a": 1}

@@ -53,6 +53,13 @@ def test_after_either_error_the_previous_checkpoint_loads_and_nothing_is_left_ov
     assert said["left"] == ["step-000001"] and said["loaded"] == [1, True]
 
 
+def test_every_writer_names_the_path_and_leaves_nothing_half_written(said):
+    assert len(said["writers"]) > 5
+    for writer in said["writers"]:
+        assert writer["code"] == 74 and writer["left"] == [], writer
+        assert writer["name"] in writer["said"] and "No space left" in writer["said"], writer
+
+
 def test_a_run_that_has_no_room_for_a_checkpoint_does_not_start(said):
     assert said["exit code"] == 74 and said["steps"] == 0
     assert_has_numbers(said["command"], "/run")

@@ -6,7 +6,14 @@ import pytest
 from helpers.tools import tiny_config
 
 from hotlap.model.config import GPTConfig
-from hotlap.model.flops import causal_flops, meta_model, nanochat_flops, parameter_counts, training_bytes
+from hotlap.model.flops import (
+    causal_flops,
+    counts_of,
+    meta_model,
+    nanochat_flops,
+    parameter_counts,
+    training_bytes,
+)
 
 # depth: matrices, head, value embeddings, FLOPs a token: what nanochat's code gives
 NANOCHAT = {
@@ -48,6 +55,18 @@ def test_causal_flops_count_the_keys_that_each_query_sees(T):
     )  # forward; backward takes twice that
     assert causal_flops(model, T) == round(6 * products + 3 * scores_and_values)
     assert nanochat_flops(model, T) >= causal_flops(model, T)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"layers": 5, "kv_heads": 1}, {"value_embeddings": False, "residual_scalars": False},
+        {"smear": False, "backout": False, "layers": 1}, {"width": 32, "heads": 1, "kv_heads": 1},
+    ],
+)  # fmt: skip
+def test_a_shape_alone_gives_the_numbers_of_parameters(fields):
+    config = tiny_config(**fields)
+    assert counts_of(config) == parameter_counts(meta_model(config))
 
 
 def test_memory_grows_with_the_rows_only_in_activations():

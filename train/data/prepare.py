@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hotlap.common.checks import at_least
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
@@ -51,6 +53,13 @@ class TokenizerConfig:
     force: bool = False
     """Overwrite an existing file."""
 
+    def validate(self) -> TokenizerConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "shards", "vocab_size", "max_chars")
+        if self.kind == "bpe":
+            tokenizers.check_bpe_size(self.vocab_size)
+        return self
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -67,14 +76,18 @@ class DataConfig:
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
 
+    def validate(self) -> DataConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 1, "shards")
+        return self
+
 
 def make_tokenizer_file(config: TokenizerConfig) -> Tokenizer:
+    config.validate()
     if config.out.exists() and not config.force:
         raise FileExistsError(f"{config.out} exists; --force overwrites it")
     if not config.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; make it first")
-    if config.kind == "bpe":
-        tokenizers.check_bpe_size(config.vocab_size)
     tokenizer = learn_tokenizer(config)
     tokenizer.save(config.out)
     return tokenizer
@@ -129,6 +142,7 @@ def named_tokenizer(name: str) -> Tokenizer:
 
 def make_data(config: DataConfig) -> None:
     """Write token shards. FineWeb and ClimbMix resume: only missing shards are downloaded and made."""
+    config.validate()
     if config.out is None and config.source not in (*TEXTS, *DATASETS):
         raise ValueError(f"no name for the data of {config.source}; give a folder with --out")
     out = config.out or Path("data") / config.source
@@ -176,13 +190,22 @@ def prepare(out: Path, data: str, kind: str, vocab_size: int) -> tuple[Tokenizer
 
 
 def write_data(folder: Path, texts: Iterable[Iterable[str]], tokenizer: Tokenizer) -> None:
-    """Write the shards of each split, training first, then the tokenizer that encoded them."""
+    """Write the shards of each split, training first, then the tokenizer that encoded them. After an error
+    nothing of them is left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = [
-        write_shards(folder, split, documents, tokenizer)
-        for split, documents in zip(SPLITS, texts, strict=True)
-    ]
-    tokenizer.save(folder / TOKENIZER)
+    try:
+        counts = [
+            write_shards(folder, split, documents, tokenizer)
+            for split, documents in zip(SPLITS, texts, strict=True)
+        ]
+        tokenizer.save(folder / TOKENIZER)
+    except BaseException:
+        for made in folder.glob("*.bin"):
+            made.unlink()
+        with contextlib.suppress(OSError):  # it held something else before
+            folder.rmdir()
+        raise
     log.info("%s: %s training tokens, %s validation tokens", folder, *(f"{n:,}" for n in counts))
 
 

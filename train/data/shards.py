@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotlap.common.errors import DataError
+from hotlap.common.files import naming
 
 if TYPE_CHECKING:  # benchmarks read shards where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     header[:3] = MAGIC, version(vocab_size), len(tokens)
     partial = path.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             file.write(header.tobytes())
             file.write(tokens.astype(TOKEN_TYPES[version(vocab_size)], copy=False).data)
             file.flush()

@@ -52,11 +52,7 @@ def check_memory(
     counts, T = counts_of(shape), shape.context
     fixed = 12 * counts["matrices"] + 16 * (counts["total"] - counts["matrices"])
     fixed //= shard_count(world)
-    kept = shape.width  # by each layer for each token: its input, or all that its matmuls and attention read
-    if recompute == "none":
-        kept = (2 + MLP_RATIO) * shape.width + 2 * shape.kv_heads * shape.head_dim
-    row = T * shape.layers * kept * {"float32": 4, "fp8": 1}.get(dtype, 2)
-    tables = rotary_bytes(shape)
+    row, tables = row_bytes(shape, recompute, dtype), rotary_bytes(shape)
     checks = (
         (f"training {counts['total']:.3g} parameters", fixed, SMALLER),
         (f"training with a context of {T} tokens", fixed + tables + row, "lower --model.context"),
@@ -67,6 +63,16 @@ def check_memory(
     batches = step_rows // world.size * T * BATCH_BYTES
     what = f"a step of {step_rows} rows of {T} tokens"
     require_memory(what, batches, "lower --batch-rows", processes=processes())
+
+
+def row_bytes(shape: GPTConfig, recompute: Recompute, dtype: Dtype) -> int:
+    """The least that the backward pass needs of a row: of each layer its input, or without recomputation all
+    that the backward pass of its matmuls and of its attention reads.
+    """
+    kept = shape.width
+    if recompute == "none":
+        kept = (2 + MLP_RATIO) * shape.width + 2 * shape.kv_heads * shape.head_dim
+    return shape.context * shape.layers * kept * {"float32": 4, "fp8": 1}.get(dtype, 2)
 
 
 def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:

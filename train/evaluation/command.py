@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from hotlap.common.files import cache_folder
+from hotlap.common.files import cache_folder, write
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import spoken
@@ -46,6 +46,7 @@ KNOWN = ("bpb", "core", "samples", *TASKS)
 
 def check(config: EvalConfig) -> None:
     """Raise what is wrong with the config itself."""
+    config.validate()
     if not config.tasks:
         raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
     if unknown := [task for task in config.tasks if task not in KNOWN]:
@@ -56,8 +57,6 @@ def check(config: EvalConfig) -> None:
         raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; create it first")
     if "bpb" in config.tasks and config.data is None:
         raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
-    if config.validation_tokens < 0:
-        raise ValueError(f"validation_tokens={config.validation_tokens} must be 0 (all) or more")
 
 
 def check_stage(config: EvalConfig, trained_for: str | None) -> None:
@@ -114,7 +113,7 @@ def evaluate_model(config: EvalConfig) -> dict:
             "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
         }  # fmt: skip
         if config.out and world.is_main:
-            config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(config.out, json.dumps(result, indent=1) + "\n")
     return result
 
 

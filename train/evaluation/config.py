@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hotlap.common.checks import at_least
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -24,3 +26,8 @@ class EvalConfig:
     """For core: examples per task (nanochat uses 500 during training); 0 means all."""
     out: Path | None = None
     """JSON file for scores, samples and wrong answers; it must not exist yet."""
+
+    def validate(self) -> EvalConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "validation_tokens", "max_per_task", zero="all")
+        return self

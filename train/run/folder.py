@@ -15,6 +15,7 @@ import torch
 
 from hotlap.common import files
 from hotlap.common.errors import DataError
+from hotlap.common.files import naming
 from hotlap.common.machine import circumstances
 from hotlap.common.options import to_json
 from hotlap.model.weights import CONFIG, TOKENIZER, listed, run_checkpoints
@@ -53,7 +54,8 @@ def run_lock(run: Path):
             raise ValueError(f"{run} is in use by {holder or 'another process'}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with naming(run / LOCK):
+            file.flush()
         yield
 
 

@@ -37,12 +37,14 @@ class Metrics:
         lines = [m for m in found if m["step"] < first_step]
         if again := len(found) - len(lines):
             log.info("%s: steps after step %d are taken again; %d lines are dropped", path, first_step, again)
+        self._path = path
         files.write(path, "".join(map(as_line, lines)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  lives as long as the run
         self.last = lines[-1] if lines else {}
 
     def write(self, values: dict) -> None:
-        self._file.write(as_line(values))
+        with files.naming(self._path):
+            self._file.write(as_line(values))
 
     def close(self) -> None:
         self._file.close()

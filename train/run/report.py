@@ -8,7 +8,7 @@ from pathlib import Path
 from hotlap.common import files
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.common.plots import caption, new_figure
+from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.train.config import ReportConfig
 from hotlap.train.run.folder import read_config, read_machine
@@ -99,7 +99,7 @@ def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
     for axes in (loss, speed):
         axes.grid(alpha=0.3)
     caption(figure, *facts)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hotlap.common.checks import between, positive
 from hotlap.train.config import Dtype
+from hotlap.train.presets import check_depth
+
+MOST_RUNS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class MinutesConfig:
     yes: bool = False
     """Start without asking for confirmation."""
 
+    def validate(self) -> MinutesConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        positive(self, "minutes")
+        return self
+
 
 @dataclass(frozen=True)
 class TrackConfig:
@@ -48,6 +57,11 @@ class TrackConfig:
     """Compute dtype."""
     yes: bool = False
     """Start without asking for confirmation."""
+
+    def validate(self) -> TrackConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        between(self, 1, MOST_RUNS, "runs")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,3 +84,8 @@ class GradeConfig:
     """Run large matmuls in fp8."""
     yes: bool = False
     """Start without asking for confirmation."""
+
+    def validate(self) -> GradeConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        check_depth(self.depth)
+        return self

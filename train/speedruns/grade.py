@@ -28,6 +28,7 @@ def grade_speedrun(config: GradeConfig) -> dict:
     """Train, score and fine-tune. Returns the result, or {} if the user declines the plan. All ranks call
     it.
     """
+    config.validate()
     recipe = dataclasses.replace(
         gpt2_grade(config.depth), out=config.out / "pretrain", data=str(config.data),
         micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",

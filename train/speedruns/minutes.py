@@ -55,6 +55,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
     On ClimbMix the protocol asks for a vocabulary of 8,192, and bits per byte on the first 40 x 524,288
     tokens of the last shard.
     """
+    config.validate()
     with joined() as world:
         hub, data = config.data == "climbmix", config.data
         flops = trial_flops(world, config.dtype)

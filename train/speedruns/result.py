@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hotlap.common import files
-from hotlap.common.plots import caption, new_figure
+from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.train.run.folder import read_machine
 from hotlap.train.run.metrics import METRICS, read_metrics
@@ -80,7 +80,7 @@ def draw_comparison(runs: list[Path], records: list[Record], score: str, path: P
     axes.legend(fontsize=7)
     figure.axes[0].set(ylabel="training loss" if drawn == "loss" else named(score))
     caption(figure, *facts)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -26,8 +26,7 @@ def track_speedrun(config: TrackConfig) -> dict:
     The track's rules: FineWeb's tokens in their given order; the loss on the first 10,485,760 validation
     tokens; compiling and warming up is not timed if the state is restored afterwards; nor is validation.
     """
-    if config.runs < 1:
-        raise ValueError(f"runs={config.runs} must be at least 1")
+    config.validate()
     test = one_sided_test() if config.runs > 1 else None
     recipe = dataclasses.replace(
         gpt2_124m(), data=str(config.data), micro_batch=config.micro_batch, dtype=config.dtype, resume="auto"

@@ -54,6 +54,7 @@ TIED_RATES = (1, 5)  # learning rates of the tied table, as multiples of the hea
 
 def ablate(config: AblationsConfig) -> list[dict]:
     """Train the variants, and return the rows of the table."""
+    config.validate()
     variants = ablations(options.merge(tiny(), sweep.assignments(config.base), "--base"))
     chosen = [known(name, variants, "ablation") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}

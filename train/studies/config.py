@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hotlap.common.checks import at_least, positive
+from hotlap.train.presets import check_depth
+
+MOST_FLOPS = 1e40  # that are looked at for a depth
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -22,6 +27,12 @@ class SweepConfig:
     """Runs of each variant."""
     out: Path = Path("runs/sweep")
     """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
+
+    def validate(self) -> SweepConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "seconds", zero="equal tokens")
+        at_least(self, 1, "seeds")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,22 @@ class ScalingConfig:
     dollars_per_hour: float = 0
     """Hourly price of this machine; 0: a published price, if there is one for its GPUs."""
 
+    def validate(self) -> ScalingConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        if len(set(self.depths)) != len(self.depths) or len(self.depths) < 2:
+            raise ValueError(f"depths={list(self.depths)} must be at least two different depths")
+        for depth in self.depths:
+            check_depth(depth)
+        positive(self, "ratio")
+        at_least(self, 1, "vocab_size", "context")
+        at_least(self, 0, "seed")
+        at_least(self, 0, "budget_hours", "budget_dollars", "dollars_per_hour", zero="none")
+        if not 0 <= self.budget_flops < MOST_FLOPS:
+            raise ValueError(
+                f"budget_flops={self.budget_flops} must be 0 (none) or more, up to {MOST_FLOPS:g}"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class AblationsConfig:
@@ -73,3 +100,9 @@ class AblationsConfig:
     """Assignments for all runs: "loop.clip=1.0 model.layers=2"."""
     out: Path = Path("runs/ablations")
     """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
+
+    def validate(self) -> AblationsConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        at_least(self, 0, "seconds", zero="equal tokens")
+        at_least(self, 1, "seeds")
+        return self

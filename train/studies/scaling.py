@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ import numpy as np
 from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.flops import meta_model, nanochat_flops
@@ -27,7 +28,7 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import from_depth, matmul_parameters
-from hotlap.train.pretrain import PretrainConfig
+from hotlap.train.pretrain import PretrainConfig, check_sizes
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
@@ -94,7 +95,10 @@ def scaling(config: ScalingConfig) -> str:
     device = device_name(default_device())
     price = dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
     runs = check(config, price)
-    with joined() as world, shared_data(next(iter(runs.values())), config.out, world) as folder:
+    with joined() as world, ExitStack() as stack:
+        for run in runs.values():
+            check_sizes(run, world)
+        folder = stack.enter_context(shared_data(next(iter(runs.values())), config.out, world))
         world.together(lambda: check_vocabulary(config))
         points = []
         for depth, run in runs.items():
@@ -112,11 +116,7 @@ def scaling(config: ScalingConfig) -> str:
 
 def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, PretrainConfig]:
     """The runs of the series by depth. ValueError if the config cannot work."""
-    if len(set(config.depths)) != len(config.depths) or len(config.depths) < 2:
-        raise ValueError(f"depths={list(config.depths)} must be at least two different depths")
-    budgets = (config.budget_flops, config.budget_hours, config.budget_dollars, config.dollars_per_hour)
-    if not all(0 <= budget < float("inf") for budget in budgets):
-        raise ValueError("budgets and prices must be 0 (none) or positive")
+    config.validate()
     if config.budget_dollars and not (config.dollars_per_hour or price):
         raise ValueError("the price of this machine is unknown; give --dollars-per-hour")
     return {depth: depth_run(config, depth) for depth in sorted(config.depths)}
@@ -300,7 +300,7 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("validation bits per byte")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

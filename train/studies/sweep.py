@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -23,13 +22,13 @@ from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name
 from hotlap.common.options import merge, tomllib
-from hotlap.common.plots import new_figure
+from hotlap.common.plots import new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.presets import PRETRAIN
-from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.pretrain import PretrainConfig, check_sizes, pretrain
 from hotlap.train.studies.config import SweepConfig
 from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
 
@@ -48,6 +47,7 @@ class Variant:
 
 def sweep(config: SweepConfig, device: str) -> list[dict]:
     """Run a sweep, and return the rows of its table. device: its name."""
+    config.validate()
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}
@@ -72,10 +72,6 @@ def run_variants(
     """Train each variant on each seed in its own folder under `out`, and return the rows of the table, the
     base first. Finished runs are not trained again.
     """
-    if seeds < 1 or not 0 <= seconds < math.inf:
-        raise ValueError(
-            f"seeds={seeds} must be at least 1, and seconds={seconds} positive or 0 (equal tokens)"
-        )
     base = variants[BASE].config
     for name, variant in variants.items():
         variant.config.validate()
@@ -83,7 +79,10 @@ def run_variants(
             raise ValueError(f"{name!r} changes data or tokenizer, which all variants share; use --base")
     if len({folder_name(name) for name in variants}) < len(variants):
         raise ValueError("two variants would get the same folder: they differ only in spaces or punctuation")
-    with joined() as world, shared_data(base, out, world) as folder:
+    with joined() as world, ExitStack() as stack:
+        for variant in variants.values():
+            check_sizes(variant.config, world)
+        folder = stack.enter_context(shared_data(base, out, world))
         speeds = seconds_per_step(variants, folder, out, world) if seconds else {}
         found: dict[str, list[dict]] = {name: [] for name in variants}
         for seed in range(seeds):
@@ -302,7 +301,7 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
     axes.set(ylim=(len(shown) - 0.5, -0.5))
     axes.set_xlabel(f"difference to the base in bits per byte (± standard error), after {equal}", fontsize=9)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -146,3 +146,11 @@ def test_stages_of_a_timed_run_cannot_change_the_batch_size():
     with pytest.raises(ValueError, match="the same batch size"):
         STAGES.validate(minutes=1.0)
     ScheduleConfig(stages=((1.0, 0.5), (1.0, 1.0))).validate(minutes=1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 9, 100, 1001])
+def test_the_rows_of_all_steps_are_counted_without_a_walk_over_them(steps):
+    config = ScheduleConfig(stages=((1 / 4, 1.0), (1 / 2, 1.0), (1.0, 1.0)))
+    one_by_one = sum(round(16 * stage_at(config, step / steps)[0]) for step in range(steps))
+    assert rows_in_all(config, 16, steps) == one_by_one
+    assert rows_in_all(ScheduleConfig(), 16, 10**18) == 16 * 10**18

@@ -88,7 +88,7 @@ def test_a_guess_far_beyond_the_series_is_called_one():
         ({"depths": (12,)}, "two different"),
         ({"depths": (1, 1)}, "two different"),
         ({"budget_dollars": 5.0}, "--dollars-per-hour"),
-        ({"budget_hours": -1.0}, "0 .none. or positive"),
+        ({"budget_hours": -1.0}, "budget_hours=-1.0 must be 0 .none. or more"),
         ({"depths": (0, 1)}, "depth=0"),
     ],
 )
