@@ -23,9 +23,10 @@ from hotlap.model.conversation import check_messages, render, tool_expression
 from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import SMOLTALK
+from hotlap.train.data.file_documents import parquet_column
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents, version
-from hotlap.train.data.sources import parquet_column, split_documents
+from hotlap.train.data.sources import split_documents
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
 
 ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12  # sums, words and repeats of each greeting in `tasks`
