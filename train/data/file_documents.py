@@ -178,7 +178,7 @@ def undecodable(path: Path, encoding: str) -> str:
                 line += block[: max(0, len(block) - rest)].count(b"\n")
                 return f"byte {end - rest} (line {line}: 0x{error.object[error.start]:02x})"
             line += block.count(b"\n")
-    raise ValueError(f"{path} changed while it was read")
+    raise DataError(f"{path} changed while it was read")
 
 
 def parquet_documents(path: Path) -> Iterator[str]:

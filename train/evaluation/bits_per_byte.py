@@ -47,7 +47,7 @@ def validation(
     return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 
-def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
+def held_out_rows(source: str | Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
     """The validation split that pretraining on this source would use, or its first `limit` tokens."""
     if folder := shard_folder(str(source)):
         beside = folder / TOKENIZER
