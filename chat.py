@@ -65,15 +65,15 @@ class ChatConfig:
             raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
         return Sampling(temperature, self.top_k, self.max_tokens).validate()
 
-
-def seeds(first: int | None) -> Iterator[int]:
-    """A seed for each answer: first, first + 1, ..., or random ones if `first` is None."""
-    return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
-
     def validate(self) -> ChatConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         self.sampling(base=False)
         return self
+
+
+def seeds(first: int | None) -> Iterator[int]:
+    """A seed for each answer: first, first + 1, ..., or random ones if `first` is None."""
+    return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
 
 
 class Chat:

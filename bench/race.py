@@ -26,7 +26,9 @@ from hotlap.bench import results
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.machine import BUSY, cpu_seconds, log_warnings
-from hotlap.train.data.sources import documents, split_text
+from hotlap.train.data.file_documents import LONGEST
+from hotlap.train.data.sources import documents
+from hotlap.train.data.splits import split_text
 
 NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
 NANOGPT = (  # its README's command for computers without a GPU
@@ -90,7 +92,7 @@ def warnings(rows: list[dict]) -> list[str]:
 
 def text_of(data: str) -> str:
     """The text that a data string names. Of the plays, as much as nanoGPT's own text has."""
-    text = "\n".join(documents(data)).replace("\r\n", "\n")  # as in any text file
+    text = "\n".join(documents(data)).replace("\r\n", "\n")[:LONGEST]  # as in any text file
     if data == "shakespeare":
         text = text[:SHAKESPEARE_LENGTH]
     if len(text) < LEAST:
@@ -120,7 +122,7 @@ def copy_of(checkout: Path, folder: Path, text: str) -> Path:
     data.mkdir(parents=True)
     characters = sorted(set(text))
     ids = {character: i for i, character in enumerate(characters)}
-    (train,), (held_out,) = split_text(text)
+    train, held_out = split_text(text)
     for name, part in (("train", train), ("val", held_out)):
         np.array([ids[character] for character in part], dtype=np.uint16).tofile(data / f"{name}.bin")
     meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": ids}

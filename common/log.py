@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cache
 
 from hotlap.common.terminal import printable
 
@@ -25,3 +26,9 @@ def set_up_logging() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+
+
+@cache
+def log_once(message: str) -> None:
+    """A line that readers of the same data would repeat, such as how much of it is left out."""
+    log.warning(message)

@@ -76,7 +76,7 @@ def read_toml(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
 

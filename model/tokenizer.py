@@ -10,7 +10,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 import tiktoken
@@ -36,6 +38,8 @@ SPECIAL_TOKENS = (
     "<|tool_start|>", "<|tool_end|>",
     "<|result_start|>", "<|result_end|>",
 )  # fmt: skip
+LONGEST_PART = 1 << 18  # characters to encode at once
+LAST_WORD = re.compile(r"(?s:.*)[^\W_](?=[\W_])")  # up to the end of a string's last word but one
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 BYTES_OF_AN_ID = 57  # reserved by the trainer: an entry of its hash map and one of its list
 TOKENIZER = "tokenizer.json"  # in a model's folder
@@ -102,7 +106,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of text, always below `text_size`, even if the text spells a special token."""
         if self.is_bpe:
-            return self._encoding.encode_ordinary(text)
+            return [i for part in encodable_parts(text) for i in self._encoding.encode_ordinary(part)]
         try:
             return [self._id_of[character] for character in text]
         except KeyError as error:
@@ -111,9 +115,11 @@ class Tokenizer:
             ) from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if self.is_bpe:
-            return self._encoding.encode_ordinary_batch(texts)
-        return [self.encode(text) for text in texts]
+        if not self.is_bpe:
+            return [self.encode(text) for text in texts]
+        parts = [encodable_parts(text) for text in texts]
+        ids = iter(self._encoding.encode_ordinary_batch(list(chain(*parts))))
+        return [list(chain(*islice(ids, len(of_one_text)))) for of_one_text in parts]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; empty for a special token."""
@@ -126,6 +132,21 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Special tokens are dropped, and invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+def encodable_parts(text: str) -> list[str]:
+    """Text in parts of at most LONGEST_PART characters: tiktoken panics at a million spaces in a row.
+
+    A part ends with a letter or digit that is followed by neither. The split patterns always split there,
+    whatever follows, so the ids are those of the whole text. Only text without such a place has others.
+    """
+    parts, start = [], 0
+    while len(text) - start > LONGEST_PART:
+        last_word = LAST_WORD.match(text, start, start + LONGEST_PART)
+        end = last_word.end() if last_word else start + LONGEST_PART
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:] if start else text]
 
 
 class StreamDecoder:

@@ -55,6 +55,10 @@ def test_values_of_every_type_come_from_a_file(tmp_path):
     config = parse(command.EvalConfig, ["--config", out], command="eval")
     assert config.out == Path("scores.json") and config.tasks == ("facts",)
     assert parse(command.EvalConfig, ["--config", toml(tmp_path, "tasks = []")], command="eval").tasks == ()
+    beside = parse(
+        command.EvalConfig, ["--config", toml(tmp_path, "\ufefftasks = []"), "--data", "./pydocs"], command=""
+    )
+    assert beside.tasks == () and beside.data == "./pydocs"  # not the built-in text
     grade_config = parse(grade.GradeConfig, ["--config", toml(tmp_path, "fp8 = true")], command="")
     assert grade_config.fp8 and not grade_config.yes
 

@@ -10,12 +10,14 @@ import tokenizers
 from helpers.tools import LINES
 
 from hotlap.common.errors import DataError
+from hotlap.model import tokenizer as tokenizer_module
 from hotlap.model.tokenizer import (
     GPT2_PATTERN,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     StreamDecoder,
     Tokenizer,
+    encodable_parts,
     from_ranks,
     gpt2,
     train_bpe,
@@ -49,6 +51,27 @@ def test_any_text_comes_back(tiny_tokenizer):
     texts = [*random_texts(300), *anything, *LINES, ""]
     for text, ids in zip(texts, tiny_tokenizer.encode_batch(texts), strict=True):
         assert tiny_tokenizer.decode(ids) == text and tiny_tokenizer.encode(text) == ids
+
+
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, GPT2_PATTERN])
+def test_long_text_is_encoded_in_parts_to_the_same_ids(monkeypatch, pattern):
+    small = train_bpe(LINES * 20, 320)
+    tokenizer = from_ranks({small.token_bytes(i): i for i in range(small.text_size)}, pattern)
+    texts = ["".join(random_texts(100, seed=i)) for i in range(20)] + [" ".join(LINES), "\n\n".join(LINES)]
+    whole = tokenizer.encode_batch(texts)
+    for length in (100, 301, 1000):
+        monkeypatch.setattr(tokenizer_module, "LONGEST_PART", length)
+        assert all(len(part) <= length for text in texts for part in encodable_parts(text))
+        assert tokenizer.encode_batch(texts) == whole == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("run", [" ", "a", "\u3000"])
+def test_a_million_times_the_same_character_comes_back(tiny_tokenizer, run):
+    text = f"columns{run * 1_100_000}far apart"
+    ids = tiny_tokenizer.encode(text)
+    assert tiny_tokenizer.decode(ids) == text
+    if run == " ":
+        assert tiny_tokenizer.encode_batch(["a", text]) == [tiny_tokenizer.encode("a"), ids]
 
 
 def test_text_never_becomes_a_special_token(tiny_tokenizer):

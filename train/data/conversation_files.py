@@ -12,7 +12,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import check_regular, text_lines, unique
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown, tool_expression
-from hotlap.train.data.sources import parquet_column
+from hotlap.train.data.file_documents import parquet_column
 
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 SPOKEN = ("system", "system_prompt", "tools", "functions")  # beside `messages`, these would be lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +15,17 @@ from hotlap.model import tokenizer as tokenizers
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
+from hotlap.train.data.file_documents import parquet_documents
 from hotlap.train.data.public import climbmix_text, with_progress
 from hotlap.train.data.shards import write_shards
 from hotlap.train.data.sources import (
     DATASETS,
-    SPLITS,
     TEXTS,
     documents_of,
-    parquet_documents,
+    is_named,
     shard_folder,
-    split_documents,
 )
+from hotlap.train.data.splits import SPLITS
 
 CHARACTERS_PER_PIECE = 10_000  # documents are cut into pieces for tokenizer training
 CLIMBMIX_TOKENS = 50_000_000  # at least, in a shard of 250M characters
@@ -94,19 +95,21 @@ def make_tokenizer_file(config: TokenizerConfig) -> Tokenizer:
 
 
 def learn_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    if config.kind == "characters":
-        train, held_out = split_documents(config.source, config.errors)
-        tokenizer = make_tokenizer(config.kind, config.vocab_size, train, train + held_out)
+    if is_named(config.source, ("climbmix",)):
+        validation, *train = climbmix_text(CLIMBMIX.names(config.shards))
+        paths = {"train": train, "validation": [validation]}
+
+        def texts(split: str) -> Iterator[str]:
+            return (text for path in paths[split] for text in parquet_documents(path))
     else:
-        if config.source == "climbmix":
-            validation, *paths = climbmix_text(CLIMBMIX.names(config.shards))
-            train = (text for path in paths for text in parquet_documents(path))
-            held_out = parquet_documents(validation)
-        else:
-            train, held_out = (documents_of(split, config.source, config.errors) for split in SPLITS)
-        tokenizer = make_tokenizer(config.kind, config.vocab_size, first(config.max_chars, train), [])
-    sample = "".join(first(SAMPLE, held_out))
-    ratio = len(sample.encode("utf-8", "surrogatepass")) / max(1, len(tokenizer.encode(sample)))
+
+        def texts(split: str) -> Iterator[str]:
+            return documents_of(split, config.source, config.errors)
+
+    train_text = first(config.max_chars, texts("train"))
+    tokenizer = make_tokenizer(config.kind, config.vocab_size, train_text, chain(*map(texts, SPLITS)))
+    sample = "".join(first(SAMPLE, texts("validation")))
+    ratio = len(sample.encode()) / max(1, len(tokenizer.encode(sample)))
     log.info("%s: %d ids, %.2f bytes per token on held-out text", config.out, tokenizer.vocab_size, ratio)
     return tokenizer
 
@@ -125,7 +128,7 @@ def make_tokenizer(kind: str, vocab_size: int, train: Iterable[str], everything:
     the name of an existing tokenizer.
     """
     if kind == "characters":
-        return tokenizers.train_characters("".join(sorted(set().union(*everything))))
+        return tokenizers.train_characters("".join(sorted(set(chain.from_iterable(map(set, everything))))))
     if kind != "bpe":
         return named_tokenizer(kind)
     pieces = (t[i : i + CHARACTERS_PER_PIECE] for t in train for i in range(0, len(t), CHARACTERS_PER_PIECE))
@@ -146,7 +149,7 @@ def make_data(config: DataConfig) -> None:
     if config.out is None and config.source not in (*TEXTS, *DATASETS):
         raise ValueError(f"no name for the data of {config.source}; give a folder with --out")
     out = config.out or Path("data") / config.source
-    if config.source == "fineweb":
+    if is_named(config.source, DATASETS) and config.source == "fineweb":
         public.fineweb(out, config.shards)
     elif config.source == "climbmix":
         public.climbmix(out, config.shards, named_tokenizer(config.tokenizer))
@@ -181,9 +184,9 @@ def prepare(out: Path, data: str, kind: str, vocab_size: int) -> tuple[Tokenizer
         return Tokenizer.load(path), folder
     folder = out / "data"
     if not (folder / TOKENIZER).exists():  # written last
-        train, held_out = split_documents(data)
-        tokenizer = make_tokenizer(kind, vocab_size, train, train + held_out)
-        write_data(folder, (train, held_out), tokenizer)
+        train, held_out = (documents_of(split, data) for split in SPLITS)
+        tokenizer = make_tokenizer(kind, vocab_size, train, chain(train, held_out))
+        write_data(folder, (documents_of(split, data) for split in SPLITS), tokenizer)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     tokenizer.save(path)
     return tokenizer, folder

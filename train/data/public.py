@@ -15,8 +15,8 @@ from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
 from hotlap.train.data.download import require_free_space
+from hotlap.train.data.file_documents import parquet_documents
 from hotlap.train.data.shards import encoded, read_shard, write_shard
-from hotlap.train.data.sources import parquet_documents
 
 GPT2_BOS = 50256
 TOKEN_BYTES = (1.3, 2.6)  # at most, per byte of ClimbMix's parquet files, for 2-byte and 4-byte tokens

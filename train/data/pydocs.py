@@ -8,13 +8,20 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "antigravity", "this"}
 
 
-def python_documentation() -> Iterator[str]:
-    """About 2 MB of text: one document per module, class and function.
+@cache  # it is read several times, and takes seconds to collect
+def python_documentation() -> tuple[str, ...]:
+    """About 2 MB of text: one document per module, class and function, without duplicates."""
+    return tuple(dict.fromkeys(library_documentation()))
+
+
+def library_documentation() -> Iterator[str]:
+    """The documents of the standard library and of the language reference.
 
     Docstrings of modules written in Python are parsed from their source, which is not run. C modules and the
     language reference of `help()` are imported.

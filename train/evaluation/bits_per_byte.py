@@ -13,8 +13,8 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data.rows import PackedRows, packed_rows, validation_batches
-from hotlap.train.data.shards import documents_in
-from hotlap.train.data.sources import shard_folder, split_documents
+from hotlap.train.data.shards import documents_in, encoded
+from hotlap.train.data.sources import documents_of, shard_folder
 from hotlap.train.distributed.world import World
 
 BATCH_TOKENS = 16_384  # per forward pass
@@ -47,15 +47,14 @@ def validation(
     return {"validation_loss": nats / count, "validation_bpb": text_nats / text_bytes / math.log(2)}
 
 
-def held_out_rows(source: Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
+def held_out_rows(source: str | Path, tokenizer: Tokenizer, context: int, limit: int) -> PackedRows:
     """The validation split that pretraining on this source would use, or its first `limit` tokens."""
     if folder := shard_folder(str(source)):
         beside = folder / TOKENIZER
         if beside.is_file() and Tokenizer.load(beside).sha256 != tokenizer.sha256:
             raise ValueError(f"the shards in {folder} were made with another tokenizer than the model's")
         return packed_rows(folder, "validation", tokenizer, context, limit=limit)
-    texts = split_documents(str(source))[1]
-    tokens = np.concatenate([[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)])
+    tokens = np.concatenate(list(encoded(documents_of("validation", str(source)), tokenizer)))
     documents = documents_in(tokens, tokenizer.bos, limit)
     return PackedRows([lambda: documents], context, 0, shuffle=False)
 

@@ -16,7 +16,7 @@ class EvalConfig:
     """Run or model directory."""
     tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
     """What to score: bpb, core and samples; facts, arithmetic and spelling only for chat models."""
-    data: Path | None = None
+    data: str | None = None
     """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
     validation_tokens: int = 0
     """For bpb: tokens to read, from the start of the split; 0 means all."""

@@ -1,10 +1,10 @@
 """Where text comes from."""
 
-import gzip
 import hashlib
 import http.server
 import io
 import json
+import logging
 import os
 import sys
 import tarfile
@@ -14,8 +14,9 @@ import pytest
 from helpers.small_runs import write_text
 
 from hotlap.common.errors import DataError
-from hotlap.train.data import shakespeare, sources
+from hotlap.train.data import shakespeare
 from hotlap.train.data.download import Content
+from hotlap.train.data.pydocs import python_documentation
 from hotlap.train.data.sources import documents, documents_of, shard_folder, split_documents
 
 
@@ -31,6 +32,7 @@ def test_python_s_own_documentation_is_a_corpus(pydocs):
 
 
 def test_python_s_documentation_is_the_same_twice(pydocs):
+    python_documentation.cache_clear()
     assert list(documents("pydocs")) == pydocs
 
 
@@ -39,81 +41,6 @@ def test_no_document_is_in_training_and_validation():
     assert not set(train) & set(held_out)
     assert len(set(train)) == len(train) and len(set(held_out)) == len(held_out)
     assert 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.07
-
-
-def test_one_text_is_split_as_nanogpt_does(tmp_path):
-    path = write_text(tmp_path / "one.txt")
-    (train,), (held_out,) = split_documents(str(path))
-    assert train + held_out == path.read_text() and len(train) == int(0.9 * len(path.read_text()))
-
-
-def test_two_texts_leave_one_for_validation(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    train, held_out = split_documents(str(tmp_path))
-    assert sorted(train + held_out) == ["text a", "text b"] and len(held_out) == 1
-
-
-def test_files_are_found_by_path_folder_and_pattern_in_order(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.md", "sub/c.py", "sub/ignored.png"):
-        (tmp_path / name).write_text(f"{name}\r\n")
-    assert list(documents(str(tmp_path))) == ["a.md\n", "b.txt\n", "sub/c.py\n"]
-    assert list(documents(f"{tmp_path}/*.txt")) == ["b.txt\n"]
-    assert list(documents(f"{tmp_path}/**/c.*")) == ["sub/c.py\n"]
-
-
-def test_a_jsonl_line_is_a_document(tmp_path):
-    path = tmp_path / "two.jsonl"
-    path.write_text(json.dumps({"text": "one\nline"}) + "\n\n" + json.dumps({"text": "two", "id": 3}) + "\n")
-    assert list(documents(str(path))) == ["one\nline", "two"]
-
-
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"body": "x"}', '["text"]', '{"text": "x"', "text"])
-def test_a_bad_jsonl_line_is_named(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError) as caught:
-        list(documents(str(path)))
-    assert f"{path}:2:" in str(caught.value)
-
-
-def test_a_line_separator_inside_a_jsonl_string_does_not_end_the_line(tmp_path):
-    path = tmp_path / "u2028.jsonl"
-    path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", "utf-8")
-    assert list(documents(str(path))) == ["a\u2028b\x85c"]
-
-
-def write_parquet(path, columns: dict, **settings):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table(columns), path, **settings)
-    return path
-
-
-def test_a_row_of_a_parquet_file_is_a_document(tmp_path):
-    texts = [f"text {i}" for i in range(3000)]
-    write_parquet(tmp_path / "a.parquet", {"id": range(3001), "text": [*texts, None]}, row_group_size=700)
-    (tmp_path / "b.txt").write_text("another")
-    assert list(documents(str(tmp_path))) == [*texts, "another"]
-
-
-def test_a_parquet_file_without_text_or_damaged_is_named(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", {"text": [1, 2]})
-    with pytest.raises(DataError, match=r"a\.parquet has int in the column `text`"):
-        list(documents(str(path)))
-    write_parquet(path, {"body": ["x"]})
-    with pytest.raises(DataError, match=r"a\.parquet has the columns .* it needs `text`"):
-        list(documents(str(path)))
-    raw = write_parquet(path, {"text": [f"text {i}" for i in range(1000)]}, compression="zstd").read_bytes()
-    for damaged in (b"", raw[:-4], raw[: len(raw) // 2], raw[:50] + bytes(2000) + raw[2050:]):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a\.parquet is damaged, or not a parquet file"):
-            list(documents(str(path)))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install 'hotlap\[data\]'"):
-        list(documents(str(path)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40, 400])
@@ -125,30 +52,15 @@ def test_one_split_at_a_time_is_what_both_at_once_are(tmp_path, count):
     assert all(parts)
 
 
-def test_documents_stream_once_both_splits_have_one(monkeypatch):
-    taken = []
-    monkeypatch.setattr(
-        sources, "documents", lambda *_: (taken.append(i) or f"text {i}" for i in range(10**9))
-    )
-    train = documents_of("train", "endless")
-    for _ in range(2000):
-        next(train)
-    assert len(taken) < 3000
-
-
-def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 at byte 3"):
-        list(documents(str(path)))
-    assert list(documents(str(path), errors="replace")) == ["caf\ufffd au lait"]
-
-
-@pytest.mark.parametrize("raw", [gzip.compress(b"text", mtime=0), b"text\0text", "text".encode("utf-16")])
-def test_a_binary_file_is_refused_by_name(tmp_path, raw):
-    (tmp_path / "a.txt").write_bytes(raw)
-    with pytest.raises(DataError, match=r"a\.txt is binary or compressed"):
-        list(documents(str(tmp_path)))
+def test_a_built_in_name_is_the_built_in_text_and_a_file_of_that_name_is_mentioned(
+    tmp_path, monkeypatch, caplog, pydocs
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pydocs").mkdir()
+    (tmp_path / "pydocs" / "a.txt").write_text("mine")
+    with caplog.at_level(logging.INFO, "hotlap"):
+        assert list(documents("pydocs")) == pydocs and list(documents("./pydocs")) == ["mine"]
+    assert caplog.messages == ["pydocs is hotlap's own text; ./pydocs is yours"]
 
 
 def test_what_names_no_text_says_what_a_data_string_may_be(tmp_path):
@@ -166,12 +78,6 @@ def test_a_folder_is_one_of_shards_if_it_has_some(tmp_path):
     assert [shard_folder(data) for data in (str(tmp_path), f"{tmp_path}/*", "pydocs")] == [None] * 3
     (tmp_path / "train_000000.bin").write_bytes(b"")
     assert shard_folder(str(tmp_path)) == tmp_path
-
-
-def test_files_without_text_are_refused(tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match="holds no text"):
-        split_documents(str(tmp_path))
 
 
 def archive_of_plays() -> bytes:
