@@ -130,7 +130,7 @@ COMMANDS: Table = {
     ),
     "report": Command(
         "rewrite a run's report",
-        "train.run.report:ReportConfig", "train.run.report:main",
+        "train.config:ReportConfig", "train.run.report:main",
     ),
     "sweep": Command(
         "train variants of a recipe and compare them",

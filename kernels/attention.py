@@ -35,7 +35,7 @@ from hotlap.kernels.attention_torch import (
     sdpa_takes,
 )
 from hotlap.kernels.cpu.measured import fastest
-from hotlap.kernels.dispatch import constant, device_facts, kernel_choice, kernel_op, use_triton
+from hotlap.kernels.dispatch import autocast, constant, device_facts, kernel_choice, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
 
 
@@ -284,8 +284,9 @@ def attention(
     including its own; None is all. document_start: (B, T) integers that do not decrease along T, the position
     at which each query's document starts; None is one document a row. softcap: scores s become
     softcap tanh(s / softcap). scale: of the scores; None is C^-1/2. backend: "auto" or one of BACKENDS.
-    Returns (B, T, H, C) in q's dtype.
+    Returns (B, T, H, C) in q's dtype, or in that of `torch.autocast`, to which it casts q, k and v.
     """
+    q, k, v = autocast(q, k, v)
     check_arguments(q, k, v, window, document_start, softcap, scale, backend)
     T, H, C = q.shape[1:]
     S, K = k.shape[1:3]

@@ -8,6 +8,7 @@ or by the start of a document are masked; the others are whole.
 from __future__ import annotations
 
 from hotlap.kernels.dispatch import jit, tl
+from hotlap.kernels.tanh import tanh
 
 
 @jit
@@ -42,10 +43,13 @@ def store_rows(base, x, first, stride, rows, ROWS: tl.constexpr, C: tl.constexpr
 
 @jit
 def similarity(a, b, inner, SOFTCAP: tl.constexpr):
-    """a b^T in float32; with a softcap, tanh(inner a b^T). Times `outer` it is the score in base 2."""
+    """a b^T in float32; with a softcap, tanh(inner a b^T). Times `outer` it is the score in base 2.
+
+    In 16 bits the weights are rounded by more than any tanh is off, so the shortest one is taken.
+    """
     s = tl.dot(a, tl.trans(b), input_precision="ieee")
     if SOFTCAP:
-        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
+        s = tanh(inner * s) if a.dtype == tl.float32 else 2 * tl.sigmoid(2 * inner * s) - 1
     return s
 
 

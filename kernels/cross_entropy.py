@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.tanh import tanh
 from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, pick_tile, type_name
 
 IGNORE = -1  # default target of tokens without loss
@@ -55,14 +56,12 @@ def reduce(losses: Tensor, carries: Tensor, reduction: str) -> Tensor:
 
 @jit
 def _tanh(x, CAPPED: tl.constexpr):
-    """To 1e-7; Triton has none that also runs in the interpreter. If CAPPED is 2, by the instruction of
-    NVIDIA's GPUs: to 5e-4, in one step instead of an exponential and a division.
-    """
+    """If CAPPED is 2, by the instruction of NVIDIA's GPUs: to 5e-4, in one step."""
     if CAPPED == 2:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return tanh(x)
 
 
 @jit

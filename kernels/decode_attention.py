@@ -29,10 +29,12 @@ from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
 from hotlap.kernels.dispatch import (
     Device,
+    autocast_dtype,
     device_facts,
     jit,
     kernel_op,
     launches,
+    no_autocast,
     tl,
     use_triton,
     wrap_triton,
@@ -255,8 +257,10 @@ def decode_attention(
     lengths: (B,) integers, the cache rows of the sequences and the tokens that each holds so far. Rows
     differ, but for sequences whose result is not used. lengths + T must fit S. window: keys that a query
     sees, including its own; None is all. softcap, scale: as in `attention`. Returns (B, T, H, C)
-    in q's dtype.
+    in q's dtype. Under `torch.autocast`, q, k and v are cast to the dtype of the caches.
     """
+    if autocast_dtype(q) is not None:
+        q, k, v = (x.to(k_cache.dtype) for x in (q, k, v))
     B, T, H, C = q.shape
     K = k.shape[2]
     if k.shape != (B, T, K, C) or v.shape != k.shape or k_cache.shape[2:] != (K, C) or H % K:
@@ -275,7 +279,8 @@ def decode_attention(
     softcap = softcap or 0.0
     if not use_triton(q):
         append_ref(k, v, k_cache, v_cache, slots, lengths)
-        return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
+        with no_autocast(q):
+            return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
     window = window if window is not None and window < k_cache.shape[1] else 0
     scale = C**-0.5 if scale is None else scale
     return _decode_attention(q, k, v, k_cache, v_cache, slots, lengths, window, softcap, scale)

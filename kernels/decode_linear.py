@@ -13,8 +13,8 @@ A second form of the kernel starts while the kernel before it runs, and meanwhil
 L2 cache (programmatic dependent launch, from compute capability 9.0). It is taken only where `hotlap bench
 tune` finds it faster, which it did not on an H100.
 
-For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's,
-and for float32 on a GPU (no tensor cores), both functions are the reference.
+For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's
+or `torch.autocast`'s, and for float32 on a GPU (no tensor cores), both functions are the reference.
 """
 # R rows (tokens), D inner dimension, N outputs, K gates of V, which read G channels
 
@@ -31,10 +31,12 @@ from torch import Tensor
 from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
+    autocast_dtype,
     device_facts,
     jit,
     kernel_op,
     launches,
+    promote,
     tl,
     use_triton,
     wrap_triton,
@@ -280,7 +282,7 @@ _decode_linear = kernel_op("decode_linear", _product, _empty)
 def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether the product of x (..., D) and weight (N, D), with what is fused with it, runs the kernel."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *others))
-    few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype
+    few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
     return few and not learns and use_triton(x) and (x.dtype != torch.float32 or INTERPRETED)
 
 
@@ -295,9 +297,13 @@ def norm_linear(
     or x without a mix; and gates = n_{:G} gate^T, or None without a gate.
 
     x, x0: (..., D); weight: (N, D); a, b: one element each, rounded to the dtype of x; gate: (K, G). Returns
-    (..., N), (..., D) and (..., K) in that dtype.
+    (..., N), (..., D) and (..., K) in that dtype. Under `torch.autocast`, y and gates have its dtype, and
+    total the wider one of x and x0.
     """
     _check(x, weight)
+    if mix is not None:
+        x, x0 = promote(x, mix[2])
+        mix = (*mix[:2], x0)
     if mix is not None and (mix[2].shape != x.shape or mix[2].dtype != x.dtype):
         given = f"x0 is {tuple(mix[2].shape)} {mix[2].dtype}"
         raise ValueError(f"{given}; it has to be as x, {tuple(x.shape)} {x.dtype}")
@@ -312,13 +318,15 @@ def norm_linear(
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """residual + x weight^T of x (..., D), weight (N, D) and residual (..., N), in the dtype of x."""
+    """residual + x weight^T of x (..., D), weight (N, D) and residual (..., N), in the dtype of x. Under
+    `torch.autocast`, which has its dtype for the product, in the wider one of that and of the residual.
+    """
     _check(x, weight)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if residual.shape != shape or residual.dtype != x.dtype:
+    shape, mixed = (*x.shape[:-1], weight.shape[0]), autocast_dtype(x) is not None
+    if residual.shape != shape or (residual.dtype != x.dtype and not mixed):
         given = f"residual is {tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"{given}; it has to be as the product, {shape} {x.dtype}")
-    if not fuses(x, weight, residual):
+    if residual.dtype != x.dtype or not fuses(x, weight, residual):
         return linear_residual_ref(x, weight, residual)
     return _decode_linear(x, weight, None, None, None, None, residual, False, False)[0]
 

@@ -6,6 +6,7 @@ torch. Kernel files take `triton`, `tl` and `jit` from here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -156,8 +157,39 @@ def register_operations() -> None:
             _unregistered.pop()()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that `torch.autocast` computes matmuls in on the device of x; None where it is off."""
+    kind = x.device.type  # torch knows no autocast for meta tensors, and raises
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What a matmul is given, cast as `torch.autocast` casts it: to its dtype, but not from float64."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def promote(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors of an elementwise operation, under `torch.autocast` in the widest of their dtypes: matmuls have
+    its dtype there, and what was not multiplied its own.
+    """
+    if autocast_dtype(tensors[0]) is None:
+        return tensors
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which torch computes in the dtypes that it is given on the device of x."""
+    off = autocast_dtype(x) is None
+    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
+
+
 class kernel_op:
-    """An operation of torch whose implementation launches kernels.
+    """An operation of torch whose implementation launches kernels, with `torch.autocast` switched off.
 
     implementation: launches Triton kernels. It has type annotations, takes a tensor first, returns new
     tensors or None, and modifies only the tensors, or lists of them, that `mutates` names. fake: the same for
@@ -194,7 +226,8 @@ class kernel_op:
         def launch(*inputs):
             outer, _thread.launches = _thread.launches, True
             try:
-                return implementation(*inputs)
+                with no_autocast(inputs[0]):  # inputs have the dtypes to compute in, and results are written
+                    return implementation(*inputs)
             finally:
                 _thread.launches = outer
 

@@ -22,7 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
+from hotlap.kernels.dispatch import (
+    Device,
+    autocast,
+    device_facts,
+    jit,
+    kernel_op,
+    no_autocast,
+    tl,
+    use_triton,
+    wrap_triton,
+)
 from hotlap.kernels.relu2 import relu2_ref
 from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, next_power_of_2, pick_tile, type_name
 
@@ -217,9 +227,10 @@ Quantized = tuple[Tensor, Tensor]  # fp8, and the factor that undoes its scale
 def scaled_product(a: Quantized, b: Quantized, dtype: torch.dtype, fast: bool = False) -> Tensor:
     """a b^T of a (M, K) and b (N, K), both row-major. fast: accumulate in fewer bits than float32."""
     (a, a_inverse), (b, b_inverse) = a, b
-    return torch._scaled_mm(
-        a, b.T, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast and a.is_cuda
-    )
+    with no_autocast(a):
+        return torch._scaled_mm(
+            a, b.T, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast and a.is_cuda
+        )
 
 
 # for a tensor z: zq and its transpose zt in fp8, and the factor zi that undoes their scale
@@ -277,8 +288,9 @@ def linear_fp8_ref(x: Tensor, weight: Tensor) -> Tensor:
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T with fp8 matmuls. x: (..., K) in bfloat16 or float16, weight: (N, K); (..., N) like x.
 
-    All sizes, and the number of rows of x, have to be multiples of 16.
+    All sizes, and the number of rows of x, have to be multiples of 16. `torch.autocast` casts x.
     """
+    (x,) = autocast(x)
     M, (N, K) = math.prod(x.shape[:-1]), weight.shape
     if x.shape[-1] != K or M % 16 or N % 16 or K % 16:
         shapes = f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}"
@@ -289,8 +301,9 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 def linear_relu2_fp8(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """`linear_relu2` with fp8 matmuls. x: (..., D) in bfloat16 or float16, w_in: (N, D), w_out: (D, N).
 
-    All sizes, and the number of rows of x, have to be multiples of 16.
+    All sizes, and the number of rows of x, have to be multiples of 16. `torch.autocast` casts x.
     """
+    (x,) = autocast(x)
     M, (N, D) = math.prod(x.shape[:-1]), w_in.shape
     if x.shape[-1] != D or w_out.shape != (D, N) or M % 16 or N % 16 or D % 16:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"

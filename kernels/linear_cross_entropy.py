@@ -25,7 +25,7 @@ from hotlap.kernels.cross_entropy import (
     cross_entropy_ref,
     reduce,
 )
-from hotlap.kernels.dispatch import kernel_op, use_c, use_triton
+from hotlap.kernels.dispatch import autocast, kernel_op, use_c, use_triton
 
 # Bytes of logits in a chunk. CPU: what stays in its cache. GPU: 4096 rows of 32768 words, where summing the
 # parts of dW takes 8 % of the matmuls' time on an H100 (calculated, not measured). Twice as many took more
@@ -214,8 +214,9 @@ def linear_cross_entropy(
     x: (N, D), head: (V, D), targets: (N,) int64 with ignore_index for tokens without loss. softcap, z_loss:
     as in `cross_entropy`; 0 is none. reduction: "sum", "mean" over the tokens with loss (0 where none has
     one), or "none" for (N,), which without z_loss are negative log-probabilities of the tokens, as DPO and
-    policy gradients need.
+    policy gradients need. The head is cast to the dtype of x, and x before that to `torch.autocast`'s.
     """
+    (x,) = autocast(x)
     if x.dim() != 2 or head.dim() != 2 or x.shape[1] != head.shape[1] or targets.shape != x.shape[:1]:
         shapes = f"x is {tuple(x.shape)}, head {tuple(head.shape)} and targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}; needed are (N, D), (V, D) and (N,)")

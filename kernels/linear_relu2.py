@@ -8,6 +8,9 @@ where dp is computed in the epilogue of the matmul da. The root of an a rounded 
 2^-9. All other matmuls use cuBLAS. Saves 2 M N e bytes forward and 3 M N e backward against matmuls and an
 elementwise pass, with 2 M N D FLOPs in each kernel, so it pays off while D is small.
 
+float16 is not fused, because the root of a would not be relu(p): below 2^-14 float16 loses bits of a, and
+below 2^-25 all of them. `relu2` keeps p.
+
 The fused matmul has three forms. The plain one uses pointers, and each program computes one tile. The form
 for devices with a TMA is persistent: one program per processor, which takes tile after tile and addresses
 them by tensor descriptors. The third is torch's matmul and an elementwise pass in place: 2 M N e more bytes
@@ -29,6 +32,7 @@ from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
     allow_descriptors,
+    autocast,
     device_facts,
     jit,
     kernel_op,
@@ -189,14 +193,15 @@ def _tma_takes(*matrices: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
+def _product(x: Tensor, w: Tensor, a: Tensor | None) -> Tensor:
     """Launch a kernel: x (M, K) with unit stride, w (K, N) with any."""
     (M, K), N = x.shape, w.shape[1]
+    backward, device = a is not None, device_facts(x.device)
+    tile = pick_tile(_linear_relu2_tiles, int(backward), device)
+    if M and tile.kernel == "_linear_relu2_apart_kernel":
+        return _in_two_passes(x, w, a, tile)
+    out = _empty(x, M, N)
     if M:
-        backward, device = a is not None, device_facts(x.device)
-        tile = pick_tile(_linear_relu2_tiles, int(backward), device)
-        if tile.kernel == "_linear_relu2_apart_kernel":
-            return _in_two_passes(x, w, a, out, tile)
         if tile.kernel and not _tma_takes(x, w if backward else w.T, a if backward else out):
             fitting = fitting_tiles(_linear_relu2_tiles, int(backward), device)
             tile = next(plain for plain in fitting if not plain.kernel)
@@ -212,8 +217,8 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor) -> Tensor:
     return out
 
 
-def _in_two_passes(x: Tensor, w: Tensor, a: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
-    torch.mm(_near(x), w, out=out)
+def _in_two_passes(x: Tensor, w: Tensor, a: Tensor | None, tile: Tile) -> Tensor:
+    out = _near(x) @ w
     grid = (cdiv(out.numel(), tile.blocks["BLOCK"]),)
     with torch.cuda.device_of(x):
         wrap_triton(_linear_relu2_apart_kernel)[grid](
@@ -237,12 +242,12 @@ def _near(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """y (M, D) and a (M, N)."""
-    a = _product(_unit(x), w_in.T, None, _empty(x, x.shape[0], w_in.shape[0]))
+    a = _product(_unit(x), w_in.T, None)
     return a @ w_out.T, a
 
 
 def _backward(dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dp = _product(_unit(dy), w_out, a, _empty(a))
+    dp = _product(_unit(dy), w_out, a)
     return dp @ w_in, dp.T @ _near(x), _near(dy).T @ a
 
 
@@ -275,14 +280,16 @@ _linear_relu2 = kernel_op(
 def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """relu(x w_in^T)^2 w_out^T of x (..., D), w_in (N, D) and w_out (D, N), in the dtype of x: (..., D).
 
-    The weights are cast to it. float32 on a GPU (no tensor cores), widths above FUSED_WIDTH, and fewer than
-    FEWEST_ROWS rows without gradients (decoding) use plain matmuls and an elementwise kernel.
+    The weights are cast to it, and x before that to the dtype of `torch.autocast`. float16, float32 on a GPU
+    (no tensor cores), widths above FUSED_WIDTH, and fewer than FEWEST_ROWS rows without gradients (decoding)
+    use plain matmuls and an elementwise kernel.
     """
+    (x,) = autocast(x)
     D = x.shape[-1]
     if w_in.dim() != 2 or w_in.shape[1] != D or w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
         shapes = f"x is {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"{shapes}; needed are (..., D), (N, D) and (D, N)")
-    fused = D <= FUSED_WIDTH and (x.dtype != torch.float32 or INTERPRETED)
+    fused = D <= FUSED_WIDTH and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and INTERPRETED))
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
     fused = fused and (trained or x.numel() >= FEWEST_ROWS * D)
     if not (use_c(x) or (use_triton(x) and fused)):
@@ -292,20 +299,19 @@ def linear_relu2(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """For the static gate and the tuner: 16k tokens of d24; none in float32, which has no tensor cores."""
-    if dtype == torch.float32:
+    """For the static gate and the tuner: 16k tokens of d24, in the only dtype that GPUs fuse."""
+    if dtype != torch.bfloat16:
         return []
     t, (M, D, N) = f"*{type_name(dtype)}", (16384, 1536, 6144)
     common = {"x": t, "w": t, "out": t, "x_m": "i32", "M": "i32", "N": "i32", "K": "i32"}
 
     def run(backward: bool, device: torch.device):
         x, w = (torch.randn(n, D, device=device, dtype=dtype) for n in (M, N))
-        w, a = w / D**0.5, torch.rand(M, N, device=device, dtype=dtype)
-        out = torch.empty_like(a)
+        w = w / D**0.5
         if backward:
-            w = w.T.contiguous()
-            return lambda: _product(x, w, a, out)
-        return lambda: _product(x, w.T, None, out)
+            w, a = w.T.contiguous(), torch.rand(M, N, device=device, dtype=dtype)
+            return lambda: _product(x, w, a)
+        return lambda: _product(x, w.T, None)
 
     forward = {**common, "a": None, "w_k": 1, "w_n": "i32", "BACKWARD": False}
     backward = {**common, "a": t, "w_k": "i32", "w_n": 1, "BACKWARD": True}

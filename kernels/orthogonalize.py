@@ -35,6 +35,7 @@ from hotlap.kernels.dispatch import (
     device_facts,
     jit,
     kernel_op,
+    no_autocast,
     tl,
     use_triton,
     wrap_triton,
@@ -360,7 +361,8 @@ def orthogonalize(
     if not _runs_kernels(x):
         batch = _as_batch(x)
         bound = _frobenius(batch) + EPS if norm is None else norm
-        return _torch_steps((batch / (SAFETY * bound)).to(x.dtype), polynomials).reshape(x.shape)
+        with no_autocast(x):
+            return _torch_steps((batch / (SAFETY * bound)).to(x.dtype), polynomials).reshape(x.shape)
     if norm is None:
         norm = max(1, min(x.shape[-2:])) ** 0.5
         scaled = torch.empty(x.shape, dtype=torch.float16, device=x.device)

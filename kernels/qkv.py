@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.cpu import qkv as cpu
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, promote, use_c, use_triton, wrap_triton
 from hotlap.kernels.qkv_kernels import _qkv_backward_kernel, _qkv_forward_kernel, _qkv_tiles
 from hotlap.kernels.rms_norm import EPS
 from hotlap.kernels.tiles import Case, Tile, cdiv, next_power_of_2, pick_tile, type_name
@@ -199,15 +199,18 @@ def attention_inputs(
     cos and sin hold the rows of `rotary_tables` for the positions of these T tokens: (T, C/2), or (B, T, C/2)
     if sequences have different positions. They take no gradient. gain: > 0. gate, value_embedding: (B, T, K)
     and (B, T, K, C), both or neither; 3 sigmoid(gate) value_embedding is added to the values. All but the
-    tables are of one dtype. Returns tensors of that dtype, contiguous where kernels run.
+    tables are of one dtype; under `torch.autocast` they may differ, and the widest counts. Returns tensors of
+    that dtype, contiguous, or from the kernels in C contiguous as (B, heads, T, C).
 
-    Without a value embedding the kernel copies the values, 2 B T K C elements moved, because an operation of
-    torch may not return a view of its input.
+    Without a value embedding the values are copied, 2 B T K C elements moved, because an operation of torch
+    may not return a view of its input.
     """
+    qkv, gate, value_embedding = promote(qkv, gate, value_embedding)
     _check(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
     if use_triton(qkv) or use_c(qkv):
         return _qkv(qkv, kv_heads, cos, sin, gain, EPS, gate, value_embedding)[:3]
-    return attention_inputs_ref(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
+    parts = attention_inputs_ref(qkv, kv_heads, cos, sin, gain, gate, value_embedding)
+    return tuple(x.contiguous() for x in parts)  # heads as they lie in qkv, or a view of it
 
 
 def _check(qkv, kv_heads, cos, sin, gain, gate, value_embedding) -> None:

@@ -76,7 +76,7 @@ _relu2 = kernel_op(
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise. Same shape and dtype as x."""
-    return _relu2(x) if use_triton(x) else relu2_ref(x)
+    return _relu2(x) if use_triton(x) else relu2_ref(x).to(x.dtype)  # `torch.autocast` squares in float32
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.cpu import rms_norm as cpu
-from hotlap.kernels.dispatch import device_facts, kernel_op, use_c, use_triton, wrap_triton
+from hotlap.kernels.dispatch import device_facts, kernel_op, promote, use_c, use_triton, wrap_triton
 from hotlap.kernels.rms_norm_narrow import (
     WIDEST,
     WIDEST_SCALED,
@@ -276,8 +276,10 @@ def rms_norm_residual(
 
     x, residual: (..., D) of one dtype. The new residual, x + residual, is rounded to it before the norm.
     weight: (D,) or None. scales: a and b, tensors () of one dtype, for a new residual of a x + b residual,
-    of which the kernel rounds the sum, and torch both products too.
+    of which the kernel rounds the sum, and torch both products too. Under `torch.autocast`, x and residual
+    may differ in dtype; the wider one counts.
     """
+    x, residual = promote(x, residual)
     _check(x, weight, residual)
     if scales is not None and (any(scale.dim() for scale in scales) or scales[0].dtype != scales[1].dtype):
         given = " and ".join(f"{tuple(scale.shape)} {scale.dtype}" for scale in scales)

@@ -1,8 +1,7 @@
 """Render conversations to token ids and a loss mask, and parse answers back to messages.
 
-A conversation is TRL's `messages`: dicts with a `role` of system, user, assistant or tool. An assistant
-message may have one `tool_calls` entry (name `calculator`, argument `expression`). A `tool` message with the
-result follows, then the assistant continues; all of this is one assistant turn:
+A conversation is a list of messages (messages.py). An assistant's call of the calculator, the result and what
+the assistant says then are one turn:
 
     <|bos|> <|user_start|> What is 2 + 3? <|user_end|>
     <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5.
@@ -13,58 +12,14 @@ Prompts are built from ids, not text, so text can never become one of these spec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hotlap.common.errors import DataError
+from hotlap.model.messages import TOOL, check_messages, tool_expression
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
-
-ROLES = ("system", "user", "assistant", "tool")
-TOOL = "calculator"
-
-
-def check_messages(messages: object) -> list[dict]:
-    """Return messages. DataError says which message is wrong, and why."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError("`messages` must be a list of at least one message")
-    expected = ("system", "user")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(f"message {i} needs a `role` of {', '.join(ROLES)}")
-        role, calls = message["role"], message.get("tool_calls")
-        if role not in expected:
-            raise DataError(f"message {i} is from {role!r}; expected {' or '.join(expected)}")
-        if not isinstance(message.get("content"), str | None):
-            raise DataError(f"message {i}: `content` must be a string")
-        if calls and role != "assistant":
-            raise DataError(f"message {i}: only the assistant can make `tool_calls`")
-        if calls:
-            tool_expression(message, i)
-        if role == "assistant" and not calls and not (message.get("content") or "").strip():
-            raise DataError(f"message {i}: the assistant says nothing")
-        if role == "assistant":
-            expected = ("tool",) if calls else ("user",)
-        else:
-            expected = {"system": ("user",), "user": ("assistant",), "tool": ("assistant",)}[role]
-    return messages
-
-
-def tool_expression(message: dict, index: int) -> str:
-    """The expression of an assistant message's calculator call."""
-    try:
-        (call,) = message["tool_calls"]
-        arguments = call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if call["function"]["name"] == TOOL and isinstance(arguments["expression"], str):
-            return arguments["expression"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise DataError(
-        f"message {index}: `tool_calls` must be one call of {TOOL!r} with a string argument `expression`"
-    )
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -84,8 +39,9 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
         ids.extend(new)
         loss_mask.extend([by_assistant] * len(new))
 
-    for i, message in enumerate(check_messages(messages)):
-        role, content = message["role"], message.get("content") or ""
+    before = None
+    for message in check_messages(messages):
+        role, content = message["role"], message["content"]
         if role in ("system", "user"):
             mark(f"{role}_start")
             text(content)
@@ -95,15 +51,16 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
             text(content)
             mark("result_end")
         else:
-            if messages[i - 1]["role"] != "tool":
+            if before != "tool":
                 mark("assistant_start")
             text(content, by_assistant=True)
             if message.get("tool_calls"):
                 mark("tool_start", by_assistant=True)
-                text(tool_expression(message, i), by_assistant=True)
+                text(tool_expression(message), by_assistant=True)
                 mark("tool_end", by_assistant=True)
             else:
                 mark("assistant_end", by_assistant=True)
+        before = role
     return ids, loss_mask
 
 

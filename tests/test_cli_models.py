@@ -41,7 +41,7 @@ GOOD = json.dumps({"messages": conversation("square", "is 4.")})
 @pytest.mark.parametrize(
     ("lines", "parts"),
     [
-        ([GOOD, "{"], ("talks.jsonl:2", "not JSON")),
+        ([GOOD, "{]"], ("talks.jsonl:2", "not JSON")),
         ([GOOD, GOOD, '{"text": "a"}'], ("talks.jsonl:3", '"messages"')),
         ([json.dumps({"messages": conversation("a", "b")[:1]})], ("talks.jsonl:1", "end with the assistant")),
         ([json.dumps({"messages": conversation("a", "b")[::-1]})], ("talks.jsonl:1", "system or user")),
@@ -91,7 +91,9 @@ def test_fine_tuning_on_a_file_of_messages(work, capsys, base):
     with open("talks.jsonl", "a") as file:
         file.write(json.dumps({"messages": conversation("square " * 30, "is")}) + "\n")
     assert sft_here(base) == 0
-    assert re.search(r"1 of \d+ conversations are longer than 32 tokens", capsys.readouterr().err)
+    assert re.search(
+        r"left out: 1 of \d+ conversations are longer than .* 32 tokens", capsys.readouterr().err
+    )
     assert [m["step"] for m in read_metrics(Path("sft/metrics.jsonl"))] == [0, 1]
     assert Path("sft/report.md").exists() and Path("sft/curves.png").exists()
     (work / "talks.jsonl").write_text("\n".join([GOOD] * 5))

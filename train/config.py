@@ -150,3 +150,11 @@ class SFTConfig(StageConfig):
         super().validate()
         at_least(self, 0, "epochs", zero="only loop.steps count")
         return self
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Rewrite a run's report.md and curves.png."""
+
+    run: Path = Path("runs/pretrain")
+    """Run directory."""

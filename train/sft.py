@@ -21,7 +21,6 @@ from hotlap.train.data.conversations import (
     download_conversations,
 )
 from hotlap.train.data.rows import PackedRows
-from hotlap.train.data.sources import SPLITS
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.losses import next_token_loss
@@ -38,7 +37,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
         with world.main_first(f"download {config.data}"):
             if world.is_main:
                 download_conversations(config.data)
-        rows, held_out = (split_rows(split, config, tokenizer, shape.context, world) for split in SPLITS)
+        rows, held_out = read_rows(config, tokenizer, shape.context, world)
         trained, validated = conversation_digests(rows), conversation_digests(held_out)
         if same := len(set(trained) & set(validated)):
             log.info("%d conversations are in both the training and the validation split", same)
@@ -57,15 +56,16 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
             return train(config, stage, world)
 
 
-def split_rows(split: str, config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> PackedRows:
-    """Packed rows of a split of the conversations; training rows are shuffled."""
+def read_rows(config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> tuple[PackedRows, PackedRows]:
+    """Packed rows of the conversations that train, and of those that validate."""
     from tqdm import tqdm
 
     conversations = tqdm(
-        conversations_of(split, config.data, config.seed), split, unit=" conversations", unit_scale=True,
-        disable=None if world.is_main else True, leave=False,
+        conversations_of(config.data, config.seed), printable(config.data), unit=" conversations",
+        unit_scale=True, disable=None if world.is_main else True, leave=False,
     )  # fmt: skip
-    return conversation_rows(conversations, tokenizer, T, config.seed, shuffle=split == "train")
+    rows = conversation_rows(conversations, tokenizer, T, config.seed)
+    return rows["train"], rows["validation"]
 
 
 def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:

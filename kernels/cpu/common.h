@@ -47,9 +47,11 @@ static inline float exponential(float x) {
     return power * (Float){.bits = scale}.value;
 }
 
-static inline float hyperbolic_tangent(float x) { /* with an error of 1e-7, relative to small x as well */
+/* With a relative error of 3e-7: as ../tanh.py. */
+static inline float hyperbolic_tangent(float x) {
     float s = x * x, magnitude = x < 0 ? -x : x;
-    float small = x * (1 - s * (1.0f / 3 - s * (2.0f / 15 - s * (17.0f / 315 - s * (62.0f / 2835)))));
+    float small = -0.053783830f + s * (0.020795972f + s * -0.0058951584f);
+    small = x + x * s * (-0.33333298f + s * (0.13331924f + s * small));
     float large = 1 - 2 / (exponential(2 * magnitude) + 1);
-    return magnitude < 0.3f ? small : x < 0 ? -large : large;
+    return magnitude < 0.6f ? small : x < 0 ? -large : large;
 }

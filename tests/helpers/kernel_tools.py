@@ -124,11 +124,20 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True, s
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
 
 
+def far_apart(x: Tensor) -> Tensor:
+    """A copy of x (3, ...), whose three parts lie 2^30 elements apart, and alone take memory (on a CPU).
+
+    So the stride fits 32 bits, and the place of the last part does not: a kernel that multiplies in 32 bits
+    reads outside of the tensor, which ends the process.
+    """
+    x = x.detach()
+    far = torch.empty_strided(x.shape, (2**30, *x[0].contiguous().stride()), dtype=x.dtype, device=x.device)
+    return far.copy_(x)
+
+
 def far_rows(width: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Two rows that lie 2^31 elements apart, of which only themselves take memory (on a CPU)."""
-    apart = 2**31
-    rows = torch.empty_strided((2, width), (apart, 1), dtype=dtype, device=DEVICE)
-    return rows.copy_(random(2, width, grad=False))
+    """Three such rows."""
+    return far_apart(random(3, width, grad=False, dtype=dtype))
 
 
 def chosen(operation: kernel_op) -> CustomOpDef:

@@ -6,12 +6,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotlap.model.gpt import GPT
+from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import materialize, parallelize
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.faults import fault
+from hotlap.train.losses import next_token_loss
 from hotlap.train.optim import muon_adamw
 from hotlap.train.optim.exchange import Exchange
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.passes import Passes
+from hotlap.train.step import take_step
 
 
 def agree(world: World) -> tuple:
@@ -54,6 +58,25 @@ def train_steps(
         "losses": losses,
         "weights": {name: whole(p).detach().float().numpy() for name, p in model.named_parameters()},
     }
+
+
+def step_rows() -> torch.Tensor:
+    """12 rows of 17 ids, of which a step predicts 16 each."""
+    return torch.randint(0, 300, (12, 17), generator=torch.Generator().manual_seed(0))
+
+
+def clipped_step(world: World, clip: float) -> dict:
+    """A step on `step_rows` in micro-batches of a row, sharded over all ranks, with clipped gradients."""
+    model = small_gpt("float32")
+    parallelize(model, world, "none", compile=False)
+    materialize(model, world.device, seed=1)
+    micro = [
+        Batch(row[None, :-1], row[None, 1:], torch.zeros(1, 16, dtype=torch.int64), 16)
+        for row in step_rows()[world.rank :: world.size]
+    ]
+    outcome = take_step(Passes(model, next_token_loss), micro, 12 * 16, clip, world)
+    gradients = {name: whole(p.grad).numpy() for name, p in model.named_parameters()}
+    return {"loss": outcome.loss, "norm": outcome.norm, "gradients": gradients}
 
 
 class Gathers(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, error, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, far_apart, random
 from torch.library import opcheck
 
 from hotlap.kernels import decode_attention as module
@@ -134,13 +134,13 @@ def test_splits_fill_the_processors_and_no_more():
 
 @pytest.mark.xdist_group("gigabytes")
 def test_slots_may_lie_beyond_two_to_the_31(only_triton):
-    q, k, v = tokens(2, 6, 1, 1, 16, torch.float16)
-    far = torch.empty_strided((2, 6, 1, 16), (2**31, 16, 16, 1), dtype=torch.float16, device=DEVICE)
-    every = torch.arange(2, device=DEVICE)
-    y = decode_attention(q, k, v, far, torch.zeros_like(k), every, 0 * every)
-    assert torch.equal(
-        y, decode_attention(q, k, v, *empty_cache(2, 6, 1, 16, torch.float16), every, 0 * every)
-    )
+    q, k, v = tokens(3, 6, 1, 1, 16, torch.float16)
+    far, every = far_apart(k), torch.arange(3, device=DEVICE)
+    for caches in ((far, torch.zeros_like(k)), (torch.zeros_like(k), far)):
+        y = decode_attention(*map(far_apart, (q, k, v)), *caches, every, 0 * every)
+        assert torch.equal(
+            y, decode_attention(q, k, v, *empty_cache(3, 6, 1, 16, torch.float16), every, 0 * every)
+        )
 
 
 def test_keys_before_the_window_are_never_loaded(only_triton):

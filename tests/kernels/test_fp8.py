@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, error, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, far_rows, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import fp8 as module
@@ -44,6 +44,15 @@ def test_quantising_rounds_as_torch_does_and_transposes(shape, fp8, dtype):
         assert torch.equal(inverse, scale) and scale.dtype == torch.float32 and scale.shape == ()
         if expected.float().any():  # the largest value uses the whole range
             assert y.float().abs().max() == torch.finfo(fp8).max
+
+
+@pytest.mark.xdist_group("gigabytes")
+def test_rows_may_lie_beyond_two_to_the_31():
+    far, pre = far_rows(16), far_rows(16)
+    for given in ((), (True,), (False, pre)):
+        near = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in given]
+        for a, b in zip(quantize(far, E4M3, *given), quantize(far.contiguous(), E4M3, *near), strict=True):
+            assert torch.equal(a.float(), b.float())
 
 
 def test_the_reference_quantises_relu2_and_its_gradient():

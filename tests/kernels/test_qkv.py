@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, check, chosen, outputs_and_gradients, random
+from helpers.kernel_tools import DEVICE, DTYPES, check, chosen, far_apart, outputs_and_gradients, random
 from torch.library import opcheck
 
 from hotlap.kernels import qkv as module
@@ -119,11 +119,23 @@ def test_nothing_gives_nothing(shape):
 
 @pytest.mark.xdist_group("gigabytes")
 def test_tokens_may_lie_beyond_two_to_the_31():
-    (qkv, *rest), gradients = case(2, 2, 1, 1, 8, torch.float16)
-    far = torch.empty_strided((2, 2, 3, 8), (2**31, 24, 8, 1), device=DEVICE, dtype=torch.float16)
-    far = far.copy_(qkv.detach()).requires_grad_()
-    ours = outputs_and_gradients(attention_inputs, (far, *rest), gradients)
+    (qkv, *rest), gradients = case(3, 2, 1, 1, 8, torch.float16)
+    gradients = [g.half() for g in gradients]
+    far = far_apart(qkv).requires_grad_()
+    ours = outputs_and_gradients(attention_inputs, (far, *rest), [*map(far_apart, gradients)])
     for a, b in zip(ours, outputs_and_gradients(attention_inputs, (qkv, *rest), gradients), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.xdist_group("gigabytes")
+def test_heads_may_lie_beyond_two_to_the_31():
+    (qkv, *rest), gradients = case(1, 2, 1, 1, 8, torch.float16)
+    far = far_apart(qkv.permute(2, 0, 1, 3)).permute(1, 2, 0, 3).requires_grad_()
+    for a, b in zip(
+        outputs_and_gradients(attention_inputs, (far, *rest), gradients),
+        outputs_and_gradients(attention_inputs, (qkv, *rest), gradients),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 

@@ -146,6 +146,23 @@ def test_rows_may_lie_beyond_two_to_the_31(width):
         assert torch.equal(a, b)
 
 
+@pytest.mark.xdist_group("gigabytes")
+def test_rows_of_residuals_may_lie_beyond_two_to_the_31():
+    far = [far_rows(64).requires_grad_() for _ in range(2)]
+    scales = [torch.tensor(value, device=DEVICE, requires_grad=True) for value in (0.7, 0.3)]
+    gradients = [far_rows(64), far_rows(64)]
+    near = [x.detach().contiguous().requires_grad_() for x in far]
+    for added in ((), scales):
+        ours, wanted = (
+            outputs_and_gradients(
+                lambda x, y, *ab: rms_norm_residual(x, y, None, 1e-6, ab or None), (*rows, *added), g
+            )
+            for rows, g in ((far, gradients), (near, [g.contiguous() for g in gradients]))
+        )
+        for a, b in zip(ours, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_two_runs_agree_bit_for_bit():
     x, weight, dy = random(50, 300), random(300, seed=1), random(50, 300, seed=2, grad=False)
 

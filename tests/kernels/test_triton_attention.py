@@ -1,6 +1,14 @@
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, check, document_starts, outputs_and_gradients, random
+from helpers.kernel_tools import (
+    DEVICE,
+    DTYPES,
+    check,
+    document_starts,
+    far_apart,
+    outputs_and_gradients,
+    random,
+)
 from torch.library import opcheck
 
 from hotlap.kernels import attention as module
@@ -163,14 +171,10 @@ def test_strides_of_inputs_and_gradients_do_not_matter(layout):
 
 @pytest.mark.xdist_group("gigabytes")
 def test_rows_may_lie_beyond_two_to_the_31():
-    inputs, gradients = case(2, 18, 1, 1, 16, torch.float16)
-    inputs = [x.detach().requires_grad_() for x in inputs]
-
-    def far(x):
-        apart = torch.empty_strided(x.shape, (2**31, 16, 16, 1), device=DEVICE, dtype=x.dtype)
-        return apart.copy_(x.detach()).requires_grad_()
-
-    ours = outputs_and_gradients(triton, [far(x) for x in inputs], gradients)
+    inputs, gradients = case(3, 18, 1, 1, 16, torch.float16)
+    inputs, gradients = [x.detach().requires_grad_() for x in inputs], [gradients[0].half()]
+    far = [far_apart(x).requires_grad_() for x in inputs], [far_apart(gradients[0])]
+    ours = outputs_and_gradients(triton, *far)
     for a, b in zip(ours, outputs_and_gradients(triton, inputs, gradients), strict=True):
         assert torch.equal(a, b)
 

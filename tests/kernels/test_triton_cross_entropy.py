@@ -144,15 +144,23 @@ def test_nothing_gives_nothing(reduction):
 
 @pytest.mark.xdist_group("gigabytes")
 def test_rows_may_lie_beyond_two_to_the_31():
-    far, targets = far_rows(64).requires_grad_(), torch.tensor([3, 60]).to(DEVICE)
-    near = far.detach().contiguous().requires_grad_()
-    dloss = random(2, grad=False)
-    results = (
-        outputs_and_gradients(lambda x: cross_entropy(x, targets, 0.0, "none"), (x,), [dloss])
-        for x in (far, near)
-    )
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    targets, dloss = torch.tensor([3, 60, 7]).to(DEVICE), random(3, grad=False)
+    for in_place in (False, True):
+        far = far_rows(64).requires_grad_()
+        near = far.detach().contiguous().requires_grad_()
+        results = (
+            outputs_and_gradients(
+                lambda x, in_place=in_place: cross_entropy(x, targets, 0.0, "none", 0.0, in_place),
+                (x,),
+                [dloss],
+            )
+            for x in (far, near)
+        )
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+    far, near = far.detach(), near.detach()  # which are gradients now, and logits as good as any
+    losses = [module.cross_entropy_both(dloss, x, targets, 5.0, 0.0, IGNORE) for x in (far, near)]
+    assert torch.equal(*losses) and torch.equal(far, near)
 
 
 def test_two_runs_agree_bit_for_bit():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_tools import DEVICE, DTYPES, error, muon_move, muon_move_ref, random
+from helpers.kernel_tools import DEVICE, DTYPES, error, far_apart, muon_move, muon_move_ref, random
 from torch.library import opcheck
 
 from hotlap.kernels import muon as module
@@ -103,18 +103,39 @@ def test_matrices_may_lie_in_any_place_each_with_strides_of_its_own():
 
 @pytest.mark.xdist_group("gigabytes")
 def test_matrices_may_lie_beyond_two_to_the_31():
-    far = torch.empty_strided((2, 16, 20), (2**31, 20, 1), dtype=torch.float16, device=DEVICE)
-    grad = far.copy_(random(2, 16, 20, grad=False))
-    one, other = (random(2, 16, 20, grad=False, seed=1) for _ in range(2))
-    found, expected = (
-        muon_momentum(x.unbind(), m, scalar(0.9), DTYPE) for x, m in ((grad, one), (grad.contiguous(), other))
-    )
-    assert torch.equal(found, expected) and torch.equal(one, other)
-    results = [case(2, 16, 20, torch.float16) for _ in range(2)]
-    results[0] = (far.copy_(results[0][0]), *results[0][1:])
-    results[1] = (far.contiguous(), *results[1][1:])
-    for given in results:
-        muon_move(*given, scalar(0.3), scalar(0.2), 0.9)
+    grad, near = random(3, 16, 20, grad=False), random(3, 16, 20, grad=False, seed=1).half()
+    far = far_apart(near)
+    found, expected = (muon_momentum(grad.unbind(), m, scalar(0.9), DTYPE) for m in (far, near))
+    assert torch.equal(found, expected) and torch.equal(far, near)
+    for which in range(2):  # the weights, or their update
+        results = []
+        for move in (far_apart, torch.clone):
+            given = [*case(3, 16, 20, torch.float16)]
+            given[which] = move(given[which].half())
+            muon_move(*given, scalar(0.3), scalar(0.2), 0.9)
+            results.append(given)
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.xdist_group("gigabytes")
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_and_columns_of_matrices_may_lie_beyond_two_to_the_31(side):
+    def far(x):
+        return far_apart(x) if side == 0 else far_apart(x.mT).mT
+
+    shape = (3, 20) if side == 0 else (20, 3)
+    grad, momentum, weight = (random(*shape, grad=False, seed=i).half() for i in range(3))
+    update = random(1, *shape, grad=False, seed=3).half()
+    results = []
+    for move in (far, torch.clone):
+        state = move(momentum)[None]
+        found = muon_momentum([move(grad)], state, scalar(0.9), DTYPE)
+        moved, second = [move(weight)], torch.zeros(1, *((1, 20) if side == 0 else (20, 1)), device=DEVICE)
+        squares = muon_squares(move(update[0])[None])
+        muon_apply(
+            moved, move(update[0])[None], muon_factors(squares, second, 3, 0.9), scalar(0.3), scalar(0.2)
+        )
+        results.append((found, state, moved[0], second))
     assert all(map(torch.equal, *results))
 
 

@@ -1,7 +1,7 @@
 """Conversations for fine-tuning, read from where a string says and packed into rows.
 
 The string is `tasks` (the built-in ones), `smoltalk` (SmolTalk and the tasks), or the path of a file.
-Conversations are streamed and kept as tokens, three bytes each: about 1.2 GB of SmolTalk on every rank.
+Conversations are read once, and kept as tokens, three bytes each: about 1.2 GB of SmolTalk on every rank.
 """
 
 from __future__ import annotations
@@ -10,49 +10,68 @@ import hashlib
 import json
 import random
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
 from hotlap.common.log import log
-from hotlap.model.conversation import check_messages, render, tool_expression
+from hotlap.model.conversation import render
+from hotlap.model.messages import tool_expression
 from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hotlap.train.data import hub
+from hotlap.train.data.conversation_files import accepted, read_conversations
 from hotlap.train.data.datasets import SMOLTALK
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents, version
-from hotlap.train.data.sources import parquet_column, split_documents
+from hotlap.train.data.sources import SPLITS, split_documents
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
 
 ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12  # sums, words and repeats of each greeting in `tasks`
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
+BUILT_IN = ("tasks", "smoltalk")
 SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first
+VALIDATION_SHARE, LARGEST_SHARE = 0.05, 0.1  # of the conversations, and of their text at most
 
 
-def conversations_of(split: str, data: str, seed: int) -> Iterator[list[dict]]:
-    """The training or validation conversations that `data` names.
+class Conversation(NamedTuple):
+    """place: file and line, or another name. split: the dataset's own; None: the text decides."""
 
-    SmolTalk has its own splits, each followed by that of the tasks, which teach the calculator. It must have
-    been downloaded (`download_conversations`).
+    place: str
+    messages: list[dict]
+    split: str | None = None
+
+
+def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
+    """The conversations that `data` names.
+
+    SmolTalk has its own splits. The tasks follow, which teach the calculator. It must have been downloaded
+    (`download_conversations`).
     """
+    if data not in BUILT_IN:
+        for place, messages in read_conversations(Path(data)):
+            yield Conversation(place, messages)
+        return
+    if Path(data).exists():
+        log.info("%s: the built-in conversations, not the file of that name, which is ./%s", data, data)
     if data == "smoltalk":
         validation, *train = SMOLTALK_FILES
-        for name in train if split == "train" else [validation]:
-            yield from accepted(smoltalk_folder() / name)
-    if data in ("tasks", "smoltalk"):
-        found: Iterable[list[dict]] = documentation_tasks(seed)
-    else:
-        found = read_conversations(Path(data))
-    yield from (messages for label, messages in labelled_conversations(found) if label == split)
+        for split, names in (("train", train), ("validation", [validation])):
+            for name in names:
+                for place, messages in accepted(smoltalk_folder() / name):
+                    yield Conversation(place, messages, split)
+    for number, messages in enumerate(documentation_tasks(seed), 1):
+        yield Conversation(f"task {number}", messages)
 
 
 def check_conversations(data: str) -> None:
     """Read a file of conversations to its end, so that its errors show before a long run."""
-    if data not in ("tasks", "smoltalk"):
+    if data not in BUILT_IN:
         for _ in read_conversations(Path(data)):
             pass
 
@@ -95,95 +114,16 @@ def built_in(texts: list[str], seed: int) -> list[list[dict]]:
     return joined
 
 
-def labelled_conversations(conversations: Iterable[list[dict]]) -> Iterator[tuple[str, list[dict]]]:
-    """Each conversation with its split: about 1 in 20 validates, and equal ones share a split. The first ones
-    are held back until both splits have one.
-    """
-    waiting: list[tuple[str, list[dict]]] = []
-    found = set()
-    for messages in conversations:
-        number = random.Random(json.dumps(messages, sort_keys=True)).random()
-        split = "validation" if number < 0.05 else "train"
-        found.add(split)
-        waiting.append((split, messages))
-        if len(found) == 2:
-            yield from waiting
-            waiting.clear()
-    if waiting:  # too few to leave it to chance
-        all_of_them = [messages for _, messages in waiting]
-        yield from (("train", messages) for messages in all_of_them[1:] or all_of_them)
-        yield "validation", all_of_them[0]
-
-
-def read_conversations(path: Path) -> Iterator[list[dict]]:
-    """The conversations of a .jsonl file, one {"messages": [...]} per line, or of the column `messages` of a
-    .parquet file. DataError names the file and line or row of an invalid one.
-    """
-    empty = True
-    for place, messages in records(path):
-        try:
-            yield checked(messages)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        empty = False
-    if empty:
-        raise DataError(f'{path} holds no conversation; each line or row must be {{"messages": [...]}}')
-
-
-def accepted(path: Path) -> Iterator[list[dict]]:
-    """The valid conversations of a public file. How many others are skipped is logged."""
-    total, refused, first = 0, 0, ""
-    for place, messages in records(path):
-        total += 1
-        try:
-            yield checked(messages)
-        except DataError as error:
-            refused, first = refused + 1, first or f"{place}: {error}"
-    if refused:
-        log.info("%s: skipped %d of %d conversations, the first: %s", path.name, refused, total, first)
-
-
-def checked(messages: object) -> list[dict]:
-    """The conversation, if it is one to learn from; else DataError."""
-    messages = check_messages(messages)
-    if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
-        raise DataError("the conversation does not end with the assistant's answer")
-    return messages
-
-
-def records(path: Path) -> Iterator[tuple[str, object]]:
-    """The unchecked `messages` of each line or row of a file, after their place: path:line or path:row."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
-        )
-    if path.suffix == ".parquet":
-        for number, messages in enumerate(parquet_column(path, "messages"), 1):
-            yield f"{path}:{number}", messages
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or "messages" not in record:
-                raise DataError(f'{path}:{number}: needs a "messages" list')
-            yield f"{path}:{number}", record["messages"]
-
-
 class EncodedTexts:
     """Acts as a tokenizer for known texts, which its threads have encoded all at once."""
 
     def __init__(self, conversations: list[list[dict]], tokenizer: Tokenizer):
         self.bos, self.special = tokenizer.bos, tokenizer.special
-        texts = {message.get("content") or "" for messages in conversations for message in messages}
+        texts = {message["content"] for messages in conversations for message in messages}
         texts |= {
-            tool_expression(message, i)
+            tool_expression(message)
             for messages in conversations
-            for i, message in enumerate(messages)
+            for message in messages
             if message.get("tool_calls")
         }
         self.ids = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
@@ -192,67 +132,145 @@ class EncodedTexts:
         return self.ids[text]
 
 
+class LeftOut:
+    """Conversations that cannot be used, counted by reason."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, conversation: Conversation, detail: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, f"{conversation.place}: {detail}")
+
+    def reasons(self, kept: int) -> list[str]:
+        total = kept + self.counts.total()
+        return [
+            f"{n:,} of {total:,} conversations {why} ({self.first[why]})" for why, n in self.counts.items()
+        ]
+
+
 def rendered(
-    conversations: Iterable[list[dict]], tokenizer: Tokenizer
-) -> Iterator[tuple[list[dict], list[int], list[bool]]]:
-    """Each conversation with its tokens and their loss mask. Some MB of text are encoded at once."""
-    batch: list[list[dict]] = []
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, T: int, left_out: LeftOut
+) -> Iterator[tuple[Conversation, list[int], list[bool]]]:
+    """The conversations of at most T tokens, with their ids and loss mask; the others go to left_out. Some
+    MB of text are encoded at once.
+    """
+    too_long = f"are longer than the model's context of {T} tokens"
+    most = T * max(tokenizer.byte_counts())  # characters that could fit
+    batch: list[Conversation] = []
     characters = 0
 
-    def flush() -> Iterator[tuple[list[dict], list[int], list[bool]]]:
-        texts = EncodedTexts(batch, tokenizer)
-        yield from ((messages, *render(messages, texts)) for messages in batch)
+    def flush() -> Iterator[tuple[Conversation, list[int], list[bool]]]:
+        texts = tokenizer
+        if tokenizer.is_bpe:  # single characters gain nothing from threads, and may be missing
+            texts = EncodedTexts([conversation.messages for conversation in batch], tokenizer)
+        for conversation in batch:
+            try:
+                ids, loss_mask = render(conversation.messages, texts)
+            except DataError as error:
+                left_out.add("have characters that the model's tokenizer lacks", conversation, str(error))
+                continue
+            if len(ids) > T:
+                left_out.add(too_long, conversation, f"{len(ids):,} tokens")
+            else:
+                yield conversation, ids, loss_mask
 
-    for messages in conversations:
-        batch.append(messages)
-        characters += sum(len(message.get("content") or "") for message in messages)
+    for conversation in conversations:
+        size = sum(len(message["content"]) for message in conversation.messages)
+        if size > most:  # encoding it would take much memory
+            left_out.add(too_long, conversation, f"{size:,} characters")
+            continue
+        batch.append(conversation)
+        characters += size
         if characters > CHARACTERS_AT_ONCE:
             yield from flush()
             batch, characters = [], 0
     yield from flush()
 
 
-def conversation_rows(
-    conversations: Iterable[list[dict]], tokenizer: Tokenizer, T: int, seed: int, shuffle: bool
-) -> PackedRows:
-    """Packed rows of T tokens in which only the assistant's tokens carry loss.
+class Tokens:
+    """Conversations as tokens, in arrays that grow in place: 3 bytes a token, 17 a conversation."""
 
-    Conversations longer than a row are dropped, and their number logged. Text that spells a special token
-    stays text.
+    def __init__(self, vocab_size: int):
+        self.dtype = TOKEN_TYPES[version(vocab_size)]
+        self.ids, self.loss_mask, self.stops = array(self.dtype.char), bytearray(), array("q")
+        self.draws, self.splits = array("d"), array("b")  # splits: -1 where the text decides
+
+    def add(self, conversation: Conversation, ids: list[int], loss_mask: list[bool]) -> None:
+        self.ids.extend(ids)
+        self.loss_mask.extend(loss_mask)
+        self.stops.append(len(self.ids))
+        text = json.dumps(conversation.messages, sort_keys=True)
+        self.draws.append(random.Random(text).random())
+        self.splits.append(SPLITS.index(conversation.split) if conversation.split else -1)
+
+    def documents(self) -> dict[str, Documents]:
+        """The conversations of each split. A single one, or copies of it, is both splits."""
+        self.ids.append(0)  # only a target
+        self.loss_mask.append(False)
+        tokens, loss_mask = np.frombuffer(self.ids, self.dtype), np.frombuffer(self.loss_mask, bool)
+        stops, splits = np.frombuffer(self.stops, np.int64), np.array(self.splits)
+        starts = np.append(0, stops[:-1])
+        if (open := splits < 0).any():
+            splits[open] = held_out(np.frombuffer(self.draws)[open], (stops - starts)[open])
+        found = {}
+        for number, split in enumerate(SPLITS):
+            chosen = splits == number if (splits == number).any() else splits >= 0
+            found[split] = Documents(tokens, starts[chosen], loss_mask, stops[chosen])
+        return found
+
+
+def held_out(draws: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Which conversations validate, bool (count,).
+
+    draws: uniform in [0, 1), and a function of the text, so that equal conversations share a split. sizes: in
+    tokens. About 1 in 20 validates. Of these, the longest do not if together they are more than a tenth of
+    the text. If none is left, the shortest of all conversations validates.
     """
-    dtype = TOKEN_TYPES[version(tokenizer.vocab_size)]
-    ids, loss_mask, starts = array(dtype.char), bytearray(), array("q")  # these grow in place
-    total = dropped = spelled_special = 0
-    for messages, tokens, mask in rendered(conversations, tokenizer):
-        total += 1
-        spelled_special += any(s in (m.get("content") or "") for m in messages for s in SPECIAL_TOKENS)
-        if len(tokens) > T:
-            dropped += 1
-            continue
-        starts.append(len(ids))
-        ids.extend(tokens)
-        loss_mask.extend(mask)
-    if dropped:
-        log.info("%d of %d conversations are longer than %d tokens; skipped", dropped, total, T)
-    if not starts:
+    values, group = np.unique(draws, return_inverse=True)
+    size = np.bincount(group, sizes)  # of all copies
+    shortest_first = np.argsort(size, kind="stable")
+    drawn = shortest_first[values[shortest_first] < VALIDATION_SHARE]
+    drawn = drawn[np.cumsum(size[drawn]) <= LARGEST_SHARE * size.sum()]
+    return np.isin(group, drawn if len(drawn) else shortest_first[:1])
+
+
+def conversation_rows(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, T: int, seed: int
+) -> dict[str, PackedRows]:
+    """The rows of T tokens of each split, in which only the assistant's tokens carry loss. Training rows are
+    shuffled.
+
+    Conversations that are longer than a row, or have characters that the tokenizer lacks, are left out, and
+    their number is logged. Text that spells a special token stays text.
+    """
+    kept, left_out = Tokens(tokenizer.vocab_size), LeftOut()
+    spelled_special = 0
+    for conversation, ids, loss_mask in rendered(conversations, tokenizer, T, left_out):
+        kept.add(conversation, ids, loss_mask)
+        texts = (message["content"] for message in conversation.messages)
+        spelled_special += any(token in text for text in texts for token in SPECIAL_TOKENS)
+    reasons = left_out.reasons(len(kept.stops))
+    if not kept.stops:
         raise DataError(
-            f"no conversation fits the model's context of {T} tokens; shorten them, or train a longer one"
+            f"no conversation fits the model: {'; '.join(reasons)}; shorten or change them, or take another "
+            "--base"
         )
+    for reason in reasons:
+        log.info("left out: %s", reason)
     if spelled_special:
         log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
-    ids.append(0)  # the last token of a shard is only a target
-    loss_mask.append(False)
-    documents = Documents(
-        np.frombuffer(ids, dtype), np.frombuffer(starts, np.int64), np.frombuffer(loss_mask, bool)
-    )
-    return PackedRows([lambda: documents], T, seed, shuffle)
+    return {
+        split: PackedRows([lambda documents=documents: documents], T, seed, shuffle=split == "train")
+        for split, documents in kept.documents().items()
+    }
 
 
 def conversation_digests(rows: PackedRows) -> list[bytes]:
     """16 bytes of the sha256 of each conversation's tokens: to find duplicates and to recognise the data."""
     (documents,) = (shard() for shard in rows.shards)
-    ends = np.append(documents.starts[1:], len(documents.tokens) - 1)
     return [
         hashlib.sha256(documents.tokens[start:end]).digest()[:16]
-        for start, end in zip(documents.starts, ends, strict=True)
+        for start, end in zip(documents.starts, documents.ends, strict=True)
     ]

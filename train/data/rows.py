@@ -31,7 +31,7 @@ LISTED = 1000  # rows of the largest micro-batch that an error suggests
 
 def cut(documents: Documents, T: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of pieces of at most T tokens. The first cut of a long document is at `shift`."""
-    ends = np.append(documents.starts[1:], len(documents.tokens) - 1)  # the last token is only a target
+    ends = documents.ends
     long = ends - documents.starts > T
     starts, stops = [documents.starts[~long]], [ends[~long]]
     for start, end in zip(documents.starts[long], ends[long], strict=True):

@@ -162,13 +162,18 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokens of many documents end to end, and where each starts. loss_mask: which tokens carry loss as
-    targets; None is all.
+    """Tokens of many documents, and where each starts. loss_mask: which tokens carry loss as targets; None is
+    all. stops: where each ends; None is where the next one starts. The last token is only a target.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     loss_mask: np.ndarray | None = None
+    stops: np.ndarray | None = None
+
+    @property
+    def ends(self) -> np.ndarray:
+        return np.append(self.starts[1:], len(self.tokens) - 1) if self.stops is None else self.stops
 
 
 def shard_documents(path: Path, vocab_size: int, bos: int, limit: int | None = None) -> Documents:

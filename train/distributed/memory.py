@@ -13,8 +13,9 @@ from hotlap.common.memory import GB, memory_of, require_memory
 from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.flops import counts_of, rotary_bytes, training_bytes
 from hotlap.model.gpt import GPT
+from hotlap.train.config import Dtype, Recompute
 from hotlap.train.data.rows import Batch, check_rows
-from hotlap.train.distributed.sharding import Dtype, Recompute, replica_count, shard_count
+from hotlap.train.distributed.sharding import replica_count, shard_count
 from hotlap.train.distributed.world import World
 from hotlap.train.losses import Loss
 

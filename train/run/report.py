@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from hotlap.common import files
@@ -11,19 +10,12 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.plots import caption, new_figure
 from hotlap.common.terminal import printable
+from hotlap.train.config import ReportConfig
 from hotlap.train.run.folder import read_config, read_machine
 from hotlap.train.run.metrics import METRICS, read_metrics
 
 # Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Rewrite a run's report.md and curves.png."""
-
-    run: Path = Path("runs/pretrain")
-    """Run directory."""
 
 
 def write_report(run: Path) -> Path:

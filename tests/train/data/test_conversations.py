@@ -3,6 +3,7 @@
 import itertools
 import json
 import weakref
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -12,21 +13,25 @@ from helpers.tools import tiny_config
 
 from hotlap.common.errors import DataError
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.model.conversation import TOOL, render
+from hotlap.model.conversation import render
+from hotlap.model.messages import TOOL
+from hotlap.model.tokenizer import train_characters
 from hotlap.train.data.conversations import (
-    accepted,
+    Conversation,
+    LeftOut,
+    Tokens,
     built_in,
     conversation_digests,
     conversation_rows,
     conversations_of,
     conversations_plan,
     download_conversations,
-    labelled_conversations,
-    read_conversations,
+    held_out,
     rendered,
     smoltalk_folder,
 )
 from hotlap.train.data.datasets import SMOLTALK
+from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
 from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
 from hotlap.train.sft import SFTConfig, epoch_steps
@@ -45,13 +50,22 @@ def with_a_sum() -> list[dict]:
     ]
 
 
+def named(talks: Iterable[list[dict]], split: str | None = None) -> Iterator[Conversation]:
+    return (Conversation(f"talk {i}", talk, split) for i, talk in enumerate(talks, 1))
+
+
+def rows_of(talks, tokenizer, T: int = 64) -> PackedRows:
+    """Rows of all these conversations."""
+    return conversation_rows(named(talks, "train"), tokenizer, T, seed=0)["train"]
+
+
 def test_only_what_the_assistant_says_is_a_target(tiny_tokenizer):
     talks = [
         conversation("Hello there", "Hi."),
         with_a_sum(),
         conversation("a", "b") + conversation("c", "dog"),
     ]
-    rows = conversation_rows(talks, tiny_tokenizer, T=64, seed=0, shuffle=False)
+    rows = rows_of(talks, tiny_tokenizer, 64)
     batch = rows.batch(0, rows.epoch_rows())
     targets = batch.targets[batch.targets != IGNORE].tolist()
     special, encode = tiny_tokenizer.special, tiny_tokenizer.encode
@@ -64,28 +78,64 @@ def test_only_what_the_assistant_says_is_a_target(tiny_tokenizer):
     assert sorted(targets) == sorted(itertools.chain(*said))
 
 
-def test_what_is_longer_than_a_row_is_dropped_and_counted(tiny_tokenizer, caplog):
-    talks = [conversation("Hi", "Hi."), conversation("long " * 50, "Hi.")]
-    rows = conversation_rows(talks, tiny_tokenizer, T=64, seed=0, shuffle=False)
-    assert "1 of 2 conversations are longer than 64 tokens; skipped" in caplog.text
-    assert rows.epoch_rows() == 1 and rows.batch(0, 1).weight == len(tiny_tokenizer.encode("Hi.")) + 1
-    with pytest.raises(DataError, match="no conversation fits the model's context of 64"):
-        conversation_rows(talks[1:], tiny_tokenizer, 64, 0, False)
+def test_what_cannot_be_used_is_left_out_before_the_split_and_counted_once(tiny_tokenizer, caplog):
+    caplog.set_level("INFO")
+    talks = [conversation("long " * 500, "Hi."), *[conversation(f"{i}", "b") for i in range(12)]]
+    for order in (talks, talks[::-1]):
+        caplog.clear()
+        rows = conversation_rows(named(order), tiny_tokenizer, 64, 0)
+        assert sorted(len(conversation_digests(rows[split])) for split in rows) == [1, 11]
+        (record,) = caplog.messages
+        place = f"talk {order.index(talks[0]) + 1}"
+        assert "left out: 1 of 13 conversations are longer than the model's context of 64 tokens" in record
+        assert f"({place}: " in record
+    with pytest.raises(DataError, match=r"no conversation fits the model: 1 of 1 .* context of 64 tokens"):
+        conversation_rows(named(talks[:1]), tiny_tokenizer, 64, 0)
+
+
+def test_text_that_cannot_fit_is_not_encoded(tiny_tokenizer, monkeypatch):
+    """Where it is very long, that would take much memory, or more stack than a library has."""
+    encode_batch = tiny_tokenizer.encode_batch
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        assert max(map(len, texts)) < 1_000_000
+        return encode_batch(texts)
+
+    monkeypatch.setattr(tiny_tokenizer, "encode_batch", encode)
+    rows = rows_of([conversation(" " * 1_000_000, "a"), conversation("a", "b")], tiny_tokenizer)
+    assert len(conversation_digests(rows)) == 1
+
+
+def test_conversations_with_characters_that_the_tokenizer_lacks_are_left_out_and_counted(caplog):
+    caplog.set_level("INFO")
+    tokenizer = train_characters("abc ?")
+    talks = [
+        conversation("a?", "b"),
+        conversation("a?", "é"),
+        conversation("b?", "c"),
+        conversation("d", "a"),
+    ]
+    rows = conversation_rows(named(talks), tokenizer, 64, 0)
+    assert [len(conversation_digests(rows[split])) for split in rows] == [1, 1]
+    assert "2 of 4 conversations have characters that the model's tokenizer lacks (talk 2: " in caplog.text
+    assert "'é'" in caplog.text
+    with pytest.raises(DataError, match=r"no conversation fits the model: 1 of 1 .*talk 1: character 'd'"):
+        conversation_rows(named(talks[3:]), tokenizer, 64, 0)
 
 
 def test_a_conversation_of_just_a_row_fits(tiny_tokenizer):
     talk = conversation("Hi", "Hi.")
     length = len(render(talk, tiny_tokenizer)[0])
-    assert conversation_rows([talk], tiny_tokenizer, length, 0, False).epoch_rows() == 1
+    assert rows_of([talk], tiny_tokenizer, length).epoch_rows() == 1
     with pytest.raises(DataError):
-        conversation_rows([talk], tiny_tokenizer, length - 1, 0, False)
+        rows_of([talk], tiny_tokenizer, length - 1)
 
 
 def test_text_that_spells_special_tokens_stays_text(tiny_tokenizer, caplog):
     talks = [conversation(special_text(), special_text()), conversation("a", "b")]
     ids, _ = render(talks[0], tiny_tokenizer)
     assert sum(token >= tiny_tokenizer.text_size for token in ids) == 5  # bos, two marks a turn
-    rows = conversation_rows(talks, tiny_tokenizer, 512, 0, False)
+    rows = rows_of(talks, tiny_tokenizer, 512)
     inputs = rows.batch(0, 1).inputs
     assert int((inputs >= tiny_tokenizer.text_size).sum()) == 10
     assert "1 conversations contain the text of a special token" in caplog.text
@@ -96,7 +146,7 @@ def test_packed_conversations_do_not_see_each_other(tiny_tokenizer, random_model
     model = random_model(tiny_config())
 
     def losses(talks):
-        rows = conversation_rows(talks, tiny_tokenizer, 64, 0, False)
+        rows = rows_of(talks, tiny_tokenizer, 64)
         total = torch.zeros(())
         for i in range(rows.epoch_rows()):
             batch = rows.batch(i, 1)
@@ -107,68 +157,61 @@ def test_packed_conversations_do_not_see_each_other(tiny_tokenizer, random_model
     torch.testing.assert_close(together, losses(talks[:1]) + losses(talks[1:]), rtol=1e-5, atol=1e-5)
 
 
-GOOD = json.dumps({"messages": conversation("a", "b")})
-BAD_LINES = {
-    '{"messages": [': "not JSON",
-    '{"prompt": "a"}': 'needs a "messages" list',
-    "[]": 'needs a "messages" list',
-    '{"messages": []}': "at least one message",
-    '{"messages": "hello"}': "must be a list",
-    json.dumps({"messages": conversation("a", "b")[:1]}): "does not end with the assistant",
-    json.dumps({"messages": conversation("a", "b")[::-1]}): "message 0 is from 'assistant'",
-    json.dumps({"messages": conversation("a", "b")[:1] * 2}): "message 1 is from 'user'",
-    json.dumps({"messages": conversation("a", " ")}): "message 1: the assistant says nothing",
-    json.dumps({"messages": conversation("a", 3)}): "message 1: `content` must be a string",
-    json.dumps({"messages": [{"role": "human", "content": "a"}]}): "message 0 needs a `role`",
-    json.dumps({"messages": with_a_sum()[:3]}): "does not end with the assistant's answer",
-}
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, line):
-    path = tmp_path / "talks.jsonl"
-    path.write_text(f"{GOOD}\n\n{line}\n")
-    with pytest.raises(DataError, match=rf"talks\.jsonl:3: .*{BAD_LINES[line]}"):
-        list(read_conversations(path))
-
-
-def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
-    with pytest.raises(DataError, match=r"talks\.jsonl:2: "):
-        list(read_conversations(path))
-
-
-def test_a_missing_and_an_empty_file_of_conversations_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no conversations at"):
-        list(read_conversations(tmp_path / "none.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no conversation"):
-        list(read_conversations(tmp_path / "empty.jsonl"))
-
-
 def split_conversations(talks: list[list[dict]]) -> tuple[list[list[dict]], list[list[dict]]]:
-    labelled = list(labelled_conversations(talks))
-    return tuple([talk for label, talk in labelled if label == split] for split in ("train", "validation"))
+    """The conversations that train, and those that validate. A character is a token here."""
+    kept = Tokens(300)
+    for talk in named(talks):
+        size = sum(len(message["content"]) for message in talk.messages)
+        kept.add(talk, [len(kept.stops)] * size, [True] * size)
+    found = kept.documents().values()
+    return tuple([talks[part.tokens[start]] for start in part.starts] for part in found)
 
 
-def test_equal_conversations_are_on_the_same_side():
+def test_equal_conversations_are_on_the_same_side_and_none_is_lost():
     talks = [conversation(f"question {i % 300}", "answer") for i in range(900)]
     train, held_out = split_conversations(talks)
     keys = [{json.dumps(t) for t in side} for side in (train, held_out)]
     assert not keys[0] & keys[1] and len(train) + len(held_out) == 900
     assert 0.01 < len(held_out) / 900 < 0.1
+    assert train == [talk for talk in talks if talk in train]  # in the order of the file
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_conversations_are_enough_for_both_sides(count):
-    for start in range(60):  # whatever their hashes are
-        talks = [conversation(f"question {start + i}", "answer") for i in range(count)]
-        train, held_out = split_conversations(talks)
-        assert train and held_out
-        assert sorted(map(str, train + held_out)) == sorted(map(str, talks)) or (
-            count == 1 and train == held_out
-        )
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_of_few_conversations_a_short_one_validates_whatever_their_hashes_are(count):
+    for start in range(60):
+        talks = [conversation(f"question {start + i}", "answer" + " and more" * 2**i) for i in range(count)]
+        train, validation = split_conversations(talks)
+        assert train and validation
+        if count == 1:
+            assert train == validation == talks
+        else:
+            assert sorted(map(str, train + validation)) == sorted(map(str, talks))
+            assert len(str(validation)) < max(0.15 * len(str(talks)), 2 * len(str(talks[:1])))
+
+
+def test_copies_of_one_conversation_train_and_validate():
+    talks = [conversation("a", "b")] * 3
+    assert split_conversations(talks) == (talks, talks)
+    train, validation = split_conversations([*talks, conversation("a", "short, but longer than one of them")])
+    assert {len(train), len(validation)} == {1, 3}
+
+
+def test_much_of_the_text_never_validates():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        count = random.integers(2, 200)
+        draws, sizes = random.random(count), random.pareto(0.5, count) + 1
+        validates = held_out(draws, sizes)
+        share = sizes[validates].sum() / sizes.sum()
+        assert validates.any() and (share <= 0.1 or sizes[validates] == sizes.min())
+        assert share <= 0.5
+
+
+def test_the_dataset_s_own_splits_are_kept(tiny_tokenizer):
+    talks = [conversation(f"{i}", "b") for i in range(6)]
+    found = [*named(talks[:2], "train"), *named(talks[2:], "validation")]
+    rows = conversation_rows(found, tiny_tokenizer, 64, 0)
+    assert {split: len(conversation_digests(rows[split])) for split in rows} == {"train": 2, "validation": 4}
 
 
 def test_held_out_questions_about_facts_are_in_no_trained_phrasing():
@@ -228,10 +271,9 @@ def test_texts_that_are_encoded_together_are_what_they_are_alone(tiny_tokenizer,
         conversation(special_text(), "é 5"),
         *[conversation(f"{i}", "b") for i in range(9)],
     ]
-    talks[0][2]["content"] = None
     monkeypatch.setattr("hotlap.train.data.conversations.CHARACTERS_AT_ONCE", 5)
-    found = list(rendered(talks, tiny_tokenizer))
-    assert found == [(talk, *render(talk, tiny_tokenizer)) for talk in talks]
+    found = list(rendered(named(talks), tiny_tokenizer, 1000, LeftOut()))
+    assert found == [(talk, *render(talk.messages, tiny_tokenizer)) for talk in named(talks)]
 
 
 def test_rows_take_conversations_one_at_a_time_and_keep_tokens_only(tiny_tokenizer, monkeypatch):
@@ -248,13 +290,13 @@ def test_rows_take_conversations_one_at_a_time_and_keep_tokens_only(tiny_tokeniz
             assert len(alive) < 40
             yield talk
 
-    rows = conversation_rows(talks(), tiny_tokenizer, 64, 0, False)
+    rows = rows_of(talks(), tiny_tokenizer)
     assert rows.shards[0]().tokens.dtype == np.uint16 and not alive
 
 
 @pytest.mark.parametrize("stages", [((1.0, 1.0),), ((0.5, 1.0), (1.0, 1.0))])
 def test_epochs_are_as_many_passes_and_hardly_more(tiny_tokenizer, stages):
-    rows = conversation_rows([conversation("a" * 40, "b")] * 37, tiny_tokenizer, 64, 0, False)
+    rows = rows_of([conversation("a" * 40, "b")] * 37, tiny_tokenizer)
     config = SFTConfig(batch_rows=4, epochs=2, schedule=ScheduleConfig(stages=stages))
     seen = rows_in_all(config.schedule, 4, epoch_steps(config, rows))
     assert rows.epoch_rows() == 37 and 2 * 37 <= seen < 2 * 37 + 8
@@ -262,35 +304,10 @@ def test_epochs_are_as_many_passes_and_hardly_more(tiny_tokenizer, stages):
 
 def test_equal_conversations_have_equal_digests(tiny_tokenizer):
     talks = [conversation("a", "b"), conversation("a", "c"), conversation("a", "b")]
-    first, second, third = conversation_digests(conversation_rows(talks, tiny_tokenizer, 64, 0, True))
+    first, second, third = conversation_digests(rows_of(talks, tiny_tokenizer, 64))
     assert first == third != second
-    alone = conversation_digests(conversation_rows(talks[1:2], tiny_tokenizer, 64, 1, False))
+    alone = conversation_digests(rows_of(talks[1:2], tiny_tokenizer))
     assert alone == [second]
-
-
-def test_a_parquet_file_of_messages_is_read_like_lines(tmp_path):
-    from helpers.hub_data import write_talks
-
-    pytest.importorskip("pyarrow")
-    talks = [conversation(f"{i}", "b") for i in range(20)]
-    assert list(read_conversations(write_talks(tmp_path / "a.parquet", talks))) == [
-        [{"content": m["content"], "role": m["role"]} for m in talk] for talk in talks
-    ]
-    path = write_talks(tmp_path / "bad.parquet", [*talks, talks[0][:1]])
-    with pytest.raises(DataError, match=r"bad\.parquet:21: the conversation does not end with"):
-        list(read_conversations(path))
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="damaged, or not a parquet file"):
-        list(read_conversations(path))
-
-
-def test_a_parquet_file_without_messages_is_refused(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
-    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"columns \['text'\]; it needs `messages`"):
-        list(read_conversations(tmp_path / "a.parquet"))
 
 
 def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_path, monkeypatch, caplog):
@@ -310,15 +327,10 @@ def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_pa
     caplog.set_level("INFO")
     tasks = [conversation(f"task {i}", "b") for i in range(100)]
     monkeypatch.setattr("hotlap.train.data.conversations.documentation_tasks", lambda seed: tasks)
-    task_sides = dict(zip(("train", "validation"), split_conversations(tasks), strict=True))
+    found = list(conversations_of("smoltalk", seed=0))
     for split, files in (("train", names[1:]), ("validation", names[:1])):
         wanted = [talk for name in files for talk in smoltalk_conversations(name)[:-1]]
-        assert list(conversations_of(split, "smoltalk", seed=0)) == wanted + task_sides[split]
+        assert [talk.messages for talk in found if talk.split == split] == wanted
+    assert [talk.messages for talk in found if talk.split is None] == tasks
     assert caplog.text.count("skipped 1 of 21 conversations, the first: ") == 5
     assert "parquet:21: the conversation does not end with the assistant's answer" in caplog.text
-
-
-def test_a_public_file_of_which_nothing_is_refused_says_nothing(tmp_path, caplog):
-    path = tmp_path / "talks.jsonl"
-    path.write_text(GOOD)
-    assert len(list(accepted(path))) == 1 and not caplog.text

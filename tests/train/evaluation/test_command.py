@@ -18,7 +18,7 @@ from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer, train_characters
 from hotlap.model.weights import STATE, save_model
-from hotlap.train.data.conversations import conversation_rows
+from hotlap.train.data.conversations import Conversation, conversation_rows
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import Documents, write_shards
 from hotlap.train.data.sources import split_documents
@@ -63,7 +63,8 @@ def engine(tiny_tokenizer) -> Engine:
     model = GPT(tiny_config(softcap=30.0)).init_weights()
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.0))
     talks = [conversation("dog?", "fox"), conversation("2 + 3?", "It is 5.")]
-    rows = conversation_rows(talks, tiny_tokenizer, 64, 0, False)
+    talks = [Conversation("", talk, "train") for talk in talks]
+    rows = conversation_rows(talks, tiny_tokenizer, 64, 0)["train"]
     batch = rows.batch(0, rows.epoch_rows())
     for _ in range(60):
         (model(batch.inputs, batch.targets, document_start=batch.document_start) / batch.weight).backward()

@@ -7,7 +7,7 @@ from helpers.tools import tiny_config
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
-from hotlap.train.optim.muon_adamw import MUON_BETA2, MuonAdamW, OptimConfig
+from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig, parameter_groups
 
 
 def model_with_gradients(seed: int = 0, **fields) -> GPT:
@@ -85,7 +85,7 @@ def test_batched_matrices_are_updated_like_each_alone():
             for _ in range(3):
                 update = muon_momentum([parameter.grad], momentum, torch.tensor(0.95), torch.float32)
                 update = orthogonalize(update, norm=M**0.5)
-                factors = muon_factors(muon_squares(update), second, min(M, N), MUON_BETA2)
+                factors = muon_factors(muon_squares(update), second, min(M, N), 0.9)  # nanochat's beta2
                 muon_apply([weight], update, factors, lr, torch.tensor(0.5))
             expected[name] = weight
     for _ in range(3):
@@ -113,6 +113,29 @@ def test_adamw_groups_match_torch_adamw():
         if not group["muon"]:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 torch.testing.assert_close(parameter, named[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_numbers_of_adamw_are_those_of_nanochat():
+    """At the width of 768, for which its learning rates are. eps of the scalars is ours."""
+    with torch.device("meta"):
+        model = GPT(tiny_config(width=768, heads=6, kv_heads=6, layers=3))
+    rules = {  # learning rate, betas, weight decay, eps
+        "head": (0.008, (0.8, 0.96), 0.01, 1e-10),
+        "embedding": (0.3, (0.8, 0.995), 0.001, 1e-10),
+        "value_embeddings": (0.15, (0.8, 0.995), 0.01, 1e-10),
+        "residual_scale": (0.005, (0.8, 0.95), 0.05, 1e-8),
+        "x0_scale": (0.5, (0.96, 0.95), 0.0, 1e-8),
+        "smear": (0.2, (0.8, 0.95), 0.0, 1e-8),
+        "backout": (0.2, (0.8, 0.95), 0.0, 1e-8),
+    }
+    groups = parameter_groups(model, OptimConfig())
+    found = {g["names"][0].split(".")[0]: g for g in groups if not g["muon"]}
+    assert found.keys() == rules.keys()
+    for name, numbers in rules.items():
+        group = found[name]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((numbers[0], numbers[2])), name
+        assert (group["betas"], group["eps"]) == (numbers[1], numbers[3]), name
+    assert {g["lr"] for g in groups if g["muon"]} == {0.02}
 
 
 def test_adamw_learning_rates_fall_with_the_root_of_the_width():

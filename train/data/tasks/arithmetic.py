@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hotlap.model.conversation import TOOL
+from hotlap.model.messages import TOOL
 from hotlap.model.tools import calculate
 
 OPERATIONS = (("+", "plus"), ("-", "minus"), ("*", "times"))

@@ -1,0 +1,149 @@
+"""Conversations in files: a line of JSON each, or a row each of a parquet file's column `messages`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from hotlap.common.errors import DataError
+from hotlap.common.files import check_regular, text_lines, unique
+from hotlap.common.log import log
+from hotlap.model.messages import check_messages, shown
+from hotlap.train.data.sources import parquet_column
+
+RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+SPOKEN = ("system", "system_prompt", "tools", "functions")  # beside `messages`, these would be lost
+ONLY_MESSAGES = "write what the model is to read into `messages`, a system message first, and remove it"
+OTHER_FORMATS = {  # by a key of theirs
+    "conversations": "this is ShareGPT's format: rename it to `messages`, in it `from` to `role`, `value` to "
+    "`content`, 'human' to 'user' and 'gpt' to 'assistant'",
+    "completion": "prompt and completion are the contents of a user's and an assistant's message",
+    "response": "prompt and response are the contents of a user's and an assistant's message",
+    "output": "instruction and input are the content of a user's message, output of an assistant's",
+    "chosen": "only one answer is learned: write the chosen one as the assistant's message",
+    "text": "text without roles is for `hotlap pretrain`",
+}
+
+
+def read_conversations(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """The conversations of a user's file, each after its place: path:line or path:row. DataError names the
+    place of an invalid one. Keys beside `messages` are ignored, which is logged.
+    """
+    ignored: Counter[str] = Counter()
+    empty = True
+    for place, record in records(path):
+        try:
+            messages = checked(record)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        ignored.update(key for key, value in record.items() if key != "messages" and value is not None)
+        yield place, messages
+        empty = False
+    if empty:
+        raise DataError(f"{path} holds no conversation; each line or row must be {RECORD}")
+    if ignored:
+        counts = ", ".join(f"{key!r} ({count:,})" for key, count in ignored.items())
+        log.info("%s: ignored keys beside `messages`, with the lines that have them: %s", path, counts)
+
+
+def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """The valid conversations of a public file. How many others are skipped is logged."""
+    total, refused, first = 0, 0, ""
+    for place, record in records(path):
+        total += 1
+        try:
+            messages = checked(record)
+        except DataError as error:
+            refused, first = refused + 1, first or f"{place}: {error}"
+        else:
+            yield place, messages
+    if refused:
+        log.info("%s: skipped %d of %d conversations, the first: %s", path.name, refused, total, first)
+
+
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """The unchecked record of each line or row of a file, after its place."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
+        )
+    check_regular(path)
+    if path.suffix.lower() == ".parquet":
+        for number, messages in enumerate(parquet_column(path, "messages"), 1):
+            if number == 1:
+                check_columns(path)
+            yield f"{path}:{number}", {"messages": messages}
+        return
+    for number, line in text_lines(path):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", parsed(line.removeprefix("\ufeff"))  # where files were joined
+            except DataError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+
+
+def check_columns(path: Path) -> None:
+    """Raise DataError if a readable parquet file has a column that would be lost."""
+    from pyarrow.parquet import read_schema
+
+    if lost := [name for name in read_schema(path).names if name in SPOKEN]:
+        raise DataError(f"{path}: the column {lost[0]!r} beside `messages` would be lost; {ONLY_MESSAGES}")
+
+
+def parsed(line: str) -> object:
+    """The value of a line of JSON. DataError says what the line may be instead."""
+    if line.strip() == "{":
+        raise DataError(f"JSON over several lines; each line must be {RECORD} (jq -c . FILE > NEW)")
+    try:
+        value = json.loads(line, object_pairs_hook=unique)
+    except DataError:
+        raise
+    except RecursionError:
+        raise DataError("JSON that is nested too deeply") from None
+    except ValueError as error:
+        if not line.lstrip().startswith("["):
+            reason = "a number is too long"
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at character {error.pos + 1}"
+            raise DataError(f"not JSON ({reason}); each line must be {RECORD}") from None
+        value = []  # an array that goes on in the next lines
+    if isinstance(value, list):
+        if value and all(isinstance(message, dict) and "role" in message for message in value):
+            raise DataError('a list of messages; write {"messages": [...]} around it')
+        raise DataError(f"a JSON array; each line must be {RECORD} (jq -c '.[]' FILE > NEW)")
+    return value
+
+
+def checked(record: object) -> list[dict]:
+    """The messages of a record, in their plain form, if they are some to learn from; else DataError."""
+    if not isinstance(record, dict):
+        raise DataError(f"{shown(record)}; each line must be {RECORD}")
+    if "messages" not in record:
+        raise DataError(f'needs a "messages" list, not {shown(record)}; {other_format(record)}')
+    if lost := [key for key in SPOKEN if record.get(key)]:
+        raise DataError(f"{lost[0]!r} beside `messages` would be lost; {ONLY_MESSAGES}")
+    messages = check_messages(record["messages"])
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        found = "a call of its tool" if last.get("tool_calls") else f"a message from {last['role']!r}"
+        raise DataError(f"the conversation does not end with the assistant's answer, but with {found}")
+    for i, message in enumerate(messages):
+        try:
+            json.dumps(message, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise DataError(f"message {i}: {half!a} is half of a character; was the text cut off?") from None
+    return messages
+
+
+def other_format(record: dict) -> str:
+    """What to do with a record without `messages`."""
+    for key in record:
+        if key in OTHER_FORMATS:
+            return OTHER_FORMATS[key]
+        if difflib.get_close_matches(key.lower(), ["messages"], cutoff=0.8):
+            return f"rename {key!r} to 'messages'"
+    return f"each line must be {RECORD}"
