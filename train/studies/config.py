@@ -32,7 +32,7 @@ class ScalingConfig:
     """
 
     depths: tuple[int, ...] = (12, 14, 16, 18, 20)
-    """Numbers of layers, at least two."""
+    """Numbers of layers, at least three."""
     ratio: float = 12
     """Training tokens per matmul parameter."""
     vocab_size: int = 32768

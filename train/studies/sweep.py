@@ -57,6 +57,8 @@ def sweep(config: SweepConfig, device: str) -> list[dict]:
     """Run a sweep, and return the rows of its table. device: its name."""
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
+    if twice := next((text for text in config.variants if config.variants.count(text) > 1), None):
+        raise ValueError(f"--variants has {twice!r} twice; give it once, and --seeds for more runs")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}
     return run_variants({BASE: Variant(base)} | variants, config.seconds, config.seeds, config.out, device)
 
