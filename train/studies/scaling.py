@@ -322,8 +322,8 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
         law = laws[axis]
         for low, high, style in ((min(x), max(x), "k-"), (max(x), FAR * max(x), "k:")):
             line = np.geomspace(low, high, 50)
-            label = f"exponent {law.exponent:.3f} ± {law.exponent_error:.3f}, dotted beyond the runs"
-            axes.plot(line, [law.at(v) for v in line], style, lw=0.8, label=label if low < max(x) else None)
+            text = f"exponent {law.exponent:.3f} ± {law.exponent_error:.3f}, dotted beyond the runs"
+            axes.plot(line, [law.at(v) for v in line], style, lw=0.8, label=text if low < max(x) else None)
         axes.plot(x, [p.bpb for p in points], "o", label="this series")
         if others:
             axes.plot(

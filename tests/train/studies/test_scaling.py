@@ -87,6 +87,7 @@ def test_what_is_far_beyond_the_series_is_not_predicted(tmp_path):
         others = [point(20, 1.0)]
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
         draw(points, laws, others, tmp_path / "scaling.png", "a machine", "a day")
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == list(AXES.values())
     for axes, axis in zip(drawn[0].axes, AXES, strict=True):
         ends = [max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 3]
         assert max(ends) <= 10.001 * max(getattr(p, axis) for p in points)
