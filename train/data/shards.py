@@ -131,6 +131,11 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     return found
 
 
+def shard_tokens(path: Path) -> int:
+    """Number of tokens of a shard, by its header."""
+    return int(np.fromfile(path, "<i4", 3)[2])
+
+
 def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]:
     """The first shards with `limit` targets in all (0: no limit), and how many to use of each (None: all)."""
     if not limit:
@@ -138,7 +143,7 @@ def first_shards(paths: list[Path], limit: int) -> list[tuple[Path, int | None]]
     found = []
     for path in paths:
         if limit > 0:
-            targets = int(np.fromfile(path, "<i4", 3)[2]) - 1
+            targets = shard_tokens(path) - 1
             found.append((path, limit if limit < targets else None))
             limit -= targets
     if limit > 0:

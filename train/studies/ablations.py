@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hotlap.common import options
 from hotlap.common.errors import known
+from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
@@ -58,6 +59,9 @@ def ablate(config: AblationsConfig) -> list[dict]:
     variants = ablations(options.merge(tiny(), sweep.assignments(config.base), "--base"))
     chosen = [known(name, variants, "ablation") for name in config.only] or list(variants)
     variants = {name: variants[name] for name in dict.fromkeys((BASE, *chosen))}
+    for name in [name for name in variants if name != BASE and variants[name] == variants[BASE]]:
+        log.info("%s is left out: the base is already so", name)
+        del variants[name]
     device = default_device()
     log_warnings(device)
     return sweep.run_variants(variants, config.seconds, config.seeds, config.out, device_name(device))

@@ -8,6 +8,7 @@ from pathlib import Path
 from hotlap.common.checks import at_least, positive
 from hotlap.train.presets import check_depth
 
+FEWEST = 3  # runs needed to fit A and b, and to see how well they fit
 MOST_FLOPS = 1e40  # that are looked at for a depth
 
 
@@ -43,7 +44,7 @@ class ScalingConfig:
     """
 
     depths: tuple[int, ...] = (12, 14, 16, 18, 20)
-    """Numbers of layers, at least two."""
+    """Numbers of layers, at least three."""
     ratio: float = 12
     """Training tokens per matmul parameter."""
     vocab_size: int = 32768
@@ -71,8 +72,10 @@ class ScalingConfig:
 
     def validate(self) -> ScalingConfig:
         """Return self, or raise ValueError naming the first invalid field."""
-        if len(set(self.depths)) != len(self.depths) or len(self.depths) < 2:
-            raise ValueError(f"depths={list(self.depths)} must be at least two different depths")
+        if len(set(self.depths)) != len(self.depths) or len(self.depths) < FEWEST:
+            raise ValueError(
+                f"depths={list(self.depths)} must be at least {FEWEST} different depths: a law fits any two"
+            )
         for depth in self.depths:
             check_depth(depth)
         positive(self, "ratio")

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,8 +18,8 @@ import numpy as np
 
 from hotlap.common import files
 from hotlap.common.log import log
-from hotlap.common.machine import device_name
-from hotlap.common.plots import new_figure, save_figure
+from hotlap.common.machine import device_name, now
+from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.flops import meta_model, nanochat_flops
@@ -28,14 +27,20 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import from_depth, matmul_parameters
-from hotlap.train.pretrain import PretrainConfig, check_sizes
+from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig
-from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
+from hotlap.train.studies.series import (
+    check_epochs,
+    check_series,
+    logged_step_seconds,
+    shared_data,
+    train_once,
+)
 
 AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
 FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit noise
-FAR = 10  # extrapolating beyond this multiple of the largest run's FLOPs is marked as a guess
+FAR = 10  # no law is drawn or used beyond this multiple of the largest run
 DEEPEST = 100
 UNTIMED = 2  # first steps, not timed
 
@@ -62,14 +67,13 @@ class Point:
 class Law:
     """bpb = floor + factor * x^-exponent.
 
-    exponent_error: standard error; None for two runs. floors: the range of the floor when any one run is left
-    out.
+    exponent_error: standard error. floors: the range of the floor when any one run is left out.
     """
 
     floor: float
     factor: float
     exponent: float
-    exponent_error: float | None
+    exponent_error: float
     floors: tuple[float, float] | None
     residual: float
     """Root mean square error of the fit, in bits per byte."""
@@ -78,12 +82,7 @@ class Law:
         return self.floor + self.factor * x**-self.exponent
 
     def __str__(self) -> str:
-        sure = (
-            "no error estimate from two runs"
-            if self.exponent_error is None
-            else f"± {self.exponent_error:.3f}"
-        )
-        text = f"exponent {self.exponent:.3f} ({sure}), RMS error {self.residual:.4f}"
+        text = f"exponent {self.exponent:.3f} ± {self.exponent_error:.3f}, RMS error {self.residual:.4f}"
         if self.floors:
             low, high = self.floors
             text += f", floor {self.floor:.3f} ({low:.3f} to {high:.3f} with any one run left out)"
@@ -95,22 +94,33 @@ def scaling(config: ScalingConfig) -> str:
     device = device_name(default_device())
     price = dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
     runs = check(config, price)
-    with joined() as world, ExitStack() as stack:
-        for run in runs.values():
-            check_sizes(run, world)
-        folder = stack.enter_context(shared_data(next(iter(runs.values())), config.out, world))
+    with joined() as world:
+        check_series([*runs.values()], config.out, world, keep=True)
+        return train_series(config, runs, world, device, price)
+
+
+def train_series(
+    config: ScalingConfig,
+    runs: dict[int, PretrainConfig],
+    world: World,
+    device: str,
+    price: tuple[float, str] | None,
+) -> str:
+    with shared_data(next(iter(runs.values())), config.out, world) as folder:
         world.together(lambda: check_vocabulary(config))
+        check_epochs([*runs.values()], folder, MOST_EPOCHS, world)
         points = []
         for depth, run in runs.items():
             if world.is_main:
                 log.info("depth %d: %d of %d", depth, len(points) + 1, len(runs))
             points.append(train_point(dataclasses.replace(run, data=str(folder)), world))
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
-        lines = [f"{device}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
+        date = now()
+        lines = [f"{device}, {date}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
         lines += [*table(points), "", *law_lines(laws, len(points)), ""]
         lines += budget_lines(config, points, laws["flops"], price)
         if world.is_main:
-            write(config.out, points, laws, peers(), device, lines)
+            write(config.out, points, laws, peers(), (device, date), lines)
     return "\n".join(lines)
 
 
@@ -119,7 +129,18 @@ def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, P
     config.validate()
     if config.budget_dollars and not (config.dollars_per_hour or price):
         raise ValueError("the price of this machine is unknown; give --dollars-per-hour")
-    return {depth: depth_run(config, depth) for depth in sorted(config.depths)}
+    if config.budget_flops and deepest(config, config.budget_flops) is None:
+        raise ValueError(
+            f"budget_flops={config.budget_flops:g} is too little for one step of the smallest model"
+        )
+    runs = {depth: depth_run(config, depth) for depth in sorted(config.depths)}
+    longest = runs[max(runs)]
+    if (config.budget_hours or config.budget_dollars) and longest.loop.steps <= UNTIMED:
+        raise ValueError(
+            f"{longest.out.name} has {longest.loop.steps} steps, too few to measure its speed for a budget "
+            "in hours or dollars; add a deeper model to --depths"
+        )
+    return runs
 
 
 def check_vocabulary(config: ScalingConfig) -> None:
@@ -180,7 +201,7 @@ def with_floor(x: np.ndarray, y: np.ndarray, floor: float) -> Law:
     slope = float(logs @ values / (logs @ logs))
     factor = float(np.exp(values.mean() - slope * np.log(x).mean()))
     left = values - values.mean() - slope * logs
-    error = float((left @ left / (len(x) - 2) / (logs @ logs)) ** 0.5) if len(x) > 2 else None
+    error = float((left @ left / (len(x) - 2) / (logs @ logs)) ** 0.5)
     residual = float(np.sqrt(np.mean((floor + factor * x**slope - y) ** 2)))
     return Law(float(floor), factor, -slope, error, None, residual)
 
@@ -237,10 +258,12 @@ def budget_line(config: ScalingConfig, text: str, flops: float, law: Law, larges
     line = f"{text}: depth {depth}, {tokens / 1e6:,.1f}M tokens, {needed:.3g} FLOPs"
     if largest.flops_per_second:
         line += f", {needed / largest.flops_per_second / 3600:.3g} hours"
-    line += f", about {law.at(needed):.4f} bits per byte"
-    if needed > FAR * largest.flops:
-        line += f" (a guess: {needed / largest.flops:.0f} times the FLOPs of the largest run)"
-    return line
+    if needed <= FAR * largest.flops:
+        return line + f", about {law.at(needed):.4f} bits per byte"
+    return line + (
+        f"; its bits per byte would be a guess, at {needed / largest.flops:.3g} times the FLOPs of "
+        f"{largest.name}: the law is used up to {FAR} times"
+    )
 
 
 def deepest(config: ScalingConfig, flops: float) -> int | None:
@@ -262,33 +285,38 @@ def write(
     points: list[Point],
     laws: dict[str, Law],
     peers: Sequence[Point],
-    device: str,
+    facts: tuple[str, str],
     lines: list[str],
 ) -> None:
-    """Write scaling.json, scaling.md and scaling.png."""
+    """Write scaling.json, scaling.md and scaling.png. facts: device and date."""
     content = {
-        "device": device,
+        "device": facts[0],
+        "date": facts[1],
         "points": [dataclasses.asdict(p) for p in points],
         "laws": {axis: dataclasses.asdict(law) for axis, law in laws.items()},
         "peers": [dataclasses.asdict(p) for p in peers],
     }
     files.write(out / "scaling.json", json.dumps(content, indent=1) + "\n")
-    if draw(points, laws, peers, out / "scaling.png"):
+    if draw(points, laws, peers, out / "scaling.png", *facts):
         lines = [*lines, "", "![scaling](scaling.png)"]
     files.write(out / "scaling.md", "\n".join(lines) + "\n")
 
 
-def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path: Path) -> bool:
-    """Bits per byte over FLOPs, parameters and tokens: the series, its laws and other projects' runs."""
+def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path: Path, *facts: str) -> bool:
+    """Bits per byte over FLOPs, parameters and tokens: the series, its laws as far as they are used, and
+    other projects' runs. facts: for the caption.
+    """
     figure = new_figure(figsize=(12, 4.2))
     if figure is None:
         return False
     for axes, (axis, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         x = [getattr(p, axis) for p in points]
         others = [getattr(p, axis) for p in peers]
-        line = np.geomspace(min(x) / 2, 2 * max(x + others), 200)
         law = laws[axis]
-        axes.plot(line, [law.at(v) for v in line], "k--", lw=0.8, label=f"exponent {law.exponent:.3f}")
+        for low, high, style in ((min(x), max(x), "k-"), (max(x), FAR * max(x), "k:")):
+            line = np.geomspace(low, high, 50)
+            text = f"exponent {law.exponent:.3f} ± {law.exponent_error:.3f}, dotted beyond the runs"
+            axes.plot(line, [law.at(v) for v in line], style, lw=0.8, label=text if low < max(x) else None)
         axes.plot(x, [p.bpb for p in points], "o", label="this series")
         if others:
             axes.plot(
@@ -300,6 +328,7 @@ def draw(points: list[Point], laws: dict[str, Law], peers: Sequence[Point], path
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("validation bits per byte")
+    caption(figure, *facts)
     save_figure(figure, path)
     return True
 

@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from hotlap.common import files
 from hotlap.common.errors import Interrupted
-from hotlap.model.weights import listed
+from hotlap.common.log import log
+from hotlap.common.memory import amount
+from hotlap.common.plots import new_figure
+from hotlap.model.config import GPTConfig
+from hotlap.model.flops import counts_of
+from hotlap.model.weights import CONFIG, listed
 from hotlap.train.data.prepare import prepare
+from hotlap.train.data.shards import shard_paths, shard_tokens
 from hotlap.train.distributed.world import World
-from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.pretrain import PretrainConfig, check_sizes, pretrain
 from hotlap.train.run.changes import changes
-from hotlap.train.run.folder import read_config, run_lock
+from hotlap.train.run.folder import LOCK, read_config, run_lock
 from hotlap.train.run.metrics import METRICS, read_metrics
+
+SERIES = "series.json"  # what the runs of a series share
+CHECKPOINTS_HELD = 2  # of a run, at a time
+
+
+def check_series(runs: Sequence[PretrainConfig], out: Path, world: World, keep: bool) -> None:
+    """Raise what would keep a run of a series from being trained, before anything is made.
+
+    keep: all checkpoints are kept, not only those of the run in progress.
+    """
+    check_folder(out)
+    for run in runs:
+        check_sizes(run, world)
+    sizes = [CHECKPOINTS_HELD * checkpoint_bytes(run.model) for run in runs if not run.out.exists()]
+    needed = (sum(sizes) if keep else max(sizes)) if sizes else 0
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"the checkpoints in {out} need about {amount(needed)}, and {amount(free)} are free; free up "
+            "space, or choose another --out"
+        )
+    new_figure()  # says now if there will be no pictures
+
+
+def check_folder(out: Path) -> None:
+    """Raise FileExistsError if a folder has something else than a series."""
+    names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if CONFIG in names or METRICS in names:
+        raise FileExistsError(f"{out} holds a run or model, not a series; choose another --out")
+    if names and LOCK not in names:
+        raise FileExistsError(f"{out} holds {names[0]} and no series; choose another --out")
+
+
+def checkpoint_bytes(shape: GPTConfig) -> int:
+    """Weights and optimizer state of a model."""
+    counts = counts_of(shape)
+    return 8 * counts["matrices"] + 12 * (counts["total"] - counts["matrices"])
 
 
 @contextmanager
@@ -27,8 +73,37 @@ def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Pat
         with world.main_first(f"make the data of {out}"):
             if world.is_main:
                 stack.enter_context(run_lock(out))
+                check_source(config, out / SERIES)
             _, folder = prepare(out, config.data, config.tokenizer, config.model.vocab_size)
         yield folder
+
+
+def check_source(config: PretrainConfig, path: Path) -> None:
+    """Record the data of a new series. ValueError if a series was made of other data."""
+    source = {"data": config.data, "tokenizer": config.tokenizer}
+    if not path.exists():
+        files.write(path, json.dumps(source, indent=1) + "\n")
+    elif (made := files.read_object(path)) != source:
+        raise ValueError(
+            f"{path.parent} was started with {made}, not {source}; choose another --out, or restore them"
+        )
+
+
+def check_epochs(runs: Sequence[PretrainConfig], folder: Path, most: float, world: World) -> None:
+    """Say how often the longest run reads the shards in a folder if it is more than once. ValueError if more
+    than `most` times.
+    """
+    longest = max(runs, key=lambda run: run.tokens)
+    there = sum(shard_tokens(path) for path in shard_paths(folder, "train"))
+    epochs = longest.tokens / there
+    text = (
+        f"the longest run, {longest.out.name}, reads {longest.tokens:,} tokens, and the data has {there:,}: "
+        f"{epochs:.1f} epochs"
+    )
+    if epochs > most:
+        raise ValueError(f"{text}, and more than {most:g} teach less and less; add text, or train less")
+    if epochs > 1 and world.is_main:
+        log.info("%s", text)
 
 
 def train_once(config: PretrainConfig, world: World, keep: bool) -> dict[str, float]:

@@ -12,25 +12,32 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median, stdev
 
 from hotlap.common import files
 from hotlap.common.errors import known
 from hotlap.common.log import log
-from hotlap.common.machine import device_name
+from hotlap.common.machine import device_name, now
 from hotlap.common.options import merge, tomllib
-from hotlap.common.plots import new_figure, save_figure
+from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.presets import PRETRAIN
-from hotlap.train.pretrain import PretrainConfig, check_sizes, pretrain
+from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.studies.config import SweepConfig
-from hotlap.train.studies.series import logged_step_seconds, shared_data, train_once
+from hotlap.train.studies.series import (
+    check_epochs,
+    check_series,
+    logged_step_seconds,
+    shared_data,
+    train_once,
+)
 
 BASE = "base"
 TURNS, PROBED, UNTIMED = 5, 6, 2  # timing: turns per variant, steps per turn, first steps not timed
@@ -50,6 +57,8 @@ def sweep(config: SweepConfig, device: str) -> list[dict]:
     config.validate()
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
+    if twice := next((text for text in config.variants if config.variants.count(text) > 1), None):
+        raise ValueError(f"--variants has {twice!r} twice; give it once, and --seeds for more runs")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}
     return run_variants({BASE: Variant(base)} | variants, config.seconds, config.seeds, config.out, device)
 
@@ -73,30 +82,57 @@ def run_variants(
     base first. Finished runs are not trained again.
     """
     base = variants[BASE].config
+    check(variants, seconds, seeds)
+    with joined() as world:
+        steps = {name: 1 if seconds else equal_tokens(base, name, v.config) for name, v in variants.items()}
+
+        def runs_of(seed: int, data: str) -> dict[str, PretrainConfig]:
+            return {
+                name: variant_run(v.config, data, steps[name], seed, out / f"{folder_name(name)}-{seed}")
+                for name, v in variants.items()
+            }
+
+        check_series([*runs_of(0, base.data).values()], out, world, keep=False)
+        if seeds > 1 and world.is_main and find_spec("scipy") is None:
+            log.info("no p-values, as scipy is missing: pip install 'hotlap[stats]'")
+        with shared_data(base, out, world) as folder:
+            if seconds:
+                speeds = seconds_per_step(variants, folder, out, world)
+                steps = steps_in(seconds, {name: speeds[name] for name in variants})
+            check_epochs([*runs_of(0, str(folder)).values()], folder, math.inf, world)
+            found: dict[str, list[dict]] = {name: [] for name in variants}
+            for seed in range(seeds):
+                for i, (name, run) in enumerate(runs_of(seed, str(folder)).items()):
+                    if world.is_main:
+                        count = len(variants)
+                        log.info("run %d of %d: %s, seed %d", seed * count + i + 1, seeds * count, name, seed)
+                    found[name].append(outcome(run, variants[name], world))
+                    rows = table_rows(found)
+                    if world.is_main:
+                        write(out, rows, device, seconds, base)
+    return rows
+
+
+def check(variants: Mapping[str, Variant], seconds: float, seeds: int) -> None:
+    """Raise ValueError for what cannot be compared."""
+    if seeds < 1 or not 0 <= seconds < math.inf:
+        raise ValueError(
+            f"seeds={seeds} must be at least 1, and seconds={seconds} positive or 0 (equal tokens)"
+        )
+    base = variants[BASE].config
     for name, variant in variants.items():
         variant.config.validate()
         if shared_by_all(variant.config) != shared_by_all(base):
             raise ValueError(f"{name!r} changes data or tokenizer, which all variants share; use --base")
     if len({folder_name(name) for name in variants}) < len(variants):
         raise ValueError("two variants would get the same folder: they differ only in spaces or punctuation")
-    with joined() as world, ExitStack() as stack:
-        for variant in variants.values():
-            check_sizes(variant.config, world)
-        folder = stack.enter_context(shared_data(base, out, world))
-        speeds = seconds_per_step(variants, folder, out, world) if seconds else {}
-        found: dict[str, list[dict]] = {name: [] for name in variants}
-        for seed in range(seeds):
-            for i, (name, variant) in enumerate(variants.items()):
-                steps = max(1, int(seconds / speeds[name])) if seconds else equal_tokens(base, variant.config)
-                run = variant_run(variant.config, folder, steps, seed, out / f"{folder_name(name)}-{seed}")
-                if world.is_main:
-                    count = len(variants)
-                    log.info("run %d of %d: %s, seed %d", seed * count + i + 1, seeds * count, name, seed)
-                found[name].append(outcome(run, variant, world))
-                rows = table_rows(found)
-                if world.is_main:
-                    write(out, rows, device, seconds, base)
-    return rows
+    if len(variants) < 2:
+        raise ValueError("there is nothing to compare with the base; give variants")
+    seen: list[tuple[str, Variant]] = []
+    for name, variant in variants.items():
+        if same := next((other for other, earlier in seen if earlier == variant), None):
+            raise ValueError(f"{name!r} trains the same as {same!r}; leave one of them out")
+        seen.append((name, variant))
 
 
 def shared_by_all(config: PretrainConfig) -> tuple:
@@ -104,19 +140,35 @@ def shared_by_all(config: PretrainConfig) -> tuple:
     return config.data, config.tokenizer, config.model.vocab_size
 
 
-def equal_tokens(base: PretrainConfig, config: PretrainConfig) -> int:
-    """Steps in which config reads as many tokens as the base does in its run."""
-    tokens = [c.tokens / c.loop.steps for c in (base, config)]
-    return max(1, round(base.loop.steps * tokens[0] / tokens[1]))
+def equal_tokens(base: PretrainConfig, name: str, config: PretrainConfig) -> int:
+    """Steps in which a variant reads as many tokens as the base does in its run."""
+    step = config.tokens / config.loop.steps
+    if step > base.tokens:
+        raise ValueError(
+            f"{name!r} reads {step:,.0f} tokens in one step, and the base {base.tokens:,} in its whole run; "
+            "give the base more steps"
+        )
+    return round(base.tokens / step)
 
 
-def variant_run(config: PretrainConfig, folder: Path, steps: int, seed: int, out: Path) -> PretrainConfig:
+def steps_in(seconds: float, speeds: Mapping[str, float]) -> dict[str, int]:
+    """Steps of each variant in the same time. speeds: seconds per step."""
+    slowest = max(speeds, key=speeds.__getitem__)
+    if speeds[slowest] > seconds:
+        raise ValueError(
+            f"seconds={seconds:g} are less than a step of {slowest!r}, which takes {speeds[slowest]:.3g} s; "
+            "give more"
+        )
+    return {name: int(seconds / speed) for name, speed in speeds.items()}
+
+
+def variant_run(config: PretrainConfig, data: str, steps: int, seed: int, out: Path) -> PretrainConfig:
     """A variant's run. It validates and saves only at its end; on a GPU, `auto` compiles even a short run."""
     compile = (
         {"cuda": "on", "cpu": "off"}[default_device().type] if config.compile == "auto" else config.compile
     )
     loop = dataclasses.replace(config.loop, steps=steps, evaluate_every=steps, save_every=steps)
-    return dataclasses.replace(config, out=out, data=str(folder), seed=seed, loop=loop, compile=compile)
+    return dataclasses.replace(config, out=out, data=data, seed=seed, loop=loop, compile=compile)
 
 
 def outcome(run: PretrainConfig, variant: Variant, world: World) -> dict:
@@ -157,7 +209,7 @@ def seconds_per_step(
     for turn in range(TURNS):
         for (name, i), found in times.items():
             place = out / f"timing-{turn}-{folder_name(name)}-{i}"
-            run = variant_run(stages[name][i], folder, PROBED, 0, place)
+            run = variant_run(stages[name][i], str(folder), PROBED, 0, place)
             if world.is_main:
                 shutil.rmtree(run.out, ignore_errors=True)
             with variants[name].changed():
@@ -236,15 +288,17 @@ def folder_name(variant: str) -> str:
 def write(out: Path, rows: list[dict], device: str, seconds: float, base: PretrainConfig) -> None:
     """Write sweep.json, sweep.md and sweep.png."""
     equal = f"{seconds:g} s of training" if seconds else "the same number of tokens"
+    date = now()
     content = {
         "device": device,
+        "date": date,
         "equal": equal,
         "base": json.loads(json.dumps(dataclasses.asdict(base), default=str)),
         "rows": rows,
     }
     files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
-    lines = [f"{device}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
-    if draw(rows, out / "sweep.png", equal):
+    lines = [f"{device}, {date}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
+    if draw(rows, out / "sweep.png", equal, device, date):
         lines += ["![differences](sweep.png)", ""]
     files.write(out / "sweep.md", "\n".join(lines))
 
@@ -282,12 +336,14 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], path: Path, equal: str) -> bool:
-    """Draw the difference to the base of each variant with its error, best on top."""
+def draw(rows: list[dict], path: Path, equal: str, *facts: str) -> bool:
+    """Draw the difference to the base of each variant with its error, best on top. facts: for the
+    caption.
+    """
     shown = [row for row in rows if row["difference"] is not None]
     if not shown:
         return False
-    figure = new_figure(figsize=(8, 1.4 + 0.3 * len(shown)))
+    figure = new_figure(figsize=(8, 1.6 + 0.3 * len(shown)))
     if figure is None:
         return False
     shown.sort(key=lambda row: row["difference"])
@@ -297,10 +353,11 @@ def draw(rows: list[dict], path: Path, equal: str) -> bool:
         xerr=[row["difference_error"] or 0 for row in shown], fmt="o", capsize=3,
     )  # fmt: skip
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [row["variant"] for row in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [row["variant"] for row in shown], fontsize=8, parse_math=False)
     axes.set(ylim=(len(shown) - 0.5, -0.5))
     axes.set_xlabel(f"difference to the base in bits per byte (± standard error), after {equal}", fontsize=9)
     axes.grid(alpha=0.3)
+    caption(figure, *facts)
     save_figure(figure, path)
     return True
 

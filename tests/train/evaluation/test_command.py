@@ -200,7 +200,8 @@ def test_samples_steer_no_terminal_and_stay_exact_in_the_file(tmp_path, base, mo
     monkeypatch.setattr(command, "OPENINGS", ("a bad",))
     monkeypatch.setattr(command, "greedy", lambda engine, prompts: prompts)
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2Jbad\x9b")
-    command.main(["--model", str(base), "--tasks", "samples", "--out", str(tmp_path / "out.json")])
+    config = EvalConfig(base, ("samples",), out=tmp_path / "out.json")
+    command.main(config)
     printed = capsys.readouterr().out
     assert "[2Jbad\n" in printed and printable(printed) == printed
     assert json.loads((tmp_path / "out.json").read_text())["samples"] == [["a bad", "\x1b[2Jbad\x9b"]]

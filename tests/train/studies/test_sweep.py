@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
-from helpers.small_runs import small_run
+from helpers.small_runs import small_run, write_text
 
 from hotlap.cli import main
 from hotlap.train.loop import LoopConfig
@@ -64,7 +65,7 @@ def test_what_is_done_is_not_done_again_and_more_seeds_are_added(variants, tmp_p
     assert [config.seed for config in done] == [1, 1]
     assert again[0]["seeds"] == 2 and first[0]["seeds"] == 1
     assert not list((tmp_path / "out").rglob("step-*")), "a sweep is no place for checkpoints"
-    changed = {BASE: Variant(dataclasses.replace(variants[BASE].config, batch_rows=1))}
+    changed = variants | {BASE: Variant(dataclasses.replace(variants[BASE].config, batch_rows=1))}
     with pytest.raises(ValueError, match="batch_rows: saved 4, current 1"):
         run_variants(changed, 0, 1, tmp_path / "out", "")
 
@@ -160,12 +161,62 @@ def test_the_statistics_are_those_of_a_t_test():
         (["--preset", "tinny"], "did you mean 'tiny'?"),
         (["--seeds", "0"], "seeds=0"),
         (["--seconds", "-1"], "seconds=-1"),
+        ([], "nothing to compare with the base"),
+        (["--variants", "model.layers=2", "model.layers=2"], "has 'model.layers=2' twice"),
+        (["--variants", "model.layers=2", "model.layers=2 "], "trains the same as 'model.layers=2'"),
+        (["--variants", "model.smear=true"], "'model.smear=true' trains the same as 'base'"),
+        (["--variants", "batch_rows=1024", "--base", "loop.steps=2"], "give the base more steps"),
+        (["--variants", "model.layers=2", "--base", "model.context=1099511627776"], "this machine has"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_anything_is_made(work, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(series, "prepare", lambda config: pytest.fail("not refused"))
     assert main(["sweep", *flags]) == 2
     assert said in capsys.readouterr().err and not (work / "runs").exists()
+
+
+def test_a_series_keeps_to_its_folder_and_its_data(variants, tmp_path, monkeypatch):
+    for name, said in (
+        ("notes.txt", "holds notes.txt and no series"),
+        ("config.json", "holds a run or model"),
+    ):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(FileExistsError, match=said):
+            run_variants(variants, 0, 1, folder, "")
+    monkeypatch.setattr(sweep, "outcome", lambda run, variant, world: pytest.fail("trained"))
+    with sweep.joined() as world, series.shared_data(variants[BASE].config, tmp_path / "out", world):
+        pass
+    other = write_text(tmp_path / "other.txt")
+    moved = {name: Variant(dataclasses.replace(v.config, data=str(other))) for name, v in variants.items()}
+    with pytest.raises(ValueError, match=r"out was started with .*text\.txt.* not .*other\.txt"):
+        run_variants(moved, 0, 1, tmp_path / "out", "")
+
+
+def test_a_full_disk_shows_before_anything_is_made(variants, tmp_path, monkeypatch):
+    monkeypatch.setattr(series.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"the checkpoints in .* need about .* GB, and 0.0 GB are free"):
+        run_variants(variants, 0, 1, tmp_path / "out", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_series_says_how_often_it_reads_its_text_and_may_refuse(variants, tmp_path, caplog):
+    base = variants[BASE].config
+    with sweep.joined() as world, series.shared_data(base, tmp_path / "out", world) as folder:
+        there = sum(map(series.shard_tokens, series.shard_paths(folder, "train")))
+        steps = round(2.5 * there / base.tokens * base.loop.steps)
+        long = dataclasses.replace(base, loop=LoopConfig(steps))
+        with caplog.at_level("INFO", "hotlap"):
+            series.check_epochs([base, long], folder, 4, world)
+        assert f"and the data has {there:,}: 2.5 epochs" in caplog.text
+        with pytest.raises(ValueError, match="more than 2 teach less and less; add text, or train less"):
+            series.check_epochs([base, long], folder, 2, world)
+
+
+def test_time_for_less_than_a_step_is_refused(variants, tmp_path):
+    with pytest.raises(ValueError, match="seconds=1e-09 are less than a step of"):
+        run_variants(variants, 1e-9, 1, tmp_path / "out", "")
 
 
 def test_the_command_prints_the_table(work, capsys):
