@@ -125,8 +125,8 @@ def test_the_numbers_of_adamw_are_those_of_nanochat():
         "value_embeddings": (0.15, (0.8, 0.995), 0.01, 1e-10),
         "residual_scale": (0.005, (0.8, 0.95), 0.05, 1e-8),
         "x0_scale": (0.5, (0.96, 0.95), 0.0, 1e-8),
-        "smear": (0.2, (0.8, 0.95), 0.0, 1e-8),
-        "backout": (0.2, (0.8, 0.95), 0.0, 1e-8),
+        "smear_scale": (0.2, (0.8, 0.95), 0.0, 1e-8),
+        "backout_scale": (0.2, (0.8, 0.95), 0.0, 1e-8),
     }
     groups = parameter_groups(model, OptimConfig())
     found = {g["names"][0].split(".")[0]: g for g in groups if not g["muon"]}
