@@ -143,6 +143,16 @@ def test_rows_may_lie_beyond_two_to_the_31():
         assert torch.equal(a, b)
 
 
+@pytest.mark.xdist_group("gigabytes")
+@pytest.mark.parametrize("rows, apart", [(3, 2**30), (17, 2**27)])  # in a block of the depth, and in two
+def test_rows_of_the_second_weight_may_lie_beyond_two_to_the_31(rows, apart):
+    inputs, (dy,) = case(5, rows, 8, torch.bfloat16)
+    far = torch.empty_strided((rows, 8), (apart, 1), dtype=torch.bfloat16, device=DEVICE)
+    given = [*inputs[:2], far.copy_(inputs[2].detach()).requires_grad_()]
+    for a, b in zip(*(outputs_and_gradients(linear_relu2, x, [dy]) for x in (given, inputs)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_is_not_a_number_is_not_hidden():
     (x, w_in, w_out), _ = case(4, 16, 32)
     x.data[1, 3] = float("nan")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from helpers.tools import tiny_config
 
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import ROPE_BASE, GPTConfig
 from hotlap.model.flops import (
     causal_flops,
     counts_of,
@@ -38,6 +38,7 @@ def test_a_depth_has_the_numbers_of_nanochat(depth):
 def test_twelve_layers_are_the_defaults():
     assert GPTConfig.from_depth(12) == GPTConfig()
     assert GPTConfig().windows == (512, 512, 512, 2048) * 3
+    assert (GPTConfig().qk_gain, GPTConfig().softcap, ROPE_BASE) == (1.2, 15.0, 100_000)
     assert GPTConfig.from_depth(6).windows == (512, 512, 512, 2048, 512, 2048)  # the last is always long
     assert GPTConfig().value_embedding_layers == (1, 3, 5, 7, 9, 11)
     five = GPTConfig.from_depth(5)
