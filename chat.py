@@ -10,11 +10,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import tyro
+try:
+    import tyro
 
-from hotlap import cli
+    from hotlap import cli
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error}, in {sys.executable}; use the Python that hotlap is installed in, such as "
+        ".venv/bin/python, or install it: pip install -e ."
+    ) from None
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+
 from hotlap.common.errors import BAD_DATA
 from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
@@ -43,7 +52,8 @@ BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 class ChatConfig:
     """Chat with a model."""
 
-    model: tyro.conf.Positional[Path | None] = None
+    model_field: ClassVar[str] = "model"
+    model: Path | None = None
     """Run, checkpoint or model directory; the newest under runs/ by default."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit."""

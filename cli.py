@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hotlap.common import options
@@ -165,9 +166,12 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     lenient(sys.stdout)
-    if arguments == ["--version"]:
-        print(f"hotlap {importlib.metadata.version('hotlap')}")
+    words, last = arguments[:-1], arguments[-1:]
+    if last in (["--version"], ["-V"]) and not any(word.startswith("-") for word in words):
+        print(f"hotlap {version()}")
         return 0
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", 0)):  # under torchrun, only rank 0 prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -187,8 +191,22 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
         return run(f"{path} {name}", command.commands, rest)
     set_up_logging()
     wait_asleep()
+    rest = ["--help"] if rest == ["help"] else rest
     config = read_flags(f"{path} {name}", command, rest)
-    return named(command.run)(config)
+    try:
+        return named(command.run)(config)
+    except ValueError as error:
+        if type(error) is ValueError:  # not about a file
+            error.args = (options.as_typed(str(error), config, rest),)
+        raise
+
+
+def version() -> str:
+    """The version of the installed package, or of the checkout that this file is in."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("hotlap")
+    project = Path(__file__).with_name("pyproject.toml")
+    return f"{options.read_toml(project)['project']['version']} (not installed)"
 
 
 def read_flags(path: str, command: Command, arguments: list[str]) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from hotlap.common.options import Flags
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class SuiteConfig:
 
 def suite_flags(call: str, *arguments: str) -> SuiteConfig:
     """The configuration of a suite. Reads flags with argparse, as tyro may be missing."""
-    flags = argparse.ArgumentParser(prog=f"hotlap bench {call}", description=SuiteConfig.__doc__)
+    flags = Flags(prog=f"hotlap bench {call}", description=SuiteConfig.__doc__)
     flags.add_argument("--out", type=Path, help="empty folder for the results; CALL-DATE by default")
     flags.add_argument("--cache", type=Path, help="folder for the caches of Triton and Inductor")
     flags.add_argument("--minutes", type=float, default=0, help="time limit for the call")
