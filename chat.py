@@ -261,9 +261,10 @@ def converse(chat: Chat | Continuation) -> None:
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
     # These import torch, which takes seconds: what is wrong with the flags is said before.
-    from hotlap.kernels.dispatch import default_device, kernel_choice
-    from hotlap.model.engine import Engine
-    from hotlap.model.weights import find_models, load_model, model_folder, stage
+    with cli.importing():
+        from hotlap.kernels.dispatch import default_device, kernel_choice
+        from hotlap.model.engine import Engine
+        from hotlap.model.weights import find_models, load_model, model_folder, stage
 
     path = config.model
     if path is None:

@@ -10,7 +10,9 @@ import dataclasses
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,12 +195,35 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
     wait_asleep()
     rest = ["--help"] if rest == ["help"] else rest
     config = read_flags(f"{path} {name}", command, rest)
+    with importing():
+        function = named(command.run)
     try:
-        return named(command.run)(config)
+        return function(config)
     except ValueError as error:
         if type(error) is ValueError:  # not about a file
             error.args = (options.as_typed(str(error), config, rest),)
         raise
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While torch is imported, Ctrl-C ends the process: what is interrupted in the middle may catch the
+    exception, and then fails in other ways.
+    """
+
+    def stop(*given: object) -> None:
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # somebody else handles it
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def version() -> str:

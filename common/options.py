@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hotlap.common.errors import known
 
@@ -120,12 +120,17 @@ def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
     return f"unknown flag {wrong.partition('=')[0]}{hint}"
 
 
-def flags_of(start: Any) -> list[str]:
+def flags_of(config: Any, prefix: str = "") -> list[str]:
     """The names of a configuration's flags, as tyro makes them."""
-    import tyro
-
-    options = tyro.extras.get_parser(type(start), default=start)._option_string_actions
-    return [name.removeprefix("--") for name in options if name.startswith("--") and name != "--help"]
+    hints, found = get_type_hints(type(config), include_extras=True), []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            omitted = "OmitArgPrefixes" in map(str, getattr(hints[field.name], "__metadata__", ()))
+            found += flags_of(value, prefix if omitted else f"{prefix}{name}.")
+        else:
+            found += [f"{prefix}{name}"] + [f"{prefix}no-{name}"] * isinstance(value, bool)
+    return found
 
 
 def as_typed(message: str, config: Any, arguments: list[str]) -> str:
