@@ -172,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     if last in (["--version"], ["-V"]) and not any(word.startswith("-") for word in words):
         print(f"hotlap {version()}")
         return 0
+    if first := shadow(list(sys.modules["hotlap"].__path__)):
+        print(f"warning: {first} comes before the installed hotlap; start `hotlap` instead", file=sys.stderr)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:
@@ -203,6 +205,14 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
         if type(error) is ValueError:  # not about a file
             error.args = (options.as_typed(str(error), config, rest),)
         raise
+
+
+def shadow(folders: list[str]) -> str | None:
+    """The folder that Python searches for modules of hotlap before this file's, if there is one: with
+    `python -m`, a folder named hotlap in the current one. folders: hotlap's, in Python's order.
+    """
+    first = Path(folders[0])
+    return None if first.resolve() == Path(__file__).resolve().parent else str(first)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,12 @@ def test_the_version_of_a_checkout_that_is_not_installed(capsys, monkeypatch, gi
     assert capsys.readouterr().out.startswith("hotlap 0.")
 
 
+def test_a_folder_of_the_same_name_that_comes_first_is_named(work):
+    ours = str(Path(cli.__file__).parent)
+    assert cli.shadow([ours, "elsewhere"]) is None
+    assert cli.shadow([str(work / "hotlap"), ours]) == str(work / "hotlap")
+
+
 def test_help_after_a_command_and_before_it(capsys):
     for given in (["help", "sft"], ["sft", "help"]):
         with pytest.raises(SystemExit) as exit:
