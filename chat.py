@@ -10,11 +10,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import tyro
+try:
+    import tyro
 
-from hotlap import cli
+    from hotlap import cli
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error}, in {sys.executable}; use the Python that hotlap is installed in, such as "
+        ".venv/bin/python, or install it: pip install -e ."
+    ) from None
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+
 from hotlap.common.errors import BAD_DATA
 from hotlap.common.files import append
 from hotlap.common.terminal import lenient, printable
@@ -44,7 +53,8 @@ BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 class ChatConfig:
     """Chat with a model."""
 
-    model: tyro.conf.Positional[Path | None] = None
+    model_field: ClassVar[str] = "model"
+    model: Path | None = None
     """Run, checkpoint or model directory; the newest under runs/ by default."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit."""
@@ -257,9 +267,10 @@ def converse(chat: Chat | Continuation) -> None:
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
     # These import torch, which takes seconds: what is wrong with the flags is said before.
-    from hotlap.kernels.dispatch import default_device, kernel_choice
-    from hotlap.model.engine import Engine
-    from hotlap.model.weights import find_models, load_model, model_folder, stage
+    with cli.importing():
+        from hotlap.kernels.dispatch import default_device, kernel_choice
+        from hotlap.model.engine import Engine
+        from hotlap.model.weights import find_models, load_model, model_folder, stage
 
     path = config.model
     if path is None:

@@ -10,7 +10,10 @@ import dataclasses
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hotlap.common import options
@@ -165,9 +168,14 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     lenient(sys.stdout)
-    if arguments == ["--version"]:
-        print(f"hotlap {importlib.metadata.version('hotlap')}")
+    words, last = arguments[:-1], arguments[-1:]
+    if last in (["--version"], ["-V"]) and not any(word.startswith("-") for word in words):
+        print(f"hotlap {version()}")
         return 0
+    if first := shadow(list(sys.modules["hotlap"].__path__)):
+        print(f"warning: {first} comes before the installed hotlap; start `hotlap` instead", file=sys.stderr)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", 0)):  # under torchrun, only rank 0 prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -187,8 +195,53 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
         return run(f"{path} {name}", command.commands, rest)
     set_up_logging()
     wait_asleep()
+    rest = ["--help"] if rest == ["help"] else rest
     config = read_flags(f"{path} {name}", command, rest)
-    return named(command.run)(config)
+    with importing():
+        function = named(command.run)
+    try:
+        return function(config)
+    except ValueError as error:
+        if type(error) is ValueError:  # not about a file
+            error.args = (options.as_typed(str(error), config, rest),)
+        raise
+
+
+def shadow(folders: list[str]) -> str | None:
+    """The folder that Python searches for modules of hotlap before this file's, if there is one: with
+    `python -m`, a folder named hotlap in the current one. folders: hotlap's, in Python's order.
+    """
+    first = Path(folders[0])
+    return None if first.resolve() == Path(__file__).resolve().parent else str(first)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While torch is imported, Ctrl-C ends the process: what is interrupted in the middle may catch the
+    exception, and then fails in other ways.
+    """
+
+    def stop(*given: object) -> None:
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # somebody else handles it
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def version() -> str:
+    """The version of the installed package, or of the checkout that this file is in."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("hotlap")
+    project = Path(__file__).with_name("pyproject.toml")
+    return f"{options.read_toml(project)['project']['version']} (not installed)"
 
 
 def read_flags(path: str, command: Command, arguments: list[str]) -> Any:

@@ -5,6 +5,7 @@ Face package of that name, and break `import transformers`; a plain folder does 
 """
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 FOLDERS = (
     "bench",
@@ -23,7 +24,17 @@ FOLDERS = (
     "train.studies",
 )
 
+
+class BuildWithoutTests(build_py):
+    """Leaves out this file and tests, which are beside the modules of the package."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [row for row in found if row[1] != "setup" and not row[1].startswith("test_")]
+
+
 setup(
+    cmdclass={"build_py": BuildWithoutTests},
     package_dir={"hotlap": "."},
     packages=["hotlap", *(f"hotlap.{folder}" for folder in FOLDERS)],
     package_data={"hotlap.kernels": ["tuned/*.json"], "hotlap.kernels.cpu": ["*.c", "*.h"]},

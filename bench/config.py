@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hotlap.common.checks import TOO_LARGE, at_least, positive
 from hotlap.common.memory import require_memory
+from hotlap.common.options import Flags
 
 CONTEXT = 2048  # tokens of a row
 NARROWEST = 768  # width of the smallest model that is measured
@@ -225,7 +225,7 @@ class SuiteConfig:
 
 def suite_flags(call: str, *arguments: str) -> SuiteConfig:
     """The configuration of a suite. Reads flags with argparse, as tyro may be missing."""
-    flags = argparse.ArgumentParser(prog=f"hotlap bench {call}", description=SuiteConfig.__doc__)
+    flags = Flags(prog=f"hotlap bench {call}", description=SuiteConfig.__doc__)
     flags.add_argument("--out", type=Path, help="empty folder for the results; CALL-DATE by default")
     flags.add_argument("--cache", type=Path, help="folder for the caches of Triton and Inductor")
     flags.add_argument("--minutes", type=float, default=0, help="time limit for the call")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hotlap.common.errors import known
 
@@ -21,6 +22,13 @@ else:
     import tomli as tomllib
 
 Config = TypeVar("Config")
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse whose mistakes are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 def parse(
@@ -34,20 +42,26 @@ def parse(
     """The configuration for a command line.
 
     --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE.toml
-    overrides them, and other flags override the file.
+    overrides them, and other flags override the file. If the class has a `model_field`, its name, a word
+    without a flag and --model set that field. ValueError for what cannot be read.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Flags(prog=command, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
-    notes = ["--config FILE.toml: read these flags from a file"]
+    rows = {"--config FILE.toml": "read flags from a file; those on the command line override it"}
     if presets:
         first.add_argument("--preset")
-        notes.append(f"--preset NAME: start from a preset: {', '.join(presets)}")
+        rows["--preset NAME"] = (
+            f"start from one of {', '.join(presets)}; `{command} --preset NAME --help` shows what it sets"
+        )
     if depth:
         first.add_argument("--depth", type=int)
-        notes.append("--depth N: start from nanochat's rules for a model of N layers")
-    notes.append("--debug: show the traceback of an error")
+        rows["--depth N"] = "start from nanochat's rules for a model of N layers"
+    model_field = getattr(kind, "model_field", None)
+    if model_field:
+        rows["MODEL, --model MODEL"] = f"the same as --{model_field} MODEL"
+    rows["--debug"] = "show the traceback of an error"
     chosen, rest = first.parse_known_args(arguments)
-    if getattr(chosen, "preset", None) and getattr(chosen, "depth", None):
+    if getattr(chosen, "preset", None) and getattr(chosen, "depth", None) is not None:
         raise ValueError("--preset and --depth exclude each other; give one of them")
     start = kind()
     if getattr(chosen, "preset", None):
@@ -56,12 +70,22 @@ def parse(
         start = depth(chosen.depth)
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
-    description = f"{(kind.__doc__ or '').strip()}\n\n" + "\n".join(notes)
-    return from_flags(start, rest, prog=command, description=description)
+    if model_field:
+        rest = [re.sub(r"^--model(?==|$)", f"--{model_field}", word) for word in rest]
+    text = "\n".join(f"  {flag:22} {about}" for flag, about in rows.items())
+    description = f"{(kind.__doc__ or '').strip()}\n\n{text}"
+    config, unknown = from_flags(start, rest, prog=command, description=description)
+    if model_field and unknown and not unknown[0].startswith("-"):
+        config, _ = from_flags(config, [f"--{model_field}={unknown.pop(0)}"])
+    if unknown:
+        raise ValueError(f"{unexpected(unknown, start, rows)}; `{command} --help` lists the flags")
+    return config
 
 
-def from_flags(start: Config, arguments: list[str], **texts: str) -> Config:
-    """`start`, changed by flags. tyro prints help and mistakes, and exits."""
+def from_flags(start: Config, arguments: list[str], **texts: str) -> tuple[Config, list[str]]:
+    """`start`, changed by flags, and the arguments that it has no flags for. ValueError for wrong values.
+    tyro prints help, and exits.
+    """
     try:
         import tyro
     except ImportError as error:
@@ -69,7 +93,66 @@ def from_flags(start: Config, arguments: list[str], **texts: str) -> Config:
             "flags need the package tyro: pip install tyro. Without it, only "
             "`python -m hotlap.bench.suite look --out DIR` works"
         ) from error
-    return tyro.cli(type(start), default=start, args=arguments, **texts)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            return tyro.cli(type(start), default=start, args=arguments, return_unknown_args=True, **texts)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+    hint = f"; `{texts['prog']} --help` lists the flags" if "prog" in texts else ""
+    raise ValueError(unboxed(printed.getvalue()).rstrip(".") + hint)
+
+
+def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
+    """What is wrong with arguments that there are no flags for, with a suggestion."""
+    wrong = next((word for word in arguments if word.startswith("-")), None)
+    if wrong is None:
+        return f"unexpected argument {arguments[0]!r}"
+    given = wrong.partition("=")[0].lstrip("-").replace("_", "-")
+    flags = [flag for row in rows for flag in re.findall(r"--([a-z]+)", row)] + flags_of(start)
+    near = [flag for flag in flags if flag.split(".")[-1] == given.split(".")[-1]]
+    near = near or [flag for flag in flags if any(f.startswith(given) for f in (flag, flag.split(".")[-1]))]
+    near = near or difflib.get_close_matches(given, flags, n=1)
+    if not near:
+        ends = {flag.split(".")[-1]: flag for flag in flags}
+        near = [ends[end] for end in difflib.get_close_matches(given, ends, n=1)]
+    hint = f"; did you mean {' or '.join(f'--{flag}' for flag in near[:3])}?" if near else ""
+    return f"unknown flag {wrong.partition('=')[0]}{hint}"
+
+
+def flags_of(config: Any, prefix: str = "") -> list[str]:
+    """The names of a configuration's flags, as tyro makes them."""
+    hints, found = get_type_hints(type(config), include_extras=True), []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            omitted = "OmitArgPrefixes" in map(str, getattr(hints[field.name], "__metadata__", ()))
+            found += flags_of(value, prefix if omitted else f"{prefix}{name}.")
+        else:
+            found += [f"{prefix}{name}"] + [f"{prefix}no-{name}"] * isinstance(value, bool)
+    return found
+
+
+def as_typed(message: str, config: Any, arguments: list[str]) -> str:
+    """A message with `field=value` replaced by the flag that set it, or by the key in the --config file."""
+    typed = {}
+    for word in arguments:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            typed[flag.lstrip("-").replace("-", "_").split(".")[-1]] = flag
+    file, keys = None, {}
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.partition("=")[0] == "--config":
+            file = word.partition("=")[2] or following
+            keys = {key.replace("-", "_") for key in flat(read_toml(Path(file)))}
+    for name, value in flat(dataclasses.asdict(config)).items():
+        field = name.split(".")[-1]
+        text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})={re.escape(str(value))}(?![\w.])"
+        if field in typed:
+            message = re.sub(text, lambda found: f"{typed[field]} {value}", message)  # noqa: B023
+        elif name in keys:
+            message = re.sub(text, lambda found: f"{file}: {name}={value}", message)  # noqa: B023
+    return message
 
 
 def read_toml(path: Path) -> dict:
@@ -87,10 +170,13 @@ def merge(config: Config, values: dict, where: str) -> Config:
     for key, value in flat(values).items():
         name = known(key.replace("-", "_"), fields, f"key in {where}")
         try:
-            with contextlib.redirect_stderr(io.StringIO()) as printed:
-                config = from_flags(config, as_flag(name, value))
-        except SystemExit:
-            raise ValueError(f"{where}: {key}={value!r}: {unboxed(printed.getvalue())}") from None
+            config, unknown = from_flags(config, as_flag(name, value))
+        except ValueError as error:
+            raise ValueError(f"{where}: {key}={value!r}: {error}") from None
+        if unknown:
+            raise ValueError(
+                f"{where}: {key}={value!r} does not fit {name}, which is {fields[name]!r} by default"
+            )
     return config
 
 

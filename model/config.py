@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from hotlap.common.checks import at_least, between, positive
 
@@ -140,6 +141,7 @@ class Sampling:
 class ExportConfig:
     """Write a model directory with config.json, tokenizer.json and model.safetensors."""
 
+    model_field: ClassVar[str] = "model"
     model: Path = Path("runs/tiny/sft")
     """Run, checkpoint or model directory."""
     out: Path = Path("exported")

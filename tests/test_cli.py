@@ -20,6 +20,7 @@ from helpers.commands import (
     pretrain_here,
 )
 
+from hotlap import cli
 from hotlap.cli import COMMANDS, main
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train import pretrain, stage
@@ -48,10 +49,69 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
 
 
 def test_an_unknown_flag_gets_a_suggestion(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["pretrain", "--batch-rowz", "3"])
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and "--batch-rows" in printed.err and "Traceback" not in printed.err
+    code = main(["pretrain", "--batch-rowz", "3"])
+    assert_error(capsys, code, USAGE, "unknown flag --batch-rowz; did you mean --batch-rows?")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("pretrain --loop.steps ten", ("--loop.steps", "'ten'")),
+        ("pretrain --loop.steps=ten", ("--loop.steps", "'ten'")),
+        ("pretrain --batch_rows x", ("--batch-rows", "'x'")),
+        ("pretrain --batch-rows", ("--batch-rows", "Missing value")),
+        ("pretrain --layers 4", ("unknown flag --layers", "did you mean --model.layers?")),
+        ("pretrain --loop.st 4", ("unknown flag --loop.st", "did you mean --loop.steps?")),
+        ("pretrain --dtype float99", ("'float99'", "bfloat16")),
+        ("pretrain --depth ten", ("--depth", "'ten'")),
+        ("pretrain --preset", ("--preset", "expected one argument")),
+        ("pretrain extra", ("unexpected argument 'extra'", "`hotlap pretrain --help`")),
+        ("pretrain --model.smear yes", ("unexpected argument 'yes'",)),
+        ("eval one two", ("unexpected argument 'two'",)),
+        ("chat --sampling.temperature 1", ("did you mean --temperature?",)),
+        ("bench look --minuts 3", ("--minuts",)),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_one_line_that_names_it(capsys, line, parts):
+    assert_error(capsys, main(line.split()), USAGE, *parts)
+
+
+def test_a_value_out_of_range_is_named_by_its_flag_or_its_place_in_the_file(work, capsys):
+    assert_error(capsys, main(["pretrain", "--loop.steps", "0"]), USAGE, "error: --loop.steps 0 must be")
+    assert_error(capsys, main(["pretrain", "--batch_rows=-3"]), USAGE, "error: --batch_rows -3 must be")
+    assert_error(capsys, main(["chat", "--temperature", "20"]), USAGE, "error: --temperature 20")
+    (work / "run.toml").write_text("[loop]\nsteps = 0\n")
+    code = main(["pretrain", "--config", "run.toml"])
+    assert_error(capsys, code, USAGE, "error: run.toml: loop.steps=0 must be")
+
+
+@pytest.mark.parametrize("command", ["sft", "eval", "report", "chat", "export weights"])
+def test_every_command_about_a_model_takes_it_as_a_word_or_a_flag(work, capsys, command):
+    for given in (["none"], ["--model", "none"], ["--model=none"]):
+        assert_error(capsys, main([*command.split(), *given]), NO_INPUT, "none")
+
+
+@pytest.mark.parametrize("given", ["--version", "-V", "pretrain --version"])
+def test_the_version_of_a_checkout_that_is_not_installed(capsys, monkeypatch, given):
+    def missing(name):
+        raise cli.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.importlib.metadata, "version", missing)
+    assert main(given.split()) == 0
+    assert capsys.readouterr().out.startswith("hotlap 0.")
+
+
+def test_a_folder_of_the_same_name_that_comes_first_is_named(work):
+    ours = str(Path(cli.__file__).parent)
+    assert cli.shadow([ours, "elsewhere"]) is None
+    assert cli.shadow([str(work / "hotlap"), ours]) == str(work / "hotlap")
+
+
+def test_help_after_a_command_and_before_it(capsys):
+    for given in (["help", "sft"], ["sft", "help"]):
+        with pytest.raises(SystemExit) as exit:
+            main(given)
+        assert exit.value.code == 0 and "usage: hotlap sft" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(work):

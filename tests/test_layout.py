@@ -136,6 +136,20 @@ def test_every_folder_with_code_is_installed():
     assert set(listed) == {".".join(folder.parts) for folder in folders}
 
 
+def test_an_installation_has_all_modules_and_nothing_else(tmp_path):
+    """What setuptools copies into a wheel."""
+    code = (
+        "import os, sys\n"
+        f"os.chdir({str(ROOT)!r})\n"
+        "from distutils.core import run_setup\n"
+        "import setuptools\n"
+        "builder = run_setup('setup.py', stop_after='init').get_command_obj('build_py')\n"
+        "builder.ensure_finalized()\n"
+        "print(*('.'.join(row[:2]) for row in builder.find_all_modules()))"
+    )
+    assert set(run_python(code, tmp_path).split()) == set(modules())
+
+
 @pytest.mark.parametrize("file", files_of("kernels"), ids=lambda p: p.name)
 def test_kernels_are_functions_of_tensors(file):
     tree = ast.parse(file.read_text())

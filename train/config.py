@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from hotlap.common.checks import at_least, positive
 from hotlap.model.config import GPTConfig
@@ -131,6 +131,7 @@ class SFTConfig(StageConfig):
     """Fine-tune a base model on conversations."""
 
     out: Path = Path("runs/sft")
+    model_field: ClassVar[str] = "base"
     base: Path = Path("runs/pretrain")
     """Base model to fine-tune: a run or model directory."""
     data: str = "tasks"
@@ -156,5 +157,6 @@ class SFTConfig(StageConfig):
 class ReportConfig:
     """Rewrite a run's report.md and curves.png."""
 
+    model_field: ClassVar[str] = "run"
     run: Path = Path("runs/pretrain")
     """Run directory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from hotlap.common.checks import at_least
 
@@ -12,6 +13,7 @@ from hotlap.common.checks import at_least
 class EvalConfig:
     """Score a model: bits per byte, CORE, samples, and held-out questions of the built-in tasks."""
 
+    model_field: ClassVar[str] = "model"
     model: Path = Path("runs/tiny/sft")
     """Run or model directory."""
     tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
