@@ -266,7 +266,7 @@ def converse(chat: Chat | Continuation) -> None:
 
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
-    # These import torch, which takes seconds: what is wrong with the flags is said before.
+    config.sampling(base=False)  # says what is wrong with the flags before torch is imported, in seconds
     with cli.importing():
         from hotlap.kernels.dispatch import default_device, kernel_choice
         from hotlap.model.engine import Engine
@@ -276,7 +276,6 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     if path is None:
         found = find_models(Path("runs"))
         path = found[-1] if found else Path("runs")
-    config.sampling(base=False)  # raises
     folder = model_folder(path)
     base = stage(folder) == "pretrain"
     if config.prompt is None and sys.stdin is None:

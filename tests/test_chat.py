@@ -104,7 +104,7 @@ def test_without_a_path_the_newest_model_answers_and_a_bad_setting_is_one_line(w
     code, output, errors = run_chat("--max-tokens", 4, lines=b"The quick\n/quit\n", folder=workplace)
     assert code == 0 and "[runs/base: " in errors and "base model: it continues text" in errors and output
     code, output, errors = run_chat("--temperature", "nan", folder=workplace)
-    assert code == 2 and errors == "error: temperature=nan must be a number from 0 to 10\n"
+    assert code == 2 and errors == "error: temperature=nan must be from 0 to 10\n"
 
 
 def talker(tokenizer, *answers: str, context: int = 64, max_tokens: int = 8) -> Chat:
@@ -303,7 +303,7 @@ def test_names_and_errors_steer_no_terminal(tiny_tokenizer, capsys):
 
 @pytest.mark.parametrize("question", ["", " \t"])
 def test_an_empty_question_is_refused_before_the_model_is_loaded(question, workplace, monkeypatch):
-    monkeypatch.setattr(program, "load_model", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setattr("hotlap.model.weights.load_model", lambda *given: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="the question of -p is empty"):
         program.open_chat(ChatConfig(model=workplace / "runs" / "talker", prompt=question))
 
