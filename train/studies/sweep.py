@@ -334,8 +334,8 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path, equal: str, *facts: str) -> bool:
-    """Draw the difference to the base of each variant with its error, best on top. facts: for the
-    caption.
+    """Draw the difference to the base of each variant with its error, best on top. Those far beyond the
+    others are arrows with a number, so that the others stay apart. facts: for the caption.
     """
     shown = [row for row in rows if row["difference"] is not None]
     if not shown:
@@ -344,11 +344,18 @@ def draw(rows: list[dict], path: Path, equal: str, *facts: str) -> bool:
     if figure is None:
         return False
     shown.sort(key=lambda row: row["difference"])
-    axes = figure.subplots()
-    axes.errorbar(
-        [row["difference"] for row in shown], range(len(shown)),
-        xerr=[row["difference_error"] or 0 for row in shown], fmt="o", capsize=3,
-    )  # fmt: skip
+    axes, end = figure.subplots(), axis_end([row["difference"] for row in shown])
+    for place, row in enumerate(shown):
+        value, error = row["difference"], row["difference_error"] or 0
+        if abs(value) <= end:
+            axes.errorbar(value, place, xerr=error, fmt="o", color="C0", capsize=3)
+        else:
+            side = math.copysign(end, value)
+            axes.plot(side, place, ">" if value > 0 else "<", color="C3")
+            axes.annotate(
+                f"{value:+.3f} ± {error:.3f}", (side, place), (-8 if value > 0 else 8, 0), fontsize=8,
+                textcoords="offset points", ha="right" if value > 0 else "left", va="center", color="C3",
+            )  # fmt: skip
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row["variant"] for row in shown], fontsize=8, parse_math=False)
     axes.set(ylim=(len(shown) - 0.5, -0.5))
@@ -357,6 +364,13 @@ def draw(rows: list[dict], path: Path, equal: str, *facts: str) -> bool:
     caption(figure, *facts)
     save_figure(figure, path)
     return True
+
+
+def axis_end(differences: list[float]) -> float:
+    """The largest difference to draw to scale: all, or those up to three times the upper quartile."""
+    sizes = sorted(map(abs, differences))
+    usual = 3 * sizes[3 * (len(sizes) - 1) // 4]
+    return max(size for size in sizes if size <= usual) if usual else sizes[-1]
 
 
 def main(config: SweepConfig) -> None:
