@@ -104,7 +104,7 @@ def test_without_a_path_the_newest_model_answers_and_a_bad_setting_is_one_line(w
     code, output, errors = run_chat("--max-tokens", 4, lines=b"The quick\n/quit\n", folder=workplace)
     assert code == 0 and "[runs/base: " in errors and "base model: it continues text" in errors and output
     code, output, errors = run_chat("--temperature", "nan", folder=workplace)
-    assert code == 2 and errors == "error: temperature=nan must be from 0 to 10\n"
+    assert code == 2 and errors.startswith("error: --temperature nan must be")
 
 
 def talker(tokenizer, *answers: str, context: int = 64, max_tokens: int = 8) -> Chat:
