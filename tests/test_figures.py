@@ -1,5 +1,6 @@
 """The figures in the documents are those of the result files that they name, to the digits that they give."""
 
+# ruff: noqa: RUF001  the documents have a multiplication sign
 import json
 from pathlib import Path
 
@@ -90,11 +91,7 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
     (
         "README.md",
         "| output head + cross-entropy | {} ms, {} GB | torch.compile, {} ms, {} GB |",
-        [
-            kernel(HEAD, name, ".1f", field)
-            for name in ("hotlap", "compile")
-            for field in ("ms", "memory_gb")
-        ],
+        [kernel(HEAD, name, ".1f", field) for name in ("hotlap", "compile") for field in ("ms", "memory_gb")],
     ),
     (
         "README.md",
@@ -141,7 +138,8 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
     ),
     (
         "docs/h100.md",
-        "takes {} ms at batch 1 ({} tokens/s, 53 % of the bandwidth of a copy), {} ms at batch 8, {} ms at 32",
+        "takes {} ms at batch 1 ({} tokens/s, 53 % of the bandwidth of a copy), {} ms at batch 8, {} ms at "
+        "32",
         [
             decoding(1, GRAPH, ".2f", "ms"),
             decoding(1, GRAPH, "3 digits"),

@@ -6,8 +6,8 @@ import os
 import pytest
 from helpers.small_runs import conversation
 
-from hotlap.common import files
 from hotlap.common.errors import DataError
+from hotlap.train.data import file_documents
 from hotlap.train.data.conversation_files import accepted, read_conversations
 
 TALK = conversation("é?", "€ 😀")
@@ -112,12 +112,12 @@ def test_a_path_is_a_file_whatever_its_characters_and_nothing_else(tmp_path):
     with pytest.raises(DataError, match="is a folder; name a file in it"):
         list(read_conversations(tmp_path))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is a pipe or a device"):
+    with pytest.raises(DataError, match="is a pipe, socket or device"):
         list(read_conversations(tmp_path / "pipe"))
 
 
 def test_a_line_without_end_is_refused_before_all_of_it_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(file_documents, "LONGEST_LINE", 1000)
     path = tmp_path / "talks.jsonl"
     path.write_text(f"{GOOD}\n[{'{}, ' * 500}")
     with pytest.raises(DataError, match=r"talks.jsonl:2: a line of over 1,000 characters"):
