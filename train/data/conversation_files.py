@@ -82,11 +82,9 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
         return
     for number, line in enumerate(text_parts(path, "strict", by_line=True, remedy=""), 1):
         if line.strip():
+            line = line.removeprefix("\ufeff")  # a mark in the middle, where files were joined
             try:
-                yield (
-                    f"{path}:{number}",
-                    parsed(line.removeprefix("\ufeff").removesuffix("\n")),
-                )  # where files were joined
+                yield f"{path}:{number}", parsed(line.removesuffix("\n"))
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
 
