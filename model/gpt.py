@@ -66,6 +66,11 @@ class Embedding(nn.Embedding):
 
     accumulate = False
 
+    def reset_parameters(self) -> None:
+        """Nothing: `GPT.init_weights` fills it. For torch's normal values on the meta device, half a second
+        goes to importing its compiler.
+        """
+
     def forward(self, ids: Tensor, dtype: torch.dtype, runs: tuple[Tensor, Tensor] | None) -> Tensor:
         return embedding(ids, self.weight, dtype, runs, self.accumulate)
 

@@ -151,7 +151,7 @@ def state_in(run: Path) -> dict[str, str]:
     found = {}
     for part in (folder, folder / "optimizer"):
         stored = stored_tensors(part)
-        into = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+        into = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
         read_tensors(part, into)
         found |= {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in into.items()}
     return found

@@ -4,10 +4,13 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers.tools import tiny_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hotlap.common.errors import DataError
@@ -98,6 +101,37 @@ def shard(rank: int) -> str:
 def test_shards_are_read_as_the_whole_that_they_make(sharded, folder):
     one, other = (load_model(path, CPU, torch.float32)[0].state_dict() for path in (folder, sharded))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    ["{", "[]", "3", '{"head.weight": {}}', '{"head.weight": {"saved_offsets": [0, -1]}}', "[" * 9999],
+)
+def test_shards_that_do_not_say_where_they_begin_are_refused_by_name(offsets, sharded):
+    path = sharded / shard(1)
+    save_file({"head.weight": load_file(path)["head.weight"]}, path, {"DCP_SHARDING_INFO": offsets})
+    with pytest.raises(DataError, match=shard(1)):
+        load_model(sharded, CPU, torch.float32)
+
+
+def test_shards_of_another_dtype_are_refused(sharded):
+    path = sharded / shard(1)
+    with safe_open(path, "pt") as file:
+        offsets = file.metadata()
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, offsets)
+    with pytest.raises(DataError, match="has another dtype or shape in another file"):
+        load_model(sharded, CPU, torch.float32)
+
+
+def test_a_model_is_loaded_without_what_only_training_on_several_gpus_needs(folder):
+    code = (
+        "import sys, torch; from hotlap.model.weights import load_model;"
+        f"load_model({str(folder)!r}, torch.device('cpu'), torch.float32);"
+        "needless = {'torch.distributed.checkpoint', 'torch.distributed.tensor', 'torch._dynamo'};"
+        "print(needless & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])
