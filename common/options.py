@@ -141,7 +141,7 @@ def as_typed(message: str, config: Any, arguments: list[str]) -> str:
             flag = word.partition("=")[0]
             typed[flag.lstrip("-").replace("-", "_").split(".")[-1]] = flag
     file, keys = None, {}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word.partition("=")[0] == "--config":
             file = word.partition("=")[2] or following
             keys = {key.replace("-", "_") for key in flat(read_toml(Path(file)))}

@@ -1,7 +1,7 @@
 """Rows of bad input: models, exports and what chat, eval and export are asked."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import CHAT, DEEP, MANY, SFT, Row, config, folder, model, text, tokenizer
+from helpers.bad_files import CHAT, DEEP, MANY, SFT, Row, config, model, text, tokenizer
 from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE
 
 ROWS: list[Row] = [

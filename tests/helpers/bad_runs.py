@@ -2,7 +2,7 @@
 # ruff: noqa: E501  a row is one line
 
 from helpers.bad_files import DEEP, PRETRAIN, SFT, STEPS, Row, checkpoint, copy, folder, text, without
-from helpers.commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
+from helpers.commands import BAD_DATA, INPUT_OUTPUT, NO_INPUT, USAGE
 
 RESUME = f"{PRETRAIN} --loop.steps {STEPS + 2} --resume base"
 AUTO = f"{PRETRAIN} --loop.steps {STEPS + 2} --out bad --resume auto"
