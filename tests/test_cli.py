@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,29 @@ def test_help_after_a_command_and_before_it(capsys):
         with pytest.raises(SystemExit) as exit:
             main(given)
         assert exit.value.code == 0 and "usage: hotlap sft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "sys.modules['hotlap.common.options'] = Interrupts()",  # while cli.py is imported
+        "import hotlap.cli; hotlap.cli.read_flags = interrupt",
+        "import hotlap.train.data.prepare as module; module.tokenizer_command = interrupt",
+    ],
+)
+def test_an_interrupt_is_one_line_and_exit_code_130_from_the_first_moment(moment):
+    code = (
+        "import os, signal, sys, types\n"
+        "def interrupt(*given): os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Interrupts(types.ModuleType):\n"
+        "    def __init__(self): pass\n"
+        "    def __getattr__(self, name): interrupt()\n"
+        f"{moment}\n"
+        "from hotlap import cli\n"
+        "raise SystemExit(cli.main(['tokenizer', '--out', 'unused.json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_debug_shows_the_traceback(work):
