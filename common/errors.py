@@ -14,6 +14,7 @@ from hotlap.common.terminal import printable
 BAD_DATA, NO_INPUT, BUG, NO_MEMORY, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 65, 66, 70, 71, 73, 74, 75
 INTERRUPTED = "interrupted"  # what Ctrl-C prints
 FULL = (errno.ENOSPC, errno.EDQUOT)
+WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class DataError(ValueError):
@@ -78,6 +79,8 @@ def explained(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, OSError) and error.errno in FULL:
         where = error.filename or "the output"
         text = f"the disk is full: cannot write {where} ({error.strerror}); free up space"
+    elif isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
+        text = f"{error.filename}: {error.strerror}; name another file or folder"
     elif code == BUG:
         text = f"{type(error).__name__}: {text} (a bug; --debug shows the traceback)"
     return text, code

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -22,13 +23,20 @@ else:
     import tomli as tomllib
 
 Config = TypeVar("Config")
+ONLY_FLAGS = ("config", "preset", "depth")  # not keys of a file
+# What tyro and argparse print of a value of the wrong type, and how to say it.
+WRONG_TYPE = {
+    r"(?:.*invalid literal for int.*|invalid int value)": "a whole number, such as 1000",
+    r"(?:.*could not convert string to float|invalid float value)": "a number, such as 0.5",
+}
+DASHES = "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # from a formatted page
 
 
 class Flags(argparse.ArgumentParser):
     """argparse whose mistakes are ValueErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
+        raise ValueError(f"{plain(message)}; `{self.prog} --help` lists the flags")
 
 
 def parse(
@@ -46,7 +54,7 @@ def parse(
     without a flag and --model set that field. ValueError for what cannot be read.
     """
     first = Flags(prog=command, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=Path)  # ONLY_FLAGS names these
     rows = {"--config FILE.toml": "read flags from a file; those on the command line override it"}
     if presets:
         first.add_argument("--preset")
@@ -67,7 +75,10 @@ def parse(
     if getattr(chosen, "preset", None):
         start = presets[known(chosen.preset, presets, "preset")]()
     if getattr(chosen, "depth", None) is not None:
-        start = depth(chosen.depth)
+        try:
+            start = depth(chosen.depth)
+        except ValueError as error:
+            raise ValueError(str(error).replace("depth=", "--depth ")) from None
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     if model_field:
@@ -100,18 +111,29 @@ def from_flags(start: Config, arguments: list[str], **texts: str) -> tuple[Confi
         if not exit.code:
             raise
     hint = f"; `{texts['prog']} --help` lists the flags" if "prog" in texts else ""
-    raise ValueError(unboxed(printed.getvalue()).rstrip(".") + hint)
+    raise ValueError(plain(unboxed(printed.getvalue()).rstrip(".")) + hint)
+
+
+def plain(message: str) -> str:
+    """A message about a value of the wrong type, without Python's words."""
+    for pattern, needed in WRONG_TYPE.items():
+        if found := re.fullmatch(rf"(?:Error parsing|argument) (\S+): {pattern}: (.*)", message):
+            return f"{found[1]} {found[2]} must be {needed}"
+    return message
 
 
 def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
     """What is wrong with arguments that there are no flags for, with a suggestion."""
-    wrong = next((word for word in arguments if word.startswith("-")), None)
+    wrong = next((word for word in arguments if word.startswith(("-", *DASHES))), None)
     if wrong is None:
         return f"unexpected argument {arguments[0]!r}"
+    if wrong[0] in DASHES:
+        return f"unexpected argument {wrong!r}: it begins with {unicodedata.name(wrong[0])}, not with --"
     given = wrong.partition("=")[0].lstrip("-").replace("_", "-")
     flags = [flag for row in rows for flag in re.findall(r"--([a-z]+)", row)] + flags_of(start)
     near = [flag for flag in flags if flag.split(".")[-1] == given.split(".")[-1]]
-    near = near or [flag for flag in flags if any(f.startswith(given) for f in (flag, flag.split(".")[-1]))]
+    if given and not near:
+        near = [flag for flag in flags if any(f.startswith(given) for f in (flag, flag.split(".")[-1]))]
     near = near or difflib.get_close_matches(given, flags, n=1)
     if not near:
         ends = {flag.split(".")[-1]: flag for flag in flags}
@@ -168,15 +190,23 @@ def merge(config: Config, values: dict, where: str) -> Config:
     """config, changed by the values of a TOML table. where: the source of the table, for errors."""
     fields = flat(dataclasses.asdict(config))
     for key, value in flat(values).items():
-        name = known(key.replace("-", "_"), fields, f"key in {where}")
+        name = key.replace("-", "_")
+        if name in ONLY_FLAGS:
+            raise ValueError(f"{where}: {key} is not set in a file; give the flag --{key}={value}")
+        if any(field.startswith(f"{name}.") for field in fields):
+            raise ValueError(
+                f"{where}: {key}={value!r} is not a table; begin it with [{key}] on its own line"
+            )
+        name = known(name, fields, f"key in {where}")
+        misfit = f"{where}: {key}={value!r} does not fit {name}, which is {fields[name]!r} by default"
+        if isinstance(value, bool) and not isinstance(fields[name], bool):
+            raise ValueError(misfit)
         try:
             config, unknown = from_flags(config, as_flag(name, value))
         except ValueError as error:
             raise ValueError(f"{where}: {key}={value!r}: {error}") from None
         if unknown:
-            raise ValueError(
-                f"{where}: {key}={value!r} does not fit {name}, which is {fields[name]!r} by default"
-            )
+            raise ValueError(misfit)
     return config
 
 

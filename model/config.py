@@ -109,6 +109,11 @@ class GPTConfig:
         with the defaults.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        if {"architectures", "model_type"} & set(fields):
+            made = fields.get("model_type") or fields["architectures"]
+            raise ValueError(
+                f"it is of a model of Transformers ({made}); hotlap opens only models of its own"
+            )
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
         if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):

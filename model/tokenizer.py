@@ -87,6 +87,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json. FileNotFoundError or DataError if it cannot be read."""
         path = Path(path)
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder, not a tokenizer; name the {TOKENIZER} in it")
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; make one with `hotlap tokenizer`")
         try:

@@ -270,7 +270,7 @@ def what_is_at(path: Path) -> str:
     names = os.listdir(path)
     if "checkpoints" in names or {CONFIG, "run.lock"} <= {*names}:
         return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
-    if any(path.glob("*.bin")):
+    if any(path.glob("*_[0-9]*.bin")):
         return f"{path} has token shards and no model; train one on them with `hotlap pretrain --data {path}`"
     missing = [name for name in (CONFIG, TOKENIZER, TENSORS) if not any(path.glob(name))]
     if not {CONFIG, TENSORS} <= {*missing}:

@@ -1,7 +1,7 @@
 """Bad input is one line at once that says what was given and what to do, and leaves nothing behind.
 
-The rows are in tests/helpers/bad_*.py, by what is wrong: flags, data, models, runs, and studies and benchmarks.
-bad_files.py has the builders of wrong files.
+The rows are in tests/helpers/bad_*.py, by what is wrong: flags, data, models, runs, or studies and
+benchmarks. bad_files.py has the builders of wrong files.
 """
 
 import io

@@ -25,7 +25,7 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import load_weights
+from hotlap.model.weights import load_weights, model_folder
 from hotlap.train.config import LoopConfig, StageConfig
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
@@ -47,7 +47,7 @@ from hotlap.train.loop import fit
 from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
-from hotlap.train.run.changes import continued
+from hotlap.train.run.changes import check_origin, continued
 from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
 from hotlap.train.run.metrics import METRICS
 from hotlap.train.run.report import write_report
@@ -116,6 +116,8 @@ def opened(config: StageConfig, world: World, prepare: Callable[[], T]) -> Itera
             if world.is_main:
                 stack.enter_context(run_lock(config.out))
                 open_run(config.out, config, config.resume != "no")
+                if config.resume not in ("no", "auto"):
+                    check_origin(model_folder(config.resume), config)
             prepared = prepare()
         yield prepared
 

@@ -8,6 +8,7 @@ from helpers.bad_files import (
     DEEP,
     FAR,
     GZIP,
+    HF_TOKENIZER,
     MANY,
     PDF,
     PRETRAIN,
@@ -25,6 +26,7 @@ from helpers.bad_files import (
 from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE
 
 TEXT = {"text": "a"}
+WHOLE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 USER, ASSISTANT, SYSTEM = ("user", "a"), ("assistant", "b"), ("system", "c")
 CALL = {"role": "assistant", "content": [{"type": "python", "text": "1"}]}
 SHARDS = PRETRAIN.replace("characters", "tokenizer.json") + " --data bad"
@@ -54,15 +56,15 @@ ROWS: list[Row] = [
     (f"{DATA} --source none.txt", None, NO_INPUT, r"'none\.txt'.*name a file"),
     (f"{DATA} --source 'c/none*'", None, NO_INPUT, r"'c/none\*'.*name a file"),
     (f"{DATA} --source a", folder("a"), NO_INPUT, r"'a'.*name a file"),
-    (f"{DATA} --source a.txt", pipe("a.txt"), NO_INPUT, r"a\.txt is a pipe"),
-    (f"{DATA} --source a.txt", link("a.txt", "gone.txt"), NO_INPUT, r"a\.txt is a broken link|a\.txt is a link to gone\.txt"),
+    (f"{DATA} --source a.txt", pipe("a.txt"), USAGE, r"a\.txt is a pipe"),
+    (f"{DATA} --source a.txt", link("a.txt", "gone.txt"), NO_INPUT, r"a\.txt is a link to gone\.txt"),
     (f"{DATA} --source a.md", text("a.md", " \n"), BAD_DATA, r"'a\.md' holds no text"),
     (f"{DATA} --source a.txt", text("a.txt"), BAD_DATA, r"no documents for the train split"),
     (f"{DATA} --source a.txt", text("a.txt", b"caf\xe9 au lait"), BAD_DATA, r"a\.txt is not UTF-8 at byte 3 \(line 1: .*--errors replace"),
     (f"{DATA} --source a.txt", text("a.txt", b"\xff\xfea\0b\0c"), BAD_DATA, r"a\.txt is not UTF-16 at byte 6"),
     (f"{DATA} --source a.txt", text("a.txt", b"a\0b\0c\0d\0"), BAD_DATA, r"a\.txt is binary or compressed, or UTF-16 without"),
     (f"{DATA} --source a.txt", text("a.txt", b"line\n" * 5000 + b"a\0b"), BAD_DATA, r"a\.txt:5001: a NUL character"),
-    (f"{DATA} --source a.txt", text("a.txt", GZIP), BAD_DATA, r"a\.txt is compressed by gzip.*unpack it"),
+    (f"{DATA} --source a.txt", text("a.txt", GZIP), BAD_DATA, r"a\.txt is compressed by gzip; unpack"),
     (f"{DATA} --source a.pdf", text("a.pdf", PDF), BAD_DATA, r"a\.pdf is a PDF"),
     (f"{DATA} --source a.docx", text("a.docx", ZIP), BAD_DATA, r"a\.docx is a zip archive"),
     (f"{DATA} --source a.txt", text("a.txt", b"PAR1xxxx"), BAD_DATA, r"a\.txt is parquet"),
@@ -82,22 +84,34 @@ ROWS: list[Row] = [
     (SHARDS, shard(lambda raw: raw[:4] + b"\7" + raw[5:]), BAD_DATA, r"train_000000\.bin: .*version 7"),
     (SHARDS, shard(lambda raw: raw[:8] + b"\xff" * 4 + raw[12:]), BAD_DATA, r"train_000000\.bin: .*header says -1 tokens"),
     (SHARDS, shard(lambda raw: raw[:1030] + struct.pack("<H", 280) + raw[1032:]), BAD_DATA, r"train_000000\.bin: token id 280 at byte 1030"),
-    # pretrain
+    # pretrain: folders and files of another kind
+    (f"{PRETRAIN} --data ''", None, USAGE, r"the name of the data is empty; name a file"),
+    (f"{PRETRAIN} --data '\"text.txt\"'", None, NO_INPUT, r"no text files match '\"text\.txt\"'; name a file"),
+    (f"{PRETRAIN} --data base", None, BAD_DATA, r"base/metrics\.jsonl:1: no field `text`"),
+    (f"{PRETRAIN} --data model", None, NO_INPUT, r"no text files in 'model' .*; name a file"),
+    (f"{PRETRAIN} --data model/model.safetensors", None, BAD_DATA, r"model/model\.safetensors is binary.*name UTF-8 text"),
+    (f"{PRETRAIN} --data shards/train_000000.bin", None, BAD_DATA, r"shards/train_000000\.bin is binary.*name UTF-8 text"),
+    (f"{PRETRAIN} --data tokenizer.json", None, BAD_DATA, r"tokenizer\.json:1: no field `text`"),
+    (f"{PRETRAIN} --tokenizer text.txt", None, BAD_DATA, r"text\.txt is not a hotlap tokenizer\.json"),
+    (f"{PRETRAIN} --tokenizer model", None, NO_INPUT, r"model is a folder.*name the tokenizer\.json in it"),
+    (f"{PRETRAIN} --tokenizer a.json", text("a.json", HF_TOKENIZER), BAD_DATA, r"a\.json is not a hotlap tokenizer\.json: the tokenizer has no <\|bos\|>"),
     (f"{PRETRAIN} --data none.txt", None, NO_INPUT, r"'none\.txt'.*name a file"),
     (f"{PRETRAIN} --tokenizer none.json", None, NO_INPUT, r"none\.json"),
     # sft: files of conversations
     (f"{SFT} --data none.jsonl", None, NO_INPUT, r"none\.jsonl"),
-    (f"{SFT} --data ''", None, USAGE, r"the name of the conversations is empty"),
-    (f"{SFT} --data .", None, USAGE, r"\. is a folder; name a file in it"),
-    (f"{SFT} --data a", pipe("a"), BAD_DATA, r"a is a pipe"),
+    (f"{SFT} --data ''", None, USAGE, r"the name of the (data|conversations) is empty; name"),
+    (f"{SFT} --data .", None, BAD_DATA, r"\. is a folder; name a file in it"),
+    (f"{SFT} --data a", pipe("a"), USAGE, r"a is a pipe.*file"),
     (TALKS, text("a.jsonl", ""), BAD_DATA, r"a\.jsonl.*holds no conversation"),
-    (TALKS, text("a.jsonl", GZIP), BAD_DATA, r"a\.jsonl is binary or compressed"),
-    (TALKS, text("a.jsonl", b'{"messages": []}\n{"messages": ["caf\xe9"]}\n'), BAD_DATA, r"a\.jsonl:2: byte 0xe9 .*is not UTF-8"),
+    (TALKS, text("a.jsonl", GZIP), BAD_DATA, r"a\.jsonl is .*compressed.*unpack"),
+    (TALKS, text("a.jsonl", WHOLE + WHOLE.replace(b"a", b"\xe9")), BAD_DATA, r"a\.jsonl.*line 2: 0xe9.*iconv"),
     (TALKS, lines("a.jsonl", '{"messages": ["a"'), BAD_DATA, r"a\.jsonl:1: not JSON"),
     (TALKS, lines("a.jsonl", "{", '"messages": []', "}"), BAD_DATA, r"a\.jsonl:1: JSON over several lines.*jq -c"),
     (TALKS, lines("a.jsonl", [{"messages": []}]), BAD_DATA, r"a\.jsonl:1: a JSON array; each line must be"),
     (TALKS, lines("a.jsonl", {"conversations": []}), BAD_DATA, r"a\.jsonl:1: .*\"messages\" list, not .*'conversations'; this is ShareGPT's"),
     (TALKS, lines("a.jsonl", {"prompt": "a", "completion": "b"}), BAD_DATA, r"a\.jsonl:1: .*\"messages\" list, not .*'prompt', 'completion'"),
+    (f"{SFT} --data base", None, BAD_DATA, r"base is a folder; name a file in it"),
+    (f"{SFT} --data text.txt", None, BAD_DATA, r"text\.txt:1: not JSON .*each line must be \{\"messages\""),
     # sft: conversations
     (TALKS, talk({"role": "user", "text": "a"}), BAD_DATA, r"a\.jsonl:1: message 0: unknown key 'text'"),
     (TALKS, talk(("human", "a")), BAD_DATA, r"message 0: `role` is 'human'; rename it to 'user'"),

@@ -16,6 +16,15 @@ Builder = Callable[[Path], object]
 Row = tuple[str, Builder | None, int, str]
 """The arguments, the builder of what they need, the exit code, and a pattern of the line."""
 
+# GPT-2's, as Transformers saves them
+HF_CONFIG = (
+    '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12}'
+)
+HF_TOKENIZER = json.dumps({
+    "version": "1.0", "added_tokens": [{"id": 3, "special": True, "content": "<|endoftext|>"}],
+    "pre_tokenizer": {"type": "ByteLevel"}, "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+})  # fmt: skip
 STEPS = 4
 DATA = "data --source text.txt --tokenizer tokenizer.json --out new"
 PRETRAIN = "pretrain --data text.txt --tokenizer characters --out new " + " ".join(SMALL)

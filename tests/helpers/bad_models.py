@@ -1,7 +1,20 @@
 """Rows of bad input: models, exports and what chat, eval and export are asked."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import CHAT, DEEP, MANY, SFT, Row, config, model, text, tokenizer
+from helpers.bad_files import (
+    CHAT,
+    DEEP,
+    HF_CONFIG,
+    HF_TOKENIZER,
+    MANY,
+    PICKLE,
+    SFT,
+    Row,
+    config,
+    model,
+    text,
+    tokenizer,
+)
 from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE
 
 ROWS: list[Row] = [
@@ -14,6 +27,12 @@ ROWS: list[Row] = [
     ("chat bad -p a", text("bad/config.json", "{}"), NO_INPUT, r"bad is no whole model: it lacks tokenizer\.json and \*\.safetensors"),
     ("chat base/checkpoints/step-000004/optimizer -p a", None, NO_INPUT, r"optimizer is a part of a checkpoint; give"),
     ("chat", text("runs"), NO_INPUT, r"runs is a file, not the folder of a run or model"),
+    ("chat ''", None, NO_INPUT, r"no model in the folder \."),
+    ("chat model/model.safetensors -p a", None, NO_INPUT, r"model/model\.safetensors is a file, not the folder of a run or model"),
+    ("chat bad.gguf -p a", text("bad.gguf", "GGUF"), NO_INPUT, r"bad\.gguf is a file, not the folder of a run or model"),
+    ("chat bad -p a", text("bad/pytorch_model.bin", PICKLE), NO_INPUT, r"no model in the folder bad"),
+    (f"{SFT} --base text.txt", None, NO_INPUT, r"text\.txt is a file, not the folder of a run or model"),
+    (f"{SFT} --base shards", None, NO_INPUT, r"shards has token shards and no model; train one on them"),
     # what is asked of it
     ("chat sft -p ''", None, USAGE, r"the question of -p is empty"),
     ("eval --model sft --tasks sums", None, USAGE, r"unknown task 'sums'; known: bpb"),
@@ -47,7 +66,9 @@ ROWS: list[Row] = [
     (CHAT, model("config.json", DEEP), BAD_DATA, r"config\.json is nested too deeply"),
     (CHAT, model("config.json", ""), BAD_DATA, r"config\.json is not JSON"),
     (CHAT, model("config.json", b"\xff\xfe{"), BAD_DATA, r"config\.json is not JSON"),
+    (CHAT, model("config.json", HF_CONFIG), BAD_DATA, r"bad/config\.json .*of a model of Transformers \(gpt2\)"),
     # tokenizer.json
+    (CHAT, model("tokenizer.json", HF_TOKENIZER), BAD_DATA, r"bad/tokenizer\.json is not a hotlap tokenizer\.json: the tokenizer has no <\|bos\|>"),
     (CHAT, model("tokenizer.json", DEEP), BAD_DATA, r"bad/tokenizer\.json is not a hotlap tokenizer\.json"),
     (CHAT, model("tokenizer.json", ""), BAD_DATA, r"bad/tokenizer\.json is not a hotlap tokenizer\.json"),
     (CHAT, tokenizer(lambda t: t["model"].update(vocab="x")), BAD_DATA, r"bad/tokenizer\.json is not a hotlap"),
@@ -58,6 +79,6 @@ ROWS: list[Row] = [
     # state.json and the tensors
     (CHAT, model("state.json", "[]"), BAD_DATA, r"state\.json holds no JSON object"),
     (CHAT, model("state.json", '{"stage": 3}'), BAD_DATA, r"state\.json: stage=3"),
-    (CHAT, model("model.safetensors", b""), BAD_DATA, r"cannot read bad/model\.safetensors"),
-    (CHAT, model("model.safetensors", b"\xff" * 8 + b"{}"), BAD_DATA, r"cannot read bad/model\.safetensors"),
+    (CHAT, model("model.safetensors", b""), BAD_DATA, r"cannot read the tensors of bad/model\.safetensors"),
+    (CHAT, model("model.safetensors", b"\xff" * 8 + b"{}"), BAD_DATA, r"cannot read the tensors of bad/model\.safetensors"),
 ]  # fmt: skip

@@ -12,8 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.options import differences, flat, to_json
+from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.train.run.state import RunState
 
 # Where and how a run is computed, watched and saved.
@@ -36,6 +38,16 @@ def changes(saved: dict, config: Any) -> dict[str, str]:
         for name in sorted({*old, *new} - FREE)
         if old.get(name) != new.get(name)
     }
+
+
+def check_origin(folder: Path, config: Any) -> None:
+    """Raise what can be known before data is prepared: whether a folder of --resume is a checkpoint, of the
+    same order of the data.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} is a model without the state of its training; --resume needs a checkpoint")
+    if saved := read_manifest(folder).get("run"):
+        check_order(folder, changes(saved, config))
 
 
 def continued(folder: Path, manifest: dict, state: RunState, config: Any, stage: Any) -> RunState:
@@ -92,6 +104,10 @@ def check_data(folder: Path, state: RunState, found: dict[str, str], stage: Any)
             f"{folder} was started on other data than {stage.source} holds now; restore that data, or start "
             "a new run with another --out"
         )
+    check_order(folder, found)
+
+
+def check_order(folder: Path, found: dict[str, str]) -> None:
     if other := [text for name, text in found.items() if name in ORDER]:
         raise ValueError(
             f"{folder} has another order of the data: {'; '.join(other)}; restore the original value, or "

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from hotlap.common import files
@@ -24,6 +25,7 @@ from hotlap.train.pretrain import PretrainConfig, check_sizes, pretrain
 from hotlap.train.run.changes import changes
 from hotlap.train.run.folder import LOCK, read_config, run_lock
 from hotlap.train.run.metrics import METRICS, read_metrics
+from hotlap.train.stage import delete_unused
 
 SERIES = "series.json"  # what the runs of a series share
 CHECKPOINTS_HELD = 2  # of a run, at a time
@@ -69,8 +71,10 @@ def shared_data(config: PretrainConfig, out: Path, world: World) -> Iterator[Pat
     """Lock the folder of a series, and yield the folder of token shards for its runs: the one that config
     names, or one made in `out` with config's tokenizer.
     """
+    new = not out.exists()
     with ExitStack() as stack:
-        with world.main_first(f"make the data of {out}"):
+        with world.main_first(f"make the data of {out}"), ExitStack() as on_error:
+            on_error.push(partial(delete_unused, out, new and world.is_main))
             if world.is_main:
                 stack.enter_context(run_lock(out))
                 check_source(config, out / SERIES)
