@@ -26,8 +26,9 @@ Config = TypeVar("Config")
 ONLY_FLAGS = ("config", "preset", "depth")  # not keys of a file
 # What tyro and argparse print of a value of the wrong type, and how to say it.
 WRONG_TYPE = {
-    r"(?:.*invalid literal for int.*|invalid int value)": "a whole number, such as 1000",
-    r"(?:.*could not convert string to float|invalid float value)": "a number, such as 0.5",
+    r"(?:.*invalid literal for int.*|invalid int value): (.*)": "a whole number, in digits only",
+    r"(?:.*could not convert string to float|invalid float value): (.*)": "a number, such as 0.5",
+    r"Could not (?:parse|find valid parse for) arguments:? \[(.*?)\].*": "numbers with spaces between them, as many as --help shows",
 }
 DASHES = "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # from a formatted page
 
@@ -117,7 +118,7 @@ def from_flags(start: Config, arguments: list[str], **texts: str) -> tuple[Confi
 def plain(message: str) -> str:
     """A message about a value of the wrong type, without Python's words."""
     for pattern, needed in WRONG_TYPE.items():
-        if found := re.fullmatch(rf"(?:Error parsing|argument) (\S+): {pattern}: (.*)", message):
+        if found := re.fullmatch(rf"(?:Error parsing|argument) (\S+): {pattern}", message):
             return f"{found[1]} {found[2]} must be {needed}"
     return message
 

@@ -267,6 +267,8 @@ def what_is_at(path: Path) -> str:
         return f"{path} is a folder that you may not read"
     if is_model(path.parent):
         return f"{path} is a part of a checkpoint; give {path.parent}"
+    if run_checkpoints(path.parent) and path.name == "checkpoints":
+        return f"{path} has all checkpoints of a run; give {path.parent} for the newest one, or one of them"
     names = os.listdir(path)
     if "checkpoints" in names or {CONFIG, "run.lock"} <= {*names}:
         return f"{path} is a run without a complete checkpoint; train it on with --resume auto"
