@@ -22,6 +22,7 @@ except ImportError as error:
         ".venv/bin/python, or install it: pip install -e ."
     ) from None
 except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
     raise SystemExit(130) from None
 
 from hotlap.common.errors import BAD_DATA

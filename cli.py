@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import os
 import signal
 import sys
@@ -16,11 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hotlap.common import options
-from hotlap.common.errors import guarded, known
-from hotlap.common.log import set_up_logging
-from hotlap.common.process import wait_asleep
-from hotlap.common.terminal import lenient
+try:
+    from hotlap.common import options
+    from hotlap.common.errors import INTERRUPTED, guarded, known
+    from hotlap.common.log import set_up_logging
+    from hotlap.common.process import wait_asleep
+    from hotlap.common.terminal import lenient
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 class Command(NamedTuple):
@@ -168,10 +171,6 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     lenient(sys.stdout)
-    words, last = arguments[:-1], arguments[-1:]
-    if last in (["--version"], ["-V"]) and not any(word.startswith("-") for word in words):
-        print(f"hotlap {version()}")
-        return 0
     if first := shadow(list(sys.modules["hotlap"].__path__)):
         print(f"warning: {first} comes before the installed hotlap; start `hotlap` instead", file=sys.stderr)
     if arguments[:1] == ["help"]:
@@ -184,6 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(path: str, table: Table, arguments: list[str]) -> int | None:
     """Find the command in a table, and pass it the remaining arguments."""
+    words, last = arguments[:-1], arguments[-1:]
+    if last in (["--version"], ["-V"]) and not any(word.startswith("-") for word in words):
+        print(f"hotlap {version()}")
+        return 0
     if not arguments or arguments[0] in HELP:
         print(f"usage: {path} COMMAND [flags]     ({path} COMMAND --help lists the flags)\n")
         print("\n".join(f"  {name:10} {text}" for name, (text, *_) in table.items()))
@@ -196,8 +199,8 @@ def run(path: str, table: Table, arguments: list[str]) -> int | None:
     set_up_logging()
     wait_asleep()
     rest = ["--help"] if rest == ["help"] else rest
-    config = read_flags(f"{path} {name}", command, rest)
     with importing():
+        config = read_flags(f"{path} {name}", command, rest)
         function = named(command.run)
     try:
         return function(config)
@@ -217,12 +220,12 @@ def shadow(folders: list[str]) -> str | None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """While torch is imported, Ctrl-C ends the process: what is interrupted in the middle may catch the
-    exception, and then fails in other ways.
+    """While flags are read and torch is imported, Ctrl-C ends the process: what is interrupted in the middle
+    may catch the exception, and then fails in other ways.
     """
 
     def stop(*given: object) -> None:
-        os.write(2, b"error: interrupted\n")
+        os.write(2, f"{INTERRUPTED}\n".encode())
         os._exit(130)
 
     before = signal.getsignal(signal.SIGINT)
@@ -238,6 +241,8 @@ def importing() -> Iterator[None]:
 
 def version() -> str:
     """The version of the installed package, or of the checkout that this file is in."""
+    import importlib.metadata  # takes half as long as all other imports of this file
+
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("hotlap")
     project = Path(__file__).with_name("pyproject.toml")

@@ -12,6 +12,7 @@ from hotlap.common.terminal import printable
 
 # as in sysexits.h
 BAD_DATA, NO_INPUT, BUG, NO_MEMORY, CANNOT_CREATE, INPUT_OUTPUT, TRY_AGAIN = 65, 66, 70, 71, 73, 74, 75
+INTERRUPTED = "interrupted"  # what Ctrl-C prints
 FULL = (errno.ENOSPC, errno.EDQUOT)
 WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
@@ -63,6 +64,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explained(error: BaseException) -> tuple[str, int]:
     """An error on one line, and its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, EXIT_CODES[KeyboardInterrupt]
     text = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error) and not isinstance(error, MemoryError):
         error = MemoryError(text)
@@ -74,7 +77,8 @@ def explained(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, RecursionError):
         text = f"something in a file is nested too deeply ({text}); --debug shows where"
     elif isinstance(error, OSError) and error.errno in FULL:
-        text = f"the disk is full: cannot write {error.filename or ''} ({error.strerror}); free up space"
+        where = error.filename or "the output"
+        text = f"the disk is full: cannot write {where} ({error.strerror}); free up space"
     elif isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
         text = f"{error.filename}: {error.strerror}; name another file or folder"
     elif code == BUG:
@@ -85,9 +89,11 @@ def explained(error: BaseException) -> tuple[str, int]:
 def guarded(action: Callable[[], int | None], debug: bool) -> int:
     """Run action and return its exit code. An error is printed as one line, or raised if debug is set."""
     try:
-        return action() or 0
+        try:
+            return action() or 0
+        finally:
+            flush_output()
     except BrokenPipeError:  # the reader of our output has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit:  # tyro has printed help or a mistake
         raise
@@ -96,8 +102,21 @@ def guarded(action: Callable[[], int | None], debug: bool) -> int:
             raise
         text, code = explained(error)
         rank = int(os.environ.get("RANK", 0))  # under torchrun
-        if not isinstance(error, Interrupted):
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        if not stopped:
             text = f"rank {rank}: error: {text}" if rank else f"error: {text}"
-        if not (rank and isinstance(error, Interrupted)):
+        if not (rank and stopped):
             print(printable(text), file=sys.stderr)
         return code
+
+
+def flush_output() -> None:
+    """Write out standard output. What cannot be written is an error now; Python, when it exits, would print
+    another.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

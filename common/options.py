@@ -28,7 +28,7 @@ ONLY_FLAGS = ("config", "preset", "depth")  # not keys of a file
 WRONG_TYPE = {
     r"(?:.*invalid literal for int.*|invalid int value): (.*)": "a whole number, in digits only",
     r"(?:.*could not convert string to float|invalid float value): (.*)": "a number, such as 0.5",
-    r"Could not (?:parse|find valid parse for) arguments:? \[(.*?)\].*": "numbers with spaces between them, as many as --help shows",
+    r"Could not (?:parse|find valid parse for) arguments:? \[(.*?)\].*": "as many numbers as --help shows",
 }
 DASHES = "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # from a formatted page
 

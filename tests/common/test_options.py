@@ -80,7 +80,7 @@ def test_values_of_every_type_come_from_a_file(tmp_path):
         ("out = true", "out=True does not fit out"),
         ('dtype = "float8"', "dtype='float8': .*float32"),
         ("compile = 1", "compile=1: .*auto"),
-        ('schedule.momentum = ["a", 1, 1]', "momentum.*: .* numbers"),
+        ('schedule.momentum = ["a", 1, 1]', "momentum.*: .* numbers as"),
         ("schedule.momentum = 0.5", "momentum=0.5: .*3 values"),
         ("schedule.momentum = [0.5]", r"momentum=\[0.5\]: .*3 values"),
         ("seed = ", "is not TOML"),

@@ -41,7 +41,7 @@ ROWS: list[Row] = [
     (f"{PRETRAIN} --loop.steps 1e3", None, USAGE, r"--loop\.steps '1e3' must be a whole number"),
     (f"{PRETRAIN} --loop.minutes 1,5", None, USAGE, r"--loop\.minutes '1,5' must be a number, such as 0\.5"),
     ("chat sft -p a --temperature hot", None, USAGE, r"--temperature 'hot' must be a number, such as 0\.5"),
-    (f"{PRETRAIN} --schedule.momentum 0,9 0,9 0,9", None, USAGE, r"--schedule\.momentum '0,9', '0,9', '0,9' must be numbers with spaces between"),
+    (f"{PRETRAIN} --schedule.momentum 0,9 0,9 0,9", None, USAGE, r"--schedule\.momentum '0,9', '0,9', '0,9' must be as many numbers as --help shows"),
     ("bench look --minutes x", None, USAGE, r"--minutes 'x' must be a number"),
     (f"{PRETRAIN} --dtype float99", None, USAGE, r"'float99'.*'--dtype'.*bfloat16"),
     (f"{PRETRAIN} --micro-batch many", None, USAGE, r"(--micro-batch |micro_batch=)'?many'? must be a number of rows, all, or auto"),

@@ -26,7 +26,7 @@ ROWS: list[Row] = [
     (f"ablations --base model.layers={MANY} --only GELU --out new", None, USAGE, r"training .* parameters needs at least"),
     # scaling
     (f"{SCALING} --depths 1 2", None, USAGE, r"depths.* must be at least 3 different depths"),
-    (f"{SCALING} --depths 1,2,3", None, USAGE, r"--depths '1,2,3' must be numbers with spaces between"),
+    (f"{SCALING} --depths 1,2,3", None, USAGE, r"--depths '1,2,3' must be as many numbers as --help shows"),
     (f"{SCALING} --data none.txt", None, NO_INPUT, r"'none\.txt'.*name a file"),
     (f"{SCALING} --depths 1 2 100000", None, USAGE, r"depth.*100000 must be from 1"),
     (f"{SCALING} --depths 1 2 900", None, USAGE, r"training .* parameters needs at least"),

@@ -69,8 +69,8 @@ def check_stage(config: EvalConfig, trained_for: str | None) -> None:
 
 
 def evaluate_model(config: EvalConfig) -> dict:
-    """Score the model. Returns, and writes to config.out, scores, samples and wrong answers, with the device,
-    versions and date.
+    """Score the model. Prints a table, then writes to config.out and returns scores, samples and wrong
+    answers, with the device, versions and date.
 
     Reads the data before loading the model, to find errors early. All ranks share the work of bpb and core;
     rank 0 does the rest.
@@ -112,8 +112,10 @@ def evaluate_model(config: EvalConfig) -> dict:
             "seconds": round(time.perf_counter() - began, 1),
             "ranks": world.size, "scores": scores, "samples": samples, "wrong": wrong,
         }  # fmt: skip
-        if config.out and world.is_main:
-            write(config.out, json.dumps(result, indent=1) + "\n")
+        if world.is_main:
+            print(printable(as_table(result)), flush=True)  # before the disk turns out to be full
+            if config.out:
+                write(config.out, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -151,4 +153,4 @@ def line(name: str, score: float, interval: list[float], n: int) -> str:
 
 def main(config: EvalConfig) -> None:
     """`hotlap eval`."""
-    print(printable(as_table(evaluate_model(config))))
+    evaluate_model(config)

@@ -1,5 +1,6 @@
 """What a model is worth."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -205,6 +206,17 @@ def test_samples_steer_no_terminal_and_stay_exact_in_the_file(tmp_path, base, mo
     printed = capsys.readouterr().out
     assert "[2Jbad\n" in printed and printable(printed) == printed
     assert json.loads((tmp_path / "out.json").read_text())["samples"] == [["a bad", "\x1b[2Jbad\x9b"]]
+
+
+def test_a_full_disk_does_not_lose_the_scores(base, tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "OPENINGS", ("a bad",))
+    monkeypatch.setattr(command, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        command.main(EvalConfig(base, ("samples",), out=tmp_path / "out.json"))
+    assert str(base) in capsys.readouterr().out
 
 
 def test_without_a_folder_core_is_downloaded(tmp_path, base, monkeypatch):
