@@ -28,7 +28,7 @@ ROWS: list[Row] = [
     # values that are missing, too many or of another type
     (f"{PRETRAIN} --batch-rows", None, USAGE, r"Missing value .*'--batch-rows'"),
     (f"{PRETRAIN} --schedule.momentum 1 2", None, USAGE, r"Missing value .*'--schedule\.momentum'. Expected 3 values"),
-    (f"{PRETRAIN} --schedule.stages 1 2 3", None, USAGE, r"Error parsing --schedule\.stages"),
+    (f"{PRETRAIN} --schedule.stages 1 2 3", None, USAGE, r"--schedule\.stages '1', '2', '3' must be as many numbers as --help shows"),
     (f"{PRETRAIN} --config", None, USAGE, r"--config: expected one argument"),
     (f"{PRETRAIN} --preset", None, USAGE, r"--preset: expected one argument"),
     ("sft --resume", None, USAGE, r"Missing value .*'--resume'"),
