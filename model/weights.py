@@ -22,8 +22,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
-from hotlap.model.config import GPTConfig
-from hotlap.model.flops import counts_of, rotary_bytes
+from hotlap.model.config import GPTConfig, counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlap.common.options import differences, flat, parse, to_json
+from hotlap.common.options import as_typed, differences, flat, parse, to_json
 from hotlap.train import presets, pretrain, sft
 from hotlap.train.data import prepare
 from hotlap.train.evaluation import command
@@ -121,3 +121,29 @@ def test_differences_name_each_field_that_changed():
     ]
     config = json.loads(to_json(presets.tiny()))
     assert differences(config, json.loads(to_json(presets.tiny()))) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--model.smear=false",
+        "--model.smear false",
+        "--model.no-smear=1",
+        "--model.no_smear 1",
+        "--model.smear=",
+    ],
+)
+def test_a_switch_with_a_value_is_refused_with_the_two_that_there_are(given):
+    with pytest.raises(ValueError) as caught:
+        parse_pretrain(*given.split())
+    assert str(caught.value).startswith(f"{given}: ") and "--model.no-smear turns it off" in str(caught.value)
+
+
+def test_a_value_is_shown_as_it_was_typed():
+    for arguments in (["--optim.matrix-lr", "1e0"], ["--optim.matrix-lr=1e0"]):
+        config = parse_pretrain(*arguments)
+        assert as_typed("matrix_lr=1.0 is high", config, arguments) == "--optim.matrix-lr 1e0 is high"
+    arguments = ["--schedule.momentum", "1", "0", "0"]
+    config = parse_pretrain(*arguments)
+    message = as_typed("momentum=(1.0, 0.0, 0.0) is wrong", config, arguments)
+    assert message == "--schedule.momentum (1.0, 0.0, 0.0) is wrong"

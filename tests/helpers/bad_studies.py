@@ -34,7 +34,7 @@ ROWS: list[Row] = [
     (f"{SCALING} --ratio 1e-18", None, USAGE, r"--ratio 1e-18 gives 0 steps"),
     (f"{SCALING} --ratio nan", None, USAGE, r"--ratio nan must be positive"),
     (f"{SCALING} --budget-flops inf", None, USAGE, r"--budget-flops inf must be 0"),
-    (f"{SCALING} --budget-flops 10", None, USAGE, r"budget.flops.10(\.0)? is too little for one step"),
+    (f"{SCALING} --budget-flops 10", None, USAGE, r"--budget-flops 10(\.0)? is too little for one step"),
     (f"{SCALING} --out .", None, CANNOT_CREATE, r"\. holds .* and no series; choose another --out"),
     # speedruns
     ("speedrun minutes --minutes 0 --out new", None, USAGE, r"--minutes 0(\.0)? must be positive"),
