@@ -12,6 +12,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -26,8 +27,9 @@ Config = TypeVar("Config")
 ONLY_FLAGS = ("config", "preset", "depth")  # not keys of a file
 # What tyro and argparse print of a value of the wrong type, and how to say it.
 WRONG_TYPE = {
-    r"(?:.*invalid literal for int.*|invalid int value)": "a whole number, such as 1000",
-    r"(?:.*could not convert string to float|invalid float value)": "a number, such as 0.5",
+    r"(?:.*invalid literal for int.*|invalid int value): (.*)": "a whole number, in digits only",
+    r"(?:.*could not convert string to float|invalid float value): (.*)": "a number, such as 0.5",
+    r"Could not (?:parse|find valid parse for) arguments:? \[(.*?)\].*": "as many numbers as --help shows",
 }
 DASHES = "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # from a formatted page
 
@@ -83,6 +85,7 @@ def parse(
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     if model_field:
         rest = [re.sub(r"^--model(?==|$)", f"--{model_field}", word) for word in rest]
+    check_switches(start, rest)
     text = "\n".join(f"  {flag:22} {about}" for flag, about in rows.items())
     description = f"{(kind.__doc__ or '').strip()}\n\n{text}"
     config, unknown = from_flags(start, rest, prog=command, description=description)
@@ -117,9 +120,21 @@ def from_flags(start: Config, arguments: list[str], **texts: str) -> tuple[Confi
 def plain(message: str) -> str:
     """A message about a value of the wrong type, without Python's words."""
     for pattern, needed in WRONG_TYPE.items():
-        if found := re.fullmatch(rf"(?:Error parsing|argument) (\S+): {pattern}: (.*)", message):
+        if found := re.fullmatch(rf"(?:Error parsing|argument) (\S+): {pattern}", message):
             return f"{found[1]} {found[2]} must be {needed}"
     return message
+
+
+def check_switches(start: Config, arguments: list[str]) -> None:
+    """Raise ValueError for a switch with a value, such as --model.smear=false."""
+    flags = {f"--{flag}" for flag in flags_of(start)}
+    pairs = {flag: off for flag in flags if (off := as_flag(flag[2:], False)[0]) in flags}
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, equals, _ = word.replace("_", "-").partition("=")
+        given = word if equals else f"{word} {following}"
+        for on, off in pairs.items():
+            if flag in (on, off) and (equals or following.lower() in ("true", "false", "0", "1")):
+                raise ValueError(f"{given}: a switch takes no value; {on} turns it on, {off} turns it off")
 
 
 def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
@@ -130,7 +145,7 @@ def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
     if wrong[0] in DASHES:
         return f"unexpected argument {wrong!r}: it begins with {unicodedata.name(wrong[0])}, not with --"
     given = wrong.partition("=")[0].lstrip("-").replace("_", "-")
-    flags = [flag for row in rows for flag in re.findall(r"--([a-z]+)", row)] + flags_of(start)
+    flags = ["help", *(flag for row in rows for flag in re.findall(r"--([a-z]+)", row)), *flags_of(start)]
     near = [flag for flag in flags if flag.split(".")[-1] == given.split(".")[-1]]
     if given and not near:
         near = [flag for flag in flags if any(f.startswith(given) for f in (flag, flag.split(".")[-1]))]
@@ -157,21 +172,23 @@ def flags_of(config: Any, prefix: str = "") -> list[str]:
 
 def as_typed(message: str, config: Any, arguments: list[str]) -> str:
     """A message with `field=value` replaced by the flag that set it, or by the key in the --config file."""
-    typed = {}
-    for word in arguments:
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            typed[flag.lstrip("-").replace("-", "_").split(".")[-1]] = flag
-    file, keys = None, {}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if word.partition("=")[0] == "--config":
-            file = word.partition("=")[2] or following
-            keys = {key.replace("-", "_") for key in flat(read_toml(Path(file)))}
+    typed, file, keys = {}, None, {}
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, equals, given = word.partition("=")
+        given = given if equals else following
+        if flag.startswith("--"):
+            typed[flag.lstrip("-").replace("-", "_").split(".")[-1]] = flag, given
+        if flag == "--config":
+            file, keys = given, {key.replace("-", "_") for key in flat(read_toml(Path(given)))}
     for name, value in flat(dataclasses.asdict(config)).items():
         field = name.split(".")[-1]
-        text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})={re.escape(str(value))}(?![\w.])"
+        shapes = [str(value), repr(value)] + [f"{value:g}"] * isinstance(value, float)  # in messages
+        values = "|".join(map(re.escape, shapes))
+        text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})=(?:{values})(?![\w.])"
         if field in typed:
-            message = re.sub(text, lambda found: f"{typed[field]} {value}", message)  # noqa: B023
+            flag, given = typed[field]
+            shown = str(value) if isinstance(value, tuple) else given
+            message = re.sub(text, lambda found: f"{flag} {shown}", message)  # noqa: B023
         elif name in keys:
             message = re.sub(text, lambda found: f"{file}: {name}={value}", message)  # noqa: B023
     return message

@@ -12,6 +12,8 @@ from hotlap.common.checks import at_least, between, positive
 HEAD_DIM = 128  # of models built from a depth; the fastest size for attention kernels
 ROPE_BASE = 100_000.0  # base of the rotary frequencies
 MLP_RATIO = 4  # hidden width of the MLP / width
+GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
+SMEAR_CHANNELS = 24
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # supported by the attention kernels
 
 
@@ -119,6 +121,27 @@ class GPTConfig:
         if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()
+
+
+def counts_of(config: GPTConfig) -> dict[str, int]:
+    """As `parameter_counts` in flops.py, of a model of this shape, however large, without building it."""
+    c, kv = config, config.kv_heads * config.head_dim
+    with_values = -(-c.layers // 2) if c.value_embeddings else 0  # layers
+    matrices = c.layers * c.width * (2 * c.width + 2 * kv + 2 * MLP_RATIO * c.width)
+    matrices += with_values * min(GATE_CHANNELS, c.width) * c.kv_heads
+    matrices += min(SMEAR_CHANNELS, c.width) if c.smear else 0
+    counts = {
+        "matrices": matrices,
+        "head": c.vocab_size * c.width,
+        "embeddings": c.vocab_size * (c.width + with_values * kv),
+        "scalars": (2 * c.layers if c.residual_scalars else 0) + c.smear + c.backout,
+    }
+    return counts | {"matmul": matrices + counts["head"], "total": sum(counts.values())}
+
+
+def rotary_bytes(config: GPTConfig) -> int:
+    """Bytes of a model's tables of cosines and sines."""
+    return 4 * config.context * config.head_dim
 
 
 @dataclass(frozen=True)

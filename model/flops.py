@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from hotlap.model.config import MLP_RATIO, GPTConfig
-from hotlap.model.gpt import GATE_CHANNELS, GPT, SMEAR_CHANNELS, Linear
+from hotlap.model.gpt import GPT, Linear
 
 # Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
@@ -69,27 +69,6 @@ def parameter_counts(model: GPT) -> dict[str, int]:
         "scalars": total - sum(linear.values()) - sum(embeddings.values()),
         "total": total,
     }
-
-
-def counts_of(config: GPTConfig) -> dict[str, int]:
-    """`parameter_counts` of a model of this shape, however large, without building it."""
-    c, kv = config, config.kv_heads * config.head_dim
-    with_values = -(-c.layers // 2) if c.value_embeddings else 0  # layers
-    matrices = c.layers * c.width * (2 * c.width + 2 * kv + 2 * MLP_RATIO * c.width)
-    matrices += with_values * min(GATE_CHANNELS, c.width) * c.kv_heads
-    matrices += min(SMEAR_CHANNELS, c.width) if c.smear else 0
-    counts = {
-        "matrices": matrices,
-        "head": c.vocab_size * c.width,
-        "embeddings": c.vocab_size * (c.width + with_values * kv),
-        "scalars": (2 * c.layers if c.residual_scalars else 0) + c.smear + c.backout,
-    }
-    return counts | {"matmul": matrices + counts["head"], "total": sum(counts.values())}
-
-
-def rotary_bytes(config: GPTConfig) -> int:
-    """Bytes of a model's tables of cosines and sines."""
-    return 4 * config.context * config.head_dim
 
 
 def meta_model(config: GPTConfig) -> GPT:

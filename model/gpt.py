@@ -25,10 +25,7 @@ from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.qkv import attention_inputs, rotary_tables
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
-from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
-
-GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
-SMEAR_CHANNELS = 24
+from hotlap.model.config import GATE_CHANNELS, MLP_RATIO, ROPE_BASE, SMEAR_CHANNELS, GPTConfig
 
 
 class Cache(Protocol):

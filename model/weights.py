@@ -22,8 +22,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
-from hotlap.model.config import GPTConfig
-from hotlap.model.flops import counts_of, rotary_bytes
+from hotlap.model.config import GPTConfig, counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
@@ -267,6 +266,8 @@ def what_is_at(path: Path) -> str:
         return f"{path} is a folder that you may not read"
     if is_model(path.parent):
         return f"{path} is a part of a checkpoint; give {path.parent}"
+    if run_checkpoints(path.parent) and path.name == "checkpoints":
+        return f"{path} has all checkpoints of a run; give {path.parent} for the newest one, or one of them"
     names = os.listdir(path)
     if "checkpoints" in names or {CONFIG, "run.lock"} <= {*names}:
         return f"{path} is a run without a complete checkpoint; train it on with --resume auto"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from hotlap.common.checks import TOO_LARGE
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import GPTConfig, counts_of
 from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 
@@ -151,8 +151,6 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
 
 def matmul_parameters(config: GPTConfig) -> int:
     """Number of parameters in matmuls: all but embeddings and scalars."""
-    from hotlap.model.flops import counts_of  # imports torch, which flags do without
-
     return counts_of(config)["matmul"]
 
 

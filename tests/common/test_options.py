@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlap.common.options import differences, flat, parse, to_json
+from hotlap.common.options import as_typed, differences, flat, parse, to_json
 from hotlap.train import presets, pretrain, sft
 from hotlap.train.data import prepare
 from hotlap.train.evaluation import command
@@ -70,20 +70,21 @@ def test_values_of_every_type_come_from_a_file(tmp_path):
         ("[model]\nlayer = 3", r"'model\.layer'; did you mean 'model\.layers'\?"),
         ("zzz = 3", "known: out, batch_rows"),
         ("data.file = 3", "unknown key in .*: 'data.file'"),
-        ("model = 3", "unknown key in .*: 'model'"),
-        ('batch_rows = "eight"', "batch_rows='eight': .*int"),
-        ("batch_rows = true", "batch_rows=True: Missing value"),
+        ("model = 3", r"model=3 is not a table; begin it with \[model\]"),
+        ('batch_rows = "eight"', "batch_rows='eight': .*a whole number"),
+        ("batch_rows = true", "batch_rows=True does not fit batch_rows"),
         ("batch_rows = false", "batch_rows=False does not fit batch_rows"),
-        ("batch_rows = 1.5", "batch_rows=1.5: .*int"),
+        ("batch_rows = 1.5", "batch_rows=1.5: .*a whole number"),
         ("model.smear = 1", "model.smear=1 does not fit model.smear"),
-        ("optim.matrix_lr = true", "optim.matrix_lr=True: Missing value"),
-        ("out = true", "out=True: Missing value"),
+        ("optim.matrix_lr = true", "optim.matrix_lr=True does not fit optim.matrix_lr"),
+        ("out = true", "out=True does not fit out"),
         ('dtype = "float8"', "dtype='float8': .*float32"),
         ("compile = 1", "compile=1: .*auto"),
-        ('schedule.momentum = ["a", 1, 1]', "momentum.*: .*float"),
+        ('schedule.momentum = ["a", 1, 1]', "momentum.*: .* numbers as"),
         ("schedule.momentum = 0.5", "momentum=0.5: .*3 values"),
         ("schedule.momentum = [0.5]", r"momentum=\[0.5\]: .*3 values"),
         ("seed = ", "is not TOML"),
+        ('preset = "tiny"', "give the flag --preset=tiny"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_its_name(tmp_path, text, says):
@@ -120,3 +121,29 @@ def test_differences_name_each_field_that_changed():
     ]
     config = json.loads(to_json(presets.tiny()))
     assert differences(config, json.loads(to_json(presets.tiny()))) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--model.smear=false",
+        "--model.smear false",
+        "--model.no-smear=1",
+        "--model.no_smear 1",
+        "--model.smear=",
+    ],
+)
+def test_a_switch_with_a_value_is_refused_with_the_two_that_there_are(given):
+    with pytest.raises(ValueError) as caught:
+        parse_pretrain(*given.split())
+    assert str(caught.value).startswith(f"{given}: ") and "--model.no-smear turns it off" in str(caught.value)
+
+
+def test_a_value_is_shown_as_it_was_typed():
+    for arguments in (["--optim.matrix-lr", "1e0"], ["--optim.matrix-lr=1e0"]):
+        config = parse_pretrain(*arguments)
+        assert as_typed("matrix_lr=1.0 is high", config, arguments) == "--optim.matrix-lr 1e0 is high"
+    arguments = ["--schedule.momentum", "1", "0", "0"]
+    config = parse_pretrain(*arguments)
+    message = as_typed("momentum=(1.0, 0.0, 0.0) is wrong", config, arguments)
+    assert message == "--schedule.momentum (1.0, 0.0, 0.0) is wrong"

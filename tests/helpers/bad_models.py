@@ -27,6 +27,7 @@ ROWS: list[Row] = [
     ("chat bad -p a", text("bad/config.json", "{}"), NO_INPUT, r"bad is no whole model: it lacks tokenizer\.json and \*\.safetensors"),
     ("chat base/checkpoints/step-000004/optimizer -p a", None, NO_INPUT, r"optimizer is a part of a checkpoint; give"),
     ("chat", text("runs"), NO_INPUT, r"runs is a file, not the folder of a run or model"),
+    ("chat base/checkpoints -p a", None, NO_INPUT, r"base/checkpoints has all checkpoints of a run; give base"),
     ("chat ''", None, NO_INPUT, r"no model in the folder \."),
     ("chat model/model.safetensors -p a", None, NO_INPUT, r"model/model\.safetensors is a file, not the folder of a run or model"),
     ("chat bad.gguf -p a", text("bad.gguf", "GGUF"), NO_INPUT, r"bad\.gguf is a file, not the folder of a run or model"),

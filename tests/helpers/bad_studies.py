@@ -26,7 +26,7 @@ ROWS: list[Row] = [
     (f"ablations --base model.layers={MANY} --only GELU --out new", None, USAGE, r"training .* parameters needs at least"),
     # scaling
     (f"{SCALING} --depths 1 2", None, USAGE, r"depths.* must be at least 3 different depths"),
-    (f"{SCALING} --depths 1,2,3", None, USAGE, r"--depths: .*'1,2,3'"),
+    (f"{SCALING} --depths 1,2,3", None, USAGE, r"--depths '1,2,3' must be as many numbers as --help shows"),
     (f"{SCALING} --data none.txt", None, NO_INPUT, r"'none\.txt'.*name a file"),
     (f"{SCALING} --depths 1 2 100000", None, USAGE, r"depth.*100000 must be from 1"),
     (f"{SCALING} --depths 1 2 900", None, USAGE, r"training .* parameters needs at least"),
@@ -34,7 +34,7 @@ ROWS: list[Row] = [
     (f"{SCALING} --ratio 1e-18", None, USAGE, r"--ratio 1e-18 gives 0 steps"),
     (f"{SCALING} --ratio nan", None, USAGE, r"--ratio nan must be positive"),
     (f"{SCALING} --budget-flops inf", None, USAGE, r"--budget-flops inf must be 0"),
-    (f"{SCALING} --budget-flops 10", None, USAGE, r"budget.flops.10(\.0)? is too little for one step"),
+    (f"{SCALING} --budget-flops 10", None, USAGE, r"--budget-flops 10(\.0)? is too little for one step"),
     (f"{SCALING} --out .", None, CANNOT_CREATE, r"\. holds .* and no series; choose another --out"),
     # speedruns
     ("speedrun minutes --minutes 0 --out new", None, USAGE, r"--minutes 0(\.0)? must be positive"),

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 from helpers.tools import tiny_config
 
-from hotlap.model.config import ROPE_BASE, GPTConfig
+from hotlap.model.config import ROPE_BASE, GPTConfig, counts_of
 from hotlap.model.flops import (
     causal_flops,
-    counts_of,
     meta_model,
     nanochat_flops,
     parameter_counts,

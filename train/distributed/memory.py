@@ -10,8 +10,8 @@ import torch
 
 from hotlap.common.errors import is_out_of_memory
 from hotlap.common.memory import GB, memory_of, require_memory
-from hotlap.model.config import MLP_RATIO, GPTConfig
-from hotlap.model.flops import counts_of, rotary_bytes, training_bytes
+from hotlap.model.config import MLP_RATIO, GPTConfig, counts_of, rotary_bytes
+from hotlap.model.flops import training_bytes
 from hotlap.model.gpt import GPT
 from hotlap.train.config import Dtype, Recompute
 from hotlap.train.data.rows import Batch, check_rows

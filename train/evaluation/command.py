@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 from hotlap.common.files import cache_folder, write
@@ -50,6 +51,8 @@ def check(config: EvalConfig) -> None:
     if not config.tasks:
         raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
     if unknown := [task for task in config.tasks if task not in KNOWN]:
+        if os.path.exists(unknown[0]):
+            raise ValueError(f"{unknown[0]} is a path, not a task; put the model before --tasks")
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
     if config.out and config.out.exists():
         raise FileExistsError(f"{config.out} exists; choose another file with --out")

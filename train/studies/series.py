@@ -15,8 +15,7 @@ from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.common.memory import amount
 from hotlap.common.plots import new_figure
-from hotlap.model.config import GPTConfig
-from hotlap.model.flops import counts_of
+from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.weights import CONFIG, listed
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.shards import shard_paths, shard_tokens

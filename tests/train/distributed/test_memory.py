@@ -7,8 +7,8 @@ import torch
 from helpers.tools import tiny_config
 
 from hotlap.common import memory as machine
-from hotlap.model.config import GPTConfig
-from hotlap.model.flops import meta_model, rotary_bytes, training_bytes
+from hotlap.model.config import GPTConfig, rotary_bytes
+from hotlap.model.flops import meta_model, training_bytes
 from hotlap.train.distributed.memory import check_memory, row_bytes
 from hotlap.train.distributed.world import World
 

@@ -240,6 +240,11 @@ def test_nothing_is_scored_where_weights_are_nan(tmp_path, base, task, random_mo
     assert not config.out.exists()
 
 
+def test_a_model_after_the_tasks_is_told_from_a_task(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a path, not a task; put the model before --tasks"):
+        evaluate_model(EvalConfig(tasks=("facts", str(tmp_path))))
+
+
 def test_an_unknown_task_lists_the_known_ones():
     with pytest.raises(
         ValueError, match="unknown task 'sums'; known: bpb, core, samples, facts, arithmetic, spelling"
