@@ -153,7 +153,7 @@ def test_a_tokenizer_from_nothing(work, capsys):
     (work / "empty.txt").write_text("\n")
     assert_error(capsys, main([*make, "empty.txt"]), BAD_DATA, "'empty.txt'", "name files with text")
     (work / "text.gz").write_bytes(gzip.compress(b"text"))
-    assert_error(capsys, main([*make, "text.gz"]), BAD_DATA, "text.gz", "unpack it")
+    assert_error(capsys, main([*make, "text.gz"]), BAD_DATA, "text.gz", "unpack")
     (work / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     assert_error(capsys, main([*make, "latin.txt"]), BAD_DATA, "latin.txt", "byte 3", "--errors replace")
     assert not (work / "tokenizer.json").exists()
@@ -162,7 +162,7 @@ def test_a_tokenizer_from_nothing(work, capsys):
 
 def test_a_vocabulary_that_is_too_small_or_too_large(work, capsys):
     make = ["tokenizer", "--source", "text.txt", "--vocab-size"]
-    assert_error(capsys, main([*make, "100"]), USAGE, "vocab_size=100", "267", "256 bytes")
+    assert_error(capsys, main([*make, "100"]), USAGE, "--vocab-size 100", "267", "256 bytes")
     assert main([*make, "100000"]) == 0
     learnt = Tokenizer.load(work / "tokenizer.json").vocab_size
     assert f"merges for {learnt} tokens only" in capsys.readouterr().err and learnt < 5000
@@ -201,18 +201,18 @@ def test_shards_are_not_written_over_what_is_there(work, capsys):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--model.heads", "3"], ("width=32", "heads=3")),
+        (["--model.heads", "3"], ("--model.width 32", "--model.heads 3")),
         (["--model.width", "48", "--model.heads", "1"], ("heads of 48", "32, 64")),
         (["--batch-rows", "12", "--micro-batch", "5"], ("12 rows", "1, 2, 3, 4, 6, 12")),
-        (["--optim.matrix-lr", "0"], ("matrix_lr=0.0", "positive")),
-        (["--optim.head-lr", "-1"], ("head_lr=-1.0", "positive")),
-        (["--optim.embedding-lr", "nan"], ("embedding_lr=nan", "positive")),
-        (["--optim.weight-decay", "inf"], ("weight_decay=inf",)),
-        (["--schedule.warmdown", "nan"], ("warmdown=nan", "0 to 1")),
+        (["--optim.matrix-lr", "0"], ("--optim.matrix-lr 0", "positive")),
+        (["--optim.head-lr", "-1"], ("--optim.head-lr -1", "positive")),
+        (["--optim.embedding-lr", "nan"], ("--optim.embedding-lr nan", "positive")),
+        (["--optim.weight-decay", "inf"], ("--optim.weight-decay inf",)),
+        (["--schedule.warmdown", "nan"], ("--schedule.warmdown nan", "0 to 1")),
         (["--schedule.momentum", "0.9", "nan", "0.9"], ("momentum",)),
-        (["--loop.clip", "nan"], ("clip=nan",)),
-        (["--loop.steps", "0"], ("steps=0", "at least 1")),
-        (["--seed", "-1"], ("seed=-1",)),
+        (["--loop.clip", "nan"], ("--loop.clip nan",)),
+        (["--loop.steps", "0"], ("--loop.steps 0", "at least 1")),
+        (["--seed", "-1"], ("--seed -1",)),
         (["--preset", "tinny"], ("'tinny'", "did you mean 'tiny'")),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

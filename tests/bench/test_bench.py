@@ -16,7 +16,6 @@ from hotlap.bench import inference, peaks, results, timing, training
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
 from hotlap.bench.timing import Budget, Timing, measure
-from hotlap.cli import main
 from hotlap.common import machine
 from hotlap.model.flops import peak_flops
 from hotlap.train.distributed.world import joined
@@ -268,30 +267,3 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
     rows += training.bench_training(training.TrainingConfig(("tiny",), **soon))
     rows += bench_inference(InferenceConfig("tiny", batches=(1,), **soon))
     assert {row["note"] for row in rows} == {"skipped: no time left"} and len(rows) == 4
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "says"),
-    [
-        (["kernels", "--operations", "softmax"], 2, "unknown operation: 'softmax'"),
-        (["kernels", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
-        (["kernels", "--rows", "3000"], 2, "rows=3000 must be at most 2048 or a multiple of it"),
-        (["kernels", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (no limit) or more"),
-        (["training", "--steps", "0"], 2, "steps=0 must be at least 1"),
-        (["training", "--micro-batches", "0"], 2, "micro_batches=0 must be at least 1"),
-        (["training", "--fp8"], 2, "fp8 needs an NVIDIA GPU of compute capability 8.9 or later, and not cpu"),
-        (["training", "--models", "d13"], 2, "unknown model: 'd13'; did you mean"),
-        (["inference", "--prompt", "100000"], 2, "prompt=100000 must leave room"),
-        (["peers", "--nanogpt", ".", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
-        (["tune", "--seconds", "0"], 2, "seconds=0.0 must be positive"),
-        (["peers"], 2, "name a checkout with --nanogpt PATH"),
-        (["peers", "--nanogpt", "nowhere"], 66, "no checkout of nanogpt at nowhere"),
-        (["compare", "nowhere.json", "b.json"], 66, "no results at nowhere.json"),
-        (["look", "--minutes", "-1"], 2, "minutes=-1.0 must be 0 (the call's default) or more"),
-        (["kernel"], 2, "did you mean 'kernels'?"),
-    ],
-)
-def test_bad_input_is_one_line(flags, code, says, capsys):
-    assert main(["bench", *flags]) == code
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and says in errors[0]

@@ -35,21 +35,6 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     assert path.read_text() == "second" and [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_of_text_are_read_in_the_encoding_that_its_mark_names(tmp_path, encoding, end):
-    path = tmp_path / "a.txt"
-    path.write_bytes(f"é\u2028{end}{end}😀".encode(encoding))
-    assert list(files.text_lines(path)) == [(1, "é\u2028"), (2, ""), (3, "😀")]
-
-
-def test_the_line_with_bytes_of_another_encoding_is_named(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"a\n" * 9000 + "né\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt:9001: byte 0xe9 at character 2 is not UTF-8"):
-        list(files.text_lines(path))
-
-
 def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     files.write(path, "old")

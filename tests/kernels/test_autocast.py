@@ -65,6 +65,17 @@ def test_where_autocast_is_switched_off_nothing_is_cast(name):
         assert torch.equal(y, wanted) and y.dtype == F32
 
 
+@pytest.mark.parametrize("name", ["linear_relu2", "attention", "linear_cross_entropy, sum"])
+def test_a_backward_pass_of_float32_under_autocast_is_one_of_float32(name, c_kernels):
+    case = cases(F32)[name]
+    wanted = backward(results(case.function, case.inputs), case.inputs)
+    outputs = results(case.function, case.inputs)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = backward(outputs, case.inputs)
+    for gradient, expected in zip(found, wanted, strict=True):
+        assert torch.equal(gradient, expected)
+
+
 def test_compiled_code_is_cast_alike():
     def step(x, residual, w_in, w_out, head):
         normalised, total = rms_norm_residual(linear_relu2(x, w_in, w_out), residual)

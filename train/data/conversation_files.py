@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import check_regular, text_lines, unique
+from hotlap.common.files import unique
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown, tool_expression
-from hotlap.train.data.file_documents import parquet_column
+from hotlap.train.data.file_documents import parquet_column, text_parts
+from hotlap.train.data.text_files import require_file
 
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 SPOKEN = ("system", "system_prompt", "tools", "functions")  # beside `messages`, these would be lost
@@ -70,17 +71,20 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
         raise FileNotFoundError(
             f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
         )
-    check_regular(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it")
+    require_file(path)
     if path.suffix.lower() == ".parquet":
         for number, messages in enumerate(parquet_column(path, "messages"), 1):
             if number == 1:
                 check_columns(path)
             yield f"{path}:{number}", {"messages": messages}
         return
-    for number, line in text_lines(path):
+    for number, line in enumerate(text_parts(path, "strict", by_line=True, remedy=""), 1):
         if line.strip():
+            line = line.removeprefix("\ufeff")  # a mark in the middle, where files were joined
             try:
-                yield f"{path}:{number}", parsed(line.removeprefix("\ufeff"))  # where files were joined
+                yield f"{path}:{number}", parsed(line.removesuffix("\n"))
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from array import array
 from collections import Counter
@@ -32,6 +31,7 @@ from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents, version
 from hotlap.train.data.sources import SPLITS, split_documents
 from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
+from hotlap.train.data.text_files import named_path
 
 ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12  # sums, words and repeats of each greeting in `tasks`
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
@@ -55,7 +55,7 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
     (`download_conversations`).
     """
     if data not in BUILT_IN:
-        for place, messages in read_conversations(conversation_file(data)):
+        for place, messages in read_conversations(named_path(data)):
             yield Conversation(place, messages)
         return
     if Path(data).exists():
@@ -70,19 +70,10 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
         yield Conversation(f"task {number}", messages)
 
 
-def conversation_file(data: str) -> Path:
-    """The path that `data` is. `~` at its start is the home folder, if no file has that name."""
-    if not data.strip():
-        raise ValueError(
-            "the name of the conversations is empty; name a .jsonl or .parquet file, smoltalk, or tasks"
-        )
-    return Path(data if os.path.lexists(data) else os.path.expanduser(data))
-
-
 def check_conversations(data: str) -> None:
     """Read a file of conversations to its end, so that its errors show before a long run."""
     if data not in BUILT_IN:
-        for _ in read_conversations(conversation_file(data)):
+        for _ in read_conversations(named_path(data)):
             pass
 
 

@@ -14,11 +14,12 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log_once
 
 LONGEST = 1 << 22  # characters of a document
+LONGEST_LINE = 1 << 26  # characters; JSON is read by the line, and memory must not grow with the file
 BLOCK = 1 << 20  # characters or bytes read at once
 HEAD = 8192  # bytes that show what a file is
 PARQUET_ROWS = 128  # read at once
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-REPLACE = "run `hotlap data` with --errors replace"
+REPLACE = ", or run `hotlap data` with --errors replace"
 SURROGATES = re.compile("[\ud800-\udfff]")  # no text in UTF-8, but JSON may hold them
 BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which it begins with
     codecs.BOM_UTF8: "utf-8-sig",
@@ -118,17 +119,20 @@ def shortened(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def text_parts(path: Path, errors: str, by_line: bool = False) -> Iterator[str]:
-    """The text of a file in blocks, or in lines. Every line ends with a line feed."""
+def text_parts(path: Path, errors: str, by_line: bool = False, remedy: str = REPLACE) -> Iterator[str]:
+    """The text of a file in blocks, or in lines. Every line ends with a line feed.
+
+    DataError says where the file is not text, or a line longer than LONGEST_LINE. remedy: what else to do.
+    """
     lines = replaced = 0
-    with opened(path, errors) as file:
-        for part in file if by_line else iter(lambda: file.read(BLOCK), ""):
+    with opened(path, errors, remedy) as file:
+        for part in iter(lambda: file.readline(LONGEST_LINE) if by_line else file.read(BLOCK), ""):
+            if by_line and len(part) == LONGEST_LINE:
+                raise DataError(f"{path}:{lines + 1}: a line of over {LONGEST_LINE:,} characters; split it")
             if "\0" in part:
                 if errors == "strict":
                     line = lines + part[: part.index("\0")].count("\n") + 1
-                    raise DataError(
-                        f"{path}:{line}: a NUL character, which is not text; remove it, or {REPLACE}"
-                    )
+                    raise DataError(f"{path}:{line}: a NUL character, which is not text; remove it{remedy}")
                 part = part.replace("\0", "\ufffd")
             lines += part.count("\n")
             replaced += part.count("\ufffd")
@@ -138,7 +142,7 @@ def text_parts(path: Path, errors: str, by_line: bool = False) -> Iterator[str]:
 
 
 @contextmanager
-def opened(path: Path, errors: str) -> Iterator[TextIO]:
+def opened(path: Path, errors: str, remedy: str) -> Iterator[TextIO]:
     """A text file, in the encoding that its byte-order mark names, or UTF-8. DataError if it is something
     else.
     """
@@ -159,7 +163,7 @@ def opened(path: Path, errors: str) -> Iterator[TextIO]:
         name = encoding.removesuffix("-sig").upper()
         raise DataError(
             f"{path} is not {name} at {undecodable(path, encoding)}; convert it (text of Windows: "
-            f"iconv -f cp1252 -t utf-8 {path.name}), or {REPLACE}"
+            f"iconv -f cp1252 -t utf-8 {path.name}){remedy}"
         ) from None
 
 

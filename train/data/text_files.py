@@ -17,9 +17,7 @@ TEXT_FILES = (".txt", ".md", ".py", ".jsonl", ".parquet")  # what is read of a f
 def named_path(data: str) -> Path:
     """The path that a data string may be. `~` at its start is the home folder, if no file has that name."""
     if not data.strip():
-        raise ValueError(
-            "the name of the data is empty; name a file, a folder, a pattern of files, or pydocs"
-        )
+        raise ValueError("the name of the data is empty; name a file, or see --help for what else it may be")
     return Path(data if os.path.lexists(data) else os.path.expanduser(data))
 
 

@@ -6,8 +6,8 @@ import os
 import pytest
 from helpers.small_runs import conversation
 
-from hotlap.common import files
 from hotlap.common.errors import DataError
+from hotlap.train.data import file_documents
 from hotlap.train.data.conversation_files import accepted, read_conversations
 
 TALK = conversation("é?", "€ 😀")
@@ -85,12 +85,11 @@ def test_files_are_read_as_editors_save_them(tmp_path, name):
 @pytest.mark.parametrize(
     "content, match",
     [
-        (f"{GOOD}\n\nab\n".encode() + b'{"messages": "\xe9"}', "not JSON"),
-        (f"{GOOD}\n\n".encode() + b'{"a": "\xe9"}\n', r":3: byte 0xe9 at character 8 is not UTF-8; save"),
-        (GOOD.encode("utf-16")[:-1], "not UTF-16 after line 0"),
-        (GOOD.encode("utf-16-le"), "binary or compressed; unpack it"),
-        (b"\x1f\x8b\x08", "binary or compressed; unpack it"),
-        (b"PAR1\0", "binary or compressed; unpack it"),
+        (f"{GOOD}\n\n".encode() + b'{"a": "\xe9"}\n', r"not UTF-8 at byte \d+ \(line 3: 0xe9\); convert it"),
+        (GOOD.encode("utf-16")[:-1], "not UTF-16 at byte"),
+        (GOOD.encode("utf-16-le"), "binary or compressed"),
+        (b"\x1f\x8b\x08", "compressed by gzip; unpack"),
+        (b"PAR1\0", "parquet without that ending"),
         (b"", "holds no conversation"),
         (b"\n \r\n", "holds no conversation"),
         (MARK.encode(), "holds no conversation"),
@@ -112,12 +111,12 @@ def test_a_path_is_a_file_whatever_its_characters_and_nothing_else(tmp_path):
     with pytest.raises(DataError, match="is a folder; name a file in it"):
         list(read_conversations(tmp_path))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is a pipe or a device"):
+    with pytest.raises(ValueError, match="is a pipe, socket or device"):
         list(read_conversations(tmp_path / "pipe"))
 
 
 def test_a_line_without_end_is_refused_before_all_of_it_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(file_documents, "LONGEST_LINE", 1000)
     path = tmp_path / "talks.jsonl"
     path.write_text(f"{GOOD}\n[{'{}, ' * 500}")
     with pytest.raises(DataError, match=r"talks.jsonl:2: a line of over 1,000 characters"):

@@ -322,7 +322,7 @@ def test_a_name_is_a_file_of_the_folder_the_home_folder_or_a_built_in_one(tmp_pa
     assert not caplog.text
     assert not list(conversations_of("tasks", seed=0))
     assert "tasks: the built-in conversations, not the file of that name, which is ./tasks" in caplog.text
-    with pytest.raises(ValueError, match="the name of the conversations is empty"):
+    with pytest.raises(ValueError, match="the name of the data is empty"):
         list(conversations_of(" ", seed=0))
 
 

@@ -102,7 +102,7 @@ def test_climbmix_does_not_mix_tokenizers_or_write_among_other_shards(climbmix, 
 
 def test_too_many_shards_and_no_network_are_one_line(climbmix, capsys, monkeypatch):
     make = ["tokenizer", "--source", "climbmix", "--shards"]
-    assert_error(capsys, main([*make, "6543"]), USAGE, "shards=6543", "1 to 6542")
+    assert_error(capsys, main([*make, "6543"]), USAGE, "--shards 6543", "1 to 6542")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert_error(capsys, main([*make, "1"]), INPUT_OUTPUT, "could not download shard_0", "check the network")
 

@@ -1,0 +1,172 @@
+"""The figures in the documents are those of the result files that they name, to the digits that they give."""
+
+# ruff: noqa: RUF001  the documents have a multiplication sign
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+H100 = "nvidia-h100-80gb-hbm3"
+XEON = "intel-xeon-family-6-model-207-amx-2-threads"
+XEON_WITHOUT_AMX = "intel-xeon-family-6-model-207-amx-limited-to-avx512-core-bf16-2-threads"
+ZEN5 = "amd-epyc-zen-5-avx512-bf16-2-threads"
+
+GRAPH = "hotlap in a graph"
+D24 = "d24 prompt 1024 batch"
+OWN = "65,536 tokens a step"
+
+
+def figure(file: str, case: str, provider: str, field: str, form: str, scale: float = 1) -> str:
+    """A number of a result file. form: as in format(), or significant digits, such as 4 digits."""
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    (value,) = (row[field] for row in rows if (row["case"], row["provider"]) == (case, provider))
+    if form.endswith(" digits"):
+        return f"{float(f'{value:.{form.split()[0]}g}'):,.0f}"
+    return format(scale * value, form)
+
+
+def kernel(case: str, provider: str, form: str = ".2f", field: str = "ms") -> tuple:
+    return (f"{H100}/kernels.json", case, provider, field, form)
+
+
+def peer(machine: str, name: str) -> tuple:
+    case = f"step tiny 16x256 beside {name}"
+    return (f"{machine}/peers.json", case, "hotlap", "times_as_fast_as_peer", ".1f")
+
+
+def decoding(batch: int, provider: str, form: str, field: str = "tokens_per_second") -> tuple:
+    return (f"{H100}/inference.json", f"{D24} {batch}", provider, field, form)
+
+
+def race(provider: str, form: str = "3 digits", field: str = "tokens_per_second") -> tuple:
+    return (f"{H100}/race.json", OWN, provider, field, form)
+
+
+def training(field: str, form: str, scale: float = 1) -> tuple:
+    return (f"{H100}/training.json", "d24 4x8x2048", "hotlap", field, form, scale)
+
+
+def characters(turn: int, provider: str, field: str = "seconds", form: str = ".0f") -> tuple:
+    case = f"1,115,394 characters, turn {turn}"
+    return (f"{XEON}/shakespeare-char.json", case, provider, field, form)
+
+
+LONG, DOCUMENTS = "long_attention {} d24 2x8192x12x128", "document_attention both d24 8x2048x12x128"
+MLP, HEAD = "linear_relu2 both d24 16384x1536x6144", "linear_cross_entropy both d24 16384x1536x32768"
+MUON, FP8 = "muon forward d24 24x1536x6144", "linear_fp8 both d24 16384x1536x6144"
+
+CLAIMS = [  # a document, a text in it with {} for figures, and the figures
+    (
+        "README.md",
+        "training step is {} times as fast as nanoGPT's and {} times as fast as nanochat's",
+        [peer(XEON, "nanogpt"), peer(XEON, "nanochat")],
+    ),
+    (
+        "README.md",
+        "it is {} and {} times as fast",
+        [peer(XEON_WITHOUT_AMX, "nanogpt"), peer(XEON_WITHOUT_AMX, "nanochat")],
+    ),
+    (
+        "README.md",
+        "forward only | {} TFLOP/s | cuDNN, {} TFLOP/s |",
+        [kernel(LONG.format("forward"), name, ".0f", "tflops") for name in ("hotlap", "sdpa")],
+    ),
+    (
+        "README.md",
+        "tokens | {} ms (so `auto` uses cuDNN) | cuDNN, {} ms |",
+        [kernel(LONG.format("both"), name) for name in ("hotlap", "sdpa")],
+    ),
+    (
+        "README.md",
+        "document masks, 8 × 2,048 tokens | {} ms | FlexAttention, {} ms |",
+        [kernel(DOCUMENTS, name) for name in ("hotlap", "flex")],
+    ),
+    (
+        "README.md",
+        "| linear + ReLU² + linear | {} ms | torch.compile, {} ms |",
+        [kernel(MLP, name) for name in ("hotlap", "compile")],
+    ),
+    (
+        "README.md",
+        "| output head + cross-entropy | {} ms, {} GB | torch.compile, {} ms, {} GB |",
+        [kernel(HEAD, name, ".1f", field) for name in ("hotlap", "compile") for field in ("ms", "memory_gb")],
+    ),
+    (
+        "README.md",
+        "| Muon step for 24 matrices | {} ms | torch.compile, {} ms |",
+        [kernel(MUON, name, ".1f") for name in ("hotlap", "compile")],
+    ),
+    (
+        "README.md",
+        "| linear layer in fp8 | {} ms | torch.compile in bf16, {} ms |",
+        [kernel(FP8, name) for name in ("hotlap", "compile")],
+    ),
+    (
+        "README.md",
+        "training d24, 65,536 tokens a step | {} tokens/s, {} % MFU |",
+        [training("tokens_per_second", "4 digits"), training("mfu_nanochat", ".0f", 100)],
+    ),
+    (
+        "README.md",
+        "own commands | {} tokens/s | nanochat, {} tokens/s |",
+        [race("hotlap"), race("nanochat")],
+    ),
+    ("README.md", "no value embeddings, at {} tokens/s", [race("nanoGPT")]),
+    (
+        "README.md",
+        "batch 1, 1,024 tokens before | {} tokens/s | nanochat, {} tokens/s |",
+        [decoding(1, GRAPH, "3 digits"), decoding(1, "nanochat", "2 digits")],
+    ),
+    (
+        "README.md",
+        "| decoding d24, batch 128 | {} tokens/s | nanochat, {} tokens/s |",
+        [decoding(128, GRAPH, "3 digits"), decoding(128, "nanochat", "2 digits")],
+    ),
+    (
+        "README.md",
+        "hotlap reached a validation loss of {} in {} s and {} s, nanoGPT {} in {} s and {} s",
+        [
+            number
+            for name, turns in (("hotlap", (1, 2)), ("nanoGPT", (1, 2)))
+            for number in (
+                characters(1, name, "validation_loss", ".2f"),
+                *(characters(turn, name) for turn in turns),
+            )
+        ],
+    ),
+    (
+        "docs/h100.md",
+        "takes {} ms at batch 1 ({} tokens/s, 53 % of the bandwidth of a copy), {} ms at batch 8, {} ms at "
+        "32",
+        [
+            decoding(1, GRAPH, ".2f", "ms"),
+            decoding(1, GRAPH, "3 digits"),
+            *(decoding(batch, GRAPH, ".2f", "ms") for batch in (8, 32)),
+        ],
+    ),
+    (
+        "docs/h100.md",
+        "takes {} ms now: {} tokens/s and {} % MFU",
+        [
+            training("ms", ".0f"),
+            training("tokens_per_second", "4 digits"),
+            training("mfu_nanochat", ".1f", 100),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "text", "figures"), CLAIMS, ids=[claim[1][:40] for claim in CLAIMS])
+def test_a_document_gives_the_figures_of_its_result_file(document, text, figures):
+    words = " ".join((ROOT / document).read_text(encoding="utf-8").split())
+    assert text.format(*(figure(*source) for source in figures)) in words
+
+
+def test_the_table_of_ablations_is_that_of_its_result_file():
+    document = (ROOT / "docs/ablations.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / ZEN5 / "ablations.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows[1:]:
+        change = f"{row['difference']:+.3f} ± {row['difference_error']:.3f}"
+        assert f"| {row['provider']} | {row['steps']} | {change} | {row['p']:.2g} |" in document
