@@ -68,7 +68,11 @@ def parse(
     if getattr(chosen, "preset", None):
         start = presets[known(chosen.preset, presets, "preset")]()
     if getattr(chosen, "depth", None) is not None:
-        start = depth(chosen.depth)
+        try:
+            start = depth(chosen.depth)
+        except ValueError as error:
+            text = str(error).replace(f"depth={chosen.depth}", f"--depth {chosen.depth}")
+            raise ValueError(text) from None
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     if model_field:
@@ -159,7 +163,8 @@ def as_typed(message: str, config: Any, arguments: list[str]) -> str:
             file, keys = given, {key.replace("-", "_") for key in flat(read_toml(Path(given)))}
     for name, value in flat(dataclasses.asdict(config)).items():
         field = name.split(".")[-1]
-        text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})={re.escape(str(value))}(?![\w.])"
+        values = rf"(?:{re.escape(str(value))}|{re.escape(repr(value))})"
+        text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})={values}(?![\w.])"
         if field in typed:
             flag, given = typed[field]
             shown = str(value) if isinstance(value, tuple) else given
