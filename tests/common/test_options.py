@@ -145,7 +145,7 @@ def test_a_value_is_shown_as_it_was_typed():
     arguments = ["--model.window-pattern", "SX"]
     message = as_typed("window_pattern='SX' is wrong", parse_pretrain(*arguments), arguments)
     assert message == "--model.window-pattern SX is wrong"
-    with pytest.raises(ValueError, match="^--depth 100000 must be"):
+    with pytest.raises(ValueError, match=r"^--depth 100000 must be"):
         parse_pretrain("--depth", "100000")
     arguments = ["--schedule.momentum", "1", "0", "0"]
     config = parse_pretrain(*arguments)
