@@ -80,7 +80,8 @@ def parse(
         try:
             start = depth(chosen.depth)
         except ValueError as error:
-            raise ValueError(str(error).replace("depth=", "--depth ")) from None
+            text = str(error).replace(f"depth={chosen.depth}", f"--depth {chosen.depth}")
+            raise ValueError(text) from None
     if chosen.config:
         start = merge(start, read_toml(chosen.config), str(chosen.config))
     if model_field:

@@ -194,7 +194,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                         raise ValueError(f"{name} has another dtype or shape in another file")
                     stored.parts.append(Part(path, begin, shape))
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read the tensors of {path}: {error}") from error
+            raise DataError(f"cannot read {path}: {error}") from error
     return found
 
 
@@ -222,7 +222,7 @@ def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
                     if part.path == path:
                         read_part(file.get_slice(name), part, *mine[name])
         except (SafetensorError, OSError) as error:
-            raise DataError(f"cannot read the tensors of {path}: {error}") from error
+            raise DataError(f"cannot read {path}: {error}") from error
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

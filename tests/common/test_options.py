@@ -143,6 +143,11 @@ def test_a_value_is_shown_as_it_was_typed():
     for arguments in (["--optim.matrix-lr", "1e0"], ["--optim.matrix-lr=1e0"]):
         config = parse_pretrain(*arguments)
         assert as_typed("matrix_lr=1.0 is high", config, arguments) == "--optim.matrix-lr 1e0 is high"
+    arguments = ["--model.window-pattern", "SX"]
+    message = as_typed("window_pattern='SX' is wrong", parse_pretrain(*arguments), arguments)
+    assert message == "--model.window-pattern SX is wrong"
+    with pytest.raises(ValueError, match=r"^--depth 100000 must be"):
+        parse_pretrain("--depth", "100000")
     arguments = ["--schedule.momentum", "1", "0", "0"]
     config = parse_pretrain(*arguments)
     message = as_typed("momentum=(1.0, 0.0, 0.0) is wrong", config, arguments)
