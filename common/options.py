@@ -183,8 +183,8 @@ def as_typed(message: str, config: Any, arguments: list[str]) -> str:
             file, keys = given, {key.replace("-", "_") for key in flat(read_toml(Path(given)))}
     for name, value in flat(dataclasses.asdict(config)).items():
         field = name.split(".")[-1]
-        shapes = [str(value), repr(value)] + [f"{value:g}"] * isinstance(value, float)  # in messages
-        values = "|".join(map(re.escape, shapes))
+        forms = [str(value), repr(value), *([f"{value:g}"] if isinstance(value, float) else [])]
+        values = "|".join(map(re.escape, forms))
         text = rf"(?<![\w.])(?:{re.escape(name)}|{re.escape(field)})=(?:{values})(?![\w.])"
         if field in typed:
             flag, given = typed[field]
