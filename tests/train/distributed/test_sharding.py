@@ -8,7 +8,7 @@ from helpers.ranks import in_world, run_ranks
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
-from hotlap.kernels.dispatch import INTERPRETED
+from hotlap.kernels.dispatch import INTERPRETED, register_operations
 from hotlap.model.gpt import GPT
 from hotlap.train.distributed.sharding import materialize, parallelize, save_matmuls
 from hotlap.train.distributed.world import joined
@@ -36,6 +36,7 @@ def test_recomputing_and_compiling_change_no_loss(alone, recompute, compile):
 
 @pytest.mark.parametrize("form", ["attention", "attention_special", "attention_blockwise"])
 def test_selective_recompute_repeats_no_form_of_attention(form):
+    register_operations()
     operation = getattr(torch.ops.hotlap, form).default
     assert save_matmuls(None, operation) == CheckpointPolicy.MUST_SAVE
 

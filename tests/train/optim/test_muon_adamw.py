@@ -173,7 +173,7 @@ def test_a_few_steps_memorise_a_sequence():
 @pytest.mark.parametrize("field", ["matrix_lr", "embedding_lr", "head_lr", "scalar_lr"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_learning_rate_must_be_positive(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value} must be a positive number"):
+    with pytest.raises(ValueError, match=f"{field}={value} must be positive"):
         OptimConfig(**{field: value}).validate()
 
 
