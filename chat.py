@@ -269,7 +269,7 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
     config.sampling(base=False)  # says what is wrong with the flags before torch is imported, in seconds
     with cli.importing():
-        from hotlap.kernels.dispatch import default_device, kernel_choice
+        from hotlap.kernels.dispatch import default_device
         from hotlap.model.engine import Engine
         from hotlap.model.weights import find_models, load_model, model_folder, stage
 
@@ -286,7 +286,8 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     device = default_device()
     model, tokenizer = load_model(folder, device)
     engine = Engine(model.for_inference(), tokenizer, slots=1)
-    kernel_choice(device.type)  # logs the choice now, not during the first answer
+    if config.prompt is None:
+        engine.choose_kernels()  # what it logs would stand between a question and its answer
     parameters = sum(p.numel() for p in engine.model.parameters())
     note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}")
     if base:

@@ -19,7 +19,9 @@ from torch import Tensor
 from hotlap.common.errors import DataError
 from hotlap.common.gpu import to_device
 from hotlap.common.log import log
+from hotlap.kernels.attention import attention
 from hotlap.kernels.cpu.threads import threads_for
+from hotlap.kernels.dispatch import kernel_choice
 from hotlap.model.conversation import AnswerParts
 from hotlap.model.decoding import Decoder, KVCache
 from hotlap.model.flops import parameter_counts
@@ -97,6 +99,20 @@ class Engine:
         self.token_flops = 2 * parameter_counts(model)["matmul"]
         self.tool_end = special["<|tool_end|>"]
         self.result_start, self.result_end = special["<|result_start|>"], special["<|result_end|>"]
+
+    def choose_kernels(self) -> None:
+        """Choose, and log, the kernels for prompts of any length now instead of when one is read first."""
+        kernel_choice(self.device.type)
+        if self.device.type != "cpu":  # elsewhere, prompts have one kernel
+            return
+        c = self.model.config
+        for tokens in sorted({*(1 << n for n in range(1, c.context.bit_length())), c.context}):
+            q, k = (
+                torch.empty(0, tokens, heads, c.head_dim, dtype=self.model.compute_dtype)
+                for heads in (c.heads, c.kv_heads)
+            )
+            for window in sorted({*c.windows}):
+                attention(q, k, k, window)
 
     @property
     def busy(self) -> bool:

@@ -126,6 +126,21 @@ def test_the_chat_starts_without_the_compiler(tmp_path):
     )
 
 
+def test_a_source_archive_has_what_is_installed_and_no_tests(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    lines = (tmp_path / "hotlap.egg-info" / "SOURCES.txt").read_text().splitlines()
+    listed = {Path(line).as_posix() for line in lines}
+    sources = (
+        p for part in FOLDERS[:-1] for end in ("py", "c", "h") for p in (ROOT / part).rglob(f"*.{end}")
+    )
+    needed = {p.relative_to(ROOT).as_posix() for p in (*sources, *ROOT.glob("kernels/tuned/*.json"))}
+    assert needed - listed <= {"bench/test_kernels.py"}  # which is not installed
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "cli.py", "chat.py"} <= listed
+    assert not [name for name in listed if name.startswith(("tests/", "docs/", "runs/"))]
+
+
 def test_every_folder_with_code_is_installed():
     folders = {p.parent.relative_to(ROOT) for part in FOLDERS[:-1] for p in (ROOT / part).rglob("*.py")}
     listed = next(

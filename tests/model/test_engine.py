@@ -1,5 +1,7 @@
 """Generation: the same tokens as the naive way, requests that come and go, and tools in the loop."""
 
+import importlib
+import logging
 import random
 
 import pytest
@@ -8,11 +10,13 @@ from helpers.engine_functions import PROMPTS, whole_and_sharded_answers
 from helpers.ranks import in_world, run_ranks
 from helpers.tools import ScriptedModel, script, tiny_config
 
+from hotlap.common.log import log
 from hotlap.model.conversation import parse_answer, render, render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling, sample
 from hotlap.model.tokenizer import train_characters
 
+attention = importlib.import_module("hotlap.kernels.attention")
 GREEDY = Sampling(temperature=0.0, max_tokens=20)
 
 
@@ -318,3 +322,19 @@ def test_frequencies_are_the_softmax(temperature):
     counts = torch.bincount(draw(logits, 20_000, temperature=temperature, top_k=0), minlength=3) / 20_000
     expected = (torch.tensor(logits) / temperature).softmax(-1)
     torch.testing.assert_close(counts, expected, rtol=0, atol=0.015)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's choices")
+def test_kernels_are_chosen_and_logged_before_the_first_prompt(engine, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "hotlap")
+    monkeypatch.setattr(attention, "fastest", lambda question, candidates: log.info(question) or "blockwise")
+    attention._choose.cache_clear()
+    attention._report.cache_clear()
+    engine.choose_kernels()
+    assert "attention: blockwise" in caplog.text
+    caplog.clear()
+    for tokens in (2, 9, engine.model.config.context - 1):
+        engine.complete([[engine.tokenizer.bos] * tokens], Sampling(max_tokens=1))
+    assert not caplog.records
+    attention._choose.cache_clear()
+    attention._report.cache_clear()
