@@ -46,8 +46,11 @@ def of_kernels(item) -> bool:
 
 def launches(item) -> bool:
     """Whether a test of the kernels runs them: it asks for them, or is one of both paths, and not torch's."""
-    path = item.callspec.params.get("kernels", "torch") if hasattr(item, "callspec") else "torch"
-    return "triton_kernels" in item.fixturenames or path != "torch"
+    chosen = item.callspec.params if hasattr(item, "callspec") else {}
+    return "triton_kernels" in item.fixturenames or "triton" in (
+        chosen.get("kernels"),
+        chosen.get("triton_or_c"),
+    )
 
 
 def pytest_collection_modifyitems(config, items):
