@@ -127,6 +127,8 @@ def test_help_after_a_command_and_before_it(capsys):
 def test_an_interrupt_is_one_line_and_exit_code_130_from_the_first_moment(moment):
     code = (
         "import os, signal, sys, types\n"
+        # which a shell has ignored if it started the tests in the background
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def interrupt(*given): os.kill(os.getpid(), signal.SIGINT)\n"
         "class Interrupts(types.ModuleType):\n"
         "    def __init__(self): pass\n"
