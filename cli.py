@@ -20,7 +20,7 @@ try:
     from hotlap.common.errors import INTERRUPTED, guarded, known
     from hotlap.common.log import set_up_logging
     from hotlap.common.process import wait_asleep
-    from hotlap.common.terminal import lenient
+    from hotlap.common.terminal import lenient, printable
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     raise SystemExit(130) from None
@@ -172,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     lenient(sys.stdout)
     if first := shadow(list(sys.modules["hotlap"].__path__)):
-        print(f"warning: {first} comes before the installed hotlap; start `hotlap` instead", file=sys.stderr)
+        text = f"warning: {first} comes before the installed hotlap; start `hotlap` instead"
+        print(printable(text), file=sys.stderr)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:

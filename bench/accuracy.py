@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from hotlap.bench.providers import CONTEXT, Function, Operation
+from hotlap.bench.config import CONTEXT
+from hotlap.bench.providers import Function, Operation
 from hotlap.common.log import log
 from hotlap.kernels.cpu import library
 from hotlap.kernels.dispatch import kernel_choice

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from hotlap.bench.config import CONTEXT
 from hotlap.bench.models import MEDIAN_DOCUMENT, SPREAD
-from hotlap.bench.providers import CONTEXT, HEAD_DIM, LONG, Function, Operation, installed, normal
+from hotlap.bench.providers import HEAD_DIM, LONG, Function, Operation, installed, normal
 from hotlap.kernels.attention import attention, attention_ref, visible_keys
 from hotlap.kernels.decode_attention import append_ref, decode_attention, decode_attention_ref
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from hotlap.common.terminal import printable
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -71,4 +73,4 @@ def unlike(before: dict, after: dict) -> list[str]:
 
 def main(config: CompareConfig) -> None:
     """`hotlap bench compare`."""
-    print("\n".join(compare(config)))
+    print(printable("\n".join(compare(config))))

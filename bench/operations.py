@@ -19,7 +19,8 @@ from hotlap.bench.attention import (
     long_attention_at,
     windowed_attention_at,
 )
-from hotlap.bench.providers import CONTEXT, HEAD_DIM, WIDTHS, Function, Operation, liger, normal, with_torch
+from hotlap.bench.config import CONTEXT
+from hotlap.bench.providers import HEAD_DIM, WIDTHS, Function, Operation, liger, normal, with_torch
 from hotlap.common.errors import known
 from hotlap.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from hotlap.kernels.decode_linear import (

@@ -23,6 +23,7 @@ from hotlap.bench.training import Batches, check_sizes, measure_training, random
 from hotlap.common.errors import known
 from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
+from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
@@ -213,4 +214,4 @@ def bars(unit: str, figure: Any, rows: list[dict]) -> None:
 
 def main(config: SpeedrunConfig) -> None:
     """`hotlap bench speedrun`."""
-    print("\n".join(summary(bench_speedrun(config))))
+    print(printable("\n".join(summary(bench_speedrun(config)))))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotlap.bench.config import CONTEXT as CONTEXT
 from hotlap.common.log import log
 
 Function = Callable[..., Any]  # of tensors, returning one tensor or a tuple

@@ -27,6 +27,7 @@ from hotlap.bench.timing import NO_TIME
 from hotlap.common import files
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging
+from hotlap.common.terminal import printable
 
 SHORTEST = 5  # seconds; with less time left, no phase is started
 GRACE = 10  # seconds for a phase to exit by itself after its time limit
@@ -58,7 +59,7 @@ def run_suite(config: SuiteConfig) -> int:
             outcome[name] = verdict
             log.info("%-16s %s", name, verdict)
             pack(out, summary(outcome, out))
-    print(summary(outcome, out))
+    print(printable(summary(outcome, out)))
     return int(any("FAILED" in verdict for verdict in outcome.values()))
 
 

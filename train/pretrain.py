@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from hotlap.common.errors import DataError
+from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import check_bpe_size
 from hotlap.train.config import LoopConfig, PretrainConfig
 from hotlap.train.data.prepare import prepare
@@ -84,4 +85,4 @@ def describe_length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) 
 def main(config: PretrainConfig) -> None:
     """`hotlap pretrain`."""
     pretrain(config)
-    print(f"{config.out}/report.md")
+    print(printable(f"{config.out}/report.md"))

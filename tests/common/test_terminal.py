@@ -1,14 +1,18 @@
 """Nothing that is printed steers the terminal, or fails to be printed."""
 
 import io
+import json
 import os
+from pathlib import Path
 
 import pytest
 
+from hotlap.bench import compare
 from hotlap.common import files
 from hotlap.common.errors import guarded, known
 from hotlap.common.log import log, set_up_logging
 from hotlap.common.terminal import lenient, printable
+from hotlap.train import pretrain
 
 ESCAPES = "a\x1b[31mred\x9b2J\r\x07"
 
@@ -66,3 +70,14 @@ def test_the_log_steers_no_terminal(capsys, monkeypatch):
     set_up_logging()
     log.warning("%s: saved", ESCAPES)
     assert capsys.readouterr().err == "a[31mred2J: saved\n"
+
+
+def test_a_result_file_and_the_name_of_a_run_steer_no_terminal(tmp_path, monkeypatch, capsys):
+    row = {"case": ESCAPES, "provider": "hotlap", "ms": 1.0, "ms_low": 1.0, "ms_high": 1.0}
+    content = {"kind": "kernels", "device": "a CPU", "rows": [row]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    compare.main(compare.CompareConfig(tmp_path / "a.json", tmp_path / "a.json"))
+    monkeypatch.setattr(pretrain, "pretrain", lambda config: {})
+    pretrain.main(pretrain.PretrainConfig(out=Path(ESCAPES)))
+    printed = capsys.readouterr().out
+    assert "red" in printed and printable(printed) == printed
