@@ -135,7 +135,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """Measure a server from the outside: tokens/s and waiting times, with one stream and with many at once."""
+    """Measure a server from outside: tokens/s and waiting times, with one stream and with many at once."""
 
     model_field: ClassVar[str] = "model"
     model: Path | None = None

@@ -81,10 +81,9 @@ class Client:
         try:
             content = b"" if body is None else json.dumps(body).encode()
             key = os.environ.get("HOTLAP_API_KEY")
-            lines = [
-                f"{method} {path} HTTP/1.0", f"Host: {self.address.netloc}", f"Content-Length: {len(content)}",
-                "Content-Type: application/json", *([f"Authorization: Bearer {key}"] if key else []), "", "",
-            ]  # fmt: skip
+            headers = {"Host": self.address.netloc, "Content-Type": "application/json"}
+            headers |= {"Content-Length": len(content)} | ({"Authorization": f"Bearer {key}"} if key else {})
+            lines = [f"{method} {path} HTTP/1.0", *(f"{n}: {v}" for n, v in headers.items()), "", ""]
             writer.write("\r\n".join(lines).encode() + content)
             status = (await reader.readline()).split()
             while (await reader.readline()).strip():
