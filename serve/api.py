@@ -1,7 +1,6 @@
 """The HTTP API: OpenAI's routes, and what lm-eval and supervisors ask for.
 
-Handlers run on the event loop and never wait for the engine there. What takes time, such as tokenizing, runs in
-threads.
+Handlers run on the event loop and never block it. What takes time, such as tokenizing, runs in threads.
 """
 
 from __future__ import annotations
@@ -50,13 +49,17 @@ def create_app(worker: Worker, served: Served, metrics: Metrics, key: str | None
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = Service(worker, served, metrics)
     app.include_router(router)
-    app.add_exception_handler(APIError, lambda request, error: error_response(error))
+    app.add_exception_handler(APIError, refusal)
     app.add_exception_handler(HTTPException, unknown_route)
     app.add_middleware(Gate, key=key, metrics=metrics)
     return app
 
 
-def unknown_route(request: Request, error: HTTPException) -> Response:
+async def refusal(request: Request, error: APIError) -> Response:
+    return error_response(error)
+
+
+async def unknown_route(request: Request, error: HTTPException) -> Response:
     """A path or method that there is not."""
     what = f"{request.method} does not work on" if error.status_code == 405 else "there is nothing at"
     return error_response(

@@ -64,7 +64,9 @@ def check_host(headers: Headers) -> None:
     name = re.sub(r":\d*$", "", headers.get("host", ""))
     if not is_loopback(name):
         raise APIError(
-            403, "without an API key, the Host header must be localhost, 127.0.0.1 or [::1]", code="wrong_host"
+            403,
+            "without an API key, the Host header must be localhost, 127.0.0.1 or [::1]",
+            code="wrong_host",
         )
 
 
@@ -120,9 +122,8 @@ class Gate:
             await error_response(error)(scope, receive, send_with_id)
         except Exception as error:
             found = failure(error)
-            if status:  # the answer has begun: the client sees that its end is missing
-                raise
-            await error_response(found)(scope, receive, send_with_id)
+            if not status:  # else uvicorn closes the connection, and the client misses the end
+                await error_response(found)(scope, receive, send_with_id)
         finally:
             milliseconds = 1000 * (time.perf_counter() - began)
             path = scope["path"][:LONGEST_PATH]

@@ -1,4 +1,4 @@
-"""What /tokenize, /detokenize and /tokenizer_info answer, with vLLM's names: lm-eval counts tokens by them."""
+"""What /tokenize, /detokenize and /tokenizer_info answer, with vLLM's names. lm-eval asks for them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Ticket:
     """
 
     def __init__(self, call: Call, timeout: float, leave: Callable[[Ticket], None]):
-        """timeout: seconds that the answers may take, with the time in the queue. leave: called at the end."""
+        """timeout: seconds until it ends with an error. leave: called when it ends."""
         self.call = call
         self.usage = Usage(sum(map(len, call.prompts)), 0, 0)
         self.submitted = time.monotonic()
@@ -116,7 +116,8 @@ class Worker:
         self.choices = 0  # of those
         self.stopping = False
         self.progress = time.monotonic()  # when the last step ended
-        self.done: Future[None] = Future()  # of the thread; holds the exception that ended it
+        self.done: Future[None] = Future()  # of the thread
+        self.failed = False
         self._running: list[Choice] = []  # the thread's
         self._arrived: list[Ticket] = []  # guarded by the condition, as the next one
         self._closed = False
@@ -202,10 +203,9 @@ class Worker:
                 self._step()
         except BaseException as error:
             log.critical("the engine failed, and the server ends", exc_info=error)
-            self.done.set_exception(error)
+            self.failed = True
             self._tell(self._died)
-        else:
-            self.done.set_result(None)
+        self.done.set_result(None)
 
     def _tell(self, function: Callable, *arguments: object) -> None:
         """Call a function on the loop, unless the process ends and the loop is closed."""
@@ -248,7 +248,9 @@ class Worker:
         for request, token in self.engine.step():
             new[request].append(token)
         self.progress = time.monotonic()
-        changed = [choice for choice in self._running if choice.request in new or choice.request.finish_reason]
+        changed = [
+            choice for choice in self._running if choice.request in new or choice.request.finish_reason
+        ]
         pieces = [(choice.ticket, self._piece(choice, new[choice.request])) for choice in changed]
         self._running = [choice for choice in self._running if not choice.request.finish_reason]
         if pieces:
