@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from helpers.tools import train_tiny_tokenizer
 
@@ -12,10 +12,16 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.serve.config import Limits
 from hotlap.serve.protocol import Call, Served, chat_call, completion_call
 
-if TYPE_CHECKING:
-    from hotlap.model.engine import Token
-
 CONTEXT = 64
+
+
+class Token(NamedTuple):
+    """As the engine's."""
+
+    id: int
+    sampled: bool
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def served_model(tokenizer: Tokenizer | None = None, **fields) -> Served:
@@ -57,9 +63,9 @@ def fixed_call(**fields) -> Call:
 
 
 def tokens_of(ids: list[int], first: float | None = -0.5, alternatives: int = 0) -> list[Token]:
-    """Tokens with log-probabilities first, first - 0.5, ... and `alternatives` likelier or as likely ones."""
-    from hotlap.model.engine import Token
-
+    """Tokens with log-probabilities `first`, `first` - 0.5, ...; the likeliest are each itself and those of
+    the ids below it. first None: as an echoed prompt's.
+    """
     found = []
     for place, i in enumerate(ids):
         logprob = None if first is None and place == 0 else (first or 0.0) - 0.5 * place
