@@ -181,8 +181,8 @@ class Engine:
             prefix = None if request.echo else self.sequences.prefix(request.prompt)
             if prefix and not self.sequences.is_read(prefix):
                 return
-            self.waiting.popleft()
             self.cache.reserve(len(request.prompt) + request.room)
+            self.waiting.popleft()
             request.cached = prefix.length if prefix else 0
             request.slot = self.sequences.take(request.prompt, prefix)
             self.slots[request.slot] = request
