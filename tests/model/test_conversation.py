@@ -108,7 +108,7 @@ def test_a_conversation_goes_on_after_an_empty_answer_but_is_no_data(nothing, ti
     messages = [user(), assistant(nothing), user("Why?")]
     start = [*render_prompt([user()], tiny_tokenizer), *tiny_tokenizer.encode(nothing or "")]
     assert render_prompt(messages, tiny_tokenizer)[: len(start)] == start
-    with pytest.raises(DataError, match="says nothing|without `content`"):
+    with pytest.raises(DataError, match=r"says nothing|without `content`"):
         render(messages, tiny_tokenizer)
 
 
