@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import os
 import random
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +28,6 @@ from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device
 
-START = 180  # seconds that a server has to load its model
 IDS = 256  # prompts are of ids below this, which every tokenizer has
 MB = 1e6
 
@@ -47,6 +48,7 @@ class Timings:
             "case": case,
             "provider": "server",
             "requests": len(self.first),
+            "tokens": self.tokens,
             "ms": 1e3 * quantile(self.between, 0.5),
             "ms_99": 1e3 * quantile(self.between, 0.99),
             "first_token_ms": 1e3 * quantile(self.first, 0.5),
@@ -57,7 +59,7 @@ class Timings:
 
 def quantile(values: list[float], share: float) -> float:
     """The smallest value that a share of them does not exceed."""
-    return sorted(values)[max(0, -int(-share * len(values)) - 1)] if values else float("nan")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else float("nan")
 
 
 class Client:
@@ -138,23 +140,19 @@ def started(config: ServingConfig) -> Iterator[tuple[str, int | None]]:
     if config.url:
         yield config.url.rstrip("/").removesuffix("/v1"), None
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hotlap.cli", "serve", *([str(config.model)] if config.model else [])]
+    model = [str(config.model)] if config.model else []
     slots = ["--slots", str(max(config.streams))]
-    server = subprocess.Popen([*command, "--port", str(port), *slots], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "hotlap.cli", "serve", *model, *slots, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(10 * START):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            if server.poll() is not None:
-                raise ValueError("the server did not start; its error is above")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", server.pid
+        said = itertools.takewhile(lambda line: line.strip(), server.stdout)
+        found = re.search(r"address +(\S+)/v1", "".join(said))
+        if not found:
+            raise ValueError("the server did not start; its error is above")
+        yield found[1], server.pid
     finally:
         server.terminate()
-        server.wait()
+        server.communicate()
 
 
 def resident(process: int) -> float:
