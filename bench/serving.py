@@ -69,11 +69,29 @@ class Client:
         """prompt, tokens: of each request."""
         self.address = urlsplit(url)
         self.prompt, self.tokens, self.dice = prompt, tokens, random.Random(0)
-        self.model = asyncio.run(self.get("/v1/models"))["data"][0]["id"]
+        self.model = self.ask("GET", "/v1/models")["data"][0]["id"]
+        self.never = self.ends()
 
-    async def get(self, path: str) -> dict:
-        async with self.exchange("GET", path) as reader:
-            return json.loads(await reader.read())
+    def ask(self, method: str, path: str, body: dict | None = None) -> dict:
+        async def answer() -> bytes:
+            async with self.exchange(method, path, body) as reader:
+                return await reader.read()
+
+        return json.loads(asyncio.run(answer()))
+
+    def ends(self) -> dict[str, float]:
+        """A bias against the tokens that end answers, so that all have one length. None if the server does
+        not say which these are.
+        """
+        try:
+            info = self.ask("GET", "/tokenizer_info")
+            names = {info["eos_token"], info["bos_token"]} - {None}
+            asked = ({"prompt": name, "add_special_tokens": False} for name in names)
+            ids = [self.ask("POST", "/tokenize", body)["tokens"] for body in asked]
+        except (DataError, KeyError, ValueError):
+            log.info("the server does not say which tokens end an answer, so answers may be short")
+            return {}
+        return {str(id): -100 for (id,) in ids}
 
     @contextlib.asynccontextmanager
     async def exchange(self, method: str, path: str, body: dict | None = None):
@@ -100,8 +118,8 @@ class Client:
         """One request, timed."""
         body = {
             "model": self.model, "prompt": [self.dice.randrange(IDS) for _ in range(self.prompt)],
-            "max_tokens": self.tokens, "temperature": 1, "seed": self.dice.randrange(1 << 30), "stream": True,
-            "stream_options": {"include_usage": True},
+            "max_tokens": self.tokens, "temperature": 1, "seed": self.dice.randrange(1 << 30),
+            "logit_bias": self.never, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         last, first = time.perf_counter(), True
         async with self.exchange("POST", "/v1/completions", body) as reader:

@@ -28,6 +28,7 @@ def test_a_server_is_started_measured_and_ended(tmp_path, tiny_tokenizer):
     for row in rows:
         assert row["requests"] >= 3 and 0 < row["ms"] <= row["ms_99"]
         assert 0 < row["first_token_ms"] <= row["first_token_ms_99"] and row["tokens_per_second"] > 0
+        assert row["tokens"] == 4 * row["requests"]
     assert rows[2]["requests"] == 30
     assert 0 < rows[2]["memory_mb_after_a_tenth"] < 2 * rows[2]["memory_mb"]
     assert json.loads((tmp_path / "serving.json").read_text())["rows"] == rows
