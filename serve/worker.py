@@ -112,6 +112,7 @@ class Worker:
     def __init__(self, engine: Engine, queue: int, timeout: float, metrics: Metrics):
         """timeout: seconds that a call may take, with the time in the queue."""
         self.engine, self.queue, self.timeout, self.metrics = engine, queue, timeout, metrics
+        self.slots = len(engine.slots)
         self.tickets: set[Ticket] = set()  # that have not ended
         self.choices = 0  # of those
         self.stopping = False
@@ -127,10 +128,6 @@ class Worker:
         """Start the thread. Calls come from the event loop that runs now."""
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
-
-    @property
-    def slots(self) -> int:
-        return len(self.engine.slots)
 
     @property
     def waiting(self) -> int:

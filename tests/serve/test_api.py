@@ -225,6 +225,13 @@ def test_nothing_of_prompts_or_answers_is_logged(server, caplog, monkeypatch):
     assert secret not in logged and "abcd" not in logged
 
 
+def test_a_path_cannot_forge_a_line_of_the_log(server, caplog):
+    caplog.set_level(logging.INFO, "hotlap")
+    server.ask("/health%0aGET%20/admin")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "hotlap"]
+    assert "\n" not in line and "GET /health%0aGET%20/admin 404" in line
+
+
 def test_a_silent_stream_has_comments(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("hotlap.serve.api.QUIET", 0.02)
     engine = FakeEngine(tiny_tokenizer, slots=1)
