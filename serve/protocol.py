@@ -163,7 +163,7 @@ def conversation_ids(body: dict, served: Served) -> list[int]:
             for m in messages
         ]
     try:
-        messages, most = check_messages(messages), served.limits.characters
+        messages, most = check_messages(messages, silence=True), served.limits.characters
         texts = [m["content"] + (tool_expression(m) if m.get("tool_calls") else "") for m in messages]
         if (length := sum(map(len, texts))) > most:
             raise refused(f"`messages` have {length} characters; at most {most} are read", "messages")

@@ -66,6 +66,7 @@ WORKS = [
     (BOTH, {"max_tokens": 3.0}, {"max_tokens": 3}),
     (CHAT, {}, {"chat": True, "tools": TOOLS, "max_tokens": CONTEXT - 6}),
     (CHAT, {"max_tokens": CONTEXT}, {"max_tokens": CONTEXT - 6}),
+    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": ""}, user("Hi")]}, {"max_tokens": CONTEXT - 12}),
     (CHAT, {"max_completion_tokens": 3}, {"max_tokens": 3}),
     (CHAT, {"max_completion_tokens": 2**40}, {"max_tokens": CONTEXT - 6}),
     (CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, {"max_tokens": 3}),
