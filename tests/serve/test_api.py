@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -244,6 +245,14 @@ def test_a_silent_stream_has_comments(tiny_tokenizer, monkeypatch):
         assert response.readline().startswith(b": ") and response.readline() == b"\n"
         engine.gate.set()
         assert b"[DONE]" in response.read()
+
+
+def test_every_route_is_documented():
+    text = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")
+    for route in router.routes:
+        assert f"`{route.path.replace('{name:path}', 'NAME')}`" in text.replace("POST ", "").replace(
+            "GET ", ""
+        )
 
 
 def test_tokens_of_text_and_back(server, tiny_tokenizer):
