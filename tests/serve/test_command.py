@@ -1,5 +1,6 @@
 """`hotlap serve`: names of models, what it says, what it refuses, and how it ends."""
 
+import asyncio
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from hotlap.model.weights import save_model
 from hotlap.serve import command
 from hotlap.serve.command import announcement, load, model_name
 from hotlap.serve.config import NAME, ServeConfig
+from hotlap.serve.server import stop_by_signals
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -116,3 +118,21 @@ def test_a_signal_in_the_middle_of_a_stream_ends_the_process_in_order(run, tiny_
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    async def signalled() -> None:
+        stop = asyncio.Event()
+        stop_by_signals(stop)
+        signal.raise_signal(signal.SIGTERM)
+        await stop.wait()
+        assert codes == []
+        signal.raise_signal(signal.SIGINT)
+        while not codes:
+            await asyncio.sleep(0)
+
+    asyncio.run(signalled())
+    assert codes == [130]
