@@ -31,6 +31,7 @@ from hotlap.kernels.attention import attention
 from hotlap.kernels.attention_blocks import load_rows, similarity
 from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
+from hotlap.kernels.cpu import decode_attention as cpu
 from hotlap.kernels.dispatch import (
     Device,
     autocast_dtype,
@@ -40,6 +41,7 @@ from hotlap.kernels.dispatch import (
     launches,
     no_autocast,
     tl,
+    use_c,
     use_triton,
     wrap_triton,
 )
@@ -284,7 +286,9 @@ def _fake(q, *_):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-_decode_attention = kernel_op("decode_attention", _decode, _fake, mutates=("k_cache", "v_cache"))
+_decode_attention = kernel_op(
+    "decode_attention", _decode, _fake, mutates=("k_cache", "v_cache"), c=cpu.forward
+)
 
 
 def decode_attention(
@@ -330,8 +334,10 @@ def decode_attention(
             f"{B} sequences and a cache of {k_cache.shape[1]} tokens"
         )
     softcap = softcap or 0.0
+    in_c = T == 1 and use_c(q)
     if not use_triton(q):
         _check_room(lengths, T, k_cache.shape[1], window)
+    if not (in_c or use_triton(q)):
         append_ref(k, v, k_cache, v_cache, slots, lengths)
         with no_autocast(q):
             return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)

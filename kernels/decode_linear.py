@@ -13,6 +13,9 @@ A second form of the kernel starts while the kernel before it runs, and meanwhil
 L2 cache (programmatic dependent launch, from compute capability 9.0). It is taken only where `hotlap bench
 tune` finds it faster, which it did not on an H100.
 
+On a CPU, a kernel in C takes the same, in float32 and bfloat16. It adds in one order for any number of rows,
+so what a row gives does not depend, to the last bit, on the rows beside it.
+
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's
 or `torch.autocast`'s, and for float32 on a GPU (no tensor cores), both functions are the reference.
 """
@@ -28,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.cpu import decode_linear as cpu
 from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
@@ -38,6 +42,7 @@ from hotlap.kernels.dispatch import (
     launches,
     promote,
     tl,
+    use_c,
     use_triton,
     wrap_triton,
 )
@@ -276,14 +281,16 @@ def _empty(x: Tensor, weight: Tensor, a, b, x0, gate, *_) -> tuple[Tensor, Tenso
     return tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (*shapes, gates))
 
 
-_decode_linear = kernel_op("decode_linear", _product, _empty)
+_decode_linear = kernel_op("decode_linear", _product, _empty, c=cpu.forward)
 
 
 def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether the product of x (..., D) and weight (N, D), with what is fused with it, runs the kernel."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *others))
     few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
-    return few and not learns and use_triton(x) and (x.dtype != torch.float32 or INTERPRETED)
+    if learns or not few:
+        return False
+    return use_c(x) or (use_triton(x) and (x.dtype != torch.float32 or INTERPRETED))
 
 
 def norm_linear(

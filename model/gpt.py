@@ -205,8 +205,8 @@ class GPT(nn.Module):
     def for_inference(self) -> GPT:
         """Round all weights to the compute dtype, freeze them, and return self. For whole, unsharded models.
 
-        Forward rounds the weights anyway, so results stay the same to the last bit, but for a few tokens on a
-        GPU (`Block.decode`). Without a cast in each step, bfloat16 weights take half the memory, and a
+        Forward rounds the weights anyway, so results stay the same to the last bit, but for a few tokens
+        (`Block.decode`). Without a cast in each step, bfloat16 weights take half the memory, and a
         decoding step reads 2 bytes a weight instead of 8 (4 read and 2 written by the cast, 2 read by the
         matmul).
         """

@@ -11,6 +11,8 @@
 #define PRAGMA(text) _Pragma(#text)
 /* The loop below on all of torch's threads, if it touches enough elements to pay for waking them. */
 #define PARALLEL(elements) PRAGMA(omp parallel for schedule(static) if ((elements) > 16384))
+/* The same for multiplications, of which a vector does many at once. */
+#define PARALLEL_PRODUCTS(count) PRAGMA(omp parallel for schedule(static) if ((count) > 1 << 20))
 #define VECTOR PRAGMA(omp simd)
 #define VECTOR_SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))
 

@@ -12,11 +12,13 @@ from hotlap.kernels.decode_attention import decode_attention
 SPLIT_COUNT = module.split_count  # which the fixture replaces
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
+@pytest.fixture(params=["torch", "c", "triton"], autouse=True)
 def kernels(request, choose_kernels):
-    """Both paths; the Triton one with a block of 32 keys, and poisoned memory."""
+    """All paths; the Triton one with a block of 32 keys; kernels with poisoned memory."""
     if request.param == "torch":
         return choose_kernels("torch")
+    if request.param == "c":
+        return request.getfixturevalue("c_kernels")
     request.getfixturevalue("triton_kernels")
     patch = request.getfixturevalue("monkeypatch")
     patch.setattr(module, "_decode_split_tiles", lambda c, _: [module.Tile({"BLOCK_C": c, "BLOCK_N": 32})])
@@ -25,7 +27,7 @@ def kernels(request, choose_kernels):
 
 @pytest.fixture
 def only_triton(request):
-    if "torch" in request.node.name:
+    if "triton" not in request.node.name:
         pytest.skip("of the Triton path")
 
 
@@ -95,7 +97,7 @@ def test_rings_that_have_and_have_not_wrapped_share_a_call(T):
 def test_a_prompt_read_in_chunks_takes_no_mask_on_a_cpu(monkeypatch):
     """Of its own length and the window's, whatever the length of the cache."""
     if DEVICE.type != "cpu" or module.use_triton(torch.empty(1)):
-        pytest.skip("of torch on a CPU")
+        pytest.skip("of CPUs")
     seen, whole = [], module.attention
     monkeypatch.setattr(module, "attention", lambda q, k, *rest: seen.append(k.shape) or whole(q, k, *rest))
     q, k, v = tokens(2, 300, 2, 1, 16)
@@ -105,7 +107,7 @@ def test_a_prompt_read_in_chunks_takes_no_mask_on_a_cpu(monkeypatch):
 
 def test_a_cache_too_short_is_an_error_where_lengths_are_cheap_to_read():
     if DEVICE.type != "cpu" or module.use_triton(torch.empty(1)):
-        pytest.skip("of torch on a CPU")
+        pytest.skip("of CPUs")
     (q, k, v), cache, every = tokens(2, 3, 2, 1, 16), empty_cache(2, 8, 1, 16), torch.arange(2)
     decode_attention(q, k, v, *cache, every, 5 * every)
     for window, match in ((None, "needed are 9"), (7, "needed are 9, or 9 for a window of 7")):
