@@ -1,4 +1,4 @@
-"""Chat with a model in the terminal: python chat.py [MODEL] [-p QUESTION]."""
+"""Chat with a model in the terminal: python chat.py [MODEL] [-p QUESTION], or serve it: --serve."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Chat with a model."""
+    """Chat with a model. With --serve, serve it over HTTP instead; `hotlap serve --help` has those flags."""
 
     model_field: ClassVar[str] = "model"
     model: Path | None = None
@@ -307,4 +307,5 @@ def main(config: ChatConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.main(["chat", *sys.argv[1:]]))
+    words = [word for word in sys.argv[1:] if word != "--serve"]
+    raise SystemExit(cli.main(["serve" if "--serve" in sys.argv[1:] else "chat", *words]))

@@ -158,6 +158,10 @@ COMMANDS: Table = {
         ),
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
+    "serve": Command(
+        "serve a model behind OpenAI's HTTP API",
+        "serve.config:ServeConfig", "serve.command:main",
+    ),
 }  # fmt: skip
 HELP = ("-h", "--help", "help")
 FLAGS = """

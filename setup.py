@@ -13,6 +13,7 @@ FOLDERS = (
     "kernels",
     "kernels.cpu",
     "model",
+    "serve",
     "train",
     "train.data",
     "train.data.tasks",

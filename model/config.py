@@ -153,15 +153,31 @@ class Sampling:
     top_k: int = 50
     """Sample from the k most likely tokens; 0: from all."""
     max_tokens: int = 256
-    """Maximum length of an answer in tokens."""
+    """Maximum length of an answer in tokens; 0 reads the prompt only."""
     seed: int = 0
     """Seed of the random generator."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this share of the likeliest one's probability; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Divide the positive logits of tokens in the prompt and the answer by it, and multiply the others."""
+    presence_penalty: float = 0.0
+    """Lower the logits of tokens in the answer by it."""
+    frequency_penalty: float = 0.0
+    """Lower the logits of tokens in the answer by it for each time that they occur."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; it does not include them."""
 
     def validate(self) -> Sampling:
         between(self, 0, 10, "temperature")
         at_least(self, 0, "top_k", zero="off")
-        at_least(self, 1, "max_tokens")
-        at_least(self, 0, "seed")
+        between(self, 0, 1, "top_p", "min_p")
+        positive(self, "repetition_penalty")
+        between(self, -2, 2, "presence_penalty", "frequency_penalty")
+        at_least(self, 0, "max_tokens", "seed")
         return self
 
 

@@ -12,11 +12,12 @@ import pytest
 from hotlap.cli import COMMANDS, Group, Table
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "kernels", "model", "train", "bench", "tests")
+FOLDERS = ("common", "kernels", "model", "serve", "train", "bench", "tests")
 MAY_IMPORT = {
     "common": {"common"},
     "kernels": {"common", "kernels"},
     "model": {"common", "kernels", "model"},
+    "serve": {"common", "kernels", "model", "serve"},
     "train": {"common", "kernels", "model", "train"},
     "bench": {"common", "kernels", "model", "train", "bench"},
     "chat.py": {"common", "kernels", "model", "cli"},
