@@ -25,12 +25,13 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     raise SystemExit(130) from None
 
+from hotlap.common.checks import at_least
 from hotlap.common.errors import BAD_DATA
 from hotlap.common.files import append
 from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
-from hotlap.model.tokenizer import StreamDecoder
+from hotlap.model.streaming import StreamDecoder
 
 if TYPE_CHECKING:
     from hotlap.model.engine import Engine
@@ -74,6 +75,7 @@ class ChatConfig:
             temperature = BASE_TEMPERATURE if base else 0.0
         if self.seed is not None and not 0 <= self.seed < 1 << 62:
             raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
+        at_least(self, 1, "max_tokens")
         return Sampling(temperature, self.top_k, self.max_tokens).validate()
 
     def validate(self) -> ChatConfig:

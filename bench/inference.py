@@ -25,10 +25,11 @@ from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
-from hotlap.model.decoding import Decoder, KVCache, check_cache
+from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
-from hotlap.model.sampling import Sampling, sample
+from hotlap.model.kv_cache import KVCache, Span, check_cache
+from hotlap.model.sampling import Draw, Sampling, sample
 
 PROFILED = 10  # decoding steps
 
@@ -113,15 +114,16 @@ def measure_decoding(
     cache = KVCache(shape, batch, prompt + 1, model.compute_dtype, device)
     ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
     first = torch.zeros(1, dtype=torch.int64, device=device)
-    last_tokens = [(i % shape.vocab_size, i, prompt) for i in range(batch)]
-    greedy = [Sampling(temperature=0)] * batch
+    ids_before = torch.cat((ids[:, :1] * 0 - 1, ids[:, :-1]), dim=1)
+    last_tokens = [Row(i % shape.vocab_size, 0, i, prompt) for i in range(batch)]
+    greedy = [Draw(Sampling(temperature=0))] * batch
 
     def prefill(_: int) -> None:
-        cache.use(first, first, prompt)
-        model(ids, cache=cache, last=True)
+        cache.use(Span(first, first, prompt), previous=ids_before)
+        model(ids, cache=cache, only=first - 1)
 
     def decode(_: int) -> None:
-        sample(decoder(last_tokens), greedy, []).tolist()
+        sample(decoder(last_tokens), greedy).tolist()
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()

@@ -11,12 +11,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def to_device(numbers: list, device: torch.device, out: Tensor | None = None) -> Tensor:
+def to_device(
+    numbers: list, device: torch.device, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """A list of numbers, nested or not, as a tensor on the device, which is not waited for.
 
     out: a tensor there to copy them to.
     """
-    host = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GB = 1e9
 CGROUPS = Path("/sys/fs/cgroup")
+MEMORY = Path("/proc/meminfo")
 # The file with the limit of a control group: by version 2, and by version 1's controller of memory.
 LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
 
@@ -31,6 +32,17 @@ def machine_bytes() -> int:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     groups = Path("/proc/self/cgroup")
     return min([memory, *limits(groups.read_text() if groups.exists() else "", CGROUPS)])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that could be taken now: of a GPU, or of the machine and its container."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    lines = MEMORY.read_text().splitlines() if MEMORY.exists() else []
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([machine_bytes(), *available])
 
 
 def limits(groups: str, root: Path) -> list[int]:

@@ -146,38 +146,44 @@ def rotary_bytes(config: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample the next token."""
+    """How to sample the next token. Penalties and biases change the logits before the temperature does, then
+    top_k, top_p and min_p each leave out unlikely tokens.
+    """
 
     temperature: float = 0.6
     """0 takes the most likely token."""
     top_k: int = 50
     """Sample from the k most likely tokens; 0: from all."""
     max_tokens: int = 256
-    """Maximum length of an answer in tokens; 0 reads the prompt only."""
+    """Maximum length of an answer in tokens; 0 only reads the prompt."""
     seed: int = 0
     """Seed of the random generator."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+    """Sample from the most likely tokens that together have this probability; 1: from all."""
     min_p: float = 0.0
-    """Sample from tokens with at least this share of the likeliest one's probability; 0: from all."""
+    """Leave out tokens with less than this share of the most likely token's probability."""
     repetition_penalty: float = 1.0
-    """Divide the positive logits of tokens in the prompt and the answer by it, and multiply the others."""
+    """Divide positive logits of tokens in prompt and answer by this, and multiply negative ones by it."""
     presence_penalty: float = 0.0
-    """Lower the logits of tokens in the answer by it."""
+    """Subtract this from the logits of tokens in the answer."""
     frequency_penalty: float = 0.0
-    """Lower the logits of tokens in the answer by it for each time that they occur."""
+    """Subtract this for each time that a token is in the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids, and what is added to their logits."""
+    """Token ids, and what to add to their logits."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer; it does not include them."""
+    """Strings that end the answer; it does not include them."""
 
     def validate(self) -> Sampling:
         between(self, 0, 10, "temperature")
         at_least(self, 0, "top_k", zero="off")
-        between(self, 0, 1, "top_p", "min_p")
-        positive(self, "repetition_penalty")
-        between(self, -2, 2, "presence_penalty", "frequency_penalty")
         at_least(self, 0, "max_tokens", "seed")
+        between(self, 0, 1, "top_p", "min_p")
+        between(self, 0.01, 100, "repetition_penalty")
+        between(self, -2, 2, "presence_penalty", "frequency_penalty")
+        if not all(abs(bias) <= 100 for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must have numbers from -100 to 100")
+        if "" in self.stop:
+            raise ValueError("stop must have no empty string")
         return self
 
 

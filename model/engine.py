@@ -1,17 +1,17 @@
 """Generation: requests that share forward passes.
 
-Each request has its own random generator and tools. Its answer does not depend on the other requests in the
+Each request has its own random numbers and tools. Its answer does not depend on the other requests in the
 batch, except that matmuls of different shapes may round differently.
 """
-# B requests of a forward pass, V vocab
+# B requests that get a token, E prompt tokens that are scored, N tokens of a pass, V vocab
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,57 +22,46 @@ from hotlap.common.log import log
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cpu.threads import threads_for
 from hotlap.kernels.dispatch import kernel_choice
-from hotlap.model.conversation import AnswerParts
-from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
+from hotlap.model.kv_cache import KVCache, Span
+from hotlap.model.request import FinishReason, Request, Token
 from hotlap.model.sampling import Sampling, sample
+from hotlap.model.slots import Slots
 from hotlap.model.tools import TOOLS, Tools, run_tool
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
 
-
-class Token(NamedTuple):
-    id: int
-    sampled: bool
-    """False if it was forced (a tool's result). Serves as the loss mask for reinforcement learning."""
-    logprob: float | None
-    """Log-probability in nats at temperature 1, without top-k, over the whole (padded) vocabulary, as in the
-    training loss. None unless requested."""
+CHUNK = 256  # tokens of prompts in a pass: a decoding step beside them takes a few times as long as alone
 
 
-@dataclass(eq=False)
-class Request:
-    """A prompt and its answer so far. Made by `Engine.add`."""
+class Chunk(NamedTuple):
+    """A part of a prompt that a pass reads."""
 
-    prompt: list[int]
-    sampling: Sampling
-    tools: Tools
-    logprobs: bool
-    room: int  # maximum length of the answer in tokens
-    generator: torch.Generator
-    parts: AnswerParts
-    slot: int | None = None  # None while it waits
-    tokens: list[Token] = field(default_factory=list)
-    """The answer so far, including the token that ends it."""
-    forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
-    """stop: the model ended its answer. length: `max_tokens` or the context was reached."""
+    request: Request
+    start: int
+    count: int
 
     @property
-    def answer(self) -> list[int]:
-        """Ids of the answer, without the token that ends it."""
-        ids = [token.id for token in self.tokens]
-        return ids[:-1] if self.finish_reason == "stop" else ids
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.request.prompt)
 
 
 class Engine:
-    """Generates for up to `slots` requests at once; others wait in a queue.
+    """Generates for up to `slots` requests at once; others wait in a queue, and start in order.
 
-    A request reserves cache for its prompt and its longest answer. Every slot has room for the longest
-    request so far; the cache grows when a longer one gets a slot, and never shrinks. Use an engine from one
-    thread.
+    A step adds a token to every request that has been read, and reads up to `chunk` tokens of the prompts of
+    others, so nobody's answer stops while another's prompt is read. A request has room in the cache for its
+    prompt and its longest answer before it starts, so nothing is ever dropped in the middle. Every slot has
+    room for the longest request so far; the cache grows when a longer one gets a slot, and never shrinks.
+    Prompts that begin alike share what was computed for one of them (`Slots`): call `forget` after the
+    weights have changed. Use an engine from one thread.
 
     Each step is exactly one forward pass, even without requests. With FSDP2, a forward pass is a collective:
     each rank has its own engine and requests, and all ranks must take the same number of steps. They do if
@@ -84,14 +73,18 @@ class Engine:
     `generate` and `complete` stop when their own requests are done, so they need an unsharded model.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64, chunk: int = CHUNK):
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
-        self.model, self.tokenizer = model, tokenizer
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1")
+        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
         self.device = model.embedding.weight.device
-        self.cache = KVCache(model.config, slots, 0, model.compute_dtype, self.device)
+        self.cache = KVCache(model.config, slots, 0, model.compute_dtype, self.device, chunk)
         self.decoder = Decoder(model, self.cache)
         self.slots: list[Request | None] = [None] * slots
+        self.sequences = Slots(self.cache)
+        self.reading: list[Request] = []  # whose prompts are not read to the end, in the order they came
         self.waiting: deque[Request] = deque()
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], tokenizer.bos}
@@ -106,7 +99,8 @@ class Engine:
         if self.device.type != "cpu":  # elsewhere, prompts have one kernel
             return
         c = self.model.config
-        for tokens in sorted({*(1 << n for n in range(1, c.context.bit_length())), c.context}):
+        longest = min(self.chunk, c.context)
+        for tokens in sorted({*(1 << n for n in range(1, longest.bit_length())), longest}):
             q, k = (
                 torch.empty(0, tokens, heads, c.head_dim, dtype=self.model.compute_dtype)
                 for heads in (c.heads, c.kv_heads)
@@ -120,22 +114,26 @@ class Engine:
         return bool(self.waiting) or any(self.slots)
 
     def add(
-        self, prompt: list[int], sampling: Sampling, tools: Tools = TOOLS, logprobs: bool = False
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        tools: Tools = TOOLS,
+        logprobs: int | None = None,
+        echo: bool = False,
     ) -> Request:
-        """Queue a prompt. ValueError if it is empty or fills the context.
+        """Queue a prompt. ValueError if it is empty, or leaves the context no room for a token of answer.
 
         When the model ends a tool call, `run_tool` runs it, and the tokens of its result are forced to
-        follow; none if the tokenizer lacks a character of it. If `tools` is empty, nothing is run or
-        forced.
+        follow; none if the tokenizer lacks a character of it. If `tools` is empty, nothing is run, forced or
+        hidden from the text. logprobs: how many alternatives of each token to list with their
+        log-probabilities; 0 is the token's own log-probability alone. echo: score the prompt's tokens too.
         """
         context = self.model.config.context
-        if not 0 < len(prompt) < context:
+        if not 0 < len(prompt) < context + (sampling.max_tokens == 0):
             raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {context}")
         sampling.validate()
         room = min(sampling.max_tokens, context - len(prompt))
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        parts = AnswerParts(self.tokenizer)
-        request = Request(prompt, sampling, tools, logprobs, room, generator, parts)
+        request = Request.of(self.tokenizer, prompt, sampling, tools, logprobs, echo, room)
         self.waiting.append(request)
         return request
 
@@ -144,80 +142,153 @@ class Engine:
         if request.finish_reason is None:
             self._end(request, "cancelled")
 
+    def forget(self) -> None:
+        """Share nothing with requests that have been added before. No request may be running."""
+        if any(self.slots):
+            raise ValueError("a request is running; end or cancel it first")
+        self.sequences = Slots(self.cache)
+
     @torch.no_grad()  # not inference_mode: FSDP2 keeps gathered weights for training
     def step(self) -> list[tuple[Request, Token]]:
-        """One forward pass: over the prompt of one waiting request if a slot is free, else over the last
-        token of every running request. Returns the next token of each request in the pass.
+        """One forward pass. Returns the next token of each request that got one.
 
         After an exception, including Ctrl-C, requests can only be cancelled.
         """
-        while self.waiting and None in self.slots:
-            request = self.waiting.popleft()
-            request.slot = self.slots.index(None)
-            self.slots[request.slot] = request
-            self.cache.clear(request.slot, len(request.prompt) + request.room)
-        running = [request for request in self.slots if request]
-        batch = [request for request in running if not request.tokens][:1] or running
-        if not batch:  # other ranks wait for this forward pass
-            self.cache.clear(0, 1)
-            self.decoder([(self.tokenizer.bos, 0, 0)])
+        self._admit()
+        answering = [request for request in self.slots if request and request.tokens]
+        chunks = self._chunks()
+        with threads_for((len(answering) + sum(chunk.count for chunk in chunks)) * self.token_flops):
+            logits = self._read(answering, chunks) if chunks else self._decode(answering)
+        for request in answering:
+            self.sequences.held[request.slot].append(request.tokens[-1].id)
+        for request, start, count in chunks:
+            self.sequences.held[request.slot] += request.prompt[start : start + count]
+        read = [chunk.request for chunk in chunks if chunk.is_last]
+        self.reading = [request for request in self.reading if request not in read]
+        if not (answering or chunks):  # other ranks wait for this forward pass
             return []
-        tokens = len(batch) if batch[0].tokens else len(batch[0].prompt)
-        with threads_for(tokens * self.token_flops):
-            logits = self._decode(batch) if batch[0].tokens else self._read_prompt(batch[0])
-        step = list(zip(batch, self._next_tokens(batch, logits), strict=True))
+        step = list(zip(answering + read, self._next_tokens(answering + read, chunks, logits), strict=True))
         for request, token in step:
             self._append(request, token)
-        return step
+        return [(request, token) for request, token in step if request.tokens]
 
-    def _read_prompt(self, request: Request) -> Tensor:
-        """Logits (1, V) after a prompt."""
-        ids = to_device([request.prompt], self.device)
-        slots = torch.full((1,), request.slot, device=self.device)
-        self.cache.use(slots, torch.zeros_like(slots), len(request.prompt))
-        return self.model(ids, cache=self.cache, last=True)[:, 0]
+    def _admit(self) -> None:
+        """Give waiting requests free slots. The first of them waits longer if what it shares with another
+        prompt is still being read.
+        """
+        while self.waiting and self.sequences.free:
+            request = self.waiting[0]
+            prefix = None if request.echo else self.sequences.prefix(request.prompt)
+            if prefix and not self.sequences.is_read(prefix):
+                return
+            self.waiting.popleft()
+            self.cache.reserve(len(request.prompt) + request.room)
+            request.cached = prefix.length if prefix else 0
+            request.slot = self.sequences.take(request.prompt, prefix)
+            self.slots[request.slot] = request
+            self.reading.append(request)
+
+    def _chunks(self) -> list[Chunk]:
+        """The parts of prompts to read next."""
+        chunks, room = [], self.chunk
+        for request in self.reading:
+            start = len(self.sequences.held[request.slot])
+            count = min(room, len(request.prompt) - start)
+            if count:
+                chunks.append(Chunk(request, start, count))
+            room -= count
+        return chunks
 
     def _decode(self, requests: list[Request]) -> Tensor:
         """Logits (B, V) after the last token of each request."""
-        rows = [(r.tokens[-1].id, r.slot, len(r.prompt) + len(r.tokens) - 1) for r in requests]
-        padding = self.decoder.batch_size(len(rows)) - len(rows)
-        if padding:  # in a free slot, where it changes nothing: a new request starts with an empty one
-            rows += [(self.tokenizer.bos, self.slots.index(None), 0)] * padding
+        rows = [self._row(request) for request in requests]
+        padding = self.decoder.batch_size(len(rows)) - len(rows) if rows else 1
+        if padding:  # in a free slot, where it changes nothing
+            self.cache.reserve(1)
+            rows += [Row(self.tokenizer.bos, -1, self.sequences.spare(), 0)] * padding
         return self.decoder(rows)[: len(requests)]
 
-    def _next_tokens(self, requests: list[Request], logits: Tensor) -> list[Token]:
-        """The next token of each request: the forced one, or sampled from its row of logits (B, V).
+    def _row(self, request: Request) -> Row:
+        """The last token of an answer."""
+        before = request.tokens[-2].id if len(request.tokens) > 1 else request.prompt[-1]
+        length = len(request.prompt) + len(request.tokens) - 1
+        return Row(request.tokens[-1].id, before, request.slot, length)
+
+    def _read(self, answering: list[Request], chunks: list[Chunk]) -> Tensor:
+        """Logits (B + E, V) of a pass that reads chunks of prompts beside the last tokens of answers: after
+        each answer, after each prompt that ends, and after each prompt token whose next is scored.
+        """
+        rows = [self._row(request) for request in answering]
+        ids, previous = [row.token for row in rows], [row.previous for row in rows]
+        ends, scored = list(range(len(rows))), []  # indices of tokens
+        for request, start, count in chunks:
+            scored += [
+                len(ids) + i for i in range(count) if request.echo and start + i + 1 < len(request.prompt)
+            ]
+            ids += request.prompt[start : start + count]
+            previous += [-1, *request.prompt][start : start + count]
+            ends += [len(ids) - 1] if start + count == len(request.prompt) else []
+        slots = [row.slot for row in rows] + [chunk.request.slot for chunk in chunks]
+        lengths = [row.length for row in rows] + [chunk.start for chunk in chunks]
+        parts = (ids, previous, slots, lengths, ends + scored)
+        numbers = to_device([number for part in parts for number in part], self.device)  # one copy
+        ids, previous, slots, lengths, only = numbers.split([len(part) for part in parts])
+        spans = [Span(slots[: len(rows)], lengths[: len(rows)], 1)] if rows else []
+        for i, chunk in enumerate(chunks, len(rows)):
+            spans.append(Span(slots[i : i + 1], lengths[i : i + 1], chunk.count))
+        self.cache.use(*spans, previous=previous[None])
+        return self.model(ids[None], cache=self.cache, only=only)[0]
+
+    def _next_tokens(self, requests: list[Request], chunks: list[Chunk], logits: Tensor) -> list[Token]:
+        """The next token of each request: the forced one, or sampled from its row of logits (B + E, V). The
+        other rows score prompts' tokens, which are added to their requests.
 
         The step waits for the device once, here: everything that the host needs is in one tensor.
         """
+        echoed = []  # requests and indices of their prompts' tokens
+        for request, start, count in (chunk for chunk in chunks if chunk.request.echo):
+            if start == 0:
+                request.echoed.append(Token(request.prompt[0], False, None))
+            last = min(start + count, len(request.prompt) - 1)
+            echoed += [(request, i) for i in range(start + 1, last + 1)]
+        if not len(logits):  # all that was read goes on
+            return []
         text = logits[:, : self.tokenizer.vocab_size]  # the head may be padded beyond the vocabulary
-        chosen = sample(text, [r.sampling for r in requests], [r.generator for r in requests])
-        sampled = [not r.forced for r in requests]
-        if not all(sampled):
-            forced = to_device([r.forced.popleft() if r.forced else -1 for r in requests], self.device)
-            chosen = torch.where(forced < 0, chosen, forced)
-        columns = [chosen, logits.sum(-1)]  # a sum is finite if all logits are
-        if any(r.logprobs for r in requests):
-            columns.append(logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
-        found, sums, *logprobs = torch.stack([c.double() for c in columns]).tolist()  # float64 holds ids
-        if not all(map(math.isfinite, sums)):
-            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
-        return [
-            Token(int(found[i]), sampled[i], logprobs[0][i] if r.logprobs else None)
-            for i, r in enumerate(requests)
+        sampled = [not request.forced for request in requests]
+        chosen = torch.empty(0, dtype=torch.int64, device=self.device)
+        if requests:
+            chosen = sample(text[: len(requests)], [request.draw() for request in requests])
+        if not all(sampled) or echoed:
+            given = [request.forced.popleft() if request.forced else -1 for request in requests]
+            given = to_device(given + [request.prompt[i] for request, i in echoed], self.device)
+            chosen = torch.where(given < 0, torch.nn.functional.pad(chosen, (0, len(echoed))), given)
+        columns = [chosen[:, None], logits.sum(-1, keepdim=True)]  # a sum is finite if all logits are
+        scoring = [
+            request for request in (*requests, *(request for request, _ in echoed)) if request.scores()
         ]
+        if scoring:
+            logprobs = logits.log_softmax(-1)
+            most = min(max(request.logprobs or 0 for request in scoring), text.shape[1])
+            top = logprobs[:, : text.shape[1]].topk(most)
+            columns += [logprobs.gather(1, chosen[:, None]), top.indices, top.values]
+        found = torch.cat([column.double() for column in columns], dim=1).tolist()  # float64 holds ids
+        if not all(math.isfinite(row[1]) for row in found):
+            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+        for (request, _), row in zip(echoed, found[len(requests) :], strict=True):
+            request.echoed.append(token_of(row, request, sampled=False))
+        return [token_of(*both, sampled=own) for *both, own in zip(found, requests, sampled, strict=False)]
 
     def _append(self, request: Request, token: Token) -> None:
         """Append a token to an answer. If it ends a tool call, run the tool; if it ends the answer, free the
         slot.
         """
-        ends_call = token.id == self.tool_end and request.parts.part == "call"
-        request.tokens.append(token)
-        request.parts.push(token.id)
-        if ends_call and request.tools:
-            result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
-            request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
-        if token.id in self.stops:
+        if request.room:
+            ends_call = token.id == self.tool_end and request.parts.part == "call"
+            request.push(token)
+            if ends_call and request.tools:
+                result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
+                request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
+        if request.room and (token.id in self.stops or request.said.stopped):
             self._end(request, "stop")
         elif len(request.tokens) == request.room:
             self._end(request, "length")
@@ -234,12 +305,15 @@ class Engine:
             self.unspelt = True
             return []
 
-    def _end(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
+    def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
+        request.said.finish()
         if request.slot is None:
             self.waiting.remove(request)
-        else:
-            self.slots[request.slot] = None
+            return
+        self.slots[request.slot] = None
+        self.sequences.give_back(request.slot)
+        self.reading = [other for other in self.reading if other is not request]
 
     def generate(self, prompt: list[int], sampling: Sampling, tools: Tools = TOOLS) -> Iterator[int]:
         """Stream the ids of one answer, without the token that ends it. Closing it cancels the request."""
@@ -262,3 +336,15 @@ class Engine:
             for request in requests:
                 self.cancel(request)
         return [request.answer for request in requests]
+
+
+def token_of(row: list[float], request: Request, sampled: bool) -> Token:
+    """A token from what the device found of it: id, sum of logits, and with log-probabilities its own, the
+    likeliest ids, and theirs.
+    """
+    token = int(row[0])
+    if not request.scores():
+        return Token(token, sampled, None)
+    most, count = (len(row) - 3) // 2, request.logprobs or 0
+    ids, logprobs = row[3 : 3 + count], row[3 + most : 3 + most + count]
+    return Token(token, sampled, row[2], tuple(zip(map(int, ids), logprobs, strict=True)))

@@ -32,10 +32,9 @@ class Cache(Protocol):
     """What the model needs of a key-value cache, such as `hotlap.model.decoding.KVCache`."""
 
     positions: Tensor  # (B, T) of the tokens of this call
+    previous_ids: Tensor  # (B, T), the token before each, -1 for the first of a sequence
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
-
-    def previous_embedding(self, x: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Linear):
@@ -288,17 +287,17 @@ class GPT(nn.Module):
         reduction: str = "sum",
         document_start: Tensor | None = None,
         cache: Cache | None = None,
-        last: bool = False,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in float32, or with targets (B, T) their loss in nats.
 
         ids: (B, T) integers. targets: -1 where there is no loss. reduction: "sum", "mean", or "none" for (B *
-        T,). document_start: (B, T), for rows that pack documents. cache: continue its sequences. last: only
-        the logits of the last token, (B, 1, V).
+        T,). document_start: (B, T), for rows that pack documents. cache: continue its sequences. only: (n,)
+        indices of the T tokens whose logits are wanted, (B, n, V).
         """
         x = self.hidden(ids, document_start, cache)
         if targets is None:
-            return self.logits(x[:, -1:] if last else x)
+            return self.logits(x if only is None else x[:, only])
         return linear_cross_entropy(
             x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, reduction
         )
@@ -340,7 +339,11 @@ class GPT(nn.Module):
 
     def smeared(self, x: Tensor, document_start: Tensor | None, cache: Cache | None) -> Tensor:
         """x with a gated share of the previous token added to each token, except the first of a document."""
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.previous_embedding(x)
+        if cache is None:
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            ids = cache.previous_ids
+            previous = rms_norm(self.embedding(ids.clamp(min=0), x.dtype, None)) * (ids >= 0).unsqueeze(-1)
         if document_start is not None:
             t = torch.arange(x.shape[1], device=x.device)
             previous = previous * (t > document_start).unsqueeze(-1)

@@ -7,7 +7,6 @@ text can produce: no text, whatever it contains, encodes to one.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
@@ -149,21 +148,6 @@ def encodable_parts(text: str) -> list[str]:
         parts.append(text[start:end])
         start = end
     return [*parts, text[start:] if start else text]
-
-
-class StreamDecoder:
-    """Decodes ids one at a time, holding back the bytes of an incomplete character."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
-
-    def finish(self) -> str:
-        """The remaining text; an incomplete character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hotlap.model.conversation import AnswerParts
-from hotlap.model.tokenizer import StreamDecoder
+from hotlap.model.streaming import StreamDecoder
 
 if TYPE_CHECKING:  # the engine imports torch
     from hotlap.model.engine import Token

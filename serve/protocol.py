@@ -200,7 +200,9 @@ def conversation_ids(body: dict, served: Served) -> list[int]:
 
 def prompt_ids(prompt: object, served: Served) -> list[list[int]]:
     """Ids of each prompt in `prompt`, in any of OpenAI's four forms."""
-    prompts = prompt if isinstance(prompt, list) else [prompt]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list):
+        raise refused(f"`prompt` must be {PROMPT_FORMS}, not {shown(prompt)}", "prompt")
     if prompts and all(type(entry) is int for entry in prompts):
         prompts = [prompts]
     if not prompts:

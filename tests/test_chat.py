@@ -130,7 +130,7 @@ def test_an_answer_is_remembered_for_the_next_question(tiny_tokenizer, capsys):
     assert capsys.readouterr().out == "Yes.\nNo.\n"
     assert [m["content"] for m in chat.messages] == ["a?", "Yes.", "b?", "No."]
     asked = [{"role": "system", "content": "S"}, *chat.messages[:3]]
-    assert chat.engine.model.fed[0][: -len("No.")] == render_prompt(asked, tiny_tokenizer)
+    assert chat.engine.sequences.held[0][: -len("No.")] == render_prompt(asked, tiny_tokenizer)
     command(chat, "/clear")
     assert chat.messages == [] and chat.system == "S"
 
@@ -142,7 +142,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(tiny_tokenizer, capsys):
         assert chat.messages[0]["role"] == "user"  # never half a turn
         prompt = render_prompt(chat.messages[:-1], tiny_tokenizer)
         assert len(prompt) + 8 <= 64
-        assert chat.engine.model.fed[0][: len(prompt)] == prompt
+        assert chat.engine.sequences.held[0][: len(prompt)] == prompt
     assert "[the context is full: dropped the first 1 questions" in capsys.readouterr().err
     assert chat.messages[-2]["content"] == "Q8?" and 1 < len(chat.messages) // 2 < 9
     check_messages(chat.messages)

@@ -24,8 +24,8 @@ from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.kernels.rms_norm import rms_norm
 from hotlap.kernels.tiles import fitting_tiles
 from hotlap.model.config import GPTConfig
-from hotlap.model.decoding import KVCache
 from hotlap.model.gpt import GPT
+from hotlap.model.kv_cache import KVCache, Span
 from hotlap.train.distributed import sharding
 from hotlap.train.distributed.world import World
 
@@ -149,12 +149,13 @@ def test_a_step_of_decoding_compiles(depth, tokens):
 
     @torch.compile(dynamic=False)
     def step(ids):
-        return model.logits(model.hidden(ids, cache=cache)[:, -1:])
+        return model(ids, cache=cache)
 
     with torch.no_grad():
         cache = KVCache(config, 4, 512, BF16, torch.device("cuda"))
-        cache.use(torch.arange(4, device="cuda"), empty(I64, 4), tokens)
-        assert step(empty(I64, 4, tokens)).shape == (4, 1, config.vocab_size)
+        span = Span(torch.arange(4, device="cuda"), empty(I64, 4), tokens)
+        cache.use(span, previous=empty(I64, 1, 4 * tokens))
+        assert step(empty(I64, 1, 4 * tokens)).shape == (1, 4 * tokens, config.vocab_size)
     assert names() >= {"_decode_split_kernel", "_decode_combine_kernel"}
     assert ("_decode_linear_kernel" in names()) == (tokens == 1)
 

@@ -59,13 +59,14 @@ class ScriptedModel(torch.nn.Module):
         self.embedding, self.head = torch.nn.Embedding(1, 1), torch.nn.Linear(1, 1)
         self.fed: list[list[int]] = [[] for _ in scripts]  # the tokens that each slot was given
 
-    def forward(self, ids: Tensor, cache, last: bool) -> Tensor:
-        logits = torch.zeros(len(ids), 1, self.config.vocab_size)
-        ends = cache.positions[:, -1].tolist()
-        for b, (row, slot, end) in enumerate(zip(ids.tolist(), cache.slots.tolist(), ends, strict=True)):
-            self.fed[slot] += row
-            logits[b, 0, self.scripts[slot].get(end + 1, self.otherwise)] = 100
-        return logits
+    def forward(self, ids: Tensor, cache, only: Tensor | None = None) -> Tensor:
+        slots = torch.cat([span.slots.repeat_interleave(span.tokens) for span in cache.spans]).tolist()
+        logits = torch.zeros(1, ids.shape[1], self.config.vocab_size)
+        positions = cache.positions[0].tolist()
+        for i, (token, slot, position) in enumerate(zip(ids[0].tolist(), slots, positions, strict=True)):
+            self.fed[slot].append(token)
+            logits[0, i, self.scripts[slot].get(position + 1, self.otherwise)] = 100
+        return logits if only is None else logits[:, only]
 
 
 def script(start: int, ids: list[int]) -> dict[int, int]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers.tools import tiny_config
 
-from hotlap.model import decoding
-from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model import decoding, kv_cache
+from hotlap.model.decoding import Decoder, Row
 from hotlap.model.engine import Engine
+from hotlap.model.kv_cache import KVCache
 from hotlap.model.sampling import Sampling
 
 
@@ -24,16 +25,14 @@ def captures(monkeypatch):
         graphs = []
 
         def addresses():
-            return [t.data_ptr() for t in (*decoder.cache.k, *decoder.cache.v, decoder.cache.last_embedding)]
+            return [t.data_ptr() for t in (*decoder.cache.k, *decoder.cache.v)]
 
         def captured(calls, pool):
             assert pool == (
                 "pool" if decoder.steps and any(s.graph for s in decoder.steps.values()) else None
             )
             graph, seen = SimpleNamespace(replays=0, pool=lambda: "pool"), addresses()
-            before = decoder.cache.last_embedding.clone()
             outputs = calls()
-            decoder.cache.last_embedding.copy_(before)
 
             def replay():
                 assert addresses() == seen
@@ -69,14 +68,14 @@ def alone(model, tokenizer, request):
 def test_requests_come_and_go_beside_padding_and_while_the_cache_grows(
     seed, model, tiny_tokenizer, captures, monkeypatch
 ):
-    monkeypatch.setattr(decoding, "GROWTH", 32)
+    monkeypatch.setattr(kv_cache, "GROWTH", 32)
     dice, t = random.Random(seed), tiny_tokenizer
     engine = Engine(model, t, slots=7)
     graphs, requests, sizes, wanted = captures(engine.decoder), [], [], 16
     decode = engine.decoder
 
     def watched(rows):
-        sizes.append((len(rows), sum(length > 0 for _, _, length in rows)))
+        sizes.append((len(rows), sum(row.length > 0 for row in rows)))
         return decode(rows)
 
     watched.batch_size = decode.batch_size
@@ -129,11 +128,10 @@ def test_a_graph_gives_way_to_one_of_the_grown_cache(model, captures):
     with torch.no_grad():
         for position in range(60):
             if position % 20 == 0:
-                kept = cache.last_embedding[1].clone()
-                cache.clear(1, 128 * (1 + position // 20))
-                cache.last_embedding[1] = kept
-            logits = decoder([(7 * position % 300, 1, position)])
-            expected = eager([(7 * position % 300, 0, position)])
+                cache.reserve(128 * (1 + position // 20))
+            token, previous = 7 * position % 300, 7 * (position - 1) % 300 if position else -1
+            logits = decoder([Row(token, previous, 1, position)])
+            expected = eager([Row(token, previous, 0, position)])
             torch.testing.assert_close(logits, expected)
     assert [graph.replays for graph in graphs] == [19, 19, 19]
 
@@ -142,17 +140,17 @@ def test_padding_writes_to_its_own_slot_alone(model, captures):
     caches = [KVCache(model.config, 4, 20, torch.float32, "cpu") for _ in range(2)]
     for cache in caches:
         generator = torch.Generator().manual_seed(0)
-        for tensor in (*cache.k, *cache.v, cache.last_embedding):
+        for tensor in (*cache.k, *cache.v):
             tensor.normal_(generator=generator)
-    before = [tensor.clone() for tensor in (*caches[0].k, *caches[0].v, caches[0].last_embedding)]
+    before = [tensor.clone() for tensor in (*caches[0].k, *caches[0].v)]
     padded, plain = (Decoder(model, cache) for cache in caches)
-    rows = [(5, 3, 4), (6, 0, 9), (7, 2, 0)]
+    rows = [Row(5, 8, 3, 4), Row(6, 9, 0, 9), Row(7, -1, 2, 0)]
     captures(padded)
     assert padded.batch_size(3) == 4 and plain.batch_size(3) == 3
     with torch.no_grad():
-        logits = padded([*rows, (0, 1, 0)])[:3]
+        logits = padded([*rows, Row(0, -1, 1, 0)])[:3]
         torch.testing.assert_close(logits, plain(rows))
-    after = [(*cache.k, *cache.v, cache.last_embedding) for cache in caches]
+    after = [(*cache.k, *cache.v) for cache in caches]
     for old, ours, theirs in zip(before, *after, strict=True):
         torch.testing.assert_close(ours[[0, 2, 3]], theirs[[0, 2, 3]])
         assert not torch.equal(ours[1], old[1])

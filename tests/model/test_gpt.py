@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.cached import cached_logits, continued
 from helpers.tools import relative_error, tiny_config
 
 from hotlap.kernels import decode_linear, dispatch, fp8
 from hotlap.model.config import ROPE_BASE
-from hotlap.model.decoding import KVCache
 from hotlap.model.gpt import GPT, Block
+from hotlap.model.kv_cache import KVCache
 
 
 def ids_of(B, T, seed=0, vocab=320):
@@ -89,9 +90,7 @@ def test_a_cached_forward_is_the_full_forward(name, chunk, random_model):
     pieces = []
     with torch.inference_mode():
         for start in range(0, T, chunk):
-            piece = ids[:, start : start + chunk]
-            cache.use(torch.tensor([0]), torch.tensor([start]), piece.shape[1])
-            pieces.append(model(piece, cache=cache))
+            pieces.append(cached_logits(model, cache, ids, [0], [start], min(chunk, T - start)))
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-5, atol=1e-4)
 
 
@@ -103,8 +102,7 @@ def test_slots_of_different_lengths_continue_in_any_order(random_model):
     with torch.inference_mode():
         full = model(ids)
         for slots, new in script:
-            cache.use(torch.tensor(slots), torch.tensor([done[s] for s in slots]), new)
-            y = model(torch.stack([ids[s, done[s] : done[s] + new] for s in slots]), cache=cache)
+            y = cached_logits(model, cache, ids[slots], slots, [done[s] for s in slots], new)
             for row, s in enumerate(slots):
                 expected = full[s, done[s] : done[s] + new]
                 torch.testing.assert_close(y[row], expected, rtol=1e-5, atol=1e-4)
@@ -126,11 +124,11 @@ def test_fused_decoding_says_the_same_tokens_as_torch(name, random_model, choose
     def answer(kernels):
         choose_kernels(kernels)
         cache, slots, logits = KVCache(config, 2, 12, torch.float32, "cpu"), torch.arange(2), []
-        ids = ids_of(2, 9)
+        ids, before = ids_of(2, 9), 0 * slots - 1
         for step in range(steps + 1):  # the first reads prompts of 18 tokens, which are too many
-            cache.use(slots, 0 * slots + (8 + step if step else 0), ids.shape[1])
-            logits.append(model(ids, cache=cache, last=True)[:, 0])
-            ids = logits[-1].argmax(-1, keepdim=True)
+            flat = continued(cache, ids, slots, 0 * slots + (8 + step if step else 0), before)
+            logits.append(model(flat, cache=cache)[0].unflatten(0, ids.shape)[:, -1])
+            before, ids = ids[:, -1], logits[-1].argmax(-1, keepdim=True)
         return torch.stack(logits)
 
     with torch.inference_mode():
@@ -273,11 +271,9 @@ def test_weights_for_inference_give_the_same_bits_from_less_memory(name, dtype, 
     generator = torch.Generator().manual_seed(1)
 
     def results():
-        cache, slots = KVCache(CONFIGS[name], 2, 50, dtype, "cpu"), torch.arange(2)
-        cache.use(slots, 0 * slots, 49)
-        yield model(ids[:, :49], cache=cache)
-        cache.use(slots, 0 * slots + 49, 1)
-        yield model(ids[:, 49:], cache=cache, last=True)
+        cache = KVCache(CONFIGS[name], 2, 50, dtype, "cpu")
+        yield cached_logits(model, cache, ids, [0, 1], [0, 0], 49)
+        yield cached_logits(model, cache, ids, [0, 1], [49, 49], 1)
         yield model(ids)
         yield model(ids, ids.roll(-1, 1), reduction="none")
 

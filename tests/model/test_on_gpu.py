@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.tools import tiny_config
 
-from hotlap.model.decoding import Decoder, KVCache
+from hotlap.model.decoding import Decoder, Row
 from hotlap.model.engine import Engine
+from hotlap.model.kv_cache import KVCache
 from hotlap.model.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
@@ -31,12 +32,10 @@ def test_a_captured_step_is_the_eager_one(random_model):
     lengths = [0, 0, 0, 0]
     for step in range(120):
         slots = [(0,), (3, 1), (1, 0, 2, 3)][step % 3]
-        rows = [(7 * (step + slot) % 300, slot, lengths[slot]) for slot in slots]
+        rows = [Row(7 * (step + slot) % 300, 5, slot, lengths[slot]) for slot in slots]
         if step == 60:
             for decoder in (captured, eager):
-                kept = decoder.cache.last_embedding[2].clone()
-                decoder.cache.clear(2, 400)
-                decoder.cache.last_embedding[2] = kept
+                decoder.cache.reserve(400)
         torch.testing.assert_close(captured(rows), eager(rows), rtol=0, atol=3e-2)
         for slot in slots:
             lengths[slot] += 1
@@ -55,7 +54,7 @@ def test_a_step_that_waits_for_the_gpu_runs_eagerly(random_model, caplog):
     captured.model = waits
     with torch.no_grad():
         for position in range(4):
-            rows = [(position, 0, position), (9, 1, position)]
+            rows = [Row(position, 3, 0, position), Row(9, 3, 1, position)]
             torch.testing.assert_close(captured(rows), eager(rows))
     assert caplog.text.count("decoding without a CUDA graph") == 1
     torch.randn(3, device=GPU)  # fails after a capture that left torch unusable
@@ -70,7 +69,7 @@ def test_a_step_of_the_engine_waits_for_the_gpu_once(random_model, request):
     engine.stops = set()  # so that the batch stays the same
     for i in range(3):
         sampling = Sampling(temperature=i, top_k=10 * i, max_tokens=40, seed=i)
-        engine.add([tokenizer.bos, 5 + i], sampling, logprobs=i == 1)
+        engine.add([tokenizer.bos, 5 + i], sampling, logprobs=2 if i == 1 else None)
     for _ in range(6):  # compiles and captures
         engine.step()
     torch.cuda.set_sync_debug_mode("warn")

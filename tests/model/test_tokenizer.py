@@ -11,11 +11,11 @@ from helpers.tools import LINES
 
 from hotlap.common.errors import DataError
 from hotlap.model import tokenizer as tokenizer_module
+from hotlap.model.streaming import StreamDecoder
 from hotlap.model.tokenizer import (
     GPT2_PATTERN,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
-    StreamDecoder,
     Tokenizer,
     encodable_parts,
     from_ranks,
