@@ -95,6 +95,10 @@ BENCHMARKS: Table = {
         "time to first token, and tokens/s while decoding",
         "bench.config:InferenceConfig", "bench.inference:main",
     ),
+    "serving": Command(
+        "a server's tokens/s and waiting times, with many users at once",
+        "bench.config:ServingConfig", "bench.serving:main",
+    ),
     "peers": Command(
         "nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race",
         "bench.config:PeersConfig", "bench.peers:main",

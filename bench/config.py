@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hotlap.common.checks import TOO_LARGE, at_least, positive
 from hotlap.common.memory import require_memory
 from hotlap.common.options import Flags
 
 CONTEXT = 2048  # tokens of a row
+MOST_STREAMS = 1024  # connections to a server at once
 NARROWEST = 768  # width of the smallest model that is measured
 
 
@@ -129,6 +130,40 @@ class InferenceConfig:
         at_least(self, 0, "minutes", zero="no limit")
         if not self.batches or not all(1 <= batch < TOO_LARGE for batch in self.batches):
             raise ValueError(f"batches={self.batches} must be numbers of at least 1, and less than 2^63")
+        return self
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """Measure a server from outside: tokens/s and waiting times, with one stream and with many at once."""
+
+    model_field: ClassVar[str] = "model"
+    model: Path | None = None
+    """Run, checkpoint or model directory to serve; the newest under runs/ by default."""
+    url: str = ""
+    """Address of a server that is running, of any kind that has OpenAI's /v1/completions."""
+    streams: tuple[int, ...] = (1, 4, 16)
+    """Numbers of users, each of whom asks again as soon as an answer is there."""
+    prompt: int = 64
+    """Tokens of each prompt; they are random, so that nothing can be reused."""
+    tokens: int = 64
+    """Longest answer in tokens."""
+    seconds: float = 20
+    """Time for each number of users."""
+    requests: int = 0
+    """Then answer this many requests, and compare the server's memory before and after."""
+    out: Path | None = None
+    """Folder for the results; bench/results/DEVICE by default."""
+
+    def validate(self) -> ServingConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        if not self.streams or not all(1 <= count <= MOST_STREAMS for count in self.streams):
+            raise ValueError(f"streams={self.streams} must be numbers from 1 to {MOST_STREAMS}")
+        at_least(self, 1, "prompt", "tokens")
+        positive(self, "seconds")
+        at_least(self, 0, "requests", zero="none")
+        if self.url and not self.url.startswith("http://"):
+            raise ValueError(f"url={self.url} must begin with http://")
         return self
 
 

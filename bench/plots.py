@@ -102,3 +102,23 @@ def inference(figure: Any, rows: list[dict]) -> None:
     axes.set_title(rows[0]["case"].rsplit(" batch", 1)[0], fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def serving(figure: Any, rows: list[dict]) -> None:
+    """Tokens/s, and the time to the first token, over the number of streams."""
+    figure.set_size_inches(9, 4)
+    rows = [row for row in rows if row["case"].split()[-2] == "streams"]
+    counts = [int(row["case"].split()[-1]) for row in rows]
+    speed, wait = figure.subplots(1, 2)
+    speed.plot(counts, [row["tokens_per_second"] for row in rows], "o-")
+    speed.set(ylabel="tokens/s", ylim=(0, None))
+    wait.plot(counts, [row["first_token_ms"] for row in rows], "o-", label="median")
+    wait.plot(counts, [row["first_token_ms_99"] for row in rows], "s--", label="99 of 100 are faster")
+    wait.set(ylabel="ms to the first token", ylim=(0, None))
+    wait.legend(fontsize=8)
+    for axes in (speed, wait):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, list(map(str, counts)))
+        axes.set_xlabel("streams at once")
+        axes.grid(alpha=0.3)
+    figure.suptitle(rows[0]["case"].rsplit(" streams", 1)[0], fontsize=9)

@@ -5,12 +5,16 @@ then at n + t and sees the cache up to there, or its last `window` keys, includi
 window of (window - 1, 0)). Lengths are a tensor that the host never reads, so one CUDA graph serves all
 lengths.
 
+A row of the cache is a ring: the token at position p lies at index p % S. So a sequence may be longer than
+the cache of a layer with a window, which has to hold what the new tokens see, window + T - 1 tokens.
+
 The heads that share keys, times the new tokens, are the rows of one matmul. A sequence's keys are split among
 programs, whose results (y, log-sum-exp) a second kernel combines (Flash-Decoding, Dao et al.,
 2023). Bound by memory: 2 n K C e bytes a sequence, for elements of e bytes.
 
 Programs read the new keys and values where they are given, and from the cache only what it held before. So
-the same kernel can append them: nothing that it writes there is read in the same launch.
+the same kernel can append them: of what it writes there, programs of the same launch may read what replaces
+keys older than every window, which they mask.
 """
 # B sequences, T new tokens, S cache positions, H heads, K kv heads, C head dim
 # G heads that share keys, R = G T rows, M, N rows of a block of queries, of keys
@@ -46,7 +50,8 @@ def append_ref(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor
 ) -> None:
     """Write k and v (B, T, K, C) behind the `lengths` tokens of cache rows `slots`."""
-    index = (slots[:, None], lengths[:, None] + torch.arange(k.shape[1], device=k.device))
+    position = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
+    index = slots[:, None], position % k_cache.shape[1]
     k_cache[index], v_cache[index] = k, v
 
 
@@ -60,17 +65,24 @@ def decode_attention_ref(
     softcap: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """The specification, after `append_ref`; on a CPU, only over the longest sequence's length."""
+    """The specification, after `append_ref`; on a CPU, only over what the longest sequence has written."""
     B, T, H, C = q.shape
+    S = k_cache.shape[1]
     scale = C**-0.5 if scale is None else scale
-    on_cpu = q.device.type == "cpu"
-    end = int(lengths.max()) + T if on_cpu and B else k_cache.shape[1]
-    k, v = (rows(cache[:, :end], slots) for cache in (k_cache, v_cache))  # (B, S, K, C)
-    if on_cpu and T > 1 and B and bool((lengths == lengths[0]).all()):  # a prompt: no T x S matrix needed
-        return attention(q, k, v, window, None, softcap, scale)
-    position = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
-    distance = position[:, None, :, None] - torch.arange(end, device=q.device)  # (B, 1, T, S)
-    mask = (distance >= 0) & (distance < (window or end))
+    if q.device.type == "cpu" and B:
+        if T > 1:
+            return _chunks(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
+        k_cache, v_cache = (cache[:, : int(lengths.max()) + T] for cache in (k_cache, v_cache))
+    newest = lengths[:, None] + T - 1  # (B, 1)
+    # position of each key (B, S), negative where nothing has been written yet
+    key = newest - (newest - torch.arange(k_cache.shape[1], device=q.device)) % S
+    query = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    distance = query[:, None, :, None] - key[:, None, None, :]  # (B, 1, T, S)
+    mask = (distance >= 0) & (distance < (window or S)) & (key >= 0)[:, None, None, :]
+    k, v = rows(k_cache, slots), rows(v_cache, slots)
+    unseen = ~mask.any(2)[:, 0, :, None, None]  # (B, S, 1, 1)
+    if q.device.type != "cpu" or unseen.any():  # it may be anything, and a weight of zero would not hide NaN
+        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not softcap:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != H)
@@ -78,6 +90,36 @@ def decode_attention_ref(
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     weights = masked_softmax((q @ k.mT).float() * scale, mask, softcap)
     return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+
+def _chunks(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    """`decode_attention_ref` of several new tokens on a CPU: sequences of one length together, over the keys
+    from the oldest that is seen, without a mask over the cache.
+    """
+    y, T, held = torch.empty(q.shape, dtype=q.dtype), q.shape[1], lengths.tolist()
+    for length in dict.fromkeys(held):
+        group = [b for b, n in enumerate(held) if n == length]
+        oldest = max(0, length - window + 1) if window else 0
+        k, v = (_span(cache, slots[group], oldest, length + T) for cache in (k_cache, v_cache))
+        y[group] = attention(q[group], k, v, window, None, softcap, scale)
+    return y
+
+
+def _span(cache: Tensor, slots: Tensor, start: int, end: int) -> Tensor:
+    """Positions start to end - 1 of rows of the cache, in order: (B, end - start, K, C)."""
+    S, first = cache.shape[1], start % cache.shape[1]
+    last = first + end - start
+    part = rows(cache[:, first : min(last, S)], slots)
+    return part if last <= S else torch.cat((part, rows(cache[:, : last - S], slots)), 1)
 
 
 def rows(cache: Tensor, slots: Tensor) -> Tensor:
@@ -93,11 +135,12 @@ def rows(cache: Tensor, slots: Tensor) -> Tensor:
 def _decode_split_kernel(
     q, k, v, k_cache, v_cache, slots, lengths, y, lse, inner, outer,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h,
-    B, T, H, K, window, splits, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    B, T, S, H, K, window, splits, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of a sequence and kv head, for M of its rows: y (splits, B, K, R, C), lse. The
-    first split appends the keys and values of these rows' tokens to the cache.
+    first split appends the keys and values of these rows' tokens to the cache. A ring that wraps is a
+    multiple of BLOCK_N, so that no block does.
     """
     inner, outer = tl.cast(inner, tl.float32), tl.cast(outer, tl.float32)
     program, G = tl.program_id(0), H // K
@@ -116,8 +159,9 @@ def _decode_split_kernel(
     c, t = tl.arange(0, BLOCK_C)[None, :], (row // G).to(tl.int64)[:, None]
     if split == 0:
         mask = ((r < R) & (r % G == 0))[:, None] & (c < C)  # each token once
-        tl.store(k_cache + (held + t) * kc_t + c, tl.load(k + t * k_t + c, mask), mask)
-        tl.store(v_cache + (held + t) * vc_t + c, tl.load(v + t * v_t + c, mask), mask)
+        place = ((held + row // G) % S).to(tl.int64)[:, None]
+        tl.store(k_cache + place * kc_t + c, tl.load(k + t * k_t + c, mask), mask)
+        tl.store(v_cache + place * vc_t + c, tl.load(v + t * v_t + c, mask), mask)
     position = held + row // G  # (M,)
     first = tl.zeros_like(position)
     if WINDOWED:
@@ -134,8 +178,12 @@ def _decode_split_kernel(
     for i in range(begin, tl.minimum(begin + share, end)):
         new = i >= cached
         key, count = tl.where(new, i - cached, i) * BLOCK_N, tl.where(new, T, held)
+        place = key
+        if WINDOWED:
+            place = tl.where(new, key, key % S)
+        end_of_rows = place + count - key
         keys = load_rows(
-            tl.where(new, k, k_cache), key, tl.where(new, k_t, kc_t), count, True, BLOCK_N, C, BLOCK_C
+            tl.where(new, k, k_cache), place, tl.where(new, k_t, kc_t), end_of_rows, True, BLOCK_N, C, BLOCK_C
         )  # (N, C)
         s = similarity(block, keys, inner, SOFTCAP)  # (M, N)
         n = key + tl.arange(0, BLOCK_N)[None, :]
@@ -145,7 +193,7 @@ def _decode_split_kernel(
         base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
         p, decay = tl.exp2(s * outer - base[:, None]), tl.exp2(m - base)
         values = load_rows(
-            tl.where(new, v, v_cache), key, tl.where(new, v_t, vc_t), count, True, BLOCK_N, C, BLOCK_C
+            tl.where(new, v, v_cache), place, tl.where(new, v_t, vc_t), end_of_rows, True, BLOCK_N, C, BLOCK_C
         )  # (N, C)
         a = tl.dot(p.to(values.dtype), values, a * decay[:, None], input_precision="ieee")
         l, m = l * decay + tl.sum(p, 1), highest
@@ -222,7 +270,7 @@ def _decode(
     with torch.cuda.device_of(q):
         wrap_triton(_decode_split_kernel)[(programs * splits,)](
             q, k, v, k_cache, v_cache, slots, lengths, partial, lse, *factors(scale, softcap), *strides,
-            B, T, H, K, window, splits, WINDOWED=window > 0, SOFTCAP=softcap > 0, C=C, BLOCK_M=block_m,
+            B, T, S, H, K, window, splits, WINDOWED=window > 0, SOFTCAP=softcap > 0, C=C, BLOCK_M=block_m,
             **tile.arguments,
         )  # fmt: skip
         wrap_triton(_decode_combine_kernel)[(B * K * R,)](
@@ -255,9 +303,14 @@ def decode_attention(
 
     q: (B, T, H, C); k, v: (B, T, K, C); k_cache, v_cache: (slots, S, K, C) with unit stride over C; slots,
     lengths: (B,) integers, the cache rows of the sequences and the tokens that each holds so far. Rows
-    differ, but for sequences whose result is not used. lengths + T must fit S. window: keys that a query
-    sees, including its own; None is all. softcap, scale: as in `attention`. Returns (B, T, H, C)
-    in q's dtype. Under `torch.autocast`, q, k and v are cast to the dtype of the caches.
+    differ, but for sequences whose result is not used. window: keys that a query sees, including its own;
+    None is all. softcap, scale: as in `attention`. Returns (B, T, H, C) in q's dtype. Under `torch.autocast`,
+    q, k and v are cast to the dtype of the caches.
+
+    Rows are rings: position p lies at index p % S. lengths + T must fit S, or else window + T - 1, of which
+    only a CPU, where reading lengths is cheap, raises ValueError. For a GPU, an S that sequences outgrow is a
+    multiple of 128. A sequence's entries older than every window have to be finite, where it has any; what
+    else lies in the cache may be anything.
     """
     if autocast_dtype(q) is not None:
         q, k, v = (x.to(k_cache.dtype) for x in (q, k, v))
@@ -278,12 +331,22 @@ def decode_attention(
         )
     softcap = softcap or 0.0
     if not use_triton(q):
+        _check_room(lengths, T, k_cache.shape[1], window)
         append_ref(k, v, k_cache, v_cache, slots, lengths)
         with no_autocast(q):
             return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
-    window = window if window is not None and window < k_cache.shape[1] else 0
+    window = window if window is not None and window <= k_cache.shape[1] else 0
     scale = C**-0.5 if scale is None else scale
     return _decode_attention(q, k, v, k_cache, v_cache, slots, lengths, window, softcap, scale)
+
+
+def _check_room(lengths: Tensor, T: int, S: int, window: int | None) -> None:
+    """Raise ValueError if a ring of S overwrites what the new tokens see, where that is cheap to know."""
+    if lengths.device.type != "cpu" or not len(lengths) or (window and window + T - 1 <= S):
+        return
+    if (total := int(lengths.max()) + T) > S:
+        needed = f"{total}, or {window + T - 1} for a window of {window}" if window else f"{total}"
+        raise ValueError(f"a cache of {S} tokens is too short for {T} new ones: needed are {needed}")
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -298,7 +361,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
     split = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), t) | strides("q", "k", "v", "kc", "vc")
     split |= {"slots": "*i64", "lengths": "*i64", "y": "*fp32", "lse": "*fp32"}
     split |= {"inner": "fp64", "outer": "fp64"}
-    split |= dict.fromkeys(("B", "T", "H", "K", "window", "splits"), "i32")
+    split |= dict.fromkeys(("B", "T", "S", "H", "K", "window", "splits"), "i32")
     split |= {"WINDOWED": True, "SOFTCAP": False}
     combine = {"partial": "*fp32", "lse": "*fp32", "y": t, "BLOCK_SPLITS": 16}
     combine |= dict.fromkeys(("rows", "T", "H", "K", "splits"), "i32")

@@ -35,12 +35,8 @@ def tokens(B, T, H, K, C, dtype=torch.float32):
 
 
 def empty_cache(slots, S, K, C, dtype=torch.float32):
-    """Keys and values that reach the output where they are read before they are written: NaN.
-
-    To torch's masked attention, which multiplies everything, something large.
-    """
-    content = float("nan") if module.use_triton(torch.empty(1, device=DEVICE)) else 1e4
-    return torch.full((2, slots, S, K, C), content, dtype=dtype, device=DEVICE)
+    """Keys and values that reach the output where they are read before they are written: NaN."""
+    return torch.full((2, slots, S, K, C), float("nan"), dtype=dtype, device=DEVICE)
 
 
 def decode(q, k, v, window=None, softcap=None, steps=(1,), slots=None, S=None):
@@ -64,6 +60,58 @@ def test_decoding_in_any_steps_is_attention(window, steps):
     q, k, v = tokens(2, 40, 4, 2, 32)
     whole = attention_ref(q, k, v, window)
     torch.testing.assert_close(decode(q, k, v, window, steps=steps), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window, steps", [(40, (25, 1, 17)), (5, (60, 3))])
+def test_sequences_go_on_beyond_a_ring_that_holds_what_a_window_sees(window, steps, dtype):
+    """Three times around a ring of 64, in blocks of 32."""
+    q, k, v = tokens(1, 200, 2, 1, 16, dtype)
+    exact = attention_ref(q.double(), k.double(), v.double(), window)
+    y = decode(q, k, v, window, steps=steps, S=64)
+    assert error(y, exact) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_rings_that_have_and_have_not_wrapped_share_a_call(T):
+    """Rows at different places of their rings, in which only what a window may reach was ever written."""
+    S, held = 64, [0, 7, 61, 64, 130, 191]
+    window = S - T + 1
+    B = len(held)
+    q, k, v = tokens(B, 200, 4, 2, 16)
+    whole, cache = attention_ref(q, k, v, window, softcap=3.0), empty_cache(B + 1, S, 2, 16)
+    slots, lengths = torch.tensor([4, 0, 3, 6, 2, 1], device=DEVICE), torch.tensor(held, device=DEVICE)
+    for b, n in enumerate(held):
+        for p in range(max(0, n - S), n):
+            cache[0, slots[b], p % S], cache[1, slots[b], p % S] = k[b, p], v[b, p]
+    before = cache.clone()
+    row, position = torch.arange(B, device=DEVICE)[:, None], lengths[:, None] + torch.arange(T, device=DEVICE)
+    y = decode_attention(*(x[row, position] for x in (q, k, v)), *cache, slots, lengths, window, 3.0)
+    torch.testing.assert_close(y, whole[row, position], rtol=1e-5, atol=1e-5)
+    before[:, slots[:, None], position % S] = torch.stack((k, v))[:, row, position]
+    torch.testing.assert_close(cache, before, rtol=0, atol=0, equal_nan=True)  # and nothing else was written
+
+
+def test_a_prompt_read_in_chunks_takes_no_mask_on_a_cpu(monkeypatch):
+    """Of its own length and the window's, whatever the length of the cache."""
+    if DEVICE.type != "cpu" or module.use_triton(torch.empty(1)):
+        pytest.skip("of torch on a CPU")
+    seen, whole = [], module.attention
+    monkeypatch.setattr(module, "attention", lambda q, k, *rest: seen.append(k.shape) or whole(q, k, *rest))
+    q, k, v = tokens(2, 300, 2, 1, 16)
+    decode(q, k, v, 20, steps=(100,), S=128)
+    assert seen == [(2, 100, 1, 16), (2, 119, 1, 16), (2, 119, 1, 16)]
+
+
+def test_a_cache_too_short_is_an_error_where_lengths_are_cheap_to_read():
+    if DEVICE.type != "cpu" or module.use_triton(torch.empty(1)):
+        pytest.skip("of torch on a CPU")
+    (q, k, v), cache, every = tokens(2, 3, 2, 1, 16), empty_cache(2, 8, 1, 16), torch.arange(2)
+    decode_attention(q, k, v, *cache, every, 5 * every)
+    for window, match in ((None, "needed are 9"), (7, "needed are 9, or 9 for a window of 7")):
+        with pytest.raises(ValueError, match=match):
+            decode_attention(q, k, v, *cache, every, 6 * every, window)
+    decode_attention(q, k, v, *cache.nan_to_num(0), every, 6 * every, 6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
