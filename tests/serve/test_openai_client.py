@@ -6,8 +6,9 @@ import itertools
 import pytest
 
 pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
+import openai
 import torch
 from helpers.fake_engine import FakeEngine
 from helpers.running_server import running_server, served, wait_until
@@ -15,6 +16,7 @@ from helpers.tools import tiny_config
 
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
+from hotlap.model.sampling import Sampling
 
 KEY = "0123456789abcdef"
 SLOTS, CONTEXT = 4, 256
@@ -202,9 +204,14 @@ def test_a_full_queue_is_an_error_after_the_clients_own_retries(tiny_tokenizer):
             made.chat.completions.create(**fields)
         assert refused.value.status_code == 503 and float(refused.value.response.headers["retry-after"]) > 0
         statuses = []
-        made = client_of(running, max_retries=1)
-        made._client.event_hooks["response"].append(lambda response: statuses.append(response.status_code))
-        made._sleep_for_retry = lambda **fields: engine.gate.set()  # instead of seconds
+        hooks = {"response": [lambda response: statuses.append(response.status_code)]}
+        made = client_of(running, max_retries=1, http_client=openai.DefaultHttpxClient(event_hooks=hooks))
+
+        def room_instead_of_seconds(**fields):
+            engine.gate.set()
+            wait_until(running.quiet)
+
+        made._sleep_for_retry = room_instead_of_seconds
         assert made.chat.completions.create(**fields).choices[0].message.content == "ab"
         assert statuses == [503, 200] and [joined(stream) for stream in waiting] == ["ab", "ab"]
 
@@ -296,10 +303,26 @@ def test_an_echo_scores_the_prompt(continue_text, model, tiny_tokenizer):
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_likeliest_tokens_of_a_prompt_are_told_by_equal_numbers(continue_text, model, tiny_tokenizer):
+    """How lm-eval finds out whether an answer is the greedy one."""
+    prompt = [tiny_tokenizer.bos, *tiny_tokenizer.encode("The lazy dog")]
+    (answer,) = Engine(model, tiny_tokenizer).complete([prompt], Sampling(temperature=0, max_tokens=8), {})
+    ids = [*prompt, *answer]
+    (choice,) = continue_text(ids, echo=True, logprobs=1, max_tokens=1, temperature=0).choices
+    own, top = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
+    assert len(own) == len(top) == len(ids) + 1
+    assert all(own[i] == max(top[i].values()) for i in range(len(prompt), len(ids)))
+    assert any(own[i] != max(top[i].values()) for i in range(1, len(prompt)))
+
+
 def test_vllms_fields_go_into_the_extra_body(ask):
     extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1}
     penalized = ask(extra_body={"repetition_penalty": 1.1}, **GREEDY)
-    assert text_of(ask(extra_body=extra, max_tokens=30, **TEXT_ONLY)) == text_of(penalized) != text_of(ask(**GREEDY))
+    assert (
+        text_of(ask(extra_body=extra, max_tokens=30, **TEXT_ONLY))
+        == text_of(penalized)
+        != text_of(ask(**GREEDY))
+    )
     with pytest.raises(openai.BadRequestError) as refused:
         ask(extra_body={"min_p": 2})
     assert refused.value.param == "min_p"
@@ -316,11 +339,20 @@ def test_content_may_come_in_parts_and_the_system_may_be_a_developer(ask):
 
 
 def test_sixteen_at_once_get_what_each_gets_alone(server, ask):
+    def own(seed: int) -> dict:
+        return DRAWN | {"seed": seed, "max_tokens": 10 + seed}
+
     async def all_at_once() -> list[str]:
         async with client_of(server, openai.AsyncOpenAI) as client:
 
             async def one(seed: int) -> str:
-                fields = {"model": "tiny", "messages": QUESTION, **DRAWN, "seed": seed, "max_tokens": 10 + seed}
+                fields = {
+                    "model": "tiny",
+                    "messages": QUESTION,
+                    **DRAWN,
+                    "seed": seed,
+                    "max_tokens": 10 + seed,
+                }
                 if seed % 2:
                     return text_of(await client.chat.completions.create(**fields))
                 stream = await client.chat.completions.create(stream=True, **fields)
@@ -329,13 +361,15 @@ def test_sixteen_at_once_get_what_each_gets_alone(server, ask):
             return await asyncio.gather(*map(one, range(16)))
 
     found = asyncio.run(all_at_once())
-    alone = [text_of(ask(**DRAWN | {"seed": seed, "max_tokens": 10 + seed})) for seed in range(16)]
-    assert found == alone
+    assert found == [text_of(ask(**own(seed))) for seed in range(16)]
 
 
 def test_closing_a_stream_frees_the_slot(tiny_tokenizer):
     engine = FakeEngine(tiny_tokenizer, slots=1, pace=0.002)
-    with running_server(engine, served(tiny_tokenizer, context=10**6)) as running, client_of(running) as client:
+    with (
+        running_server(engine, served(tiny_tokenizer, context=10**6)) as running,
+        client_of(running) as client,
+    ):
         with client.chat.completions.create(model="tiny", messages=QUESTION, stream=True) as stream:
             assert len(list(itertools.islice(stream, 3))) == 3
         wait_until(running.quiet)
