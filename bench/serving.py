@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import os
 import random
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +28,6 @@ from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device
 
-START = 180  # seconds that a server has to load its model
 IDS = 256  # prompts are of ids below this, which every tokenizer has
 MB = 1e6
 
@@ -47,6 +48,7 @@ class Timings:
             "case": case,
             "provider": "server",
             "requests": len(self.first),
+            "tokens": self.tokens,
             "ms": 1e3 * quantile(self.between, 0.5),
             "ms_99": 1e3 * quantile(self.between, 0.99),
             "first_token_ms": 1e3 * quantile(self.first, 0.5),
@@ -57,7 +59,7 @@ class Timings:
 
 def quantile(values: list[float], share: float) -> float:
     """The smallest value that a share of them does not exceed."""
-    return sorted(values)[max(0, -int(-share * len(values)) - 1)] if values else float("nan")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else float("nan")
 
 
 class Client:
@@ -67,11 +69,29 @@ class Client:
         """prompt, tokens: of each request."""
         self.address = urlsplit(url)
         self.prompt, self.tokens, self.dice = prompt, tokens, random.Random(0)
-        self.model = asyncio.run(self.get("/v1/models"))["data"][0]["id"]
+        self.model = self.ask("GET", "/v1/models")["data"][0]["id"]
+        self.never = self.ends()
 
-    async def get(self, path: str) -> dict:
-        async with self.exchange("GET", path) as reader:
-            return json.loads(await reader.read())
+    def ask(self, method: str, path: str, body: dict | None = None) -> dict:
+        async def answer() -> bytes:
+            async with self.exchange(method, path, body) as reader:
+                return await reader.read()
+
+        return json.loads(asyncio.run(answer()))
+
+    def ends(self) -> dict[str, float]:
+        """A bias against the tokens that end answers, so that all have one length. None if the server does
+        not say which these are.
+        """
+        try:
+            info = self.ask("GET", "/tokenizer_info")
+            names = {info["eos_token"], info["bos_token"]} - {None}
+            asked = ({"prompt": name, "add_special_tokens": False} for name in names)
+            ids = [self.ask("POST", "/tokenize", body)["tokens"] for body in asked]
+        except (DataError, KeyError, ValueError):
+            log.info("the server does not say which tokens end an answer, so answers may be short")
+            return {}
+        return {str(id): -100 for (id,) in ids}
 
     @contextlib.asynccontextmanager
     async def exchange(self, method: str, path: str, body: dict | None = None):
@@ -98,8 +118,8 @@ class Client:
         """One request, timed."""
         body = {
             "model": self.model, "prompt": [self.dice.randrange(IDS) for _ in range(self.prompt)],
-            "max_tokens": self.tokens, "temperature": 1, "seed": self.dice.randrange(1 << 30), "stream": True,
-            "stream_options": {"include_usage": True},
+            "max_tokens": self.tokens, "temperature": 1, "seed": self.dice.randrange(1 << 30),
+            "logit_bias": self.never, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         last, first = time.perf_counter(), True
         async with self.exchange("POST", "/v1/completions", body) as reader:
@@ -138,23 +158,19 @@ def started(config: ServingConfig) -> Iterator[tuple[str, int | None]]:
     if config.url:
         yield config.url.rstrip("/").removesuffix("/v1"), None
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hotlap.cli", "serve", *([str(config.model)] if config.model else [])]
+    model = [str(config.model)] if config.model else []
     slots = ["--slots", str(max(config.streams))]
-    server = subprocess.Popen([*command, "--port", str(port), *slots], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "hotlap.cli", "serve", *model, *slots, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(10 * START):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            if server.poll() is not None:
-                raise ValueError("the server did not start; its error is above")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", server.pid
+        said = itertools.takewhile(lambda line: line.strip(), server.stdout)
+        found = re.search(r"address +(\S+)/v1", "".join(said))
+        if not found:
+            raise ValueError("the server did not start; its error is above")
+        yield found[1], server.pid
     finally:
         server.terminate()
-        server.wait()
+        server.communicate()
 
 
 def resident(process: int) -> float:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not ins
     from hotlap.model.tokenizer import Tokenizer
 
 
-def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def render(messages: list[dict], tokenizer: Tokenizer, silence: bool = False) -> tuple[list[int], list[bool]]:
     """Ids of a whole conversation and its loss mask, True for tokens that carry loss.
 
     These are the assistant's text, its tool calls and the end of its turn; not the start of its turn, nor
-    tool results. DataError if the messages are not in a valid order.
+    tool results. silence: as in `check_messages`. DataError if the messages are not in a valid order.
     """
     ids, loss_mask = [tokenizer.bos], [False]
 
@@ -40,7 +40,7 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
         loss_mask.extend([by_assistant] * len(new))
 
     before = None
-    for message in check_messages(messages):
+    for message in check_messages(messages, silence):
         role, content = message["role"], message["content"]
         if role in ("system", "user"):
             mark(f"{role}_start")
@@ -65,10 +65,12 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
 
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation that ends with a user message, up to the start of the assistant's turn."""
-    if check_messages(messages)[-1]["role"] != "user":
+    """Ids of a conversation that ends with a user message, up to the start of the assistant's turn. Earlier
+    answers may be empty: models give such answers, and the conversation goes on.
+    """
+    if check_messages(messages, silence=True)[-1]["role"] != "user":
         raise DataError("a prompt must end with a message from the user")
-    return [*render(messages, tokenizer)[0], tokenizer.special["<|assistant_start|>"]]
+    return [*render(messages, tokenizer, silence=True)[0], tokenizer.special["<|assistant_start|>"]]
 
 
 class AnswerParts:

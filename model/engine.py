@@ -7,7 +7,6 @@ batch, except that matmuls of different shapes may round differently.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,8 +25,9 @@ from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.kv_cache import KVCache, Span
+from hotlap.model.next_tokens import next_tokens
 from hotlap.model.request import FinishReason, Request, Token
-from hotlap.model.sampling import Sampling, sample
+from hotlap.model.sampling import Sampling
 from hotlap.model.slots import Slots
 from hotlap.model.tools import TOOLS, Tools, run_tool
 
@@ -42,15 +42,17 @@ class Chunk(NamedTuple):
 
     request: Request
     start: int
-    count: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
+    end: int
 
     @property
     def is_last(self) -> bool:
         return self.end == len(self.request.prompt)
+
+    @property
+    def scored(self) -> range:
+        """Indices of the prompt's tokens that this part says the probability of: the next of each token."""
+        last = min(self.end, len(self.request.prompt) - 1)
+        return range(self.start + 1, last + 1) if self.request.echo else range(0)
 
 
 class Engine:
@@ -155,22 +157,20 @@ class Engine:
         After an exception, including Ctrl-C, requests can only be cancelled.
         """
         self._admit()
-        answering = [request for request in self.slots if request and request.tokens]
-        chunks = self._chunks()
-        with threads_for((len(answering) + sum(chunk.count for chunk in chunks)) * self.token_flops):
+        answering, chunks = [request for request in self.slots if request and request.tokens], self._chunks()
+        tokens = len(answering) + sum(chunk.end - chunk.start for chunk in chunks)
+        with threads_for(tokens * self.token_flops):
             logits = self._read(answering, chunks) if chunks else self._decode(answering)
+        if not tokens:  # other ranks wait for this forward pass
+            return []
+        held = self.sequences.held
         for request in answering:
-            self.sequences.held[request.slot].append(request.tokens[-1].id)
-        for request, start, count in chunks:
-            self.sequences.held[request.slot] += request.prompt[start : start + count]
+            held[request.slot].append(request.tokens[-1].id)
+        for request, start, end in chunks:
+            held[request.slot] += request.prompt[start:end]
         read = [chunk.request for chunk in chunks if chunk.is_last]
         self.reading = [request for request in self.reading if request not in read]
-        if not (answering or chunks):  # other ranks wait for this forward pass
-            return []
-        step = list(zip(answering + read, self._next_tokens(answering + read, chunks, logits), strict=True))
-        for request, token in step:
-            self._append(request, token)
-        return [(request, token) for request, token in step if request.tokens]
+        return self._answer(answering + read, chunks, logits)
 
     def _admit(self) -> None:
         """Give waiting requests free slots. The first of them waits longer if what it shares with another
@@ -181,8 +181,8 @@ class Engine:
             prefix = None if request.echo else self.sequences.prefix(request.prompt)
             if prefix and not self.sequences.is_read(prefix):
                 return
-            self.waiting.popleft()
             self.cache.reserve(len(request.prompt) + request.room)
+            self.waiting.popleft()
             request.cached = prefix.length if prefix else 0
             request.slot = self.sequences.take(request.prompt, prefix)
             self.slots[request.slot] = request
@@ -193,10 +193,9 @@ class Engine:
         chunks, room = [], self.chunk
         for request in self.reading:
             start = len(self.sequences.held[request.slot])
-            count = min(room, len(request.prompt) - start)
-            if count:
-                chunks.append(Chunk(request, start, count))
-            room -= count
+            end = min(start + room, len(request.prompt))
+            room -= end - start
+            chunks += [Chunk(request, start, end)] if end > start else []
         return chunks
 
     def _decode(self, requests: list[Request]) -> Tensor:
@@ -215,80 +214,56 @@ class Engine:
         return Row(request.tokens[-1].id, before, request.slot, length)
 
     def _read(self, answering: list[Request], chunks: list[Chunk]) -> Tensor:
-        """Logits (B + E, V) of a pass that reads chunks of prompts beside the last tokens of answers: after
-        each answer, after each prompt that ends, and after each prompt token whose next is scored.
+        """Logits (B + E, V) of a pass that reads parts of prompts beside the last tokens of answers: after
+        each answer, after each prompt that ends, and then before each prompt token that is scored.
         """
         rows = [self._row(request) for request in answering]
         ids, previous = [row.token for row in rows], [row.previous for row in rows]
-        ends, scored = list(range(len(rows))), []  # indices of tokens
-        for request, start, count in chunks:
-            scored += [
-                len(ids) + i for i in range(count) if request.echo and start + i + 1 < len(request.prompt)
-            ]
-            ids += request.prompt[start : start + count]
-            previous += [-1, *request.prompt][start : start + count]
-            ends += [len(ids) - 1] if start + count == len(request.prompt) else []
+        wanted, scored = list(range(len(rows))), []  # indices of tokens whose logits are needed
+        for chunk in chunks:
+            scored += [len(ids) + i - 1 - chunk.start for i in chunk.scored]
+            ids += chunk.request.prompt[chunk.start : chunk.end]
+            previous += [-1, *chunk.request.prompt][chunk.start : chunk.end]
+            wanted += [len(ids) - 1] if chunk.is_last else []
         slots = [row.slot for row in rows] + [chunk.request.slot for chunk in chunks]
         lengths = [row.length for row in rows] + [chunk.start for chunk in chunks]
-        parts = (ids, previous, slots, lengths, ends + scored)
+        parts = (ids, previous, slots, lengths, wanted + scored)
         numbers = to_device([number for part in parts for number in part], self.device)  # one copy
         ids, previous, slots, lengths, only = numbers.split([len(part) for part in parts])
         spans = [Span(slots[: len(rows)], lengths[: len(rows)], 1)] if rows else []
         for i, chunk in enumerate(chunks, len(rows)):
-            spans.append(Span(slots[i : i + 1], lengths[i : i + 1], chunk.count))
+            spans.append(Span(slots[i : i + 1], lengths[i : i + 1], chunk.end - chunk.start))
         self.cache.use(*spans, previous=previous[None])
         return self.model(ids[None], cache=self.cache, only=only)[0]
 
-    def _next_tokens(self, requests: list[Request], chunks: list[Chunk], logits: Tensor) -> list[Token]:
-        """The next token of each request: the forced one, or sampled from its row of logits (B + E, V). The
-        other rows score prompts' tokens, which are added to their requests.
-
-        The step waits for the device once, here: everything that the host needs is in one tensor.
-        """
-        echoed = []  # requests and indices of their prompts' tokens
-        for request, start, count in (chunk for chunk in chunks if chunk.request.echo):
-            if start == 0:
-                request.echoed.append(Token(request.prompt[0], False, None))
-            last = min(start + count, len(request.prompt) - 1)
-            echoed += [(request, i) for i in range(start + 1, last + 1)]
+    def _answer(
+        self, requests: list[Request], chunks: list[Chunk], logits: Tensor
+    ) -> list[tuple[Request, Token]]:
+        """Give each request its next token, and prompts that are scored theirs, from logits (B + E, V)."""
+        echoed = [(chunk.request, i) for chunk in chunks for i in chunk.scored]
+        for request in (chunk.request for chunk in chunks if chunk.request.echo and chunk.start == 0):
+            request.echoed.append(Token(request.prompt[0], False, None))
         if not len(logits):  # all that was read goes on
             return []
-        text = logits[:, : self.tokenizer.vocab_size]  # the head may be padded beyond the vocabulary
-        sampled = [not request.forced for request in requests]
-        chosen = torch.empty(0, dtype=torch.int64, device=self.device)
-        if requests:
-            chosen = sample(text[: len(requests)], [request.draw() for request in requests])
-        if not all(sampled) or echoed:
-            given = [request.forced.popleft() if request.forced else -1 for request in requests]
-            given = to_device(given + [request.prompt[i] for request, i in echoed], self.device)
-            chosen = torch.where(given < 0, torch.nn.functional.pad(chosen, (0, len(echoed))), given)
-        columns = [chosen[:, None], logits.sum(-1, keepdim=True)]  # a sum is finite if all logits are
-        scoring = [
-            request for request in (*requests, *(request for request, _ in echoed)) if request.scores()
-        ]
-        if scoring:
-            logprobs = logits.log_softmax(-1)
-            most = min(max(request.logprobs or 0 for request in scoring), text.shape[1])
-            top = logprobs[:, : text.shape[1]].topk(most)
-            columns += [logprobs.gather(1, chosen[:, None]), top.indices, top.values]
-        found = torch.cat([column.double() for column in columns], dim=1).tolist()  # float64 holds ids
-        if not all(math.isfinite(row[1]) for row in found):
-            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
-        for (request, _), row in zip(echoed, found[len(requests) :], strict=True):
-            request.echoed.append(token_of(row, request, sampled=False))
-        return [token_of(*both, sampled=own) for *both, own in zip(found, requests, sampled, strict=False)]
+        tokens, of_prompts = next_tokens(logits, requests, echoed, self.tokenizer.vocab_size)
+        for (request, _), token in zip(echoed, of_prompts, strict=True):
+            request.echoed.append(token)
+        for request, token in zip(requests, tokens, strict=True):
+            self._append(request, token)
+        return [pair for pair in zip(requests, tokens, strict=True) if pair[0].room]
 
     def _append(self, request: Request, token: Token) -> None:
-        """Append a token to an answer. If it ends a tool call, run the tool; if it ends the answer, free the
-        slot.
+        """Append a token to an answer, if it has room for one. If it ends a tool call, run the tool; if it
+        ends the answer, free the slot.
         """
-        if request.room:
-            ends_call = token.id == self.tool_end and request.parts.part == "call"
-            request.push(token)
-            if ends_call and request.tools:
-                result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
-                request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
-        if request.room and (token.id in self.stops or request.said.stopped):
+        if not request.room:
+            return self._end(request, "length")
+        ends_call = token.id == self.tool_end and request.parts.part == "call"
+        request.push(token)
+        if ends_call and request.tools:
+            result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
+            request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
+        if token.id in self.stops or request.said.stopped:
             self._end(request, "stop")
         elif len(request.tokens) == request.room:
             self._end(request, "length")
@@ -336,15 +311,3 @@ class Engine:
             for request in requests:
                 self.cancel(request)
         return [request.answer for request in requests]
-
-
-def token_of(row: list[float], request: Request, sampled: bool) -> Token:
-    """A token from what the device found of it: id, sum of logits, and with log-probabilities its own, the
-    likeliest ids, and theirs.
-    """
-    token = int(row[0])
-    if not request.scores():
-        return Token(token, sampled, None)
-    most, count = (len(row) - 3) // 2, request.logprobs or 0
-    ids, logprobs = row[3 : 3 + count], row[3 + most : 3 + most + count]
-    return Token(token, sampled, row[2], tuple(zip(map(int, ids), logprobs, strict=True)))

@@ -30,18 +30,18 @@ CALL = '{"type": "function", "function": {"name": "calculator", "arguments": {"e
 SHOWN, SHOWN_KEYS = 60, 8  # characters of a wrong text, and keys of an object
 
 
-def check_messages(messages: object) -> list[dict]:
+def check_messages(messages: object, silence: bool = False) -> list[dict]:
     """The messages in their plain form: keys `role`, `content` (a string) and, for a call, `tool_calls`.
 
-    Parts of text in a list, as OpenAI writes them, become one string. DataError says which message is wrong,
-    what was found, and what is needed.
+    Parts of text in a list, as OpenAI writes them, become one string. silence: the assistant may have said
+    nothing, as a model may. DataError says which message is wrong, what was found, and what is needed.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"`messages` must be a list of at least one message, not {shown(messages)}")
     found = []
     for i, message in enumerate(messages):
         try:
-            message = plain_message(message)
+            message = plain_message(message, silence)
             check_turn(message, found)
         except DataError as error:
             raise DataError(f"message {i}: {error}") from None
@@ -67,7 +67,7 @@ def check_turn(message: dict, before: list[dict]) -> None:
     raise DataError(f"from {role!r} {where}; expected {' or '.join(expected)}")
 
 
-def plain_message(message: object) -> dict:
+def plain_message(message: object, silence: bool) -> dict:
     """One message in its plain form. Keys without a value are as good as absent."""
     if not isinstance(message, dict):
         raise DataError(f"{shown(message)}; needs {MESSAGE}")
@@ -97,12 +97,12 @@ def plain_message(message: object) -> dict:
         raise DataError(f"`tool_calls` must be a list of one call, not {shown(calls)}")
     if calls and role != "assistant":
         raise DataError(f"`tool_calls` from {role!r}; only the assistant can make them")
-    if content is None and not calls:
+    if content is None and not calls and not (silence and role == "assistant"):
         raise DataError(f"a message from {role!r} without `content`")
     text = plain_text("" if content is None else content)
     if calls:
         return {"role": role, "content": text, "tool_calls": [plain_call(calls)]}
-    if role != "tool" and not text.strip():
+    if role != "tool" and not text.strip() and not (silence and role == "assistant"):
         raise DataError(f"the {role} says nothing: `content` is empty")
     return {"role": role, "content": text}
 

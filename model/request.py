@@ -93,7 +93,9 @@ class Request:
             return Draw(s, number)
         return Draw(s, number, self.prompt, [token.id for token in self.tokens])
 
+    @property
     def scores(self) -> bool:
+        """Whether its tokens have log-probabilities."""
         return self.logprobs is not None or self.echo
 
     def push(self, token: Token) -> None:

@@ -131,14 +131,15 @@ async def events(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
         while True:
             try:
                 with anyio.fail_after(QUIET):
-                    piece = await anext(ticket)
+                    pieces = await ticket.take()
             except TimeoutError:
                 yield ": still working\n\n"
                 continue
-            except StopAsyncIteration:
+            if not pieces:
                 break
-            for chunk in reply.chunks(piece):
-                yield sse(chunk)
+            # all that is there in one write: a client that cannot keep up makes less work
+            if text := "".join(sse(chunk) for piece in pieces for chunk in reply.chunks(piece)):
+                yield text
         if ticket.call.include_usage:
             yield sse(reply.usage_chunk(ticket.usage))
         yield DONE

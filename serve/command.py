@@ -121,7 +121,7 @@ def model_name(folder: Path) -> str:
     if len(parts) > 2 and parts[-2] == "checkpoints":
         parts = parts[:-2]
     below = parts[::-1].index("runs") if "runs" in parts else 1
-    name = "-".join(parts[len(parts) - below :] or parts)
+    name = "-".join(parts[len(parts) - below :] or parts[-1:])
     return re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "model"
 
 

@@ -1,4 +1,4 @@
-"""Checks of the fields of a request: each returns the value, or raises an APIError that names the field.
+"""The fields of a request by name, and checks that return a field's value or raise an APIError that names it.
 
 null is as good as absent. Numbers must be finite, and true and false are not numbers. Where a whole number
 belongs, 5.0 is 5: JavaScript does not tell them apart.
@@ -13,6 +13,31 @@ from hotlap.common.errors import known
 from hotlap.model.messages import shown
 from hotlap.serve.config import Limits
 from hotlap.serve.errors import refused
+
+WORKING = (
+    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "stop", "max_tokens", "seed", "n", "logprobs", "stream",
+    "stream_options",
+)  # fmt: skip
+NO_EFFECT = (  # on an answer, whatever they hold
+    "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "verbosity", "reasoning_effort", "parallel_tool_calls",
+)  # fmt: skip
+REFUSED = {  # unless null
+    "audio": "the model writes text only",
+    "prediction": "it is not supported",
+    "web_search_options": "the model cannot search",
+    "moderation": "answers are not moderated",
+    "functions": "the model was taught no functions",
+    "function_call": "the model was taught no functions",
+    "suffix": "the model only continues text",
+}
+CHAT_FIELDS = (
+    *WORKING, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
+    "modalities", *NO_EFFECT, "audio", "prediction", "web_search_options", "moderation", "functions",
+    "function_call",
+)  # fmt: skip
+COMPLETION_FIELDS = (*WORKING, "prompt", "echo", "best_of", *NO_EFFECT, "suffix")
 
 LARGEST = 2**63 - 1
 EXACT = 2**53  # floats below it are exact where they are whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hotlap.common.errors import DataError
@@ -20,6 +20,9 @@ from hotlap.model.tools import TOOLS, Tools
 from hotlap.serve.config import Limits
 from hotlap.serve.errors import APIError, refused
 from hotlap.serve.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    REFUSED,
     check_names,
     check_text,
     flag,
@@ -36,30 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["APIError", "Call", "Served", "chat_call", "completion_call"]
 
-WORKING = (
-    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "logit_bias", "stop", "max_tokens", "seed", "n", "logprobs", "stream",
-    "stream_options",
-)  # fmt: skip
-NO_EFFECT = (  # on an answer, whatever they hold
-    "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier", "verbosity", "reasoning_effort", "parallel_tool_calls",
-)  # fmt: skip
-REFUSED = {  # unless null
-    "audio": "the model writes text only",
-    "prediction": "it is not supported",
-    "web_search_options": "the model cannot search",
-    "moderation": "answers are not moderated",
-    "functions": "the model was taught no functions",
-    "function_call": "the model was taught no functions",
-    "suffix": "the model only continues text",
-}
-CHAT_FIELDS = (
-    *WORKING, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
-    "modalities", *NO_EFFECT, "audio", "prediction", "web_search_options", "moderation", "functions",
-    "function_call",
-)  # fmt: skip
-COMPLETION_FIELDS = (*WORKING, "prompt", "echo", "best_of", *NO_EFFECT, "suffix")
 PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of such lists"
 SEEDS = 2**63 - 2**16  # leaves room for the seeds of the other choices
 
@@ -121,9 +100,8 @@ def chat_call(body: object, served: Served) -> Call:
     longest = whole(body, "max_completion_tokens", asked, low=1)
     if asked is not None and asked != longest:
         raise refused("`max_tokens` and `max_completion_tokens` differ; send one of them", "max_tokens")
-    prompt = conversation_ids(body, served)
-    check_fits(prompt, 1, "messages", served)
-    return call(body, served, [prompt], served.context if longest is None else longest, logprobs, chat=True)
+    call = call_without_prompts(body, served, longest or served.context, logprobs, chat=True)
+    return with_prompts(call, [conversation_ids(body, served)], "messages", served)
 
 
 def completion_call(body: object, served: Served) -> Call:
@@ -136,10 +114,8 @@ def completion_call(body: object, served: Served) -> Call:
     echo, longest = flag(body, "echo"), whole(body, "max_tokens", 16)
     if not longest and not echo:
         raise refused("`max_tokens` 0 needs `echo` true: there is nothing else to return", "max_tokens")
-    prompts = prompt_ids(required(body, "prompt"), served)
-    for prompt in prompts:
-        check_fits(prompt, min(longest, 1), "prompt", served)
-    return call(body, served, prompts, longest, logprobs, echo=echo)
+    call = call_without_prompts(body, served, longest, logprobs, echo=echo)
+    return with_prompts(call, prompt_ids(required(body, "prompt"), served), "prompt", served)
 
 
 def check_body(body: object, names: tuple[str, ...], served: Served) -> None:
@@ -187,7 +163,7 @@ def conversation_ids(body: dict, served: Served) -> list[int]:
             for m in messages
         ]
     try:
-        messages, most = check_messages(messages), served.limits.characters
+        messages, most = check_messages(messages, silence=True), served.limits.characters
         texts = [m["content"] + (tool_expression(m) if m.get("tool_calls") else "") for m in messages]
         if (length := sum(map(len, texts))) > most:
             raise refused(f"`messages` have {length} characters; at most {most} are read", "messages")
@@ -232,39 +208,22 @@ def text_ids(text: str, served: Served) -> list[int]:
         raise refused(str(error), "prompt") from None
 
 
-def check_fits(prompt: list[int], room: int, param: str, served: Served) -> None:
-    """Refuse a prompt that leaves less than `room` tokens of the context."""
-    if len(prompt) + room > served.context:
-        raise refused(
-            f"this model's maximum context length is {served.context} tokens; the prompt has {len(prompt)}"
-            + (", and an answer needs one" if room else "")
-            + "; shorten it",
-            param,
-            "context_length_exceeded",
-        )
-
-
-def call(
-    body: dict,
-    served: Served,
-    prompts: list[list[int]],
-    max_tokens: int,
-    logprobs: int | None,
-    echo: bool = False,
-    chat: bool = False,
+def call_without_prompts(
+    body: dict, served: Served, longest: int, logprobs: int | None, echo: bool = False, chat: bool = False
 ) -> Call:
-    """The call, from what both endpoints share."""
-    n = choices_each(body, len(prompts), served.limits)
-    left = served.context - min(map(len, prompts))
+    """A call with what both endpoints share. Prompts are read last, because that alone takes time."""
+    n = whole(body, "n", 1, low=1, high=served.limits.choices)
+    if whole(body, "best_of", n, low=1) != n:
+        raise refused("`best_of` must be equal to `n`: all answers are returned", "best_of")
     stream = flag(body, "stream")
     return Call(
         id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
         chat=chat,
         model=served.name,
         created=int(time.time()),
-        prompts=prompts,
+        prompts=[],
         n=n,
-        sampling=sampling(body, served, min(max_tokens, left)),
+        sampling=sampling(body, served, longest),
         tools=TOOLS if chat else {},
         logprobs=logprobs,
         echo=echo,
@@ -273,14 +232,23 @@ def call(
     )
 
 
-def choices_each(body: dict, prompts: int, limits: Limits) -> int:
-    """`n`: how many answers each prompt gets."""
-    n = whole(body, "n", 1, low=1, high=limits.choices)
-    if n * prompts > limits.choices:
-        raise refused(f"`n`={n} for {prompts} prompts is more than {limits.choices} choices", "n")
-    if whole(body, "best_of", n, low=1) != n:
-        raise refused("`best_of` must be equal to `n`: all answers are returned", "best_of")
-    return n
+def with_prompts(call: Call, prompts: list[list[int]], name: str, served: Served) -> Call:
+    """The call with prompts that fit; from an answer that does not, the end is cut off. name: their field."""
+    if call.n * len(prompts) > served.limits.choices:
+        most = served.limits.choices
+        raise refused(f"`n`={call.n} for {len(prompts)} prompts is more than {most} choices", "n")
+    answer = min(call.sampling.max_tokens, 1)  # tokens that must have room
+    if (longest := max(map(len, prompts))) + answer > served.context:
+        raise refused(
+            f"this model's maximum context length is {served.context} tokens; the prompt has {longest}"
+            + (", and an answer needs one" if answer else "")
+            + "; shorten it",
+            name,
+            "context_length_exceeded",
+        )
+    room = served.context - min(map(len, prompts))
+    sampling = replace(call.sampling, max_tokens=min(call.sampling.max_tokens, room))
+    return replace(call, prompts=prompts, sampling=sampling)
 
 
 def sampling(body: dict, served: Served, max_tokens: int) -> Sampling:

@@ -18,6 +18,7 @@ from hotlap.serve.worker import Worker
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+IDLE = 30  # seconds that a connection may be kept for the next request, longer than clients keep theirs
 LAST_ANSWERS = 5  # seconds for answers to reach their clients, once nothing is generated any more
 
 
@@ -43,6 +44,7 @@ async def serve(
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=LAST_ANSWERS,
     )
     server = Server(config)

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,9 +36,9 @@ def too_busy(message: str) -> APIError:
 
 
 class Ticket:
-    """A submitted call, whose pieces are read by `async for piece in ticket`.
+    """A submitted call, whose pieces are read by `async for piece in ticket`, or by `take`.
 
-    It ends with the last choice's finish_reason, or raises the APIError that ended it before. Pieces wait in
+    It ends with the last choice's finish_reason, or with the APIError that ended it before. Pieces wait in
     memory until they are read: they are as many as the answers have tokens.
     """
 
@@ -49,27 +49,34 @@ class Ticket:
         self.submitted = time.monotonic()
         self.choices = len(call.prompts) * call.n
         self.ended = False
+        self._error: APIError | None = None
         self._unfinished = self.choices
         self._leave = leave
-        self._pieces: asyncio.Queue[Piece | APIError | None] = asyncio.Queue()
+        self._pieces: list[Piece] = []
+        self._news = asyncio.Event()  # there are pieces, or it has ended
         late = APIError(504, f"the answer was not complete after {timeout:g} seconds", code="timeout")
         self._timer = asyncio.get_running_loop().call_later(timeout, self.end, late)
 
-    def __aiter__(self) -> Ticket:
-        return self
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while pieces := await self.take():
+            for piece in pieces:
+                yield piece
 
-    async def __anext__(self) -> Piece:
-        found = await self._pieces.get()
-        if isinstance(found, APIError):
-            raise found
-        if found is None:
-            raise StopAsyncIteration
-        return found
+    async def take(self) -> list[Piece]:
+        """Wait for pieces, and return all that are there; none at the end. Raises the error that ended it."""
+        await self._news.wait()
+        pieces, self._pieces = self._pieces, []
+        if not self.ended:
+            self._news.clear()
+        elif not pieces and self._error:
+            raise self._error
+        return pieces
 
     def put(self, piece: Piece) -> None:
         """Add a piece. The last one of the last choice ends the ticket."""
         if not self.ended:
-            self._pieces.put_nowait(piece)
+            self._pieces.append(piece)
+            self._news.set()
             self._unfinished -= piece.finish_reason is not None
             if not self._unfinished:
                 self.end()
@@ -79,9 +86,9 @@ class Ticket:
         the call stops within a step. No effect if the ticket has ended.
         """
         if not self.ended:
-            self.ended = True
+            self.ended, self._error = True, error
             self._timer.cancel()
-            self._pieces.put_nowait(error)
+            self._news.set()
             self._leave(self)
 
     def cancel(self) -> None:
@@ -112,6 +119,7 @@ class Worker:
     def __init__(self, engine: Engine, queue: int, timeout: float, metrics: Metrics):
         """timeout: seconds that a call may take, with the time in the queue."""
         self.engine, self.queue, self.timeout, self.metrics = engine, queue, timeout, metrics
+        self.slots = len(engine.slots)
         self.tickets: set[Ticket] = set()  # that have not ended
         self.choices = 0  # of those
         self.stopping = False
@@ -127,10 +135,6 @@ class Worker:
         """Start the thread. Calls come from the event loop that runs now."""
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
-
-    @property
-    def slots(self) -> int:
-        return len(self.engine.slots)
 
     @property
     def waiting(self) -> int:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from helpers.tools import train_tiny_tokenizer
 
 from hotlap.model.config import Sampling
+from hotlap.model.request import Token
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.serve.config import Limits
 from hotlap.serve.protocol import Call, Served, chat_call, completion_call
 
 CONTEXT = 64
-
-
-class Token(NamedTuple):
-    """As the engine's."""
-
-    id: int
-    sampled: bool
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def served_model(tokenizer: Tokenizer | None = None, **fields) -> Served:

@@ -103,6 +103,15 @@ def test_a_prompt_ends_where_the_assistant_begins(tiny_tokenizer):
     assert whole[len(prompt) :] == spelled(tiny_tokenizer, "'Because.'", "assistant_end")
 
 
+@pytest.mark.parametrize("nothing", ["", " ", None])
+def test_a_conversation_goes_on_after_an_empty_answer_but_is_no_data(nothing, tiny_tokenizer):
+    messages = [user(), assistant(nothing), user("Why?")]
+    start = [*render_prompt([user()], tiny_tokenizer), *tiny_tokenizer.encode(nothing or "")]
+    assert render_prompt(messages, tiny_tokenizer)[: len(start)] == start
+    with pytest.raises(DataError, match=r"says nothing|without `content`"):
+        render(messages, tiny_tokenizer)
+
+
 @pytest.mark.parametrize(
     "messages", [[], None, "Hi", [user(), assistant()], [user(), call(), tool()], [system()]]
 )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -225,6 +226,13 @@ def test_nothing_of_prompts_or_answers_is_logged(server, caplog, monkeypatch):
     assert secret not in logged and "abcd" not in logged
 
 
+def test_a_path_cannot_forge_a_line_of_the_log(server, caplog):
+    caplog.set_level(logging.INFO, "hotlap")
+    server.ask("/health%0aGET%20/admin")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "hotlap"]
+    assert "\n" not in line and "GET /health%0aGET%20/admin 404" in line
+
+
 def test_a_silent_stream_has_comments(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("hotlap.serve.api.QUIET", 0.02)
     engine = FakeEngine(tiny_tokenizer, slots=1)
@@ -237,6 +245,14 @@ def test_a_silent_stream_has_comments(tiny_tokenizer, monkeypatch):
         assert response.readline().startswith(b": ") and response.readline() == b"\n"
         engine.gate.set()
         assert b"[DONE]" in response.read()
+
+
+def test_every_route_is_documented():
+    text = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")
+    for route in router.routes:
+        assert f"`{route.path.replace('{name:path}', 'NAME')}`" in text.replace("POST ", "").replace(
+            "GET ", ""
+        )
 
 
 def test_tokens_of_text_and_back(server, tiny_tokenizer):

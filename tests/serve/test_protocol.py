@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers.api_requests import CONTEXT, read, served_model, user
@@ -15,7 +16,8 @@ from hotlap.model.tokenizer import train_characters
 from hotlap.model.tools import TOOLS
 from hotlap.serve.config import Limits
 from hotlap.serve.errors import APIError
-from hotlap.serve.protocol import CHAT_FIELDS, COMPLETION_FIELDS, NO_EFFECT, SEEDS, chat_call, completion_call
+from hotlap.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, NO_EFFECT, REFUSED, WORKING
+from hotlap.serve.protocol import SEEDS, chat_call, completion_call
 
 CHAT, COMPLETIONS, BOTH = ("chat",), ("completions",), ("chat", "completions")
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -64,6 +66,7 @@ WORKS = [
     (BOTH, {"max_tokens": 3.0}, {"max_tokens": 3}),
     (CHAT, {}, {"chat": True, "tools": TOOLS, "max_tokens": CONTEXT - 6}),
     (CHAT, {"max_tokens": CONTEXT}, {"max_tokens": CONTEXT - 6}),
+    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": ""}, user("Hi")]}, {"max_tokens": CONTEXT - 12}),
     (CHAT, {"max_completion_tokens": 3}, {"max_tokens": 3}),
     (CHAT, {"max_completion_tokens": 2**40}, {"max_tokens": CONTEXT - 6}),
     (CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, {"max_tokens": 3}),
@@ -96,7 +99,7 @@ WORKS = [
 ]  # fmt: skip
 
 # endpoints, fields, the parameter that the error names, what it says
-REFUSED = [
+WRONG = [
     (BOTH, {"model": MISSING}, "model", "missing"),
     (BOTH, {"model": None}, "model", "missing"),
     # numbers
@@ -305,7 +308,7 @@ def test_a_field_that_works_reaches_the_call(served, endpoint, fields, expected)
     assert found == expected
 
 
-@pytest.mark.parametrize("endpoint, fields, param, said", rows(REFUSED))
+@pytest.mark.parametrize("endpoint, fields, param, said", rows(WRONG))
 def test_what_cannot_be_done_is_refused_by_name(served, endpoint, fields, param, said):
     with pytest.raises(APIError, match=said) as caught:
         request(endpoint, served, fields)
@@ -333,7 +336,7 @@ def test_null_is_as_good_as_absent(served, endpoint, names):
 
 def test_every_known_field_has_a_row():
     for endpoint, names in (("chat", CHAT_FIELDS), ("completions", COMPLETION_FIELDS)):
-        tried = {name for table in (WORKS, REFUSED) for row in table if endpoint in row[0] for name in row[1]}
+        tried = {name for table in (WORKS, WRONG) for row in table if endpoint in row[0] for name in row[1]}
         assert set(names) - tried - {"messages", "prompt"} == set(NO_EFFECT)
 
 
@@ -514,3 +517,20 @@ def test_errors_of_the_conversation_are_not_swallowed(served, monkeypatch):
     monkeypatch.setattr("hotlap.serve.protocol.render_prompt", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         read("chat", served)
+
+
+def test_the_documentation_has_every_field_and_what_becomes_of_it():
+    text = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")
+    listed = {"chat": {}, "completions": {}}
+    for line in text.split("## Responses")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        for name in re.findall("`([a-z_]+)`", cells[1]) if len(cells) == 6 else ():
+            listed["chat"][name], listed["completions"][name] = cells[2:4]
+    for name in ("characters", "prompts", "choices", "stops", "stop_characters", "biases", "top_logprobs"):
+        assert f"{getattr(Limits(), name):,}" in text
+    for endpoint, names in (("chat", CHAT_FIELDS), ("completions", COMPLETION_FIELDS)):
+        there = {name: what for name, what in listed[endpoint].items() if what}
+        assert set(there) == set(names)
+        assert {name for name, what in there.items() if what == "no effect"} >= set(NO_EFFECT)
+        assert {name for name, what in there.items() if what == "refused"} >= set(REFUSED) & set(names)
+        assert {name for name, what in there.items() if what == "works"} >= set(WORKING)

@@ -131,7 +131,7 @@ def test_a_cancelled_call_leaves_its_slot_within_a_step(engine, call):
     async def scenario(worker):
         engine.pace = 0.01
         first, second = worker.submit(call(max_tokens=60)), worker.submit(call(max_tokens=2))
-        await anext(first)
+        await first.take()
         first.cancel()
         assert await read(second) == ["ab"]
         request = engine.started[0]
