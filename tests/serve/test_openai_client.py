@@ -17,6 +17,7 @@ from helpers.tools import tiny_config
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
+from hotlap.serve.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 
 KEY = "0123456789abcdef"
 SLOTS, CONTEXT = 4, 256
@@ -166,6 +167,14 @@ def test_a_bad_request_names_the_field(ask, fields, param):
     assert refused.value.param == param and refused.value.type == "invalid_request_error"
 
 
+def test_every_field_that_the_client_has_is_known():
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_params
+
+    assert set(chat_params.CompletionCreateParamsBase.__annotations__) | {"stream"} <= {*CHAT_FIELDS}
+    assert set(completion_create_params.CompletionCreateParamsBase.__annotations__) <= {*COMPLETION_FIELDS}
+
+
 def test_a_prompt_that_does_not_fit_has_a_code_of_its_own(ask):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(messages=[{"role": "user", "content": "word " * 300}])
@@ -214,6 +223,14 @@ def test_a_full_queue_is_an_error_after_the_clients_own_retries(tiny_tokenizer):
         made._sleep_for_retry = room_instead_of_seconds
         assert made.chat.completions.create(**fields).choices[0].message.content == "ab"
         assert statuses == [503, 200] and [joined(stream) for stream in waiting] == ["ab", "ab"]
+
+
+def test_comments_in_a_silent_stream_are_skipped(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("hotlap.serve.api.QUIET", 0.02)
+    engine = FakeEngine(tiny_tokenizer, pace=0.1)
+    with running_server(engine, served(tiny_tokenizer)) as running, client_of(running) as client:
+        stream = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=3, stream=True)
+        assert joined(stream) == "abc"
 
 
 def test_an_error_in_the_middle_of_a_stream_raises(tiny_tokenizer):
