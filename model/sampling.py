@@ -48,8 +48,8 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
         scaled = scaled.masked_fill(scaled < lowest(scaled, settings), -math.inf)
     # float64: in float32, the sum over a vocabulary would round rare ids away
     cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    numbers = column([draw.number for draw in draws], device, torch.float64)
-    drawn = (cumulative > numbers * cumulative[:, -1:]).to(torch.uint8).argmax(-1)
+    numbers = to_device([[draw.number] for draw in draws], device, torch.float64) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, numbers, right=True)[:, 0]
     return torch.where(to_device(greedy, device), logits.argmax(-1), drawn) if any(greedy) else drawn
 
 

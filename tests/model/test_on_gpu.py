@@ -61,15 +61,21 @@ def test_a_step_that_waits_for_the_gpu_runs_eagerly(random_model, caplog):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-def test_a_step_of_the_engine_waits_for_the_gpu_once(random_model, request):
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_step_of_the_engine_waits_for_the_gpu_once(reads, random_model, request):
+    """Whatever the sampling; and while a prompt is read beside the answers."""
     pytest.importorskip("tokenizers")
     tokenizer = request.getfixturevalue("tiny_tokenizer")
     model = random_model(tiny_config(layers=3)).to(GPU)
-    engine = Engine(model, tokenizer, slots=4)
+    engine = Engine(model, tokenizer, slots=4, chunk=3)
     engine.stops = set()  # so that the batch stays the same
     for i in range(3):
-        sampling = Sampling(temperature=i, top_k=10 * i, max_tokens=40, seed=i)
+        sampling = Sampling(
+            i, 10 * i, 40, i, top_p=0.9, min_p=0.05, presence_penalty=1.0, logit_bias=((5, 1.0),)
+        )
         engine.add([tokenizer.bos, 5 + i], sampling, logprobs=2 if i == 1 else None)
+    if reads:
+        engine.add([5] * 60, Sampling(max_tokens=1))
     for _ in range(6):  # compiles and captures
         engine.step()
     torch.cuda.set_sync_debug_mode("warn")

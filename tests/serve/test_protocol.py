@@ -22,7 +22,7 @@ from hotlap.serve.protocol import SEEDS, chat_call, completion_call
 CHAT, COMPLETIONS, BOTH = ("chat",), ("completions",), ("chat", "completions")
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-MISSING = object()
+MISSING = Ellipsis  # a field that is left out
 
 # endpoints, fields, what the call has then (of itself or of its sampling)
 WORKS = [
