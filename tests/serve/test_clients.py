@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from helpers.offline import offline
 from helpers.running_server import running_server, served, wait_until
 from helpers.tools import tiny_config
 
@@ -27,6 +28,12 @@ QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 TEXT_ONLY = {str(i): -100 for i in range(289, 300)}  # no special token, so no early end
 GREEDY = {"temperature": 0, "max_tokens": 24, "logit_bias": TEXT_ONLY}
 ASKED = {"model": "tiny", "messages": QUESTION, **GREEDY}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_leaves_this_machine():
+    with offline():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +71,21 @@ def expected(server) -> str:
 @pytest.fixture(scope="module")
 def langchain(base_url):
     """A function that makes a ChatOpenAI."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
-            patch.setenv(variable, "false")
-        module = pytest.importorskip("langchain_openai")
+    module = pytest.importorskip("langchain_openai")
 
-        def make(**fields):
-            where = {"base_url": base_url, "api_key": "none", "max_retries": 0}
-            return module.ChatOpenAI(**{"model": "tiny", **where, **GREEDY, **fields})
+    def make(**fields):
+        where = {"base_url": base_url, "api_key": "none", "max_retries": 0}
+        return module.ChatOpenAI(**{"model": "tiny", **where, **GREEDY, **fields})
 
-        yield make
+    return make
 
 
 @pytest.fixture(scope="module")
-def litellm(base_url):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        patch.setenv("OPENAI_API_BASE", base_url)
-        module = pytest.importorskip("litellm")
-        patch.setattr(module, "suppress_debug_info", True)
-        yield module
-        asyncio.run(module.close_litellm_async_clients())
+def litellm():
+    module = pytest.importorskip("litellm")
+    module.suppress_debug_info = True
+    yield module
+    asyncio.run(module.close_litellm_async_clients())
 
 
 @pytest.fixture(scope="module")

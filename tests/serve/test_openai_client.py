@@ -355,6 +355,16 @@ def test_content_may_come_in_parts_and_the_system_may_be_a_developer(ask):
     assert told[0] == told[1] != text_of(ask(**GREEDY))
 
 
+def test_an_answer_goes_back_as_part_of_the_conversation(ask):
+    answer = ask(**GREEDY).choices[0].message
+    plain = {"role": "assistant", "content": answer.content}
+    found = [
+        text_of(ask(messages=[*QUESTION, said, {"role": "user", "content": "Why?"}], **GREEDY))
+        for said in (plain, answer, answer.model_dump())
+    ]
+    assert found[0] == found[1] == found[2]
+
+
 def test_sixteen_at_once_get_what_each_gets_alone(server, ask):
     def own(seed: int) -> dict:
         return DRAWN | {"seed": seed, "max_tokens": 10 + seed}
