@@ -73,7 +73,7 @@ def tiny_tokenizer() -> Tokenizer:
     return train_tiny_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_model():
     """Build a GPT whose every weight is random, those that are zero at the start too."""
 
