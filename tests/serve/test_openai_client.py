@@ -1,7 +1,6 @@
 """What users of the `openai` package rely on, asked by that package."""
 
 import asyncio
-import itertools
 
 import pytest
 
@@ -10,8 +9,8 @@ pytest.importorskip("openai")
 
 import openai
 import torch
-from helpers.fake_engine import FakeEngine
-from helpers.running_server import running_server, served, wait_until
+from helpers.openai_client import QUESTION, client_of, joined, text_of
+from helpers.running_server import running_server, served
 from helpers.tools import tiny_config
 
 from hotlap.model.conversation import render_prompt
@@ -19,9 +18,7 @@ from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.serve.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 
-KEY = "0123456789abcdef"
 SLOTS, CONTEXT = 4, 256
-QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 TEXT_ONLY = {"logit_bias": {str(i): -100 for i in range(289, 300)}}  # no special token, so no early end
 DRAWN = {"temperature": 0.8, "seed": 3, "max_tokens": 30, **TEXT_ONLY}
 GREEDY = {"temperature": 0, "max_tokens": 30, **TEXT_ONLY}
@@ -36,10 +33,6 @@ def model(random_model):
 def server(model, tiny_tokenizer):
     with running_server(Engine(model, tiny_tokenizer, SLOTS), served(tiny_tokenizer, context=CONTEXT)) as it:
         yield it
-
-
-def client_of(running, kind=openai.OpenAI, key: str = "not needed", **options):
-    return kind(base_url=f"http://127.0.0.1:{running.port}/v1", api_key=key, timeout=30, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +57,6 @@ def continue_text(client):
         return client.completions.create(**{"model": "tiny", "prompt": prompt, **fields})
 
     return create
-
-
-def text_of(completion) -> str:
-    return completion.choices[0].message.content
-
-
-def joined(chunks, choice: int = 0) -> str:
-    """The streamed text of a choice."""
-    deltas = (c for chunk in chunks for c in chunk.choices if c.index == choice)
-    return "".join(c.delta.content or "" for c in deltas)
 
 
 def test_the_model_is_listed_and_found(client):
@@ -192,56 +175,6 @@ def test_what_the_server_lacks_is_not_found(client):
         client.responses.create(model="tiny", input="hello")
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="tiny", input="hello")
-
-
-def test_the_key_is_the_clients(tiny_tokenizer):
-    with running_server(FakeEngine(tiny_tokenizer), served(tiny_tokenizer), key=KEY) as running:
-        with client_of(running, key=KEY) as right:
-            assert next(iter(right.models.list())).id == "tiny"
-        with client_of(running, key="another key, wrong") as wrong, pytest.raises(openai.AuthenticationError):
-            wrong.models.list()
-
-
-def test_a_full_queue_is_an_error_after_the_clients_own_retries(tiny_tokenizer):
-    engine = FakeEngine(tiny_tokenizer, slots=1)
-    engine.gate.clear()
-    fields = {"model": "tiny", "messages": QUESTION, "max_tokens": 2}
-    with running_server(engine, served(tiny_tokenizer), queue=1) as running:
-        made = client_of(running, max_retries=0)
-        waiting = [made.chat.completions.create(stream=True, **fields) for _ in range(2)]
-        with pytest.raises(openai.APIStatusError) as refused:
-            made.chat.completions.create(**fields)
-        assert refused.value.status_code == 503 and float(refused.value.response.headers["retry-after"]) > 0
-        statuses = []
-        hooks = {"response": [lambda response: statuses.append(response.status_code)]}
-        made = client_of(running, max_retries=1, http_client=openai.DefaultHttpxClient(event_hooks=hooks))
-
-        def room_instead_of_seconds(**fields):
-            engine.gate.set()
-            wait_until(running.quiet)
-
-        made._sleep_for_retry = room_instead_of_seconds
-        assert made.chat.completions.create(**fields).choices[0].message.content == "ab"
-        assert statuses == [503, 200] and [joined(stream) for stream in waiting] == ["ab", "ab"]
-
-
-def test_comments_in_a_silent_stream_are_skipped(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("hotlap.serve.api.QUIET", 0.02)
-    engine = FakeEngine(tiny_tokenizer, pace=0.1)
-    with running_server(engine, served(tiny_tokenizer)) as running, client_of(running) as client:
-        stream = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=3, stream=True)
-        assert joined(stream) == "abc"
-
-
-def test_an_error_in_the_middle_of_a_stream_raises(tiny_tokenizer):
-    engine = FakeEngine(tiny_tokenizer, pace=0.01)
-    with running_server(engine, served(tiny_tokenizer)) as running, client_of(running) as client:
-        stream = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=40, stream=True)
-        said = [next(stream), next(stream)]
-        engine.fault = RuntimeError("the device is gone")
-        with pytest.raises(openai.APIError, match="engine failed"):
-            said += stream
-        assert all(chunk.choices[0].finish_reason is None for chunk in said)
 
 
 def test_answers_end_before_a_stop_string(ask):
@@ -389,26 +322,6 @@ def test_sixteen_at_once_get_what_each_gets_alone(server, ask):
 
     found = asyncio.run(all_at_once())
     assert found == [text_of(ask(**own(seed))) for seed in range(16)]
-
-
-def test_closing_a_stream_frees_the_slot(tiny_tokenizer):
-    engine = FakeEngine(tiny_tokenizer, slots=1, pace=0.002)
-    with (
-        running_server(engine, served(tiny_tokenizer, context=10**6)) as running,
-        client_of(running) as client,
-    ):
-        with client.chat.completions.create(model="tiny", messages=QUESTION, stream=True) as stream:
-            assert len(list(itertools.islice(stream, 3))) == 3
-        wait_until(running.quiet)
-
-
-def test_a_client_that_gives_up_frees_the_slot(tiny_tokenizer):
-    engine = FakeEngine(tiny_tokenizer, slots=1, pace=0.002)
-    with running_server(engine, served(tiny_tokenizer, context=10**6)) as running:
-        client = client_of(running, max_retries=0).with_options(timeout=0.2)
-        with client, pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(model="tiny", messages=QUESTION)
-        wait_until(running.quiet)
 
 
 def test_responses_have_the_servers_id(ask):
