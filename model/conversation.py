@@ -65,8 +65,8 @@ def render(messages: list[dict], tokenizer: Tokenizer, silence: bool = False) ->
 
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation that ends with a user message, up to the start of the assistant's turn. Earlier
-    answers may be empty: models give such answers, and the conversation goes on.
+    """Ids of a conversation that ends with a user message, up to the start of the assistant's turn.
+    Messages may be empty: models give such answers, and the conversation goes on.
     """
     if check_messages(messages, silence=True)[-1]["role"] != "user":
         raise DataError("a prompt must end with a message from the user")

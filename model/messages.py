@@ -33,8 +33,8 @@ SHOWN, SHOWN_KEYS = 60, 8  # characters of a wrong text, and keys of an object
 def check_messages(messages: object, silence: bool = False) -> list[dict]:
     """The messages in their plain form: keys `role`, `content` (a string) and, for a call, `tool_calls`.
 
-    Parts of text in a list, as OpenAI writes them, become one string. silence: the assistant may have said
-    nothing, as a model may. DataError says which message is wrong, what was found, and what is needed.
+    Parts of text in a list, as OpenAI writes them, become one string. silence: messages may be empty, as
+    models and clients make them. DataError says which message is wrong, what was found, and what is needed.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"`messages` must be a list of at least one message, not {shown(messages)}")
@@ -102,7 +102,7 @@ def plain_message(message: object, silence: bool) -> dict:
     text = plain_text("" if content is None else content)
     if calls:
         return {"role": role, "content": text, "tool_calls": [plain_call(calls)]}
-    if role != "tool" and not text.strip() and not (silence and role == "assistant"):
+    if role != "tool" and not text.strip() and not silence:
         raise DataError(f"the {role} says nothing: `content` is empty")
     return {"role": role, "content": text}
 
