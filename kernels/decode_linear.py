@@ -2,6 +2,10 @@
 
     norm_linear:      total = a x + b x0,  n = rms_norm(total),  y = n W^T or relu(n W^T)^2,  n_{:G} V^T
     linear_residual:  y = x W^T + residual
+    linear:           y = x W^T
+
+W may be in int8 with a scale for each row, as `int8.py` makes it. It becomes the dtype of x, which is exact,
+before the product, and the scale a factor of the sum.
 
 Bound by memory: N D e bytes of W, for elements of e bytes. Each program streams a few rows of W over their
 whole depth. Its warps share the depth and add their sums at the end, so no sum crosses programs, and the
@@ -17,7 +21,8 @@ On a CPU, a kernel in C takes the same, in float32 and bfloat16. It adds in one 
 so what a row gives does not depend, to the last bit, on the rows beside it.
 
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's
-or `torch.autocast`'s, and for float32 on a GPU (no tensor cores), both functions are the reference.
+or `torch.autocast`'s, and for float32 on a GPU (no tensor cores), the functions are the reference, to which
+int8 comes as the weight that it stands for.
 """
 # R rows (tokens), D inner dimension, N outputs, K gates of V, which read G channels
 
@@ -46,6 +51,7 @@ from hotlap.kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
+from hotlap.kernels.int8 import dequantized, quantize_rows
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import EPS, rms_norm_ref, rms_norm_residual_ref
 from hotlap.kernels.tiles import Case, Table, Tile, cdiv, fitting_tiles, next_power_of_2, pick_tile, type_name
@@ -101,7 +107,7 @@ def _store_gates(
 
 @jit
 def _decode_linear_kernel(
-    x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+    x, a, b, x0, w, scales, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
     NORM: tl.constexpr, RELU2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +130,9 @@ def _decode_linear_kernel(
         inside = d < D - start
         mask = (r < R)[None, :, None] & inside[:, None, :]
         p = tl.load(x + start + left, mask, other=0.0)
-        q = tl.load(right, inside[:, :, None] & (n < N)[None, None, :], other=0.0)
+        q = tl.load(right, inside[:, :, None] & (n < N)[None, None, :], other=0)
+        if scales is not None:
+            q = q.to(tl.float32).to(p.dtype)  # exact
         if x0 is not None:
             p = _mix(p, tl.load(x0 + start + left, mask, other=0.0), a, b)
             tl.store(total + start + left, p, mask & (program == last))
@@ -134,6 +142,8 @@ def _decode_linear_kernel(
         sums = tl.dot(p, q, sums, input_precision="ieee")
         right += WARPS * BLOCK_D
     out = tl.sum(sums, 0)  # (ROWS, BLOCK_N)
+    if scales is not None:
+        out *= tl.load(scales + n, n < N, other=0.0)[None, :]
     if NORM:
         rstd = tl.rsqrt(tl.sum(squares, 0) / D + tl.cast(eps, tl.float32))[:, None]
         out *= rstd
@@ -165,7 +175,7 @@ def _prefetch_rows(w, w_n, N, D, WARPS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @jit
 def _decode_linear_early_kernel(
-    x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+    x, a, b, x0, w, scales, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
     NORM: tl.constexpr, RELU2: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +191,7 @@ def _decode_linear_early_kernel(
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     _decode_linear_kernel(
-        x, a, b, x0, w, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
+        x, a, b, x0, w, scales, gate, residual, y, total, gates, w_n, R, N, D, K, G, eps,
         NORM, RELU2, BLOCK_K, BLOCK_G, ROWS, BLOCK_N, WARPS, BLOCK_D,
     )  # fmt: skip
 
@@ -243,6 +253,7 @@ def _tile(N: int, R: int, device: Device) -> Tile:
 def _product(
     x: Tensor,
     weight: Tensor,
+    scales: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     x0: Tensor | None,
@@ -252,7 +263,7 @@ def _product(
     squared_relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (..., N), a x + b x0 and the gates (..., K); what is not asked for is empty."""
-    y, total, gates = _empty(x, weight, a, b, x0, gate)
+    y, total, gates = _empty(x, weight, scales, a, b, x0, gate)
     if y.numel() == 0:
         return y, total, gates
     N, D = weight.shape
@@ -266,7 +277,7 @@ def _product(
     programs = cdiv(N, tile.blocks["BLOCK_N"]) + int(x0 is not None or gate is not None)
     with torch.cuda.device_of(x):
         wrap_triton(kernel)[(programs,)](
-            x, a, b, x0, weight, gate, residual, y, None if x0 is None else total,
+            x, a, b, x0, weight, scales, gate, residual, y, None if x0 is None else total,
             None if gate is None else gates, weight.stride(0), R, N, D, K, G, EPS, NORM=norm,
             RELU2=squared_relu, BLOCK_K=next_power_of_2(K), BLOCK_G=next_power_of_2(G), **tile.arguments,
             **early,
@@ -274,7 +285,7 @@ def _product(
     return y, total, gates
 
 
-def _empty(x: Tensor, weight: Tensor, a, b, x0, gate, *_) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(x: Tensor, weight: Tensor, scales, a, b, x0, gate, *_) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[:-1]
     shapes = (*rows, weight.shape[0]), x.shape if x0 is not None else (0,)
     gates = (0,) if gate is None else (*rows, gate.shape[0])
@@ -287,7 +298,8 @@ _decode_linear = kernel_op("decode_linear", _product, _empty, c=cpu.forward)
 def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether the product of x (..., D) and weight (N, D), with what is fused with it, runs the kernel."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *others))
-    few = math.prod(x.shape[:-1]) <= ROWS and weight.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
+    few = math.prod(x.shape[:-1]) <= ROWS and x.dtype == (autocast_dtype(x) or x.dtype)
+    few = few and weight.dtype in (x.dtype, torch.int8)
     if learns or not few:
         return False
     return use_c(x) or (use_triton(x) and (x.dtype != torch.float32 or INTERPRETED))
@@ -299,15 +311,16 @@ def norm_linear(
     mix: Mix | None = None,
     gate: Tensor | None = None,
     squared_relu: bool = False,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, total, gates): y = n weight^T, or its relu(.)^2, of n = rms_norm(total), where total = a x + b x0,
     or x without a mix; and gates = n_{:G} gate^T, or None without a gate.
 
-    x, x0: (..., D); weight: (N, D); a, b: one element each, rounded to the dtype of x; gate: (K, G). Returns
-    (..., N), (..., D) and (..., K) in that dtype. Under `torch.autocast`, y and gates have its dtype, and
-    total the wider one of x and x0.
+    x, x0: (..., D); weight: (N, D), in the dtype of x, or in int8 with scales (N,) in float32; a, b: one
+    element each, rounded to the dtype of x; gate: (K, G). Returns (..., N), (..., D) and (..., K) in that
+    dtype. Under `torch.autocast`, y and gates have its dtype, and total the wider one of x and x0.
     """
-    _check(x, weight)
+    _check(x, weight, scales)
     if mix is not None:
         x, x0 = promote(x, mix[2])
         mix = (*mix[:2], x0)
@@ -318,27 +331,46 @@ def norm_linear(
         raise ValueError(f"gate is {tuple(gate.shape)}; needed are (K, G), with G up to {x.shape[-1]}")
     others = (*(mix or ()), *(() if gate is None else (gate,)))
     if not fuses(x, weight, *others):
-        return norm_linear_ref(x, weight, mix, gate, squared_relu)
+        return norm_linear_ref(x, _whole(x, weight, scales), mix, gate, squared_relu)
     a, b, x0 = mix or (None, None, None)
-    y, total, gates = _decode_linear(x, weight, a, b, x0, gate, None, True, squared_relu)
+    y, total, gates = _decode_linear(x, weight, scales, a, b, x0, gate, None, True, squared_relu)
     return y, x if mix is None else total, None if gate is None else gates
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """residual + x weight^T of x (..., D), weight (N, D) and residual (..., N), in the dtype of x. Under
-    `torch.autocast`, which has its dtype for the product, in the wider one of that and of the residual.
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """x weight^T of x (..., D) and weight (N, D), as in `norm_linear`, in the dtype of x."""
+    _check(x, weight, scales)
+    if not fuses(x, weight):
+        return F.linear(x, _whole(x, weight, scales).to(x.dtype))
+    return _decode_linear(x, weight, scales, None, None, None, None, None, False, False)[0]
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, scales: Tensor | None = None) -> Tensor:
+    """residual + x weight^T of x (..., D), weight (N, D), as in `norm_linear`, and residual (..., N), in the
+    dtype of x. Under `torch.autocast`, which has its dtype for the product, in the wider one of that and of
+    the residual.
     """
-    _check(x, weight)
+    _check(x, weight, scales)
     shape, mixed = (*x.shape[:-1], weight.shape[0]), autocast_dtype(x) is not None
     if residual.shape != shape or (residual.dtype != x.dtype and not mixed):
         given = f"residual is {tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"{given}; it has to be as the product, {shape} {x.dtype}")
     if residual.dtype != x.dtype or not fuses(x, weight, residual):
-        return linear_residual_ref(x, weight, residual)
-    return _decode_linear(x, weight, None, None, None, None, residual, False, False)[0]
+        return linear_residual_ref(x, _whole(x, weight, scales), residual)
+    return _decode_linear(x, weight, scales, None, None, None, None, residual, False, False)[0]
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _whole(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+    """A weight that torch can multiply."""
+    return weight if scales is None else dequantized(weight, scales, x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, scales: Tensor | None) -> None:
+    if (weight.dtype == torch.int8) != (scales is not None):
+        given = f"weight is {weight.dtype} with{'out' * (scales is None)} scales"
+        raise ValueError(f"{given}; int8 needs them, and nothing else has them")
+    if scales is not None and (scales.shape != weight.shape[:1] or scales.dtype != torch.float32):
+        raise ValueError(f"scales are {tuple(scales.shape)} {scales.dtype}; a weight (N, D) has N in float32")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; needed are (..., D) and (N, D)"
@@ -351,13 +383,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
     """
     if dtype == torch.float32:
         return []
-    t, absent = f"*{type_name(dtype)}", dict.fromkeys(("a", "b", "x0", "gate", "residual", "total", "gates"))
+    optional = ("a", "b", "x0", "scales", "gate", "residual", "total", "gates")
+    t, absent = f"*{type_name(dtype)}", dict.fromkeys(optional)
     common = {"x": t, "w": t, "y": t, "eps": "fp64", "BLOCK_K": 0, "BLOCK_G": 0, **absent}
     common |= dict.fromkeys(("w_n", "N", "D", "K", "G"), "i32")
     fused = {**dict.fromkeys(("x0", "total", "a", "b", "gate", "gates"), t), "BLOCK_K": 16, "BLOCK_G": 16}
     forms = {
         "norm, relu2": (6144, 1536, {"NORM": True, "RELU2": True}),
         "residual": (1536, 6144, {"NORM": False, "RELU2": False, "residual": t}),
+        "int8, norm, relu2": (6144, 1536, {"NORM": True, "RELU2": True, "w": "*i8", "scales": "*fp32"}),
         "mix, norm, gate": (4608, 1536, {"NORM": True, "RELU2": False, **fused}),
     }
 
@@ -367,10 +401,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
         mix = (x[0, 0], x[0, 1], x) if "x0" in form else (None, None, None)
         gate = weights[0, :12, :12] if "gate" in form else None
         added = residual if "residual" in form else None
+        given = [quantize_rows(w) if "scales" in form else (w, None) for w in weights]
 
         def launch():
-            for weight in weights:
-                _decode_linear(x, weight, *mix, gate, added, form["NORM"], form["RELU2"])
+            for weight, scales in given:
+                _decode_linear(x, weight, scales, *mix, gate, added, form["NORM"], form["RELU2"])
 
         return launch
 

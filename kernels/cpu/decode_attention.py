@@ -27,6 +27,6 @@ def forward(
     run(
         "decode_attention", q.dtype, q, k, v, k_cache, v_cache, slots, lengths, y,
         *(x.stride()[::2] for x in (q, k, v)), *(x.stride()[:3] for x in (k_cache, v_cache)),
-        B, H, K, C, S, window, softcap, scale,
+        B, H, K, C, S, window, float(softcap), float(scale),
     )  # fmt: skip
     return y

@@ -14,6 +14,7 @@ from hotlap.kernels.rms_norm import EPS
 def forward(
     x: Tensor,
     weight: Tensor,
+    scales: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     x0: Tensor | None,
@@ -33,7 +34,8 @@ def forward(
     if a is not None:
         a, b = a.to(x.dtype), b.to(x.dtype)
     run(
-        "decode_linear", x.dtype, x, a, b, x0, weight, gate, residual, y, total, gates,
+        "decode_linear" if scales is None else "decode_linear_int8", x.dtype,
+        x, a, b, x0, weight, None if scales is None else scales.contiguous(), gate, residual, y, total, gates,
         weight.stride(0), math.prod(rows), N, D, K, G, int(norm), int(squared_relu), EPS,
     )  # fmt: skip
     return y, total, gates

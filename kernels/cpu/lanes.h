@@ -37,16 +37,23 @@ static __attribute__((noinline)) void add_lanes(const lanes *x, int64_t count, f
     }
 }
 
-/* Elements are widened SPAN at a time, in an order that costs least: lane i of part p is element
-   SPAN_PARTS * i + p. */
+/* Numbers in memory become PARTS vectors of floats, in an order that costs least: lane i of part p is number
+   PARTS * i + p, of which the first lies in the lowest bits. */
 #ifdef BFLOAT16
-#define SPAN_PARTS 2
+#define ELEMENT_PARTS 2
 INLINE void widen(const element *x, lanes *parts) {
     words pairs = *(const unaligned_words *)x;
-    parts[0] = (lanes)(pairs << 16); /* the first of a pair lies in the lower half */
+    parts[0] = (lanes)(pairs << 16);
     parts[1] = (lanes)(pairs & (int32_t)0xffff0000);
 }
 #else
-#define SPAN_PARTS 1
+#define ELEMENT_PARTS 1
 INLINE void widen(const element *x, lanes *parts) { parts[0] = floats(x); }
 #endif
+
+#define INT8_PARTS 4
+INLINE void widen_int8(const int8_t *x, lanes *parts) {
+    words four = *(const unaligned_words *)x;
+    UNROLL for (int p = 0; p < INT8_PARTS; p++)
+        parts[p] = __builtin_convertvector(four << (24 - 8 * p) >> 24, lanes);
+}

@@ -84,6 +84,10 @@ def cpu_identity() -> str:
     return "\n".join(sorted({line for line in lines if line.split("\t")[0].split(":")[0] in described}))
 
 
+PLAIN = {int, float, type(None)}  # what ctypes passes as it is
+_functions: dict[tuple[str, torch.dtype], Callable] = {}  # that were called
+
+
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int | float | None) -> None:
     """Call a function of `library(dtype)`.
 
@@ -94,20 +98,15 @@ def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int 
     (_functions.get((name, dtype)) or _function(name, dtype, arguments))(*values)
 
 
-PLAIN = {int, float, type(None)}
-
-
 def _address(x: Tensor | Sequence[int]) -> object:
     return x.data_ptr() if isinstance(x, Tensor) else (ctypes.c_int64 * len(x))(*x)
-
-
-_functions: dict[tuple[str, torch.dtype], Callable] = {}
 
 
 def _function(name: str, dtype: torch.dtype, arguments: tuple) -> Callable:
     """A function that knows the types of its arguments: naming them in each call takes 10 us."""
     kinds = {int: ctypes.c_int64, float: ctypes.c_double}
-    function = _functions[name, dtype] = getattr(library(dtype), name)
+    function = getattr(library(dtype), name)
     function.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
     function.restype = None
+    _functions[name, dtype] = function
     return function

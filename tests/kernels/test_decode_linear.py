@@ -169,9 +169,10 @@ def test_a_weight_that_learns_is_fused_where_no_gradient_is_taken(only_kernel):
 def test_the_operation_keeps_the_rules_of_torch():
     x, x0, residual, weight, a, b = case(3, 40, 33)
     opcheck(
-        module._decode_linear.registered(), (x, weight, a, b, x0, weight[:4, :8].clone(), None, True, True)
+        module._decode_linear.registered(),
+        (x, weight, None, a, b, x0, weight[:4, :8].clone(), None, True, True),
     )
-    opcheck(module._decode_linear.registered(), (x, weight, *[None] * 4, residual, False, False))
+    opcheck(module._decode_linear.registered(), (x, weight, *[None] * 5, residual, False, False))
 
 
 def test_compiles_whole_to_the_same_results():

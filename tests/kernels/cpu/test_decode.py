@@ -139,8 +139,8 @@ def test_attention_has_the_same_bits_wherever_in_the_ring_the_keys_lie(dtype):
 def test_the_operations_keep_the_rules_of_torch():
     x, x0, residual, weight, a, b = case(3, 40, 33, torch.float32)
     product = chosen(module._decode_linear)
-    opcheck(product, (x, weight, a, b, x0, weight[:4, :8].clone(), None, True, True))
-    opcheck(product, (x, weight, *[None] * 4, residual, False, False))
+    opcheck(product, (x, weight, None, a, b, x0, weight[:4, :8].clone(), None, True, True))
+    opcheck(product, (x, weight, *[None] * 5, residual, False, False))
     q, k, v, caches, slots, lengths = ring(3, torch.float32)
     attention = chosen(attention_module._decode_attention)
     opcheck(attention, (q, k, v, *(x.clone() for x in caches), slots, lengths, 40, 0.0, 0.25))
