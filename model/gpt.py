@@ -18,12 +18,14 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
-from hotlap.kernels.decode_linear import fuses, linear_residual, norm_linear
+from hotlap.kernels.decode_linear import fuses, linear, linear_residual, norm_linear
 from hotlap.kernels.embedding import embedding, token_runs
 from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
+from hotlap.kernels.int8 import dequantized, quantize_rows
 from hotlap.kernels.linear_cross_entropy import linear_cross_entropy
 from hotlap.kernels.linear_relu2 import linear_relu2
 from hotlap.kernels.qkv import attention_inputs, rotary_tables
+from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.model.config import GATE_CHANNELS, MLP_RATIO, ROPE_BASE, SMEAR_CHANNELS, GPTConfig
 
@@ -40,15 +42,27 @@ class Cache(Protocol):
 class Linear(nn.Linear):
     """A linear layer without bias, in the dtype of its input, or in fp8 while training if `fp8` is set.
 
-    Master weights stay float32 while training.
+    Master weights stay float32 while training. For inference, `quantize` rounds them to int8 with `scales`.
     """
 
     fp8 = False
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
+        self.register_buffer("scales", None, persistent=False)
+
+    def quantize(self) -> None:
+        """Round the weight to int8, for good."""
+        quantized, self.scales = quantize_rows(self.weight)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype."""
+        return self.weight if self.scales is None else dequantized(self.weight, self.scales, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scales is not None:
+            return linear(x, self.weight, self.scales)
         if self.fp8 and torch.is_grad_enabled():
             return linear_fp8(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
@@ -126,6 +140,8 @@ class MLP(nn.Module):
         self.proj = Linear(MLP_RATIO * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fc.scales is not None:
+            return self.proj(relu2(self.fc(x)))
         fp8 = self.fc.fp8 and torch.is_grad_enabled()
         return (linear_relu2_fp8 if fp8 else linear_relu2)(x, self.fc.weight, self.proj.weight)
 
@@ -170,11 +186,11 @@ class Block(nn.Module):
         """`forward` for a few tokens, whose products take the norms, mix and residuals around them along."""
         attention, mlp = self.attention, self.mlp
         gate = None if attention.value_gate is None else attention.value_gate.weight
-        qkv, x, gates = norm_linear(x, attention.qkv.weight, mix, gate)
+        qkv, x, gates = norm_linear(x, attention.qkv.weight, mix, gate, scales=attention.qkv.scales)
         attended = attention.attend(qkv, gates, value_embedding, cos, sin, None, cache)
-        x = linear_residual(attended, attention.proj.weight, x)
-        hidden, _, _ = norm_linear(x, mlp.fc.weight, squared_relu=True)
-        return linear_residual(hidden, mlp.proj.weight, x)
+        x = linear_residual(attended, attention.proj.weight, x, attention.proj.scales)
+        hidden, _, _ = norm_linear(x, mlp.fc.weight, squared_relu=True, scales=mlp.fc.scales)
+        return linear_residual(hidden, mlp.proj.weight, x, mlp.proj.scales)
 
 
 class GPT(nn.Module):
@@ -213,6 +229,16 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.compute_dtype)
         return self.requires_grad_(False)
+
+    def quantize(self) -> GPT:
+        """After `for_inference`: round the matrices of the blocks and the head to int8 (`kernels/int8.py`), and
+        return self. Decoding reads half the bytes of bfloat16.
+        """
+        for block in self.blocks:
+            for layer in (block.attention.qkv, block.attention.proj, block.mlp.fc, block.mlp.proj):
+                layer.quantize()
+        self.head.quantize()
+        return self
 
     def use_fp8(self) -> int:
         """Train the blocks' large enough matmuls in fp8, and return how many there are."""
@@ -299,7 +325,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x if only is None else x[:, only])
         return linear_cross_entropy(
-            x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.softcap, reduction
+            x.flatten(0, 1), self.head.whole(x.dtype), targets.flatten(), self.config.softcap, reduction
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

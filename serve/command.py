@@ -86,7 +86,7 @@ def url_of(listener: socket.socket) -> str:
 def load(config: ServeConfig) -> tuple[Engine, Served]:
     """The engine with its slots, and what requests are checked against."""
     from hotlap.common.memory import require_memory
-    from hotlap.kernels.dispatch import default_device
+    from hotlap.kernels.dispatch import default_device, kernel_choice
     from hotlap.model.engine import CHUNK, Engine
     from hotlap.model.kv_cache import fitting_slots, slot_bytes
     from hotlap.model.weights import find_models, load_model, model_folder, stage
@@ -97,8 +97,14 @@ def load(config: ServeConfig) -> tuple[Engine, Served]:
         found = find_models(Path("runs"))
         path = found[-1] if found else Path("runs")
     folder, device = model_folder(path), default_device()
+    if config.int8 and kernel_choice(device.type) != "c":
+        raise ValueError(
+            "int8=True is for CPUs with a C compiler: elsewhere it has not been faster; leave it out"
+        )
     model, tokenizer = load_model(folder, device)
     model, slots = model.for_inference(), config.slots
+    if config.int8:
+        model.quantize()
     shape, dtype = model.config, model.compute_dtype
     if slots is None:
         slots = fitting_slots(shape, CHUNK, dtype, device, MOST_SLOTS)

@@ -1,5 +1,6 @@
 """The model: causality, windows, documents, the cache, and every option."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -291,6 +292,35 @@ def test_weights_for_inference_give_the_same_bits_from_less_memory(name, dtype, 
         )
     assert sum(p.nbytes for p in model.parameters()) == size * dtype.itemsize // 4
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quantized_model_is_the_one_with_rounded_weights(name, dtype, random_model):
+    """In prompts, whose products torch computes, in decoding, and in the loss."""
+    model = copy.deepcopy(random_model(CONFIGS[name], compute_dtype=dtype).for_inference())
+    rounded = copy.deepcopy(model)
+    size = sum(p.nbytes for p in model.blocks.parameters())
+    assert model.quantize() is model
+    assert sum(p.nbytes for p in model.blocks.parameters()) < 1.1 * size / dtype.itemsize
+    for own, other in zip(model.modules(), rounded.modules(), strict=True):
+        if getattr(own, "scales", None) is not None:
+            other.weight.copy_(own.whole(dtype))
+    ids = ids_of(2, 50)
+    with torch.no_grad():
+        for one, exact in (
+            (model(ids), rounded(ids)),
+            (model(ids, ids.roll(-1, 1)), rounded(ids, ids.roll(-1, 1))),
+            [decoded(m, CONFIGS[name], ids) for m in (model, rounded)],
+        ):
+            assert relative_error(one, exact.double()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def decoded(model, config, ids):
+    """Logits of the last of the tokens, after the others were read."""
+    cache = KVCache(config, 2, 50, model.compute_dtype, "cpu")
+    cached_logits(model, cache, ids, [0, 1], [0, 0], 49)
+    return cached_logits(model, cache, ids, [0, 1], [49, 49], 1)
 
 
 def test_every_parameter_learns(random_model):
