@@ -1,6 +1,6 @@
 """Compile the kernels for CPUs with the C compiler of this machine, and call them.
 
-They are built for exactly this CPU, in about a second for each dtype, when they are first needed. The library
+They are built for exactly this CPU, in three seconds for each dtype, when they are first needed. The library
 is kept in the cache folder, under a name that depends on the sources, the compiler and the CPU, and on its
 content, so that a damaged file is not loaded but built again.
 """

@@ -42,24 +42,21 @@ INLINE void NAME(block)(const float *x, int64_t depth, const WEIGHT *w, int64_t 
         for (int n = 0; n < COLUMNS; n++) y[r * COLUMNS_AT_ONCE + n] = added[r * COLUMNS + n];
 }
 
-/* The same for R rows and up to COLUMNS_AT_ONCE columns, in blocks of SUMS products. */
+/* The same for R rows and up to COLUMNS_AT_ONCE columns, in blocks of SUMS products, or one by one at the edge. */
 static void NAME(products)(const float *x, int64_t depth, const WEIGHT *w, int64_t w_n, int64_t R,
                            int64_t columns, int64_t D, float *y) {
-#undef BLOCKS
-#undef ALL_ROWS
-#define BLOCKS(ROWS, COLUMNS)                    \
-    for (; n + COLUMNS <= columns; n += COLUMNS) \
-        NAME(block)(x + r * depth, depth, w + n * w_n, w_n, D, ROWS, COLUMNS, y + r * COLUMNS_AT_ONCE + n);
-#define ALL_ROWS(ROWS)                 \
-    for (; r + ROWS <= R; r += ROWS) { \
-        int64_t n = 0;                 \
-        BLOCKS(ROWS, SUMS / ROWS)      \
-        BLOCKS(ROWS, 1)                \
-    }
+#undef ALL
+#define ALL(ROWS, COLUMNS)                                  \
+    for (; r + ROWS <= R; r += ROWS)                        \
+        for (int64_t n = 0; n + COLUMNS <= columns; n += COLUMNS) \
+            NAME(block)(x + r * depth, depth, w + n * w_n, w_n, D, ROWS, COLUMNS, y + r * COLUMNS_AT_ONCE + n);
     int64_t r = 0;
-    ALL_ROWS(4)
-    ALL_ROWS(2)
-    ALL_ROWS(1)
+    if (columns == COLUMNS_AT_ONCE) {
+        ALL(4, SUMS / 4)
+        ALL(2, SUMS / 2)
+        ALL(1, SUMS)
+    }
+    ALL(1, 1)
 }
 
 /* y (R, N) of x (R, D), all contiguous but for rows of w, which are w_n apart. scales (N,): of the rows of w. With
