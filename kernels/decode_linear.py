@@ -18,7 +18,8 @@ L2 cache (programmatic dependent launch, from compute capability 9.0). It is tak
 tune` finds it faster, which it did not on an H100.
 
 On a CPU, a kernel in C takes the same, in float32 and bfloat16. It adds in one order for any number of rows,
-so what a row gives does not depend, to the last bit, on the rows beside it.
+so what a row gives does not depend, to the last bit, on the rows beside it. With instructions for matrices,
+torch may be faster from a few rows on: `fusing_pays` measures that.
 
 For inference: where a gradient may be needed, for more than ROWS rows, for weights of another dtype than x's
 or `torch.autocast`'s, and for float32 on a GPU (no tensor cores), the functions are the reference, to which
@@ -41,6 +42,7 @@ from hotlap.kernels.dispatch import (
     INTERPRETED,
     Device,
     autocast_dtype,
+    constant,
     device_facts,
     jit,
     kernel_op,
@@ -303,6 +305,22 @@ def fuses(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     if learns or not few:
         return False
     return use_c(x) or (use_triton(x) and (x.dtype != torch.float32 or INTERPRETED))
+
+
+@constant
+def most_rows(x_dtype: torch.dtype, width: int) -> int:
+    """As `cpu.most_rows`."""
+    return cpu.most_rows(x_dtype, width)
+
+
+def fusing_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether a block whose first product is of x (..., D) and weight is faster with the products of this
+    file. On a CPU that is measured; they are the faster ones for int8, which the others have to convert.
+    """
+    if not fuses(x, weight):
+        return False
+    on_cpu = use_c(x) and weight.dtype != torch.int8
+    return not on_cpu or math.prod(x.shape[:-1]) <= most_rows(x.dtype, x.shape[-1])
 
 
 def norm_linear(

@@ -20,6 +20,7 @@ from hotlap.common.gpu import to_device
 from hotlap.common.log import log
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cpu.threads import threads_for
+from hotlap.kernels.decode_linear import most_rows
 from hotlap.kernels.dispatch import kernel_choice
 from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts
@@ -101,6 +102,8 @@ class Engine:
         if self.device.type != "cpu":  # elsewhere, prompts have one kernel
             return
         c = self.model.config
+        if kernel_choice("cpu") == "c":
+            most_rows(self.model.compute_dtype, c.width)
         longest = min(self.chunk, c.context)
         for tokens in sorted({*(1 << n for n in range(1, longest.bit_length())), longest}):
             q, k = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cross_entropy import softcap_logits
-from hotlap.kernels.decode_linear import fuses, linear, linear_residual, norm_linear
+from hotlap.kernels.decode_linear import fusing_pays, linear, linear_residual, norm_linear
 from hotlap.kernels.embedding import embedding, token_runs
 from hotlap.kernels.fp8 import fp8_pays, linear_fp8, linear_relu2_fp8
 from hotlap.kernels.int8 import dequantized, quantize_rows
@@ -163,7 +163,7 @@ class Block(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
-        if cache is not None and fuses(x, self.attention.qkv.weight):
+        if cache is not None and fusing_pays(x, self.attention.qkv.weight):
             return self.decode(x, mix, value_embedding, cos, sin, cache)
         if mix is None:
             normalised = rms_norm(x)
@@ -231,8 +231,8 @@ class GPT(nn.Module):
         return self.requires_grad_(False)
 
     def quantize(self) -> GPT:
-        """After `for_inference`: round the matrices of the blocks and the head to int8 (`kernels/int8.py`), and
-        return self. Decoding reads half the bytes of bfloat16.
+        """After `for_inference`: round the matrices of the blocks and the head to int8 (`kernels/int8.py`),
+        and return self. Decoding reads half the bytes of bfloat16.
         """
         for block in self.blocks:
             for layer in (block.attention.qkv, block.attention.proj, block.mlp.fc, block.mlp.proj):

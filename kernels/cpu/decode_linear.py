@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.cpu.library import run
-from hotlap.kernels.rms_norm import EPS
+from hotlap.kernels.cpu.measured import fastest
+from hotlap.kernels.relu2 import relu2
+from hotlap.kernels.rms_norm import EPS, rms_norm
+
+WIDEST = 1024  # measured of all wider models, too
 
 
 def forward(
@@ -39,3 +46,24 @@ def forward(
         weight.stride(0), math.prod(rows), N, D, K, G, int(norm), int(squared_relu), EPS,
     )  # fmt: skip
     return y, total, gates
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype, width: int) -> int:
+    """Up to how many rows a model of this width is faster with these products than with torch's: 1, 4 or 16.
+
+    One row is bound by memory. For more, torch may use instructions for matrices, which C cannot say.
+    """
+    width, name = min(width, WIDEST), str(dtype).removeprefix("torch.")
+
+    def prepare(rows: int, fused: bool) -> Callable[[], object]:
+        x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
+        if fused:
+            return lambda: forward(x, weight, None, None, None, None, None, None, True, True)
+        return lambda: relu2(F.linear(rms_norm(x), weight))
+
+    for rows in (16, 4):
+        candidates = {by: functools.partial(prepare, rows, by == "c") for by in ("c", "torch")}
+        if fastest(f"products of {rows} rows of a {name} model {width} wide", candidates) == "c":
+            return rows
+    return 1

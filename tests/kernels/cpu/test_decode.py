@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from hotlap.kernels import decode_attention as attention_module
 from hotlap.kernels import decode_linear as module
+from hotlap.kernels.cpu import decode_linear as cpu
 from hotlap.kernels.decode_attention import decode_attention
 from hotlap.kernels.decode_linear import linear_residual, linear_residual_ref, norm_linear, norm_linear_ref
 
@@ -154,3 +155,35 @@ def test_compiles_whole_to_the_same_results():
     inputs = case(3, 40, 33, torch.float32)
     compiled = torch.compile(function, fullgraph=True)(*inputs)
     torch.testing.assert_close(compiled, function(*inputs))
+
+
+@pytest.mark.parametrize("faster", [1, 4, 16])
+def test_blocks_use_these_products_for_as_many_rows_as_they_are_faster(faster, monkeypatch):
+    """And for int8 up to 16, which no others take."""
+    monkeypatch.setattr(
+        cpu, "fastest", lambda question, _: "c" if f"of {faster} rows" in question else "torch"
+    )
+    cpu.most_rows.cache_clear()
+    weight = random(64, 64)
+    pays = [n for n in range(1, 20) if module.fusing_pays(random(n, 64), weight)]
+    assert pays == list(range(1, faster + 1))
+    assert module.fusing_pays(random(16, 64), weight.to(torch.int8))
+    assert not module.fusing_pays(random(17, 64), weight.to(torch.int8))
+    cpu.most_rows.cache_clear()
+
+
+@both_dtypes
+def test_how_many_rows_pay_is_measured_without_touching_random_numbers(dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "fastest", lambda question, candidates: measured_names(candidates))
+    cpu.most_rows.cache_clear()
+    before = torch.get_rng_state()
+    assert cpu.most_rows(dtype, 5000) == 16
+    assert torch.equal(torch.get_rng_state(), before)
+    cpu.most_rows.cache_clear()
+
+
+def measured_names(candidates):
+    """The first of the candidates, all of which were run and compute the same."""
+    results = [prepare()() for prepare in candidates.values()]
+    torch.testing.assert_close(results[0][0].float(), results[1].float(), rtol=2e-2, atol=2e-2)
+    return next(iter(candidates))
