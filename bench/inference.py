@@ -23,6 +23,7 @@ from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.kernels.cpu.threads import threads_for
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.config import GPTConfig
 from hotlap.model.decoding import Decoder, Row
@@ -117,13 +118,15 @@ def measure_decoding(
     ids_before = torch.cat((ids[:, :1] * 0 - 1, ids[:, :-1]), dim=1)
     last_tokens = [Row(i % shape.vocab_size, 0, i, prompt) for i in range(batch)]
     greedy = [Draw(Sampling(temperature=0))] * batch
+    flops = 2 * batch * parameter_counts(model)["matmul"]
 
     def prefill(_: int) -> None:
         cache.use(Span(first, first, prompt), previous=ids_before)
         model(ids, cache=cache, only=first - 1)
 
     def decode(_: int) -> None:
-        sample(decoder(last_tokens), greedy).tolist()
+        with threads_for(flops):
+            sample(decoder(last_tokens), greedy).tolist()
 
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()

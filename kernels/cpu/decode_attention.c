@@ -5,11 +5,14 @@
    where in the ring its keys lie. */
 #include "common.h"
 
+/* An index below 2 S in a ring of S. A division would take longer than all else that is done for a key. */
+static inline int64_t wrapped(int64_t i, int64_t S) { return i < S ? i : i - S; }
+
 /* n keys or values from ring index `first` on. Weights (G, n) of the heads that share them. */
 static void scores_of(const float *q, const element *keys, int64_t stride, int64_t first, int64_t n, int64_t S, int64_t G,
                       int64_t C, float *scores, int64_t room) {
     for (int64_t i = 0; i < n; i++) {
-        const element *key = keys + (first + i) % S * stride;
+        const element *key = keys + wrapped(first + i, S) * stride;
         for (int64_t g = 0; g < G; g++) {
             float score = 0;
             VECTOR_SUM(score)
@@ -56,7 +59,7 @@ void decode_attention(const element *q, const element *k, const element *v, elem
             values[newest % S * vc_s[1] + c] = v[b * v_s[0] + h * v_s[1] + c];
         }
         int64_t first = window && newest - window + 1 > 0 ? newest - window + 1 : 0, n = newest + 1 - first;
-        int64_t room = n + 15;
+        int64_t start = first % S, room = n + 15;
         float *query = malloc(G * (2 * C + room) * sizeof(float)), *sum = query + G * C, *weights = sum + G * C;
         for (int64_t g = 0; g < G; g++) {
             const element *from = q + b * q_s[0] + (h * G + g) * q_s[1];
@@ -65,12 +68,12 @@ void decode_attention(const element *q, const element *k, const element *v, elem
                 sum[g * C + c] = 0;
             }
         }
-        scores_of(query, keys, kc_s[1], first % S, n, S, G, C, weights, room);
+        scores_of(query, keys, kc_s[1], start, n, S, G, C, weights, room);
         for (int64_t g = 0; g < G; g++) {
             float *weight = weights + g * room, inverse = 1 / softmax(weight, n, softcap), *total = sum + g * C;
             element *out = y + (b * H + h * G + g) * C;
             for (int64_t i = 0; i < n; i++) {
-                const element *value = values + (first + i) % S * vc_s[1];
+                const element *value = values + wrapped(start + i, S) * vc_s[1];
                 VECTOR
                 for (int64_t c = 0; c < C; c++) total[c] += weight[i] * load(value[c]);
             }
