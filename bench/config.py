@@ -151,7 +151,7 @@ class ServingConfig:
     seconds: float = 20
     """Time for each number of users."""
     requests: int = 0
-    """Then answer this many requests, and compare the server's memory before and after."""
+    """Then send this many short requests, and compare the server's memory before and after."""
     out: Path | None = None
     """Folder for the results; bench/results/DEVICE by default."""
 

@@ -29,6 +29,7 @@ from hotlap.common.machine import log_warnings
 from hotlap.kernels.dispatch import default_device
 
 IDS = 256  # prompts are of ids below this, which every tokenizer has
+SHORT = 16  # tokens of a prompt, and of an answer, where there are many
 MB = 1e6
 
 
@@ -196,7 +197,7 @@ def bench_serving(config: ServingConfig) -> list[dict]:
             log.info("%s", results.as_line(rows[-1]))
             results.save(path, rows, device)
         if config.requests:
-            rows.append(soak(client, process, config, f"{sizes} requests {config.requests}"))
+            rows.append(soak(url, process, config))
             log.info("%s", results.as_line(rows[-1]))
             results.save(path, rows, device)
     plots.draw(path, plots.serving)
@@ -204,9 +205,10 @@ def bench_serving(config: ServingConfig) -> list[dict]:
     return rows
 
 
-def soak(client: Client, process: int | None, config: ServingConfig, case: str) -> dict:
-    """A row of many requests, with the server's memory after the first tenth and at the end."""
+def soak(url: str, process: int | None, config: ServingConfig) -> dict:
+    """A row of many short requests, with the server's memory after the first tenth and at the end."""
     tenth = max(1, config.requests // 10)
+    client = Client(url, min(SHORT, config.prompt), min(SHORT, config.tokens))
     whole, memory = Timings(), []
     for part in range(10):
         timings = asyncio.run(client.streams(max(config.streams), requests=tenth))
@@ -217,6 +219,7 @@ def soak(client: Client, process: int | None, config: ServingConfig, case: str) 
         memory += [resident(process)] if process else []
         log.info("%d of %d requests", (part + 1) * tenth, 10 * tenth)
     found = {"memory_mb_after_a_tenth": memory[0], "memory_mb": memory[-1]} if memory else {}
+    case = f"{client.model} {client.prompt} + {client.tokens} tokens requests {config.requests}"
     return whole.row(case) | found
 
 

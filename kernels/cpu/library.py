@@ -85,7 +85,7 @@ def cpu_identity() -> str:
 
 
 PLAIN = {int, float, type(None)}  # what ctypes passes as it is
-_functions: dict[tuple[str, torch.dtype], Callable] = {}  # that were called
+called: dict[tuple[str, torch.dtype], Callable] = {}  # the functions that were, by name and dtype
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int | float | None) -> None:
@@ -95,7 +95,7 @@ def run(name: str, dtype: torch.dtype, *arguments: Tensor | Sequence[int] | int 
     int64_t, and floats as double. An argument is of one of these kinds in all calls.
     """
     values = [x if type(x) in PLAIN else _address(x) for x in arguments]
-    (_functions.get((name, dtype)) or _function(name, dtype, arguments))(*values)
+    (called.get((name, dtype)) or _function(name, dtype, arguments))(*values)
 
 
 def _address(x: Tensor | Sequence[int]) -> object:
@@ -108,5 +108,5 @@ def _function(name: str, dtype: torch.dtype, arguments: tuple) -> Callable:
     function = getattr(library(dtype), name)
     function.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
     function.restype = None
-    _functions[name, dtype] = function
+    called[name, dtype] = function
     return function

@@ -267,3 +267,12 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path):
     rows += training.bench_training(training.TrainingConfig(("tiny",), **soon))
     rows += bench_inference(InferenceConfig("tiny", batches=(1,), **soon))
     assert {row["note"] for row in rows} == {"skipped: no time left"} and len(rows) == 4
+
+
+def test_a_provider_is_known_by_its_median_turn_or_its_failure():
+    rows = [
+        {"provider": who, "ms": ms}
+        for who, times in (("hotlap", (3, 1, 2)), ("nanochat", (5, None, 4)))
+        for ms in times
+    ]
+    assert inference.typical(rows) == [{"provider": "hotlap", "ms": 2}, {"provider": "nanochat", "ms": None}]

@@ -25,8 +25,12 @@ SETTINGS = {
 def offline() -> Iterator[None]:
     """Set what the packages read when they are imported. Names of other machines are not found, and who looks
     for one fails the test.
+
+    Hugging Face's packages keep what they have read: they are imported before, and set for as long as this.
     """
     found, sought = socket.getaddrinfo, []
+    hub = pytest.importorskip("huggingface_hub")
+    datasets = pytest.importorskip("datasets")
 
     def getaddrinfo(host, *arguments, **named):
         if not is_here(host):
@@ -38,6 +42,8 @@ def offline() -> Iterator[None]:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        patch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         yield
     assert not sought
 

@@ -45,7 +45,6 @@ def evaluate(server, tmp_path, monkeypatch):
     """A function that evaluates a task: its metrics, and what was found for each question."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(TASKS)  # data_files are relative to it
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.tasks import TaskManager
