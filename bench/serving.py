@@ -217,7 +217,8 @@ def soak(url: str, process: int | None, config: ServingConfig) -> dict:
         whole.tokens += timings.tokens
         whole.seconds += timings.seconds
         memory += [resident(process)] if process else []
-        log.info("%d of %d requests", (part + 1) * tenth, 10 * tenth)
+        said = f", {memory[-1]:.0f} MB" if memory else ""
+        log.info("%d of %d requests%s", (part + 1) * tenth, 10 * tenth, said)
     found = {"memory_mb_after_a_tenth": memory[0], "memory_mb": memory[-1]} if memory else {}
     case = f"{client.model} {client.prompt} + {client.tokens} tokens requests {config.requests}"
     return whole.row(case) | found

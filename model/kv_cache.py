@@ -121,7 +121,8 @@ class KVCache:
             tensor[target, :length] = tensor[source, :length]
 
     def use(self, *spans: Span, previous: Tensor) -> None:
-        """Set what the next forward pass continues. Its tokens, (1, N), are those of the spans in order.
+        """Set what the next forward pass continues. Its tokens, (1, N), are those of the spans in order, and
+        then any that only pad it, which see and change nothing.
 
         previous: (1, N), the id before each token, -1 for the first of a sequence.
         """
@@ -130,7 +131,9 @@ class KVCache:
             (span.lengths[:, None] + torch.arange(span.tokens, device=span.lengths.device)).flatten()
             for span in spans
         ]
-        self.positions = torch.cat(positions)[None] if len(spans) > 1 else positions[0][None]  # (1, N)
+        whole = torch.cat(positions) if len(spans) > 1 else positions[0]
+        self.padding = previous.shape[1] - len(whole)
+        self.positions = (F.pad(whole, (0, self.padding)) if self.padding else whole)[None]  # (1, N)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Store k and v (1, N, K, C), and return the attention of q (1, N, H, C) over the whole cache."""
@@ -141,4 +144,6 @@ class KVCache:
             cache = self.k[layer], self.v[layer]
             outputs.append(decode_attention(*new, *cache, span.slots, span.lengths, window).flatten(0, 1))
             start += B * T
+        if self.padding:
+            outputs.append(q.new_zeros(self.padding, *q.shape[2:]))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]

@@ -62,8 +62,9 @@ class ScriptedModel(torch.nn.Module):
     def forward(self, ids: Tensor, cache, only: Tensor | None = None) -> Tensor:
         slots = torch.cat([span.slots.repeat_interleave(span.tokens) for span in cache.spans]).tolist()
         logits = torch.zeros(1, ids.shape[1], self.config.vocab_size)
-        positions = cache.positions[0].tolist()
-        for i, (token, slot, position) in enumerate(zip(ids[0].tolist(), slots, positions, strict=True)):
+        tokens, positions = ids[0].tolist(), cache.positions[0].tolist()
+        for i, slot in enumerate(slots):  # what follows is padding
+            token, position = tokens[i], positions[i]
             self.fed[slot].append(token)
             logits[0, i, self.scripts[slot].get(position + 1, self.otherwise)] = 100
         return logits if only is None else logits[:, only]
