@@ -65,6 +65,17 @@ LONG, DOCUMENTS = "long_attention {} d24 2x8192x12x128", "document_attention bot
 MLP, HEAD = "linear_relu2 both d24 16384x1536x6144", "linear_cross_entropy both d24 16384x1536x32768"
 MUON, FP8 = "muon forward d24 24x1536x6144", "linear_fp8 both d24 16384x1536x6144"
 
+
+def serving(what: str, field: str = "tokens_per_second", form: str = ",.0f") -> tuple:
+    tokens = "16 + 16" if what.startswith("requests") else "64 + 64"
+    return (f"{XEON}/serving.json", f"tiny-sft {tokens} tokens {what}", "server", field, form)
+
+
+def beside_nanochat(batch: int) -> tuple:
+    case = f"tiny prompt 128 batch {batch}"
+    return (f"{XEON}/inference.json", case, "hotlap", "times_as_fast_as_peer", ".2f")
+
+
 CLAIMS = [  # a document, a text in it with {} for figures, and the figures
     ("README.md", "tests a chat model in {} s", [demo("seconds")]),
     (
@@ -160,6 +171,34 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
                 *(characters(turn, name) for turn in turns),
             )
         ],
+    ),
+    (
+        "README.md",
+        "16 streams of the demo's model get {} tokens/s, and one gets {}",
+        [serving("streams 16"), serving("streams 1")],
+    ),
+    *(
+        (
+            "docs/api.md",
+            f"| {count} | {{}} | {{}} ms | {{}} ms | {{}} ms |",
+            [
+                serving(f"streams {count}"),
+                serving(f"streams {count}", "ms", ".1f"),
+                serving(f"streams {count}", "first_token_ms"),
+                serving(f"streams {count}", "first_token_ms_99"),
+            ],
+        )
+        for count in (1, 4, 16)
+    ),
+    (
+        "docs/api.md",
+        "memory went from {} MB after the first thousand to {} MB",
+        [serving("requests 10000", field) for field in ("memory_mb_after_a_tenth", "memory_mb")],
+    ),
+    (
+        "docs/api.md",
+        "is {}, {}, {} and {} times as fast as nanochat's",
+        [beside_nanochat(batch) for batch in (1, 8, 32, 128)],
     ),
     (
         "docs/h100.md",
