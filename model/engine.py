@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not ins
 
 CHUNK = 256  # tokens of prompts in a pass: a decoding step beside them takes a few times as long as alone
 # Larger passes are padded to a multiple of this many tokens. oneDNN builds code for each number of rows that
-# it meets, and keeps it: 0.5 GB for all numbers up to 272, of a model of 3M parameters in bfloat16.
+# it meets, and keeps it: 0.5 GB for all numbers up to 272, of the demo's model in bfloat16 (Xeon, AMX).
 MULTIPLE = 16
 
 

@@ -99,7 +99,7 @@ def load(config: ServeConfig) -> tuple[Engine, Served]:
     folder, device = model_folder(path), default_device()
     if config.int8 and kernel_choice(device.type) != "c":
         raise ValueError(
-            "int8=True is for CPUs with a C compiler: elsewhere it has not been faster; leave it out"
+            "int8=True is for CPUs with a C compiler: elsewhere it has not been measured; leave it out"
         )
     model, tokenizer = load_model(folder, device)
     model, slots = model.for_inference(), config.slots

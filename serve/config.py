@@ -58,7 +58,7 @@ class ServeConfig:
     slots: int | None = None
     """Answers that are generated at once. By default as many as fit the free memory, and at most 64."""
     int8: bool = False
-    """Round the weights to 8 bits: answers come faster on a CPU, from models of 100M parameters and more."""
+    """Round the weights to 8 bits, on a CPU; it can pay for large models with few answers at once."""
     queue: int = 256
     """Answers that may wait for a slot; more are refused."""
     timeout: float = 600
