@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 import traceback
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -68,10 +69,14 @@ def check_folder(folder: Path) -> None:
 
 
 def rename_earlier(path: Path) -> Path:
-    """Rename the results of an earlier run by their date, and return the path for new ones."""
+    """Rename the results of an earlier run by their date, and return the path for new ones. Dates end with
+    the minute, so a second run of the same minute also gets a number.
+    """
     if path.exists():
-        date = re.sub(r"[^0-9]+", "-", str(load(path).get("date", "")))
-        path.replace(path.with_stem(f"{path.stem}-{date.strip('-')}"))
+        date = re.sub(r"[^0-9]+", "-", str(load(path).get("date", ""))).strip("-")
+        stem = f"{path.stem}-{date}"
+        names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        path.rename(next(name for name in map(path.with_stem, names) if not name.exists()))
     return path
 
 

@@ -157,7 +157,8 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     def record() -> None:
         if world.is_main:
             write_config(config.out, current)
-            write_machine(config.out, world.device, world.size)
+            if not state.finished:  # what was measured earlier keeps its device and date
+                write_machine(config.out, world.device, world.size)
 
     world.together(record)
     if config.micro_batch == "auto":

@@ -78,6 +78,10 @@ def test_a_run_sets_aside_what_an_earlier_one_left(tmp_path):
     bench_kernels(config)
     (earlier,) = tmp_path.glob("kernels-*.json")
     assert results.load(earlier) == first
+    (tmp_path / "kernels.json").write_text(json.dumps(first))  # of the same minute as the earlier one
+    bench_kernels(config)
+    kept = [results.load(path) for path in tmp_path.glob("kernels-*.json")]
+    assert kept == [first, first]
     assert results.write_page(tmp_path).read_text().count("\n## ") == 1
 
 

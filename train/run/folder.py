@@ -1,4 +1,4 @@
-"""A run's directory: its lock and its configuration."""
+"""A run's directory: its lock, its configuration and its machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def write_config(run: Path, config: Any) -> None:
 
 
 def write_machine(run: Path, device: torch.device, ranks: int) -> None:
-    """Record the device, versions and date of a start; the last one counts."""
+    """Record the device, versions and date of a start that trains; the last one counts."""
     files.write(run / MACHINE, json.dumps({**circumstances(device), "ranks": ranks}, indent=1) + "\n")
 
 
@@ -139,3 +140,9 @@ def read_machine(run: Path) -> tuple[str, str]:
         return f"{several}{found['device']}", str(found["date"])
     except (OSError, ValueError, LookupError, TypeError):
         return "", ""
+
+
+def read_machines(runs: Iterable[Path]) -> tuple[str, str]:
+    """The devices of several runs, each named once, and the date of the latest start."""
+    devices, dates = zip(*map(read_machine, runs), strict=True)
+    return " and ".join(dict.fromkeys(filter(None, devices))), max(dates)

@@ -10,7 +10,7 @@ from pathlib import Path
 from hotlap.common import files
 from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
-from hotlap.train.run.folder import read_machine
+from hotlap.train.run.folder import read_machines
 from hotlap.train.run.metrics import METRICS, read_metrics
 from hotlap.train.speedruns.records import Record
 
@@ -27,7 +27,7 @@ def write_result(
 
     runs, records, score: see `draw_comparison`.
     """
-    device, date = read_machine(runs[0])
+    device, date = read_machines(runs)
     result = {**result, "device": device, "date": date}
     files.write(out / "result.json", json.dumps(result, indent=1) + "\n")
     draw_comparison(runs, records, score, out / "curves.png", device, date)

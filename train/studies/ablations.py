@@ -20,7 +20,7 @@ from torch import Tensor
 from hotlap.common import options
 from hotlap.common.errors import known
 from hotlap.common.log import log
-from hotlap.common.machine import device_name, log_warnings
+from hotlap.common.machine import log_warnings
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.qkv import attention_inputs
@@ -62,9 +62,8 @@ def ablate(config: AblationsConfig) -> list[dict]:
     for name in [name for name in variants if name != BASE and variants[name] == variants[BASE]]:
         log.info("%s is left out: the base is already so", name)
         del variants[name]
-    device = default_device()
-    log_warnings(device)
-    return sweep.run_variants(variants, config.seconds, config.seeds, config.out, device_name(device))
+    log_warnings(default_device())
+    return sweep.run_variants(variants, config.seconds, config.seeds, config.out)
 
 
 def ablations(base: PretrainConfig) -> dict[str, Variant]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hotlap.common import files
 from hotlap.common.log import log
-from hotlap.common.machine import device_name, now
+from hotlap.common.machine import device_name
 from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
@@ -28,6 +28,7 @@ from hotlap.model.weights import TOKENIZER
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import from_depth, matmul_parameters
 from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
+from hotlap.train.run.folder import read_machines
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig
 from hotlap.train.studies.series import (
@@ -91,19 +92,17 @@ class Law:
 
 def scaling(config: ScalingConfig) -> str:
     """Train the series, write the results, and return scaling.md's text."""
-    device = device_name(default_device())
-    price = dollars_per_hour(device, int(os.environ.get("WORLD_SIZE", 1)))
+    price = dollars_per_hour(device_name(default_device()), int(os.environ.get("WORLD_SIZE", 1)))
     runs = check(config, price)
     with joined() as world:
         check_series([*runs.values()], config.out, world, keep=True)
-        return train_series(config, runs, world, device, price)
+        return train_series(config, runs, world, price)
 
 
 def train_series(
     config: ScalingConfig,
     runs: dict[int, PretrainConfig],
     world: World,
-    device: str,
     price: tuple[float, str] | None,
 ) -> str:
     with shared_data(next(iter(runs.values())), config.out, world) as folder:
@@ -115,12 +114,12 @@ def train_series(
                 log.info("depth %d: %d of %d", depth, len(points) + 1, len(runs))
             points.append(train_point(dataclasses.replace(run, data=str(folder)), world))
         laws = {axis: fit_law([getattr(p, axis) for p in points], [p.bpb for p in points]) for axis in AXES}
-        date = now()
-        lines = [f"{device}, {date}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
+        facts = read_machines([run.out for run in runs.values()])
+        lines = [f"{facts[0]}, {facts[1]}, {config.data}, {config.ratio:g} tokens per matmul parameter.", ""]
         lines += [*table(points), "", *law_lines(laws, len(points)), ""]
         lines += budget_lines(config, points, laws["flops"], price)
         if world.is_main:
-            write(config.out, points, laws, peers(), (device, date), lines)
+            write(config.out, points, laws, peers(), facts, lines)
     return "\n".join(lines)
 
 

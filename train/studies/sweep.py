@@ -22,7 +22,6 @@ from statistics import mean, median, stdev
 from hotlap.common import files
 from hotlap.common.errors import known
 from hotlap.common.log import log
-from hotlap.common.machine import device_name, now
 from hotlap.common.options import merge, tomllib
 from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
@@ -31,6 +30,7 @@ from hotlap.train.distributed.world import World, joined
 from hotlap.train.optim.schedule import stage_rows
 from hotlap.train.presets import PRETRAIN
 from hotlap.train.pretrain import PretrainConfig, pretrain
+from hotlap.train.run.folder import read_machines
 from hotlap.train.studies.config import SweepConfig
 from hotlap.train.studies.series import (
     check_epochs,
@@ -53,15 +53,15 @@ class Variant:
     changed: Callable[[], AbstractContextManager] = nullcontext
 
 
-def sweep(config: SweepConfig, device: str) -> list[dict]:
-    """Run a sweep, and return the rows of its table. device: its name."""
+def sweep(config: SweepConfig) -> list[dict]:
+    """Run a sweep, and return the rows of its table."""
     config.validate()
     start = PRETRAIN[known(config.preset, PRETRAIN, "preset")]()
     base = merge(start, assignments(config.base), "--base")
     if twice := next((text for text in config.variants if config.variants.count(text) > 1), None):
         raise ValueError(f"--variants has {twice!r} twice; give it once, and --seeds for more runs")
     variants = {text: Variant(merge(base, assignments(text), text)) for text in config.variants}
-    return run_variants({BASE: Variant(base)} | variants, config.seconds, config.seeds, config.out, device)
+    return run_variants({BASE: Variant(base)} | variants, config.seconds, config.seeds, config.out)
 
 
 def assignments(text: str) -> dict:
@@ -76,9 +76,7 @@ def assignments(text: str) -> dict:
         ) from error
 
 
-def run_variants(
-    variants: Mapping[str, Variant], seconds: float, seeds: int, out: Path, device: str
-) -> list[dict]:
+def run_variants(variants: Mapping[str, Variant], seconds: float, seeds: int, out: Path) -> list[dict]:
     """Train each variant on each seed in its own folder under `out`, and return the rows of the table, the
     base first. Finished runs are not trained again.
     """
@@ -102,15 +100,17 @@ def run_variants(
                 steps = steps_in(seconds, {name: speeds[name] for name in variants})
             check_epochs([*runs_of(0, str(folder)).values()], folder, math.inf, world)
             found: dict[str, list[dict]] = {name: [] for name in variants}
+            trained: list[Path] = []
             for seed in range(seeds):
                 for i, (name, run) in enumerate(runs_of(seed, str(folder)).items()):
                     if world.is_main:
                         count = len(variants)
                         log.info("run %d of %d: %s, seed %d", seed * count + i + 1, seeds * count, name, seed)
                     found[name].append(outcome(run, variants[name], world))
+                    trained.append(run.out)
                     rows = table_rows(found)
                     if world.is_main:
-                        write(out, rows, device, seconds, base)
+                        write(out, rows, read_machines(trained), seconds, base)
     return rows
 
 
@@ -282,20 +282,19 @@ def folder_name(variant: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", re.sub(r"\s*=\s*", "=", variant))
 
 
-def write(out: Path, rows: list[dict], device: str, seconds: float, base: PretrainConfig) -> None:
-    """Write sweep.json, sweep.md and sweep.png."""
+def write(out: Path, rows: list[dict], facts: tuple[str, str], seconds: float, base: PretrainConfig) -> None:
+    """Write sweep.json, sweep.md and sweep.png. facts: device and date."""
     equal = f"{seconds:g} s of training" if seconds else "the same number of tokens"
-    date = now()
     content = {
-        "device": device,
-        "date": date,
+        "device": facts[0],
+        "date": facts[1],
         "equal": equal,
         "base": json.loads(json.dumps(dataclasses.asdict(base), default=str)),
         "rows": rows,
     }
     files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
-    lines = [f"{device}, {date}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
-    if draw(rows, out / "sweep.png", equal, device, date):
+    lines = [f"{facts[0]}, {facts[1]}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
+    if draw(rows, out / "sweep.png", equal, *facts):
         lines += ["![differences](sweep.png)", ""]
     files.write(out / "sweep.md", "\n".join(lines))
 
@@ -375,4 +374,4 @@ def axis_end(differences: list[float]) -> float:
 
 def main(config: SweepConfig) -> None:
     """`hotlap sweep`."""
-    print(printable(markdown(sweep(config, device_name(default_device())))))
+    print(printable(markdown(sweep(config))))

@@ -17,7 +17,7 @@ from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.pretrain import PretrainConfig, pretrain
 from hotlap.train.run.changes import continued
-from hotlap.train.run.folder import write_config
+from hotlap.train.run.folder import read_machine, write_config
 from hotlap.train.run.state import RunState
 from hotlap.train.speedruns.minutes import as_begun
 from hotlap.train.speedruns.minutes import timed as timed_recipe
@@ -123,13 +123,16 @@ def test_fewer_steps_than_there_are_is_refused_and_changes_nothing(tmp_path, pla
 
 
 @pytest.mark.parametrize(("place", "choice"), [("old", "auto"), ("new", "old")])
-def test_a_finished_run_of_the_same_length_leaves_a_model(tmp_path, place, choice, caplog):
+def test_a_finished_run_of_the_same_length_leaves_a_model(tmp_path, place, choice, caplog, monkeypatch):
     pretrain(run_of(tmp_path, 2))
+    machine = read_machine(tmp_path / "old")
+    monkeypatch.setattr("hotlap.common.machine.now", lambda: "2099-01-01")
     choice = choice if choice == "auto" else str(tmp_path / choice)
     last = pretrain(run_of(tmp_path, 2, out=tmp_path / place, resume=choice))
     assert "finished after step 2; to train on, give a higher --loop.steps" in caplog.text
     assert last["step"] == 1 and open_model(tmp_path / place)[0].name == "step-000002"
     assert steps_in(tmp_path / place)[-1] == 1
+    assert read_machine(tmp_path / "old") == machine, "the steps were taken then"
 
 
 @pytest.mark.parametrize("steps", [3, 6])

@@ -48,7 +48,7 @@ def test_all_variants_train_and_leave_nothing_changed(tmp_path, monkeypatch):
     MuonAdamW(GPT(tiny_config()).init_weights(), tiny().optim)  # of its first instance torch wraps the class
     before = {m: dict(vars(m)) for m in (gpt, GPT, muon_adamw, MuonAdamW)}
     monkeypatch.setattr(sweep, "draw", lambda *given: False)
-    rows = run_variants(found, 0, 1, tmp_path / "out", "")
+    rows = run_variants(found, 0, 1, tmp_path / "out")
     assert all(vars(m) == names for m, names in before.items())
     assert not any(row["note"] for row in rows)
     scores = [row["bpb"] for row in rows]

@@ -46,40 +46,52 @@ def test_a_variant_is_a_string_of_toml():
         assignments("model.smear off")
 
 
+def on_machine(monkeypatch, device: str, date: str) -> None:
+    monkeypatch.setattr("hotlap.train.run.folder.circumstances", lambda _: {"device": device, "date": date})
+
+
 def test_equal_tokens_whatever_the_batch_and_seeds_in_turns(variants, tmp_path, monkeypatch):
+    on_machine(monkeypatch, "a machine", "a date")
     done = count_trainings(monkeypatch)
-    rows = run_variants(variants, 0, 2, tmp_path / "out", "a machine")
+    rows = run_variants(variants, 0, 2, tmp_path / "out")
     assert [row["tokens"] for row in rows] == [512, 512] and [row["steps"] for row in rows] == [4, 8]
     assert [config.seed for config in done] == [0, 0, 1, 1]
     assert len({config.data for config in done}) == 1 and not list((tmp_path / "out").glob("*/data"))
     content = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert content["rows"] == rows and content["device"] == "a machine"
+    assert content["rows"] == rows and (content["device"], content["date"]) == ("a machine", "a date")
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 0
     assert "| batch_rows=2 | 2 | 8 | 512 |" in (tmp_path / "out" / "sweep.md").read_text()
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(variants, tmp_path, monkeypatch):
-    first = run_variants(variants, 0, 1, tmp_path / "out", "")
+    on_machine(monkeypatch, "A", "2026-01-01")
+    first = run_variants(variants, 0, 1, tmp_path / "out")
+    written = (tmp_path / "out/sweep.json").read_text()
+    on_machine(monkeypatch, "B", "2026-01-02")
+    assert run_variants(variants, 0, 1, tmp_path / "out") == first
+    assert (tmp_path / "out/sweep.json").read_text() == written, "nothing was measured on B"
     done = count_trainings(monkeypatch)
-    again = run_variants(variants, 0, 2, tmp_path / "out", "")
+    again = run_variants(variants, 0, 2, tmp_path / "out")
     assert [config.seed for config in done] == [1, 1]
+    content = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert (content["device"], content["date"]) == ("A and B", "2026-01-02")
     assert again[0]["seeds"] == 2 and first[0]["seeds"] == 1
     assert not list((tmp_path / "out").rglob("step-*")), "a sweep is no place for checkpoints"
     changed = variants | {BASE: Variant(dataclasses.replace(variants[BASE].config, batch_rows=1))}
     with pytest.raises(ValueError, match="batch_rows: saved 4, current 1"):
-        run_variants(changed, 0, 1, tmp_path / "out", "")
+        run_variants(changed, 0, 1, tmp_path / "out")
 
 
 def test_equal_time_gives_the_steps_that_fit_and_keeps_them(variants, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run_variants(variants, 0.05, 1, out, "")
+    run_variants(variants, 0.05, 1, out)
     speeds = json.loads((out / "steps.json").read_text())
     assert set(speeds) == set(variants) and not list(out.glob("timing-*"))
     configs = {name: json.loads((out / f"{name}-0" / "config.json").read_text()) for name in variants}
     for name, config in configs.items():
         assert config["loop"]["steps"] == max(1, int(0.05 / speeds[name])) == config["loop"]["evaluate_every"]
     monkeypatch.setattr(sweep, "pretrain", lambda config: pytest.fail("timed again"))
-    run_variants(variants, 0.05, 1, out, "")
+    run_variants(variants, 0.05, 1, out)
 
 
 def test_a_variant_that_is_added_is_timed_beside_the_base(variants, tmp_path, monkeypatch):
@@ -124,7 +136,7 @@ def test_a_run_that_diverges_is_a_row_without_a_score(variants, tmp_path, monkey
         raise FloatingPointError("the loss is nan")
 
     bad = Variant(variants["batch_rows=2"].config, broken)
-    rows = run_variants({BASE: variants[BASE], "bad": bad}, 0, 1, tmp_path / "out", "")
+    rows = run_variants({BASE: variants[BASE], "bad": bad}, 0, 1, tmp_path / "out")
     assert rows[0]["bpb"] > 0 and rows[1]["bpb"] is None and rows[1]["difference"] is None
     assert "bad (1 of 1 runs diverged)" in sweep.markdown(rows)
 
@@ -184,20 +196,20 @@ def test_a_series_keeps_to_its_folder_and_its_data(variants, tmp_path, monkeypat
         folder.mkdir()
         (folder / name).touch()
         with pytest.raises(FileExistsError, match=said):
-            run_variants(variants, 0, 1, folder, "")
+            run_variants(variants, 0, 1, folder)
     monkeypatch.setattr(sweep, "outcome", lambda run, variant, world: pytest.fail("trained"))
     with sweep.joined() as world, series.shared_data(variants[BASE].config, tmp_path / "out", world):
         pass
     other = write_text(tmp_path / "other.txt")
     moved = {name: Variant(dataclasses.replace(v.config, data=str(other))) for name, v in variants.items()}
     with pytest.raises(ValueError, match=r"out was started with .*text\.txt.* not .*other\.txt"):
-        run_variants(moved, 0, 1, tmp_path / "out", "")
+        run_variants(moved, 0, 1, tmp_path / "out")
 
 
 def test_a_full_disk_shows_before_anything_is_made(variants, tmp_path, monkeypatch):
     monkeypatch.setattr(series.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"the checkpoints in .* need about .* GB, and 0.0 GB are free"):
-        run_variants(variants, 0, 1, tmp_path / "out", "")
+        run_variants(variants, 0, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -216,7 +228,7 @@ def test_a_series_says_how_often_it_reads_its_text_and_may_refuse(variants, tmp_
 
 def test_time_for_less_than_a_step_is_refused(variants, tmp_path):
     with pytest.raises(ValueError, match="seconds=1e-09 are less than a step of"):
-        run_variants(variants, 1e-9, 1, tmp_path / "out", "")
+        run_variants(variants, 1e-9, 1, tmp_path / "out")
 
 
 def test_the_command_prints_the_table(work, capsys):
