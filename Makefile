@@ -1,4 +1,5 @@
 # make demo: train a model from nothing, in minutes, and talk to it.   make test: everything that is checked.
+# JOBS=1: that many tests at a time; as many as there are cores without it.
 # make standin: compile for a GPU that is not there, with the CUDA build of torch, of which it installs 5 GB.
 PYTHON ?= python3
 JOBS ?= auto
@@ -10,7 +11,7 @@ demo: .venv/installed-demo
 	$(BIN)/hotlap speedrun tiny
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 standin: .venv-standin/installed
 	TRITON_CACHE_DIR=$(CURDIR)/.venv-standin/cache/triton .venv-standin/bin/pytest -m standin -n $(JOBS) tests/gpu_stand_in
