@@ -273,13 +273,9 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     with cli.importing():
         from hotlap.kernels.dispatch import default_device
         from hotlap.model.engine import Engine
-        from hotlap.model.weights import find_models, load_model, model_folder, stage
+        from hotlap.model.weights import load_model, model_folder, stage
 
-    path = config.model
-    if path is None:
-        found = find_models(Path("runs"))
-        path = found[-1] if found else Path("runs")
-    folder = model_folder(path)
+    folder = model_folder(config.model)
     base = stage(folder) == "pretrain"
     if config.prompt is None and sys.stdin is None:
         raise ValueError("standard input is closed; ask with -p QUESTION")

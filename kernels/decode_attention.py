@@ -212,7 +212,7 @@ def _decode_combine_kernel(
 ):  # fmt: skip
     """Combine the results of all splits into y (B, T, H, C): one of `rows` = B K R per program.
 
-    EARLY: the kernel that follows may start now, if it is launched for that, as in `decode_linear.py`.
+    EARLY: the kernel that follows may start now, if launched for that, as in `decode_linear_kernels.py`.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

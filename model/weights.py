@@ -246,8 +246,12 @@ def read_part(file: Any, part: Part, into: torch.Tensor, begin: tuple[int, ...])
     into[tuple(to_tensor)].copy_(file[tuple(from_file)])
 
 
-def model_folder(path: str | Path) -> Path:
-    """The model directory of a path: the path itself, or the newest checkpoint of a run."""
+def model_folder(path: str | Path | None) -> Path:
+    """The model directory of a path: the path itself, or the newest checkpoint of a run. None: that of the
+    newest model under runs/.
+    """
+    if path is None:
+        path = next(reversed(find_models(Path("runs"))), "runs")
     path = Path(path)
     if is_model(path):
         return path

@@ -89,14 +89,10 @@ def load(config: ServeConfig) -> tuple[Engine, Served]:
     from hotlap.kernels.dispatch import default_device, kernel_choice
     from hotlap.model.engine import CHUNK, Engine
     from hotlap.model.kv_cache import fitting_slots, slot_bytes
-    from hotlap.model.weights import find_models, load_model, model_folder, stage
+    from hotlap.model.weights import load_model, model_folder, stage
     from hotlap.serve.protocol import Served
 
-    path = config.model
-    if path is None:
-        found = find_models(Path("runs"))
-        path = found[-1] if found else Path("runs")
-    folder, device = model_folder(path), default_device()
+    folder, device = model_folder(config.model), default_device()
     if config.int8 and kernel_choice(device.type) != "c":
         raise ValueError(
             "int8=True is for CPUs with a C compiler: elsewhere it has not been measured; leave it out"

@@ -37,8 +37,6 @@ from hotlap.serve.fields import (
 if TYPE_CHECKING:
     from hotlap.model.tokenizer import Tokenizer
 
-__all__ = ["APIError", "Call", "Served", "chat_call", "completion_call"]
-
 PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of such lists"
 SEEDS = 2**63 - 2**16  # leaves room for the seeds of the other choices
 

@@ -126,9 +126,7 @@ class Gate:
                 await error_response(found)(scope, receive, send_with_id)
         finally:
             milliseconds = 1000 * (time.perf_counter() - began)
-            path = scope["raw_path"][:LONGEST_PATH].decode(
-                "ascii", "replace"
-            )  # on one line, whatever it spells
+            path = scope["raw_path"][:LONGEST_PATH].decode("ascii", "replace")  # percent-encoded: one line
             log.info("%s %s %d %.0f ms %s", scope["method"], path, status, milliseconds, name)
             self.metrics.requests.labels(status).inc()
 

@@ -6,6 +6,7 @@ from helpers.kernel_tools import DEVICE, DTYPES, SMALLEST_ERROR, as_double, erro
 from torch.library import opcheck
 
 from hotlap.kernels import decode_linear as module
+from hotlap.kernels import decode_linear_kernels as kernels
 from hotlap.kernels.decode_linear import linear_residual, linear_residual_ref, norm_linear, norm_linear_ref
 from hotlap.kernels.dispatch import INTERPRETED, Device
 from hotlap.kernels.tiles import fitting_tiles
@@ -20,7 +21,7 @@ FUSED = DTYPES if INTERPRETED else DTYPES[1:]  # on a GPU, float32 has no tensor
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles that these sizes fill several times over, in both directions."""
-    patched = lambda rows, _: module._tiles([(16, 16, 2, 2)], rows)  # noqa: E731
+    patched = lambda rows, _: kernels._tiles([(16, 16, 2, 2)], rows)  # noqa: E731
     patched.__name__ = "small"
     monkeypatch.setattr(module, "_table", lambda *_: patched)
 
@@ -187,7 +188,7 @@ def test_compiles_whole_to_the_same_results():
 
 def test_programs_have_small_blocks_where_the_weight_has_few_rows():
     gpu = Device("A GPU", 232448, 132)
-    narrow, wide = module._decode_linear_narrow_tiles, module._decode_linear_wide_tiles
+    narrow, wide = kernels._decode_linear_narrow_tiles, kernels._decode_linear_wide_tiles
     for rows in (1, 16):
         for N, table in ((1536, narrow), (6144, wide)):
             block = fitting_tiles(table, rows, gpu)[0].blocks["BLOCK_N"]
@@ -195,7 +196,7 @@ def test_programs_have_small_blocks_where_the_weight_has_few_rows():
 
 
 def test_the_form_that_starts_early_comes_last_and_only_where_gpus_can_do_so():
-    for table in (module._decode_linear_narrow_tiles, module._decode_linear_wide_tiles):
+    for table in (kernels._decode_linear_narrow_tiles, kernels._decode_linear_wide_tiles):
         for rows in (1, 16):
             for compute, warp in ((80, 32), (89, 32), (90, 32), (120, 32), (0, 64)):
                 gpu = Device("A GPU", 232448, 132, warp, compute=compute)

@@ -275,6 +275,18 @@ def test_models_are_found_beside_what_cannot_be_read(tmp_path, tiny_tokenizer, m
     assert find_models(tmp_path / "loop") == find_models(tmp_path / "broken" / "checkpoints") == []
 
 
+def test_without_a_path_the_newest_model_is_meant(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no model at runs; none found .* `make demo`"):
+        model_folder(None)
+    for name, seconds in (("b", 1000), ("c", 3000), ("a", 2000)):
+        run = tmp_path / "runs" / name
+        checkpoint(run, 1, tiny_tokenizer)
+        (run / "config.json").write_text("{}")
+        os.utime(run / "config.json", (seconds, seconds))
+    assert str(model_folder(None)) == "runs/c/checkpoints/step-00000001"
+
+
 @pytest.mark.gpu
 def test_loading_to_a_gpu_holds_the_model_there_once(tmp_path, tiny_tokenizer):
     config = tiny_config(vocab_size=8192, width=512, heads=4, kv_heads=4)

@@ -16,7 +16,7 @@ from helpers.tools import tiny_config
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
-from hotlap.serve.protocol import CHAT_FIELDS, COMPLETION_FIELDS
+from hotlap.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS
 
 SLOTS, CONTEXT = 4, 256
 TEXT_ONLY = {"logit_bias": {str(i): -100 for i in range(289, 300)}}  # no special token, so no early end

@@ -1,5 +1,4 @@
 """Requests: every field and value of OpenAI's two endpoints that works, has no effect, or is refused."""
-# ruff: noqa: E501  a row is one line
 
 import json
 import math
@@ -8,265 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.api_fields import BOTH, MISSING, SYSTEM, WORKS, WRONG
 from helpers.api_requests import CONTEXT, read, served_model, user
 from helpers.small_runs import conversation
 
 from hotlap.model.conversation import render_prompt
 from hotlap.model.tokenizer import train_characters
-from hotlap.model.tools import TOOLS
 from hotlap.serve.config import Limits
 from hotlap.serve.errors import APIError
 from hotlap.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, NO_EFFECT, REFUSED, WORKING
-from hotlap.serve.protocol import SEEDS, chat_call, completion_call
-
-CHAT, COMPLETIONS, BOTH = ("chat",), ("completions",), ("chat", "completions")
-SYSTEM = {"role": "system", "content": "Be brief."}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-MISSING = Ellipsis  # a field that is left out
-
-# endpoints, fields, what the call has then (of itself or of its sampling)
-WORKS = [
-    (BOTH, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}),
-    (BOTH, {}, {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": (), "stop": ()}),
-    (BOTH, {}, {"n": 1, "logprobs": None, "echo": False, "stream": False, "include_usage": False}),
-    (BOTH, {"model": "tiny"}, {"model": "tiny"}),
-    (BOTH, {"model": "hotlap"}, {"model": "tiny"}),
-    (BOTH, {"temperature": 0}, {"temperature": 0.0}),
-    (BOTH, {"temperature": 2}, {"temperature": 2.0}),
-    (BOTH, {"temperature": 10}, {"temperature": 10.0}),
-    (BOTH, {"top_p": 0.5}, {"top_p": 0.5}),
-    (BOTH, {"top_p": 1}, {"top_p": 1.0}),
-    (BOTH, {"top_k": 5}, {"top_k": 5}),
-    (BOTH, {"top_k": 5.0}, {"top_k": 5}),
-    (BOTH, {"top_k": -1}, {"top_k": 0}),  # vLLM's off
-    (BOTH, {"min_p": 0.1}, {"min_p": 0.1}),
-    (BOTH, {"repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
-    (BOTH, {"presence_penalty": -2}, {"presence_penalty": -2.0}),
-    (BOTH, {"frequency_penalty": 2}, {"frequency_penalty": 2.0}),
-    (BOTH, {"logit_bias": {}}, {"logit_bias": ()}),
-    (BOTH, {"logit_bias": {"0": -100, "7": 0.5}}, {"logit_bias": ((0, -100.0), (7, 0.5))}),
-    (BOTH, {"stop": "\n"}, {"stop": ("\n",)}),
-    (BOTH, {"stop": []}, {"stop": ()}),
-    (BOTH, {"stop": [str(i) for i in range(16)]}, {"stop": tuple(str(i) for i in range(16))}),
-    (BOTH, {"stop": "é" * 256}, {"stop": ("é" * 256,)}),
-    (BOTH, {"seed": 0}, {"seed": 0}),
-    (BOTH, {"seed": 1234.0}, {"seed": 1234}),
-    (BOTH, {"seed": -1}, {"seed": SEEDS - 1}),
-    (BOTH, {"seed": -(2**63)}, {"seed": -(2**63) % SEEDS}),
-    (BOTH, {"seed": 2**63 - 1}, {"seed": (2**63 - 1) % SEEDS}),
-    (BOTH, {"seed": 2**70}, {"seed": 2**70 % SEEDS}),
-    (BOTH, {"n": 3}, {"n": 3}),
-    (BOTH, {"n": 128}, {"n": 128}),
-    (BOTH, {"stream": True}, {"stream": True, "include_usage": False}),
-    (BOTH, {"stream": False}, {"stream": False}),
-    (BOTH, {"stream": True, "stream_options": {}}, {"include_usage": False}),
-    (BOTH, {"stream": True, "stream_options": {"include_usage": True}}, {"include_usage": True}),
-    (BOTH, {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": True}}, {"include_usage": False}),
-    (BOTH, {"max_tokens": 3}, {"max_tokens": 3}),
-    (BOTH, {"max_tokens": 3.0}, {"max_tokens": 3}),
-    (CHAT, {}, {"chat": True, "tools": TOOLS, "max_tokens": CONTEXT - 6}),
-    (CHAT, {"max_tokens": CONTEXT}, {"max_tokens": CONTEXT - 6}),
-    (CHAT, {"messages": [user(" ")]}, {"max_tokens": CONTEXT - 5}),
-    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": ""}, user("Hi")]}, {"max_tokens": CONTEXT - 12}),
-    (CHAT, {"max_completion_tokens": 3}, {"max_tokens": 3}),
-    (CHAT, {"max_completion_tokens": 2**40}, {"max_tokens": CONTEXT - 6}),
-    (CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, {"max_tokens": 3}),
-    (CHAT, {"logprobs": True}, {"logprobs": 0}),
-    (CHAT, {"logprobs": False}, {"logprobs": None}),
-    (CHAT, {"logprobs": True, "top_logprobs": 0}, {"logprobs": 0}),
-    (CHAT, {"logprobs": True, "top_logprobs": 20}, {"logprobs": 20}),
-    (CHAT, {"tools": []}, {"tools": TOOLS}),
-    (CHAT, {"tools": [TOOL], "tool_choice": "none"}, {"tools": TOOLS}),
-    (CHAT, {"tool_choice": "none"}, {"tools": TOOLS}),
-    (CHAT, {"tool_choice": "auto"}, {"tools": TOOLS}),
-    (CHAT, {"response_format": {"type": "text"}}, {}),
-    (CHAT, {"modalities": ["text"]}, {}),
-    (COMPLETIONS, {}, {"chat": False, "tools": {}, "max_tokens": 16}),
-    (COMPLETIONS, {"max_tokens": 1000}, {"max_tokens": CONTEXT - 3}),
-    (COMPLETIONS, {"max_tokens": 0, "echo": True}, {"max_tokens": 0, "echo": True}),
-    (COMPLETIONS, {"echo": True}, {"echo": True}),
-    (COMPLETIONS, {"logprobs": 0}, {"logprobs": 0}),
-    (COMPLETIONS, {"logprobs": 20}, {"logprobs": 20}),
-    (COMPLETIONS, {"n": 2, "best_of": 2}, {"n": 2}),
-    (COMPLETIONS, {"best_of": 1}, {"n": 1}),
-    # what lm-eval sends
-    (COMPLETIONS, {"prompt": [[5, 6, 7]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}, {"prompts": [[5, 6, 7]], "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}),
-    # forms of a prompt of ids, which are taken as they are
-    (COMPLETIONS, {"prompt": [5, 6]}, {"prompts": [[5, 6]]}),
-    (COMPLETIONS, {"prompt": [[5], [6, 299]]}, {"prompts": [[5], [6, 299]]}),
-    (COMPLETIONS, {"prompt": [1] * (CONTEXT - 1)}, {"max_tokens": 1}),
-    (COMPLETIONS, {"prompt": [1] * CONTEXT, "max_tokens": 0, "echo": True}, {"max_tokens": 0}),
-    (COMPLETIONS, {"prompt": [[1] * 60, [1] * 50]}, {"max_tokens": 14}),
-]  # fmt: skip
-
-# endpoints, fields, the parameter that the error names, what it says
-WRONG = [
-    (BOTH, {"model": MISSING}, "model", "missing"),
-    (BOTH, {"model": None}, "model", "missing"),
-    # numbers
-    (BOTH, {"temperature": -0.1}, "temperature", "from 0 to 10"),
-    (BOTH, {"temperature": 10.1}, "temperature", "from 0 to 10"),
-    (BOTH, {"temperature": math.nan}, "temperature", "finite number, not nan"),
-    (BOTH, {"temperature": math.inf}, "temperature", "finite number, not inf"),
-    (BOTH, {"temperature": True}, "temperature", "finite number, not True"),
-    (BOTH, {"temperature": "0"}, "temperature", "finite number, not '0'"),
-    (BOTH, {"temperature": 10**400}, "temperature", "finite number"),
-    (BOTH, {"temperature": [1]}, "temperature", "finite number, not a list"),
-    (BOTH, {"top_p": -0.1}, "top_p", "top_p=-0.1 must be"),
-    (BOTH, {"top_p": 1.1}, "top_p", "top_p=1.1 must be"),
-    (BOTH, {"top_p": math.nan}, "top_p", "finite"),
-    (BOTH, {"top_k": -2}, "top_k", "from -1 to 2\\^63 - 1, not -2"),
-    (BOTH, {"top_k": 0.5}, "top_k", "whole number"),
-    (BOTH, {"top_k": True}, "top_k", "whole number"),
-    (BOTH, {"top_k": 2**70}, "top_k", "whole number"),
-    (BOTH, {"min_p": 1.5}, "min_p", "min_p=1.5 must be"),
-    (BOTH, {"min_p": {}}, "min_p", "finite number, not an empty object"),
-    (BOTH, {"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty=0.0 must be"),
-    (BOTH, {"repetition_penalty": -math.inf}, "repetition_penalty", "finite"),
-    (BOTH, {"presence_penalty": 2.5}, "presence_penalty", "presence_penalty=2.5 must be"),
-    (BOTH, {"presence_penalty": "x"}, "presence_penalty", "finite"),
-    (BOTH, {"frequency_penalty": -2.5}, "frequency_penalty", "frequency_penalty=-2.5 must be"),
-    (BOTH, {"frequency_penalty": False}, "frequency_penalty", "finite"),
-    (BOTH, {"seed": "1"}, "seed", "must be a whole number, not '1'"),
-    (BOTH, {"seed": 0.5}, "seed", "whole number, not 0.5"),
-    (BOTH, {"seed": 1e30}, "seed", "whole number, not 1e\\+30"),
-    (BOTH, {"seed": math.nan}, "seed", "whole number, not nan"),
-    (BOTH, {"seed": True}, "seed", "whole number, not True"),
-    (BOTH, {"n": 0}, "n", "from 1 to 128, not 0"),
-    (BOTH, {"n": 129}, "n", "from 1 to 128, not 129"),
-    (BOTH, {"n": 1_000_000_000}, "n", "from 1 to 128"),
-    (BOTH, {"n": 1.5}, "n", "whole number"),
-    (BOTH, {"n": True}, "n", "whole number"),
-    (BOTH, {"max_tokens": -1}, "max_tokens", "not -1"),
-    (BOTH, {"max_tokens": 1e30}, "max_tokens", "not 1e\\+30"),
-    (BOTH, {"max_tokens": 2**63}, "max_tokens", "to 2\\^63 - 1"),
-    (BOTH, {"max_tokens": 2.5}, "max_tokens", "whole number"),
-    (BOTH, {"max_tokens": "5"}, "max_tokens", "whole number"),
-    (CHAT, {"max_tokens": 0}, "max_tokens", "from 1"),
-    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "from 1"),
-    (CHAT, {"max_completion_tokens": False}, "max_completion_tokens", "whole number"),
-    (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ; send one"),
-    (COMPLETIONS, {"max_tokens": 0}, "max_tokens", "needs `echo`"),
-    (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens", "did you mean 'max_tokens'"),
-    # logit_bias
-    (BOTH, {"logit_bias": []}, "logit_bias", "must be an object, not a list"),
-    (BOTH, {"logit_bias": {"300": 1}}, "logit_bias", "key '300'; needs token ids from 0 to 299"),
-    (BOTH, {"logit_bias": {"-1": 1}}, "logit_bias", "key '-1'"),
-    (BOTH, {"logit_bias": {"01": 1}}, "logit_bias", "key '01'"),
-    (BOTH, {"logit_bias": {"\u0661": 1}}, "logit_bias", "key"),  # a digit, but not of ASCII
-    (BOTH, {"logit_bias": {"the": 1}}, "logit_bias", "key 'the'"),
-    (BOTH, {"logit_bias": {"9" * 5000: 1}}, "logit_bias", "key '9"),
-    (BOTH, {"logit_bias": {"1": 101}}, "logit_bias", "of 1 must be a number from -100 to 100, not 101"),
-    (BOTH, {"logit_bias": {"1": math.nan}}, "logit_bias", "of 1 must be a finite number"),
-    (BOTH, {"logit_bias": {"1": True}}, "logit_bias", "of 1 must be a finite number"),
-    (BOTH, {"logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias", "5000 entries; at most 1024"),
-    # stop
-    (BOTH, {"stop": ""}, "stop", "not empty, not ''"),
-    (BOTH, {"stop": [""]}, "stop", "not empty, not ''"),
-    (BOTH, {"stop": ["a", 1]}, "stop", "not empty, not 1"),
-    (BOTH, {"stop": ["a", None]}, "stop", "not empty, not null"),
-    (BOTH, {"stop": 5}, "stop", "a string or a list of strings, not 5"),
-    (BOTH, {"stop": {"a": 1}}, "stop", "a string or a list of strings"),
-    (BOTH, {"stop": ["a"] * 100}, "stop", "100 strings; at most 16"),
-    (BOTH, {"stop": "a" * 257}, "stop", "257 characters; at most 256"),
-    (BOTH, {"stop": "a\ud800"}, "stop", "half of a surrogate pair"),
-    # switches
-    (BOTH, {"stream": 1}, "stream", "true or false, not 1"),
-    (BOTH, {"stream": "true"}, "stream", "true or false, not 'true'"),
-    (BOTH, {"stream_options": {}}, "stream_options", "needs `stream` true"),
-    (BOTH, {"stream": True, "stream_options": []}, "stream_options", "must be an object"),
-    (BOTH, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage", "true or false"),
-    (BOTH, {"stream": True, "stream_options": {"include_usge": True}}, "include_usge", "did you mean 'include_usage'"),
-    (CHAT, {"logprobs": 1}, "logprobs", "true or false, not 1"),
-    (CHAT, {"top_logprobs": 2}, "top_logprobs", "needs `logprobs` true"),
-    (CHAT, {"logprobs": False, "top_logprobs": 0}, "top_logprobs", "needs `logprobs` true"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
-    (CHAT, {"logprobs": True, "top_logprobs": True}, "top_logprobs", "whole number"),
-    (COMPLETIONS, {"logprobs": True}, "logprobs", "whole number from 0 to 20, not True"),
-    (COMPLETIONS, {"logprobs": 21}, "logprobs", "from 0 to 20"),
-    (COMPLETIONS, {"logprobs": -1}, "logprobs", "from 0 to 20"),
-    (COMPLETIONS, {"echo": 1}, "echo", "true or false"),
-    (COMPLETIONS, {"best_of": 2}, "best_of", "equal to `n`"),
-    (COMPLETIONS, {"n": 2, "best_of": 1}, "best_of", "equal to `n`"),
-    (COMPLETIONS, {"best_of": "2"}, "best_of", "whole number"),
-    (COMPLETIONS, {"suffix": "."}, "suffix", "only continues"),
-    # tools and kinds of output
-    (CHAT, {"tools": [TOOL]}, "tools", "taught no tools"),
-    (CHAT, {"tools": [TOOL], "tool_choice": "auto"}, "tools", "taught no tools"),
-    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tools", "taught no tools"),
-    (CHAT, {"tools": [TOOL] * 129, "tool_choice": "none"}, "tools", "129 entries; at most 128"),
-    (CHAT, {"tools": TOOL}, "tools", "must be a list"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice", "must be none or auto, not 'required'"),
-    (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice", "must be none or auto"),
-    (CHAT, {"functions": [{"name": "f"}]}, "functions", "taught no functions"),
-    (CHAT, {"function_call": "auto"}, "function_call", "taught no functions"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "plain text only"),
-    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "plain text only"),
-    (CHAT, {"response_format": "text"}, "response_format", 'must be {"type": "text"}'),
-    (CHAT, {"modalities": ["text", "audio"]}, "modalities", 'must be \\["text"\\]'),
-    (CHAT, {"audio": {"voice": "x"}}, "audio", "text only"),
-    (CHAT, {"prediction": {"type": "content"}}, "prediction", "not supported"),
-    (CHAT, {"web_search_options": {}}, "web_search_options", "cannot search"),
-    (CHAT, {"moderation": {"model": "x"}}, "moderation", "not moderated"),
-    # unknown fields
-    (BOTH, {"temprature": 1}, "temprature", "unknown field: 'temprature'; did you mean 'temperature'"),
-    (BOTH, {"repeat_penalty": 1}, "repeat_penalty", "did you mean 'repetition_penalty'"),
-    (BOTH, {"ignore_eos": None}, "ignore_eos", "unknown field: 'ignore_eos'"),
-    (BOTH, {"": 1}, "", "unknown field: ''; known: model"),
-    (CHAT, {"prompt": "x"}, "prompt", "unknown field: 'prompt'"),
-    (CHAT, {"echo": True}, "echo", "unknown field: 'echo'"),
-    (COMPLETIONS, {"messages": []}, "messages", "unknown field: 'messages'"),
-    (COMPLETIONS, {"tools": []}, "tools", "unknown field: 'tools'"),
-    # messages
-    (CHAT, {"messages": MISSING}, "messages", "missing"),
-    (CHAT, {"messages": []}, "messages", "at least one message"),
-    (CHAT, {"messages": "Hi"}, "messages", "must be a list"),
-    (CHAT, {"messages": {"role": "user"}}, "messages", "must be a list"),
-    (CHAT, {"messages": [None]}, "messages", "message 0: null"),
-    (CHAT, {"messages": [["user", "Hi"]]}, "messages", "message 0: a list of 2"),
-    (CHAT, {"messages": [{"role": "critic", "content": "x"}]}, "messages", "`role` is 'critic'"),
-    (CHAT, {"messages": [{"role": ["user"], "content": "x"}]}, "messages", "`role` is a list"),
-    (CHAT, {"messages": [{"role": {}, "content": "x"}]}, "messages", "`role` is an empty object"),
-    (CHAT, {"messages": [{"content": "x"}]}, "messages", "no `role`"),
-    (CHAT, {"messages": [{"role": "user"}]}, "messages", "without `content`"),
-    (CHAT, {"messages": [user(None)]}, "messages", "without `content`"),
-    (CHAT, {"messages": [user(5)]}, "messages", "must be a string, not 5"),
-    (CHAT, {"messages": [user(["Hi"])]}, "messages", "`content` has 'Hi' in its list"),
-    (CHAT, {"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]}, "messages", "part of type 'image_url'"),
-    (CHAT, {"messages": [user([{"type": "text", "text": 5}])]}, "messages", "part of type 'text'"),
-    (CHAT, {"messages": [user("Hi") | {"name": "Ada"}]}, "messages", "unknown key 'name'"),
-    (CHAT, {"messages": [user("Hi"), user("there")]}, "messages", "two messages from 'user' in a row"),
-    (CHAT, {"messages": [user("Hi"), SYSTEM]}, "messages", "a system message must be the first one"),
-    (CHAT, {"messages": [SYSTEM, SYSTEM | {"role": "developer"}, user("Hi")]}, "messages", "and the only one"),
-    (CHAT, {"messages": [SYSTEM]}, "messages", "must end with a message from the user"),
-    (CHAT, {"messages": conversation("Hi", "Hello.")}, "messages", "must end with a message from the user"),
-    (CHAT, {"messages": [user("Hi"), {"role": "tool", "content": "5"}]}, "messages", "from 'tool' after 'user'"),
-    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [TOOL]}]}, "messages", "the only tool is 'calculator'"),
-    (CHAT, {"messages": [user("a\udc00")]}, "messages", "udc00' at character 1, which is half of a surrogate pair"),
-    (CHAT, {"messages": [user("x" * 300_000)]}, "messages", "have 300000 characters; at most 262144"),
-    # prompts
-    (COMPLETIONS, {"prompt": MISSING}, "prompt", "missing"),
-    (COMPLETIONS, {"prompt": None}, "prompt", "missing"),
-    (COMPLETIONS, {"prompt": []}, "prompt", "empty list"),
-    (COMPLETIONS, {"prompt": [[]]}, "prompt", "empty list of token ids"),
-    (COMPLETIONS, {"prompt": [[1], []]}, "prompt", "empty list of token ids"),
-    (COMPLETIONS, {"prompt": 5}, "prompt", "must be a string, a list of strings"),
-    (COMPLETIONS, {"prompt": {"text": "x"}}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": ["a", 1]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [[1], "a"]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [1.0, 2]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [True]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [[[1]]]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [None]}, "prompt", "must be a string"),
-    (COMPLETIONS, {"prompt": [0, 300]}, "prompt", "token id 300; needs 0 to 299"),
-    (COMPLETIONS, {"prompt": [-1]}, "prompt", "token id -1; needs 0 to 299"),
-    (COMPLETIONS, {"prompt": [2**70]}, "prompt", "token id 1180591620717411303424"),
-    (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt", "129 prompts; at most 128"),
-    (COMPLETIONS, {"prompt": ["a"] * 100, "n": 2}, "n", "`n`=2 for 100 prompts is more than 128 choices"),
-    (COMPLETIONS, {"prompt": "x" * 300_000}, "prompt", "300000 characters; at most 262144"),
-    (COMPLETIONS, {"prompt": ["a", "\ud800"]}, "prompt", "half of a surrogate pair"),
-]  # fmt: skip
+from hotlap.serve.protocol import chat_call, completion_call
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +91,9 @@ def test_every_known_field_has_a_row():
 
 
 JUNK = [
-    None, True, 0, -1, 0.5, 5.0, 1e30, 2**70, 10**400, math.nan, -math.inf, "", "x", "\ud800", "1" * 5000, [], [[]],
-    [None], [0], ["\udfff"], [{}], {}, {"": None}, {"\ud800": 1}, {"type": ["text"]}, {"1": {}}, [[[[[[]]]]]],
+    None, True, 0, -1, 0.5, 5.0, 1e30, 2**70, 10**400, math.nan, -math.inf, "", "x", "\ud800", "1" * 5000,
+    [], [[]], [None], [0], ["\udfff"], [{}], [[[[[[]]]]]],
+    {}, {"": None}, {"\ud800": 1}, {"type": ["text"]}, {"1": {}},
 ]  # fmt: skip
 
 
