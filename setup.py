@@ -14,6 +14,7 @@ FOLDERS = (
     "kernels.cpu",
     "model",
     "serve",
+    "serve.terminal",
     "train",
     "train.data",
     "train.data.tasks",

@@ -1,4 +1,4 @@
-"""Files: the cache folder, hashes, JSON objects, and writes that leave the whole file or the old one."""
+"""Files: the user's folders, hashes, JSON objects, and writes that leave the whole file or the old one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from hotlap.common.errors import DataError
 def cache_folder() -> Path:
     """The user's cache folder, for what can be downloaded or computed again; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotlap"
+
+
+def state_folder() -> Path:
+    """The user's folder for what programs remember between sessions; it may not exist yet."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hotlap"
 
 
 def file_sha256(path: Path) -> str:

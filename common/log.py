@@ -24,8 +24,8 @@ def set_up_logging() -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(Formatter("%(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
         log.propagate = False
+    log.setLevel(logging.INFO)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 KEPT = (ord("\t"), ord("\n"))
@@ -15,6 +16,7 @@ SHOWN: dict[int, str | None] = {
     0x2028: "\n",  # a line separator
     0x2029: "\n",
 }
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def printable(text: str) -> str:
@@ -22,6 +24,12 @@ def printable(text: str) -> str:
     cannot be encoded, become U+FFFD.
     """
     return text.translate(SHOWN)
+
+
+def dimmed(text: str, stream: Any) -> str:
+    """text in a dim colour if the stream is a terminal that shows colours and NO_COLOR is not set."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return f"{DIM}{text}{PLAIN}" if wanted and stream is not None and stream.isatty() else text
 
 
 def lenient(stream: Any) -> None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "serve": {"common", "kernels", "model", "serve"},
     "train": {"common", "kernels", "model", "train"},
     "bench": {"common", "kernels", "model", "train", "bench"},
-    "chat.py": {"common", "kernels", "model", "cli"},
+    "chat.py": {"common", "kernels", "model", "serve", "cli"},
     "cli.py": {"common"},
 }
 

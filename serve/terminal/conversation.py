@@ -1,0 +1,189 @@
+"""A conversation with a chat model, and texts that a base model continues."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hotlap.model.config import Sampling
+from hotlap.model.conversation import AnswerParts, parse_answer, render, render_prompt
+from hotlap.model.streaming import StreamDecoder
+from hotlap.serve.terminal.printing import note
+
+if TYPE_CHECKING:
+    from hotlap.model.engine import Engine
+
+LONGEST_MESSAGE = 100_000  # characters
+
+
+def seeds(first: int | None) -> Iterator[int]:
+    """A seed for each answer: first, first + 1, ..., or random ones if `first` is None."""
+    return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of an answer."""
+
+    prompt: int  # tokens
+    tokens: int  # of the answer, with tool calls and their results
+    first: float  # seconds until the first token
+    seconds: float  # until the last token
+
+    def __str__(self) -> str:
+        text = f"{self.tokens} token{'s' * (self.tokens != 1)}, the first after {self.first:.2f} s"
+        if self.tokens < 2 or self.seconds <= self.first:
+            return text
+        return f"{text}, then {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s"
+
+
+class Answers:
+    """What conversations and continuations share: an engine, and how it samples."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
+        """seed: of the first answer; sampling's own is not used."""
+        self.engine, self.sampling = engine, sampling
+        self.stats: Stats | None = None  # of the last answer
+        self.start_seeds(seed)
+
+    def start_seeds(self, seed: int | None) -> None:
+        """Sample the next answer with this seed, and each one after it with the next; None: random ones."""
+        self.seed, self.seeds = seed, seeds(seed)
+
+    def generate(self, prompt: list[int]) -> Iterator[int]:
+        """Stream the ids of an answer, and measure it."""
+        begin = time.perf_counter()
+        tokens, first, last = 0, 0.0, 0.0
+        try:
+            for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
+                last = time.perf_counter() - begin
+                first = first or last
+                tokens += 1
+                yield token
+        finally:
+            self.stats = Stats(len(prompt), tokens, first, last) if tokens else None
+
+
+class Chat(Answers):
+    """A conversation with a chat model."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
+        super().__init__(engine, sampling, seed)
+        self.clear()
+        self.system = ""
+
+    def clear(self) -> None:
+        self.messages: list[dict] = []
+        self.dropped = 0  # questions that the context has no room for
+        self.unanswered: str | None = None  # the last question, if it is not in `messages`
+
+    def with_system(self) -> list[dict]:
+        """The messages of the conversation, the system message first if there is one."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
+
+    def answer(self, question: str) -> Iterator[str]:
+        """Stream the answer as text. Question and answer (as far as it came) join the conversation, unless
+        nothing came. ValueError if the question is too long.
+        """
+        self.unanswered = question
+        if len(question) > LONGEST_MESSAGE:
+            raise ValueError(f"{len(question):,} characters; at most {LONGEST_MESSAGE:,}")
+        self.messages.append({"role": "user", "content": question})
+        ids: list[int] = []
+        try:
+            prompt, dropped = self.fitting_prompt()
+            if dropped:
+                note(f"the context is full: dropped the first {dropped} questions and answers")
+                self.dropped += dropped
+            decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
+            for token in self.generate(prompt):
+                ids.append(token)
+                if parts.push(token) == "text":
+                    yield decoder.push(token)
+            yield decoder.finish()
+        finally:
+            if messages := parse_answer(ids, self.engine.tokenizer):
+                self.messages += messages
+                self.unanswered = None
+            else:
+                self.messages.pop()
+
+    def undo(self) -> str | None:
+        """Drop the last question with its answer, and return the question; None if there is none."""
+        if self.unanswered is not None:
+            question, self.unanswered = self.unanswered, None
+            return question
+        questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not questions:
+            return None
+        question = self.messages[questions[-1]]["content"]
+        self.messages = self.messages[: questions[-1]]
+        return question
+
+    def retry(self) -> Iterator[str]:
+        """Stream another answer to the last question. If nothing comes, the earlier answer stays.
+        ValueError if there is no question.
+        """
+        before, dropped, answered = self.messages, self.dropped, self.unanswered is None
+        question = self.undo()
+        if question is None:
+            raise ValueError("there is no question to answer again")
+        try:
+            yield from self.answer(question)
+        finally:
+            if answered and self.unanswered is not None:
+                self.messages, self.dropped, self.unanswered = before, dropped, None
+
+    def used(self) -> int:
+        """Tokens of the context that the conversation takes."""
+        return len(render(self.with_system(), self.engine.tokenizer, silence=True)[0]) if self.messages else 0
+
+    def fitting_prompt(self) -> tuple[list[int], int]:
+        """Drop the oldest turns until the conversation fits. Returns its ids, and how many were dropped."""
+        context = self.engine.model.config.context
+        room = min(self.sampling.max_tokens, context // 4)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        for dropped, start in enumerate(turns):
+            prompt = render_prompt(system + self.messages[start:], self.engine.tokenizer)
+            if len(prompt) + room <= context:
+                self.messages = self.messages[start:]
+                return prompt, dropped
+        raise ValueError(
+            f"the message takes {len(prompt)} tokens, but the context of {context} must leave {room} for an "
+            "answer; shorten it"
+        )
+
+
+class Continuation(Answers):
+    """A base model, which continues text."""
+
+    text: str | None = None  # the last one
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Stream what follows the text. ValueError if it is too long."""
+        if len(text) > LONGEST_MESSAGE:
+            raise ValueError(f"{len(text):,} characters; at most {LONGEST_MESSAGE:,}")
+        self.text = text
+        tokenizer, room = self.engine.tokenizer, self.engine.model.config.context * 3 // 4
+        prompt = [tokenizer.bos, *tokenizer.encode(text)]
+        if len(prompt) > room:
+            note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
+        decoder = StreamDecoder(tokenizer)
+        for token in self.generate(prompt[-room:]):
+            yield decoder.push(token)
+        yield decoder.finish()
+
+    def retry(self) -> Iterator[str]:
+        """Stream another continuation of the last text. ValueError if there is none."""
+        if self.text is None:
+            raise ValueError("there is no text to continue again")
+        yield from self.answer(self.text)
+
+    def used(self) -> int:
+        """Tokens of the context that the last text and its continuation took."""
+        return self.stats.prompt + self.stats.tokens if self.stats else 0
