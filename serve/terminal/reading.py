@@ -88,7 +88,7 @@ def line_editing(names: Callable[[], list[str]]) -> Any:
     def complete(word: str, number: int) -> str | None:
         if readline.get_begidx() or not word.startswith("/"):
             return word + "\t" if number == 0 else None
-        found = [name for name in names() if name.startswith(word)]
+        found = [f"{name} " for name in names() if name.startswith(word)]
         return found[number] if number < len(found) else None
 
     readline.set_completer(complete)

@@ -67,7 +67,7 @@ class Terminal:
         self.output += found.decode(errors="replace").replace("\r", "")
         return bool(found)
 
-    def expect(self, text: str, seconds: float = 60) -> None:
+    def expect(self, text: str, seconds: float = 20) -> None:
         """Wait until the text has been printed after the last one that was expected."""
         end = time.monotonic() + seconds
         while text not in self.output[self.seen :]:
@@ -93,7 +93,7 @@ class Terminal:
 
 def plain(output: str) -> str:
     """What a terminal shows, without its modes and colours."""
-    return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", output)
+    return re.sub(r"\x1b(\[[?0-9;]*([a-zA-Z]|$)|$)", "", output)
 
 
 class Parrot(Chat):
