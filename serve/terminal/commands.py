@@ -71,10 +71,10 @@ def model(session: Session, path: str) -> None:
 
     if not path:
         current = session.folder.absolute()
-        found = [p for p in find_models(Path("runs")) if p.absolute() not in (current, *current.parents)]
-        for other in found:
-            inform(f"  {other}")
-        inform(f"* {session.folder}")
+        found = find_models(Path("runs"))
+        mine = [path for path in found if path.absolute() in (current, *current.parents)] or [session.folder]
+        for path in [*(path for path in found if path not in mine), *mine]:
+            inform(f"{'*' if path in mine else ' '} {path}")
         return
     questions = len(getattr(session.chat, "messages", ()))
     loaded = session.load(model_folder(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from hotlap.common.terminal import dimmed
 from hotlap.serve.terminal.history import History
@@ -30,37 +30,53 @@ def typed(names: Callable[[], list[str]]) -> Iterator[str]:
     """
     readline = line_editing(names)
     history = History(readline) if readline else None
-    prompt, more = shown("> ", readline), shown(". ", readline)
     ended = False
     while not ended:
-        print(flush=True)
+        print(file=screen(), flush=True)
         try:
-            text, ended = message(prompt, more)
+            text, ended = message(readline)
         except KeyboardInterrupt:
-            print()
-            note("dropped what was typed; Ctrl-D or /quit quits")
+            print(file=screen())
+            note("nothing was sent; Ctrl-D or /quit quits")
             continue
         if history and text.strip():
             history.add(text)
         yield unquoted(text)
-    print()
+    print(file=screen())
 
 
-def message(prompt: str, more: str) -> tuple[str, bool]:
+def screen() -> TextIO:
+    """Where the user sees prompts: answers may go to a file."""
+    return sys.stdout if sys.stdout.isatty() else sys.stderr
+
+
+def message(readline: Any) -> tuple[str, bool]:
     """A line, all lines of a pasted block, or the lines between two \"\"\"; and whether the input has ended.
     Where the terminal marks a pasted block, readline returns all of it at once. Elsewhere its lines wait.
     """
     try:
-        text = input(prompt)
+        text = line("> ", readline)
     except EOFError:
         return "", True
     quoted = text.lstrip().startswith(QUOTES) and text.count(QUOTES) % 2
     try:
         while not closed(text) if quoted else select.select([sys.stdin], [], [], PASTED)[0]:
-            text += "\n" + input(more)
+            text += "\n" + line(". ", readline)
     except EOFError:  # it ends the message, as it does for `cat`
         return text, not quoted
     return text, False
+
+
+def line(prompt: str, readline: Any) -> str:
+    """A line that is entered after a prompt, which is dim where that can be."""
+    dim = dimmed(prompt, screen())
+    if not sys.stdout.isatty():  # then `input` would write the prompt among the answers
+        print(dim, end="", file=sys.stderr, flush=True)
+        return input()
+    if dim != prompt and readline is not None:  # which must be told the characters that take no room
+        before, after = dim.split(prompt)
+        dim = prompt if is_libedit(readline) else f"\x01{before}\x02{prompt}\x01{after}\x02"
+    return input(dim)
 
 
 def closed(text: str) -> bool:
@@ -99,14 +115,3 @@ def line_editing(names: Callable[[], list[str]]) -> Any:
 
 def is_libedit(readline: Any) -> bool:
     return "libedit" in (readline.__doc__ or "")
-
-
-def shown(prompt: str, readline: Any) -> str:
-    """The prompt, dim where that can be: readline must be told which characters take no room."""
-    dim = dimmed(prompt, sys.stdout)
-    if dim == prompt or readline is None:
-        return dim
-    if is_libedit(readline):
-        return prompt
-    before, after = dim.split(prompt)
-    return f"\x01{before}\x02{prompt}\x01{after}\x02"

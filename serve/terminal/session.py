@@ -38,7 +38,7 @@ class Session:
     def show(self, pieces: Iterator[str]) -> bool:
         """Print an answer to the user; False if there is none."""
         said = say(pieces)
-        if self.shows_stats:
+        if said and self.shows_stats:
             note(self.stats())
         return said
 

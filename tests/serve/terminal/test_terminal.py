@@ -13,7 +13,8 @@ MARKED = pytest.mark.parametrize("term", ["xterm-256color", "dumb"], ids=["marke
 def paste(terminal: Terminal, text: str, term: str) -> None:
     """Paste a block and press Enter. A dumb terminal does not mark where blocks begin and end."""
     terminal.expect("> ")
-    terminal.type(f"{text}\n" if term == "dumb" else f"{PASTE}{text}{PASTED}\n")
+    text = text.replace("\n", "\r")  # as terminals do
+    terminal.type(f"{text}\r" if term == "dumb" else f"{PASTE}{text}{PASTED}\r")
 
 
 @MARKED
@@ -63,12 +64,12 @@ def test_ctrl_c_drops_what_was_typed_and_stops_an_answer_but_not_the_program(tmp
         terminal.type("never sent")
         terminal.expect("never sent")
         terminal.type(CTRL_C)
-        terminal.expect("[dropped what was typed")
+        terminal.expect("[nothing was sent")
         terminal.ask('"""', ". ")
         terminal.type("never\nsent")
         terminal.expect("sent")
         terminal.type(CTRL_C)
-        terminal.expect("[dropped what was typed")
+        terminal.expect("[nothing was sent")
         terminal.ask("count", "0 1 2 ")
         terminal.type(CTRL_C)
         terminal.expect("[stopped]")
@@ -159,3 +160,18 @@ def test_a_session_on_a_terminal_says_which_model_it_is_and_how_to_leave(tmp_pat
         terminal.type("/quit\n")
         assert terminal.ended() == 0
         assert "unknown command" not in terminal.output and "kernels" not in terminal.output
+
+
+def test_answers_that_go_to_a_file_go_there_alone(tmp_path):
+    python, option, code = PARROT
+    command = (python, option, f"import sys; sys.stdout = open('answers', 'w'); {code}")
+    with Terminal(*command, folder=tmp_path) as terminal:
+        terminal.expect("> ")
+        terminal.type("hi\n")
+        terminal.expect("> ")
+        terminal.type("/help\n")
+        terminal.expect("/undo")
+        terminal.expect("> ")
+        terminal.type(CTRL_D)
+        assert terminal.ended() == 0
+    assert (tmp_path / "answers").read_text() == "heard 'hi'\n"
