@@ -19,9 +19,10 @@ from hotlap.train.run.metrics import read_metrics
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
 
 WHOLE_PATH = """
-import sys
+import logging, sys
 from hotlap.common.process import wait_asleep
 wait_asleep()
+from hotlap import chat
 from hotlap.cli import main
 from hotlap.kernels import attention, dispatch
 
@@ -36,6 +37,7 @@ run += ["--optim.scalar-lr", "0.01"]
 data = ["--data", "text.txt", "--tokenizer", "characters"]
 assert main(["pretrain", *data, *shape, *run, "--out", "base"]) == 0
 assert main(["sft", "--base", "base", "--data", "talks.jsonl", *run, "--out", "sft"]) == 0
+chat.log = logging.getLogger("another")  # the chat keeps its log quiet, and its kernels are checked here
 assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8", "--temperature", "0"]) == 0
 """
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

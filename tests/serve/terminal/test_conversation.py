@@ -239,3 +239,8 @@ def test_figures_count_the_tokens_of_the_answer_and_of_the_context(tiny_tokenize
     assert chat.stats.tokens == len(tiny_tokenizer.encode("Yes.")) and chat.stats.first <= chat.stats.seconds
     assert chat.used() == chat.stats.prompt + chat.stats.tokens + 1  # the mark of its end
     assert str(chat.stats).startswith(f"{chat.stats.tokens} tokens, the first after ")
+
+
+def test_an_answer_steers_no_terminal(capsys):
+    say(iter(["\x1b]0;a title\x07", "\x1b", "]52;c;aGk=\x07 \x9b31m", "red\u202e"]))
+    assert capsys.readouterr().out == "]0;a title]52;c;aGk= 31mred\n"
