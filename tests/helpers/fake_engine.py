@@ -1,4 +1,4 @@
-"""Stands in for an engine in tests of the server: answers are the letters of the alphabet, one a step."""
+"""Stands in for an engine in tests of the server: answers are a text again and again, a letter a step."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class FakeRequest:
 class FakeEngine:
     """Adds a letter to the answer of each request in a slot, until it has `max_tokens`.
 
-    pace: seconds that a step takes. `gate`: steps wait while it is not set. `fault`: raised by the next step.
+    pace: seconds that a step takes. says: the text of answers; by default the alphabet. `gate`: steps wait
+    while it is not set. `fault`: raised by the next step.
     """
 
-    def __init__(self, tokenizer, slots: int = 2, pace: float = 0.0):
-        self.tokenizer, self.pace = tokenizer, pace
+    def __init__(self, tokenizer, slots: int = 2, pace: float = 0.0, says: str = ascii_lowercase):
+        self.tokenizer, self.pace, self.says = tokenizer, pace, says
         self.slots: list[FakeRequest | None] = [None] * slots
         self.waiting: deque[FakeRequest] = deque()
         self.gate = threading.Event()
@@ -69,7 +70,7 @@ class FakeEngine:
             request.echoed = [Token(i, False, scored if at else None) for at, i in enumerate(request.prompt)]
         token = None
         if request.sampling.max_tokens:
-            letter = ascii_lowercase[len(request.tokens) % 26]
+            letter = self.says[len(request.tokens) % len(self.says)]
             token = Token(self.tokenizer.encode(letter)[0], True, scored)
             request.tokens.append(token)
             request.text += letter

@@ -13,6 +13,7 @@ from helpers.running_server import served
 from hotlap.serve.errors import APIError
 from hotlap.serve.metrics import Metrics
 from hotlap.serve.protocol import completion_call
+from hotlap.serve.responses import Piece
 from hotlap.serve.worker import Worker
 
 
@@ -47,9 +48,16 @@ def with_worker(engine, scenario, queue=4, timeout=30.0, grace=5.0):
 async def read(ticket) -> list[str]:
     """The text of each choice."""
     texts = [""] * ticket.choices
-    async for piece in ticket:
+    for piece in await pieces_of(ticket):
         texts[piece.choice] += piece.text
     return texts
+
+
+async def pieces_of(ticket) -> list[Piece]:
+    found = []
+    while pieces := await ticket.take():
+        found += pieces
+    return found
 
 
 async def until(condition) -> None:
@@ -97,7 +105,7 @@ def test_cached_tokens_count_once_for_a_prompt(engine, call):
 def test_with_echo_the_first_piece_begins_with_the_prompt(engine, call, max_tokens):
     async def scenario(worker):
         asked = call("ab", echo=True, logprobs=0, max_tokens=max_tokens)
-        pieces = [piece async for piece in worker.submit(asked)]
+        pieces = await pieces_of(worker.submit(asked))
         assert "".join(piece.text for piece in pieces) == "ab" + "ab"[:max_tokens]
         ids = [token.id for token in pieces[0].tokens]
         assert ids[: len(asked.prompts[0])] == asked.prompts[0]
