@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from hotlap.common.errors import DataError
@@ -13,43 +12,45 @@ GAP = r"\s{1,4}"  # between the words of a phrase
 MOST_GAP = 4  # characters of it
 
 
-def read_blocklist(path: Path) -> tuple[Callable[[str, str], tuple[bool, str]], int]:
-    """The hook of a list (see `Moderation`), and the length of its longest entry in characters.
+class Blocklist:
+    """The hook of a list. `longest` is the length of its longest entry in characters."""
 
-    A line is a word or phrase, which is found as whole words, or a /regular expression/; case does not count.
-    Empty lines, and lines that begin with #, say nothing. DataError names the file and the line.
-    """
-    phrases: dict[str, int] = {}  # to their lines
-    expressions: list[tuple[re.Pattern, int]] = []
-    longest = 1
-    for number, line in enumerate(lines_of(path), 1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
+    def __init__(self, path: Path):
+        """Read a file. A line is a word or phrase, which is found as whole words, or a /regular expression/;
+        case does not count. Empty lines, and lines that begin with #, say nothing. DataError names the file
+        and the line.
+        """
+        self.name, self.longest = path.name, 1
+        self._phrases: dict[str, int] = {}  # to their lines
+        self._expressions: list[tuple[re.Pattern, int]] = []
+        for number, line in enumerate(lines_of(path), 1):
+            if (entry := line.strip()) and not entry.startswith("#"):
+                self._add(entry, number, f"{path}:{number}")
+        if not self._phrases and not self._expressions:
+            raise DataError(f"{path}: the list is empty; write a word, phrase or /regular expression/ a line")
+        self._any_phrase = one_of(self._phrases)
+
+    def _add(self, entry: str, number: int, place: str) -> None:
         if len(entry) > 1 and entry.startswith("/") and entry.endswith("/"):
-            expressions.append((expression(entry[1:-1], f"{path}:{number}"), number))
-            longest = LONGEST
-            continue
+            self._expressions.append((expression(entry[1:-1], place), number))
+            self.longest = LONGEST
+            return
         words = entry.casefold().split()
         length = sum(map(len, words)) + MOST_GAP * (len(words) - 1)
         if length > LONGEST:
             raise DataError(
-                f"{path}:{number}: an entry of {length} characters, with {MOST_GAP} between words; at most "
-                f"{LONGEST}: shorten it"
+                f"{place}: an entry of {length} characters, with {MOST_GAP} between words; shorten it to at "
+                f"most {LONGEST}"
             )
-        phrases.setdefault(" ".join(words), number)
-        longest = max(longest, length)
-    if not phrases and not expressions:
-        raise DataError(f"{path}: the list is empty; write a word, phrase or /regular expression/ a line")
-    any_phrase = one_of(phrases)
+        self._phrases.setdefault(" ".join(words), number)
+        self.longest = max(self.longest, length)
 
-    def allowed(text: str, direction: str) -> tuple[bool, str]:
-        if any_phrase and (found := any_phrase.search(text.casefold())):
-            return False, f"{path.name}:{phrases[' '.join(found.group().split())]}"
-        wrong = next((number for pattern, number in expressions if pattern.search(text)), None)
-        return (True, "") if wrong is None else (False, f"{path.name}:{wrong}")
-
-    return allowed, longest
+    def __call__(self, text: str, direction: str) -> tuple[bool, str]:
+        """Whether none of its entries is in a text; if one is, its file and line."""
+        if self._any_phrase and (found := self._any_phrase.search(text.casefold())):
+            return False, f"{self.name}:{self._phrases[' '.join(found.group().split())]}"
+        wrong = next((number for pattern, number in self._expressions if pattern.search(text)), None)
+        return (True, "") if wrong is None else (False, f"{self.name}:{wrong}")
 
 
 def lines_of(path: Path) -> list[str]:

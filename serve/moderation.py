@@ -19,7 +19,7 @@ from typing import Literal
 
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.serve.blocklist import LONGEST, read_blocklist
+from hotlap.serve.blocklist import LONGEST, Blocklist
 
 Direction = Literal["input", "output"]
 Hook = Callable[[str, Direction], tuple[bool, str]]
@@ -45,7 +45,7 @@ def load_moderation(spec: str) -> Moderation:
     """
     path = Path(spec)
     if path.is_file():
-        return Moderation(*read_blocklist(path))
+        return Blocklist(path)
     if not FUNCTION.fullmatch(spec):
         raise ValueError(f"moderation={spec} is no file, and names no function; it needs {NEEDED}")
     module, _, name = spec.partition(":")
@@ -61,15 +61,18 @@ def load_moderation(spec: str) -> Moderation:
         raise ValueError(
             f"moderation={spec}: {name} {what}; it must be a function (text, direction) -> (allowed, reason)"
         )
-    return Moderation(found)
+    return GuardedHook(found)
 
 
-class Moderation:
-    """A hook that always answers in time. What it cannot check is blocked, and the log says why once."""
+class GuardedHook:
+    """A user's function, which always answers in time: what it cannot check is blocked, and the log says why
+    once.
+    """
 
-    def __init__(self, hook: Hook, longest: int = LONGEST):
-        """longest: characters that the longest thing to find has; streams hold back up to twice as many."""
-        self.hook, self.longest = hook, longest
+    longest = LONGEST
+
+    def __init__(self, hook: Hook):
+        self.hook = hook
         self._calls = threading.BoundedSemaphore(MOST_CALLS)
         self._told: set[str] = set()
 
@@ -132,6 +135,10 @@ def moderated(pieces: Generator[str], moderate: Moderation | None) -> Iterator[s
     yield checked.finish()
     if checked.blocked:
         raise Blocked("the rest of this answer", checked.reason)
+
+
+Moderation = Blocklist | GuardedHook
+"""A filter. It is sure to find in a stream what has at most `longest` characters."""
 
 
 class CheckedText:

@@ -14,6 +14,7 @@ from hotlap.serve.blocklist import LONGEST
 from hotlap.serve.moderation import (
     Blocked,
     CheckedText,
+    GuardedHook,
     Moderation,
     load_moderation,
     moderated,
@@ -167,7 +168,7 @@ async def awaited(text, direction):
     ],
 )
 def test_a_hook_that_fails_blocks_and_the_log_says_why_once_without_the_text(hook, why, caplog):
-    moderate = Moderation(hook)
+    moderate = GuardedHook(hook)
     assert [moderate("Sesame", "input")[0] for _ in range(3)] == [False] * 3
     assert passed(["Sesame"], moderate) == ("", True)
     (record,) = caplog.records
@@ -185,7 +186,7 @@ def test_a_hook_that_hangs_blocks_in_time_and_is_not_called_for_ever(monkeypatch
         go_on.wait(20)
         return True, ""
 
-    moderate, began = Moderation(hang), time.monotonic()
+    moderate, began = GuardedHook(hang), time.monotonic()
     try:
         assert not any(moderate("x", "input")[0] for _ in range(6))
         assert time.monotonic() - began < 5 and len(calls) == 3
@@ -200,7 +201,7 @@ def test_a_hook_that_hangs_blocks_in_time_and_is_not_called_for_ever(monkeypatch
 
 
 def test_a_reason_is_one_short_line_without_control_characters():
-    _, reason = Moderation(lambda text, direction: (False, "a\n\x1b[2Jb" + "c" * 1000))("x", "input")
+    _, reason = GuardedHook(lambda text, direction: (False, "a\n\x1b[2Jb" + "c" * 1000))("x", "input")
     assert reason.startswith("a [2Jb") and len(reason) == 200
 
 
@@ -264,7 +265,7 @@ def test_expressions_are_found_at_every_cut(listed):
 
 def test_a_function_sees_each_part_with_what_is_around_it():
     seen = []
-    moderate = Moderation(lambda text, direction: (seen.append((text, direction)), (True, ""))[1])
+    moderate = GuardedHook(lambda text, direction: (seen.append((text, direction)), (True, ""))[1])
     text = " ".join(f"word{i}" for i in range(300))
     assert passed(list(text), moderate) == (text, False)
     assert {direction for _, direction in seen} == {"output"} and seen[-1][0].endswith("word299")

@@ -148,6 +148,24 @@ def test_a_cancelled_call_leaves_its_slot_within_a_step(engine, call):
     with_worker(engine, scenario)
 
 
+def test_a_dropped_choice_leaves_its_slot_and_the_others_go_on(engine, call):
+    async def scenario(worker):
+        engine.pace = 0.01
+        ticket = worker.submit(call(n=2, max_tokens=60))
+        await ticket.take()
+        ticket.drop(0)
+        pieces = await pieces_of(ticket)
+        assert {piece.choice for piece in pieces} <= {1} and pieces[-1].finish_reason == "length"
+        request = engine.started[0]
+        assert request.finish_reason == "cancelled" and len(request.tokens) < 60
+        ticket = worker.submit(call(max_tokens=60))
+        await ticket.take()
+        ticket.drop(0)
+        assert ticket.ended and await pieces_of(ticket) == []
+
+    with_worker(engine, scenario)
+
+
 def test_a_call_that_is_cancelled_while_it_waits_never_starts(engine, call):
     async def scenario(worker):
         engine.gate.clear()
