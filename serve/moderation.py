@@ -13,6 +13,7 @@ import re
 import threading
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ Hook = Callable[[str, Direction], tuple[bool, str]]
 SECONDS = 5.0  # that a hook may take
 MOST_CALLS = 32  # of a hook at once; those that hang count for as long as they do
 LONGEST_REASON = 200  # characters
+FAILED = "the filter failed"  # the reason then
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 NEEDED = "a file with a word, phrase or /regular expression/ a line, or a function as package.module:function"
 
@@ -108,7 +110,7 @@ class GuardedHook:
         if why not in self._told:
             self._told.add(why)
             log.warning("warning: the filter failed, and so it blocks, here and where this recurs: %s", why)
-        return False, "the filter failed"
+        return False, FAILED
 
 
 def require_allowed(texts: Iterable[str], moderate: Moderation | None) -> None:
@@ -146,7 +148,8 @@ class CheckedText:
 
     Text is checked up to the end of its last whole word, in windows that overlap. So a phrase is found
     wherever tokens cut it, and the beginning of a longer word is not taken for a word. Nothing passes that
-    could be the beginning of a phrase: up to twice `longest` characters are held back.
+    could be the beginning of a phrase: up to twice `longest` characters are held back. What passes of a text
+    that is blocked does not depend on the pieces that it came in.
     """
 
     def __init__(self, moderate: Moderation):
@@ -159,31 +162,42 @@ class CheckedText:
     def push(self, piece: str) -> str:
         """Add text. Returns what may pass now; nothing once something was blocked."""
         self._text += piece
-        end = self._end_of_words()
-        return self._pass(end, end + 1 - self._moderate.longest)
+        ends = (end for end in range(len(self._text), self._passed, -1) if self._is_end(end))
+        end = next(ends, 0)
+        return self._check(end, end + 1 - self._moderate.longest)
 
     def finish(self) -> str:
         """The answer has ended: check the rest, and let it pass."""
-        return self._pass(len(self._text), len(self._text))
+        return self._check(len(self._text), len(self._text))
 
-    def _end_of_words(self) -> int:
-        """Where the last word ends that another character follows. Or the end of the text, in a word that is
-        longer than all that a list has.
+    def _is_end(self, end: int) -> bool:
+        """Whether a word is over here: another character follows. Or whether the word is longer by now than
+        all that a list has.
         """
-        text = self._text
-        reach = max(0, len(text) - self._moderate.longest - 1)
-        ends = (i for i in range(len(text) - 1, reach - 1, -1) if not in_word(text[i]))
-        return next(ends, len(text) if reach else 0)
+        if end < len(self._text) and not in_word(self._text[end]):
+            return True
+        reach = end - self._moderate.longest - 1
+        return reach >= 0 and all(map(in_word, self._text[reach:end]))
 
-    def _pass(self, checked: int, until: int) -> str:
-        """Check the text up to a place, and let it pass up to another one."""
+    def _check(self, end: int, until: int) -> str:
+        """Check the text up to an end, and let it pass up to another place."""
         if self.blocked or until <= self._passed:
             return ""
-        allowed, self.reason = self._moderate(self._text[:checked], "output")
+        allowed, self.reason = self._moderate(self._text[:end], "output")
         if not allowed:
             self.blocked = True
-            return ""
-        passing = self._text[self._passed : until]
+            if self.reason == FAILED:  # and it may hang again
+                return ""
+            ends = [place for place in range(self._passed, end) if self._is_end(place)]
+            first = bisect_left(ends, True, key=self._is_blocked)
+            until = ends[first - 1] + 1 - self._moderate.longest if first else 0
+        return self._pass(until)
+
+    def _is_blocked(self, end: int) -> bool:
+        return not self._moderate(self._text[:end], "output")[0]
+
+    def _pass(self, until: int) -> str:
+        passing = self._text[self._passed : max(0, until)]
         start = max(0, until - self._moderate.longest)  # of the next window
         while start and in_word(self._text[start - 1]):
             start -= 1

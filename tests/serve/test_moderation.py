@@ -200,6 +200,17 @@ def test_a_hook_that_hangs_blocks_in_time_and_is_not_called_for_ever(monkeypatch
         assert time.monotonic() < until
 
 
+def test_a_hook_that_fails_is_not_asked_again_about_an_answer():
+    asked = []
+
+    def fail(text, direction):
+        asked.append(text)
+        raise OSError("no connection")
+
+    text = "word " * 200
+    assert passed([text, text], GuardedHook(fail)) == ("", True) and len(asked) == 1
+
+
 def test_a_reason_is_one_short_line_without_control_characters():
     _, reason = GuardedHook(lambda text, direction: (False, "a\n\x1b[2Jb" + "c" * 1000))("x", "input")
     assert reason.startswith("a [2Jb") and len(reason) == 200
@@ -229,6 +240,7 @@ def test_what_passes_ends_before_the_first_phrase_however_a_text_is_cut(listed):
         found = FOUND.search(text)
         assert blocked == bool(found) and text.startswith(said), (text, seed)
         assert len(said) <= found.start() if found else said == text, (text, seed)
+        assert said == passed([text], moderate)[0] == passed(list(text), moderate)[0], (text, seed)
 
 
 def test_nothing_of_a_phrase_passes_in_a_long_text(listed):
@@ -241,6 +253,7 @@ def test_nothing_of_a_phrase_passes_in_a_long_text(listed):
         text = f"{before} {phrase} after" + " and on" * drawn.randrange(60)
         said, blocked = passed(splits(text, seed), moderate)
         assert blocked and f"{before} ".startswith(said), (text, seed)
+        assert said == passed([text], moderate)[0], (text, seed)
 
 
 @pytest.mark.parametrize("lines", [["bad"], ["bad", "very bad"], ["/bad/"]])
