@@ -9,7 +9,10 @@ pytest.importorskip("fastapi")
 
 from helpers.fake_engine import FakeEngine
 from helpers.running_server import chat, running_server, served, wait_until
+from helpers.tools import ScriptedModel, script, tiny_config
 
+from hotlap.model.conversation import render_prompt
+from hotlap.model.engine import Engine
 from hotlap.serve.blocklist import Blocklist
 from hotlap.serve.moderation import GuardedHook
 
@@ -170,6 +173,51 @@ def test_an_echo_comes_with_its_log_probabilities(server, tiny_tokenizer):
     assert choice["finish_reason"] == "content_filter"
     answered = len(choice["text"]) - len(tiny_tokenizer.decode(ids))
     assert 0 < answered <= len(BEFORE) and len(choice["logprobs"]["tokens"]) == len(ids) + answered
+
+
+@pytest.fixture
+def scripted(tiny_tokenizer, blocklist):
+    """What a model that says these tokens answers, with the filter or without."""
+    t = tiny_tokenizer
+    start = len(render_prompt(chat()["messages"], t))
+
+    def ask(ids: list[int], moderate=blocklist, **fields) -> dict:
+        model = ScriptedModel(tiny_config(context=256), [script(start, ids)], t.special["<|assistant_end|>"])
+        engine = Engine(model, t, slots=1)
+        with running_server(engine, served(t, context=256), moderate=moderate) as running:
+            reply = running.ask(CHAT, chat(max_tokens=200, temperature=0, logprobs=True, **fields))[1]
+            wait_until(running.quiet)
+        return reply["choices"][0]
+
+    return ask
+
+
+def tokens_of(choice: dict) -> str:
+    return "".join(entry["token"] for entry in choice["logprobs"]["content"])
+
+
+def test_an_answer_that_is_allowed_is_the_same_with_and_without_a_filter(scripted, tiny_tokenizer):
+    """Also with a call of the calculator in it, and with characters of several tokens."""
+    special, encode = tiny_tokenizer.special, tiny_tokenizer.encode
+    call = [special["<|tool_start|>"], *encode("2+3"), special["<|tool_end|>"]]
+    result = [special["<|result_start|>"], *encode("5"), special["<|result_end|>"]]
+    ids = [*encode("Well \U0001f600 "), *call, *result, *encode("it is 5, my dear\u732b")]
+    choice = scripted(ids)
+    assert choice == scripted(ids, moderate=None) and choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == "Well \U0001f600 it is 5, my dear\u732b"
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [("bad d", "stop"), ("bad dog is", "stop"), ("dog i", "stop"), ("is here", "content_filter")],
+)
+def test_the_tokens_of_a_stop_string_are_not_listed(scripted, tiny_tokenizer, stop, reason):
+    """They may be those of a phrase."""
+    choice = scripted(tiny_tokenizer.encode(SAYS), stop=stop)
+    text = choice["message"]["content"]
+    assert choice["finish_reason"] == reason
+    assert text == SAYS[: SAYS.index(stop)] if reason == "stop" else BEFORE.startswith(text)
+    assert text.startswith(tokens_of(choice)) and tokens_of(choice)
 
 
 def test_only_the_blocked_choice_ends(tiny_tokenizer, blocklist):
