@@ -32,6 +32,7 @@ from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render_prompt
 from hotlap.model.streaming import StreamDecoder
+from hotlap.serve.moderation import Blocked, Moderation, load_moderation, moderated, require_allowed
 
 if TYPE_CHECKING:
     from hotlap.model.engine import Engine
@@ -69,6 +70,9 @@ class ChatConfig:
     seed: int | None = None
     """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
 
+    moderation: str | None = None
+    """Filter for questions and answers: a file of words, or package.module:function. By default none."""
+
     def sampling(self, base: bool) -> Sampling:
         temperature = self.temperature
         if temperature is None:
@@ -92,9 +96,15 @@ def seeds(first: int | None) -> Iterator[int]:
 class Chat:
     """A conversation with a chat model."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
-        """seed: of the first answer; sampling's own is not used."""
-        self.engine, self.sampling, self.seeds = engine, sampling, seeds(seed)
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        seed: int | None = None,
+        moderate: Moderation | None = None,
+    ):
+        """seed: of the first answer; sampling's own is not used. moderate: the filter."""
+        self.engine, self.sampling, self.seeds, self.moderate = engine, sampling, seeds(seed), moderate
         self.clear()
         self.system = ""
 
@@ -103,7 +113,10 @@ class Chat:
         self.dropped = 0  # questions that the context has no room for
 
     def answer(self, question: str) -> Iterator[str]:
-        """Stream the answer as text. Question and answer (as far as it came) join the conversation."""
+        """Stream the answer as text. Question and answer (as far as it came) join the conversation. Raises
+        Blocked, and neither joins, if the filter does not allow one of them.
+        """
+        require_allowed([self.system, question], self.moderate)
         self.messages.append({"role": "user", "content": question})
         ids: list[int] = []
         try:
@@ -111,18 +124,25 @@ class Chat:
             if dropped:
                 note(f"the context is full: dropped the first {dropped} questions and answers")
                 self.dropped += dropped
-            decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
-            for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
-                ids.append(token)
-                if parts.push(token) == "text":
-                    yield decoder.push(token)
-            yield decoder.finish()
+            yield from moderated(self.pieces(prompt, ids), self.moderate)
+        except Blocked:
+            ids.clear()
+            raise
         finally:
             messages = parse_answer(ids, self.engine.tokenizer)
             if messages:
                 self.messages += messages
             else:
                 self.messages.pop()
+
+    def pieces(self, prompt: list[int], ids: list[int]) -> Iterator[str]:
+        """Generate an answer. Its tokens are appended to ids, its text is streamed."""
+        decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
+        for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
+            ids.append(token)
+            if parts.push(token) == "text":
+                yield decoder.push(token)
+        yield decoder.finish()
 
     def fitting_prompt(self) -> tuple[list[int], int]:
         """Drop the oldest turns until the conversation fits. Returns its ids, and how many were dropped."""
@@ -144,17 +164,27 @@ class Chat:
 class Continuation:
     """A base model, which continues text."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
-        """seed: of the first text; sampling's own is not used."""
-        self.engine, self.sampling, self.seeds = engine, sampling, seeds(seed)
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        seed: int | None = None,
+        moderate: Moderation | None = None,
+    ):
+        """seed: of the first text; sampling's own is not used. moderate: the filter."""
+        self.engine, self.sampling, self.seeds, self.moderate = engine, sampling, seeds(seed), moderate
 
     def answer(self, text: str) -> Iterator[str]:
+        require_allowed([text], self.moderate)
         tokenizer, room = self.engine.tokenizer, self.engine.model.config.context * 3 // 4
         prompt = [tokenizer.bos, *tokenizer.encode(text)]
         if len(prompt) > room:
             note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
-        decoder = StreamDecoder(tokenizer)
-        for token in self.engine.generate(prompt[-room:], replace(self.sampling, seed=next(self.seeds))):
+        yield from moderated(self.pieces(prompt[-room:]), self.moderate)
+
+    def pieces(self, prompt: list[int]) -> Iterator[str]:
+        decoder = StreamDecoder(self.engine.tokenizer)
+        for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
             yield decoder.push(token)
         yield decoder.finish()
 
@@ -187,6 +217,8 @@ def say(chat: Chat | Continuation, question: str) -> bool:
         print(" [stopped]", flush=True)
         return True
     except ValueError as error:
+        if said:
+            print(flush=True)
         complain(str(error))
         return False
     return said
@@ -270,6 +302,7 @@ def converse(chat: Chat | Continuation) -> None:
 def open_chat(config: ChatConfig) -> Chat | Continuation:
     """Load the model. A base model continues text instead of chatting."""
     config.sampling(base=False)  # says what is wrong with the flags before torch is imported, in seconds
+    moderate = load_moderation(config.moderation) if config.moderation else None
     with cli.importing():
         from hotlap.kernels.dispatch import default_device
         from hotlap.model.engine import Engine
@@ -287,10 +320,11 @@ def open_chat(config: ChatConfig) -> Chat | Continuation:
     if config.prompt is None:
         engine.choose_kernels()  # what it logs would stand between a question and its answer
     parameters = sum(p.numel() for p in engine.model.parameters())
-    note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}")
+    filtered = f"filter: {config.moderation}" if moderate else "answers are not filtered"
+    note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}; {filtered}")
     if base:
         note("base model: it continues text; `hotlap sft` fine-tunes it for chat")
-    return (Continuation if base else Chat)(engine, config.sampling(base), config.seed)
+    return (Continuation if base else Chat)(engine, config.sampling(base), config.seed, moderate)
 
 
 def main(config: ChatConfig) -> int:

@@ -13,6 +13,7 @@ from helpers.tools import ScriptedModel, script, tiny_config
 
 from hotlap import chat as program
 from hotlap.chat import Chat, ChatConfig, Continuation, command, say
+from hotlap.common.errors import BAD_DATA
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import check_messages, render_prompt
 from hotlap.model.engine import Engine
@@ -20,6 +21,7 @@ from hotlap.model.gpt import GPT
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import train_characters
 from hotlap.model.weights import save_model
+from hotlap.serve.moderation import load_moderation
 
 CHAT = Path(__file__).parent.parent / "chat.py"
 
@@ -306,6 +308,47 @@ def test_an_empty_question_is_refused_before_the_model_is_loaded(question, workp
     monkeypatch.setattr("hotlap.model.weights.load_model", lambda *given: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="the question of -p is empty"):
         program.open_chat(ChatConfig(model=workplace / "runs" / "talker", prompt=question))
+
+
+def filtered(chat, *words: str, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(words))
+    chat.moderate = load_moderation(str(tmp_path / "list.txt"))
+    return chat
+
+
+def test_what_the_filter_blocks_is_neither_shown_nor_remembered(tiny_tokenizer, tmp_path, capsys):
+    chat = talker(tiny_tokenizer, "Fine, dog.", "A cat.", max_tokens=30)
+    filtered(chat, "dog", "mouse", tmp_path=tmp_path)
+    assert not say(chat, "Hm?") and not say(chat, "a Mouse")
+    printed = capsys.readouterr()
+    assert "dog" not in printed.out and "Fine, dog.".startswith(printed.out.strip())
+    assert "the rest of this answer (list.txt:1)" in printed.err and "this text (list.txt:2)" in printed.err
+    assert chat.messages == []
+    assert say(chat, "b?") and capsys.readouterr().out == "A cat.\n"
+    assert [m["content"] for m in chat.messages] == ["b?", "A cat."]
+    chat.system = "a mouse"
+    assert not say(chat, "b?") and "this text" in capsys.readouterr().err
+
+
+def test_a_base_model_is_filtered_too(tiny_tokenizer, tmp_path, capsys):
+    t = tiny_tokenizer
+    prompt = [t.bos, *t.encode("Go")]
+    model = ScriptedModel(tiny_config(), [script(len(prompt), t.encode("And the dog."))], t.bos)
+    base = Continuation(Engine(model, t), Sampling(temperature=0.0, max_tokens=16))
+    filtered(base, "dog", tmp_path=tmp_path)
+    assert not say(base, "Go") and not say(base, "dog")
+    printed = capsys.readouterr()
+    assert "dog" not in printed.out and printed.err.count("the filter blocked") == 2
+
+
+def test_the_first_note_says_whether_answers_are_filtered(workplace, tmp_path):
+    _, _, errors = run_chat("runs/talker", "-p", "hi", folder=workplace)
+    assert "answers are not filtered" in errors.splitlines()[0]
+    (tmp_path / "list.txt").write_text("hi")
+    arguments = ("runs/talker", "-p", "hi", "--moderation", tmp_path / "list.txt")
+    code, output, errors = run_chat(*arguments, folder=workplace)
+    assert code == BAD_DATA and output == "" and "not filtered" not in errors
+    assert errors.splitlines()[-1] == "error: the filter blocked this text (list.txt:1)"
 
 
 def test_leaving():
