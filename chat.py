@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -25,6 +26,7 @@ from hotlap.common.errors import BAD_DATA
 from hotlap.common.log import log
 from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
+from hotlap.serve.moderation import load_moderation
 from hotlap.serve.terminal.conversation import Chat, Continuation
 from hotlap.serve.terminal.printing import note
 from hotlap.serve.terminal.session import Model, Session, converse
@@ -53,6 +55,8 @@ class ChatConfig:
     """Maximum length of an answer in tokens."""
     seed: int | None = None
     """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
+    moderation: str | None = None
+    """Filter for questions and answers: a file of words, or package.module:function. By default none."""
 
     def sampling(self, base: bool) -> Sampling:
         temperature = self.temperature
@@ -70,8 +74,8 @@ class ChatConfig:
         return self
 
 
-def load(folder: Path) -> Model:
-    """Load the model in a folder, and say which it is."""
+def load(folder: Path, moderation: str | None) -> Model:
+    """Load the model in a folder, and say which it is, and by what its answers are filtered."""
     from hotlap.kernels.dispatch import default_device
     from hotlap.model.engine import Engine
     from hotlap.model.weights import load_model, stage
@@ -81,7 +85,8 @@ def load(folder: Path) -> Model:
     model, tokenizer = load_model(folder, device)
     engine = Engine(model.for_inference(), tokenizer, slots=1)
     parameters = sum(p.numel() for p in engine.model.parameters())
-    note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}")
+    filtered = f"filter: {moderation}" if moderation else "answers are not filtered"
+    note(f"{folder}: {parameters / 1e6:.1f}M parameters on {device}; {filtered}")
     if base:
         note("base model: it continues text; `hotlap sft` fine-tunes it for chat")
     return Model(folder, engine, base)
@@ -90,6 +95,7 @@ def load(folder: Path) -> Model:
 def open_session(config: ChatConfig) -> Session:
     """Load the model that the flags ask for. What is wrong with them or the question is said before."""
     config.sampling(base=False)
+    moderate = load_moderation(config.moderation) if config.moderation else None
     with cli.importing():
         import hotlap.model.engine  # noqa: F401  torch takes seconds to import
         from hotlap.model.weights import model_folder, stage
@@ -100,11 +106,11 @@ def open_session(config: ChatConfig) -> Session:
         raise ValueError("standard input is closed; ask with -p QUESTION")
     if config.prompt is not None and not config.prompt.strip() and not base:
         raise ValueError("the question of -p is empty")
-    model = load(folder)
+    model = load(folder, config.moderation)
     if config.prompt is None:
         model.engine.choose_kernels()  # now, so that the first answer need not wait for it
-    chat = (Continuation if base else Chat)(model.engine, config.sampling(base), config.seed)
-    return Session(chat, folder, load)
+    chat = (Continuation if base else Chat)(model.engine, config.sampling(base), config.seed, moderate)
+    return Session(chat, folder, partial(load, moderation=config.moderation))
 
 
 def main(config: ChatConfig) -> int:

@@ -39,5 +39,9 @@ setup(
     cmdclass={"build_py": BuildWithoutTests},
     package_dir={"hotlap": "."},
     packages=["hotlap", *(f"hotlap.{folder}" for folder in FOLDERS)],
-    package_data={"hotlap.kernels": ["tuned/*.json"], "hotlap.kernels.cpu": ["*.c", "*.h"]},
+    package_data={
+        "hotlap.kernels": ["tuned/*.json"],
+        "hotlap.kernels.cpu": ["*.c", "*.h"],
+        "hotlap.serve": ["blocklist-example.txt"],
+    },
 )

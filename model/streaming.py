@@ -19,6 +19,11 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
+    @property
+    def inside(self) -> bool:
+        """Whether the bytes so far end inside of a character."""
+        return bool(self._decoder.getstate()[0])
+
     def finish(self) -> str:
         """The remaining text; an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)

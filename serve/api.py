@@ -17,11 +17,14 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from hotlap.common.log import log
 from hotlap.serve.body import read_json
-from hotlap.serve.errors import APIError
+from hotlap.serve.errors import APIError, refused
 from hotlap.serve.metrics import Metrics
-from hotlap.serve.protocol import Call, Served, chat_call, completion_call
+from hotlap.serve.moderation import Blocked, Moderation, require_allowed
+from hotlap.serve.protocol import Call, Served, chat_call, completion_call, texts_of
 from hotlap.serve.responses import DONE, Reply, sse
+from hotlap.serve.screen import Screen
 from hotlap.serve.security import Gate, error_response, failure
 from hotlap.serve.tokenizing import detokenized, tokenized, tokenizer_info
 from hotlap.serve.worker import Ticket, Worker
@@ -42,12 +45,21 @@ class Service:
     worker: Worker
     served: Served
     metrics: Metrics
+    moderate: Moderation | None
 
 
-def create_app(worker: Worker, served: Served, metrics: Metrics, key: str | None = None) -> FastAPI:
-    """The application. key: the API key, or None for requests to this machine by its own names."""
+def create_app(
+    worker: Worker,
+    served: Served,
+    metrics: Metrics,
+    key: str | None = None,
+    moderate: Moderation | None = None,
+) -> FastAPI:
+    """The application. key: the API key, or None for requests to this machine by its own names. moderate: the
+    filter, or None.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = Service(worker, served, metrics)
+    app.state.service = Service(worker, served, metrics, moderate)
     app.include_router(router)
     app.add_exception_handler(APIError, refusal)
     app.add_exception_handler(HTTPException, unknown_route)
@@ -84,14 +96,32 @@ async def answer(request: Request, check: Callable[[object, Served], Call]) -> R
     body = await read_json(request, served.limits.body)
     worker.require_room()  # before time is spent on the prompt
     call = await to_thread.run_sync(check, body, served)
+    await check_input(call, service)
     ticket = worker.submit(call)
     reply = Reply(call, served.tokenizer)
+    screen = Screen(ticket, served.tokenizer, service.moderate, service.metrics)
     if call.stream:
-        return EventStream(ticket, reply)
+        return EventStream(ticket, reply, screen)
     async with heard(request.receive, ticket):
-        async for piece in ticket:
-            reply.add(piece)
+        while pieces := await ticket.take():
+            for piece in await screen.checked(pieces):
+                reply.add(piece)
     return JSONResponse(reply.whole(ticket.usage))
+
+
+async def check_input(call: Call, service: Service) -> None:
+    """Refuse a call with a message or a prompt that the filter does not allow."""
+    if service.moderate is None:
+        return
+    tokenizer = service.served.tokenizer
+    texts = [text for prompt in call.prompts for text in texts_of(prompt, tokenizer)]
+    try:
+        await to_thread.run_sync(require_allowed, texts, service.moderate)
+    except Blocked as blocked:
+        service.metrics.blocked.labels("input").inc()
+        log.info("the filter blocked a request: %s", blocked.reason)
+        field = "messages" if call.chat else "prompt"
+        raise refused("the filter of this server does not allow this text", field, "content_filter") from None
 
 
 @contextlib.asynccontextmanager
@@ -116,8 +146,8 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, ticket: Ticket, reply: Reply):
-        super().__init__(events(ticket, reply), headers=STREAM_HEADERS)
+    def __init__(self, ticket: Ticket, reply: Reply, screen: Screen):
+        super().__init__(events(ticket, reply, screen), headers=STREAM_HEADERS)
         self.ticket = ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,7 +155,7 @@ class EventStream(StreamingResponse):
             await self.stream_response(send)
 
 
-async def events(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
+async def events(ticket: Ticket, reply: Reply, screen: Screen) -> AsyncIterator[str]:
     """The events of a stream. An error ends it, as its last event."""
     try:
         while True:
@@ -137,6 +167,7 @@ async def events(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
                 continue
             if not pieces:
                 break
+            pieces = await screen.checked(pieces)
             # all that is there in one write: a client that cannot keep up makes less work
             if text := "".join(sse(chunk) for piece in pieces for chunk in reply.chunks(piece)):
                 yield text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hotlap.common.terminal import printable
 from hotlap.serve.config import Limits, ServeConfig
+from hotlap.serve.moderation import Moderation, load_moderation
 
 if TYPE_CHECKING:
     from hotlap.model.engine import Engine
@@ -37,14 +38,20 @@ def main(config: ServeConfig) -> int:
             f"host={config.host} can be reached by other machines, so it needs an API key: name a file with "
             f"--api-key-file, or set {KEY_VARIABLE}"
         )
+    moderate = load_moderation(config.moderation) if config.moderation else None
     with bound(config.host, config.port) as listener:
         engine, served = load(config)
         listener.listen(BACKLOG)
-        return asyncio.run(serve(config, engine, served, key, listener))
+        return asyncio.run(serve(config, engine, served, key, moderate, listener))
 
 
 async def serve(
-    config: ServeConfig, engine: Engine, served: Served, key: str | None, listener: socket.socket
+    config: ServeConfig,
+    engine: Engine,
+    served: Served,
+    key: str | None,
+    moderate: Moderation | None,
+    listener: socket.socket,
 ) -> int:
     from hotlap.serve import server
     from hotlap.serve.api import create_app
@@ -55,8 +62,10 @@ async def serve(
     worker = Worker(engine, config.queue, config.timeout, metrics)
     metrics.watch(worker)
     server.stop_by_signals(stop)
-    print(printable(announcement(engine, served, url_of(listener), key)), flush=True)
-    return await server.serve(create_app(worker, served, metrics, key), worker, listener, config.grace, stop)
+    said = announcement(engine, served, url_of(listener), key, config.moderation)
+    print(printable(said), flush=True)
+    app = create_app(worker, served, metrics, key, moderate)
+    return await server.serve(app, worker, listener, config.grace, stop)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -127,7 +136,9 @@ def model_name(folder: Path) -> str:
     return re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "model"
 
 
-def announcement(engine: Engine, served: Served, url: str, key: str | None) -> str:
+def announcement(
+    engine: Engine, served: Served, url: str, key: str | None, moderation: str | None = None
+) -> str:
     """What is served, where, and how to try it."""
     from hotlap.common.memory import amount
     from hotlap.model.kv_cache import slot_bytes
@@ -144,6 +155,7 @@ def announcement(engine: Engine, served: Served, url: str, key: str | None) -> s
         f"slots    {slots} of {served.context} tokens, {memory}",
         f"address  {url}/v1",
         f"key      {'needed' if key else 'not needed; only this machine can connect'}",
+        f"filter   {moderation or 'none: neither questions nor answers are checked'}",
         "",
         f"  curl {url}{route} -H 'Content-Type: application/json' "
         + ("-H 'Authorization: Bearer KEY' " if key else "")

@@ -65,6 +65,8 @@ class ServeConfig:
     """Seconds that a request may take, with its time in the queue."""
     grace: float = 30
     """Seconds that running requests get to finish when the server is stopped."""
+    moderation: str | None = None
+    """Filter for questions and answers: a file of words, or package.module:function. By default none."""
     api_key_file: Path | None = None
     """File with the key that clients must send. By default the variable HOTLAP_API_KEY, if there is one."""
 

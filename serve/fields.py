@@ -27,7 +27,7 @@ REFUSED = {  # unless null
     "audio": "the model writes text only",
     "prediction": "it is not supported",
     "web_search_options": "the model cannot search",
-    "moderation": "answers are not moderated",
+    "moderation": "what is filtered is set when the server is started, with --moderation",
     "functions": "the model was taught no functions",
     "function_call": "the model was taught no functions",
     "suffix": "the model only continues text",

@@ -20,6 +20,9 @@ class Metrics:
         to = {"registry": self.registry}
         self.requests = Counter("hotlap_requests", "HTTP requests by status.", ["status"], **to)
         self.refused = Counter("hotlap_queue_full", "Calls refused because the queue was full.", **to)
+        self.blocked = Counter(
+            "hotlap_blocked", "Requests and answers that the filter blocked.", ["direction"], **to
+        )
         self.read = Counter("hotlap_prompt_tokens", "Tokens of prompts.", **to)
         self.cached = Counter("hotlap_cached_tokens", "Tokens of prompts that the cache had.", **to)
         self.written = Counter("hotlap_completion_tokens", "Tokens of answers.", **to)

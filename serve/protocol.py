@@ -6,6 +6,7 @@ is done or refused by name; what does not is accepted. docs/api.md lists the fie
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -204,6 +205,12 @@ def text_ids(text: str, served: Served) -> list[int]:
         return [served.tokenizer.bos, *served.tokenizer.encode(text)]
     except DataError as error:  # a tokenizer of characters lacks one
         raise refused(str(error), "prompt") from None
+
+
+def texts_of(prompt: list[int], tokenizer: Tokenizer) -> list[str]:
+    """The texts between the special tokens of a prompt, as the model reads them: messages, calls, results."""
+    parts = itertools.groupby(prompt, lambda token: token < tokenizer.text_size)
+    return [tokenizer.decode(part) for is_text, part in parts if is_text]
 
 
 def call_without_prompts(

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     tokens: list[Token]
     """All of them, those of hidden tool calls and the one that ends the answer too."""
     finish_reason: str | None
-    """stop or length in a choice's last piece, else None."""
+    """stop, length or content_filter in a choice's last piece, else None."""
 
 
 @dataclass

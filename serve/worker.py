@@ -1,7 +1,7 @@
 """The engine's thread, and the event loop's way to it.
 
 The loop submits a call and gets a ticket, which yields the pieces of its answers. Only the thread touches the
-engine, and only the loop touches tickets: the thread looks at `Ticket.ended` between steps, and writes
+engine, and only the loop touches tickets: the thread asks `Ticket.wants` between steps, and writes
 `Ticket.usage` before it reports the last piece.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def too_busy(message: str) -> APIError:
 
 
 class Ticket:
-    """A submitted call, whose pieces are read by `async for piece in ticket`, or by `take`.
+    """A submitted call, whose pieces are read by `take`.
 
     It ends with the last choice's finish_reason, or with the APIError that ended it before. Pieces wait in
     memory until they are read: they are as many as the answers have tokens.
@@ -50,17 +50,12 @@ class Ticket:
         self.choices = len(call.prompts) * call.n
         self.ended = False
         self._error: APIError | None = None
-        self._unfinished = self.choices
+        self._unfinished = set(range(self.choices))
         self._leave = leave
         self._pieces: list[Piece] = []
         self._news = asyncio.Event()  # there are pieces, or it has ended
         late = APIError(504, f"the answer was not complete after {timeout:g} seconds", code="timeout")
         self._timer = asyncio.get_running_loop().call_later(timeout, self.end, late)
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        while pieces := await self.take():
-            for piece in pieces:
-                yield piece
 
     async def take(self) -> list[Piece]:
         """Wait for pieces, and return all that are there; none at the end. Raises the error that ended it."""
@@ -74,12 +69,21 @@ class Ticket:
 
     def put(self, piece: Piece) -> None:
         """Add a piece. The last one of the last choice ends the ticket."""
-        if not self.ended:
+        if not self.ended and piece.choice in self._unfinished:
             self._pieces.append(piece)
             self._news.set()
-            self._unfinished -= piece.finish_reason is not None
-            if not self._unfinished:
-                self.end()
+            if piece.finish_reason:
+                self.drop(piece.choice)
+
+    def drop(self, choice: int) -> None:
+        """End a choice: it stops within a step, and no more comes of it. The last one ends the ticket."""
+        self._unfinished.discard(choice)
+        if not self._unfinished:
+            self.end()
+
+    def wants(self, choice: int) -> bool:
+        """Whether a choice that has not finished shall go on."""
+        return not self.ended and choice in self._unfinished
 
     def end(self, error: APIError | None = None) -> None:
         """Let the reader find the end, or an error, after what is there already. What is still generated for
@@ -227,7 +231,7 @@ class Worker:
             if not ticket.ended:
                 self._begin(ticket)
         for choice in self._running:
-            if choice.ticket.ended:
+            if not choice.ticket.wants(choice.index):
                 self.engine.cancel(choice.request)
         self._running = [choice for choice in self._running if not choice.request.finish_reason]
         return not self._closed

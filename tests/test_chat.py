@@ -12,6 +12,7 @@ from helpers.talker import save_models
 
 from hotlap import chat as program
 from hotlap.chat import ChatConfig
+from hotlap.common.errors import BAD_DATA
 from hotlap.model.conversation import check_messages
 
 CHAT = Path(__file__).parent.parent / "chat.py"
@@ -116,3 +117,13 @@ def test_an_empty_question_is_refused_before_the_model_is_loaded(question, workp
     monkeypatch.setattr("hotlap.model.weights.load_model", lambda *given: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="the question of -p is empty"):
         program.open_session(ChatConfig(model=workplace / "runs" / "talker", prompt=question))
+
+
+def test_the_first_note_says_whether_answers_are_filtered(workplace, tmp_path):
+    _, _, errors = run_chat("runs/talker", "-p", "hi", folder=workplace)
+    assert "answers are not filtered" in errors.splitlines()[0]
+    (tmp_path / "list.txt").write_text("hi")
+    arguments = ("runs/talker", "-p", "hi", "--moderation", tmp_path / "list.txt")
+    code, output, errors = run_chat(*arguments, folder=workplace)
+    assert code == BAD_DATA and output == "" and "not filtered" not in errors
+    assert errors.splitlines()[-1] == "error: the filter blocked this text (list.txt:1)"

@@ -136,7 +136,10 @@ def test_a_source_archive_has_what_is_installed_and_no_tests(tmp_path):
     sources = (
         p for part in FOLDERS[:-1] for end in ("py", "c", "h") for p in (ROOT / part).rglob(f"*.{end}")
     )
-    needed = {p.relative_to(ROOT).as_posix() for p in (*sources, *ROOT.glob("kernels/tuned/*.json"))}
+    needed = {
+        p.relative_to(ROOT).as_posix()
+        for p in (*sources, *ROOT.glob("kernels/tuned/*.json"), *ROOT.glob("serve/*.txt"))
+    }
     assert needed - listed <= {"bench/test_kernels.py"}  # which is not installed
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "cli.py", "chat.py"} <= listed
     assert not [name for name in listed if name.startswith(("tests/", "docs/", "runs/"))]

@@ -7,11 +7,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render, render_prompt
 from hotlap.model.streaming import StreamDecoder
+from hotlap.serve.moderation import Blocked, Moderation, moderated, require_allowed
 from hotlap.serve.terminal.printing import note
 
 if TYPE_CHECKING:
@@ -42,11 +43,17 @@ class Stats:
 
 
 class Answers:
-    """What conversations and continuations share: an engine, and how it samples."""
+    """What conversations and continuations share: an engine, how it samples, and the filter."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
-        """seed: of the first answer; sampling's own is not used."""
-        self.engine, self.sampling = engine, sampling
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        seed: int | None = None,
+        moderate: Moderation | None = None,
+    ):
+        """seed: of the first answer; sampling's own is not used. moderate: the filter."""
+        self.engine, self.sampling, self.moderate = engine, sampling, moderate
         self.stats: Stats | None = None  # of the last answer
         self.start_seeds(seed)
 
@@ -71,10 +78,11 @@ class Answers:
 class Chat(Answers):
     """A conversation with a chat model."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None = None):
-        super().__init__(engine, sampling, seed)
+    system = ""  # the system message
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self.clear()
-        self.system = ""
 
     def clear(self) -> None:
         self.messages: list[dict] = []
@@ -87,11 +95,13 @@ class Chat(Answers):
 
     def answer(self, question: str) -> Iterator[str]:
         """Stream the answer as text. Question and answer (as far as it came) join the conversation, unless
-        nothing came. ValueError if the question is too long.
+        nothing came. ValueError if the question is too long; Blocked, and neither joins, if the filter does
+        not allow one of them.
         """
         self.unanswered = question
         if len(question) > LONGEST_MESSAGE:
             raise ValueError(f"{len(question):,} characters; at most {LONGEST_MESSAGE:,}")
+        require_allowed([self.system, question], self.moderate)
         self.messages.append({"role": "user", "content": question})
         ids: list[int] = []
         try:
@@ -99,18 +109,25 @@ class Chat(Answers):
             if dropped:
                 note(f"the context is full: dropped the first {dropped} questions and answers")
                 self.dropped += dropped
-            decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
-            for token in self.generate(prompt):
-                ids.append(token)
-                if parts.push(token) == "text":
-                    yield decoder.push(token)
-            yield decoder.finish()
+            yield from moderated(self.pieces(prompt, ids), self.moderate)
+        except Blocked:
+            ids.clear()
+            raise
         finally:
             if messages := parse_answer(ids, self.engine.tokenizer):
                 self.messages += messages
                 self.unanswered = None
             else:
                 self.messages.pop()
+
+    def pieces(self, prompt: list[int], ids: list[int]) -> Iterator[str]:
+        """Generate an answer. Its tokens are appended to ids, its text is streamed."""
+        decoder, parts = StreamDecoder(self.engine.tokenizer), AnswerParts(self.engine.tokenizer)
+        for token in self.generate(prompt):
+            ids.append(token)
+            if parts.push(token) == "text":
+                yield decoder.push(token)
+        yield decoder.finish()
 
     def undo(self) -> str | None:
         """Drop the last question with its answer, and return the question; None if there is none."""
@@ -165,16 +182,21 @@ class Continuation(Answers):
     text: str | None = None  # the last one
 
     def answer(self, text: str) -> Iterator[str]:
-        """Stream what follows the text. ValueError if it is too long."""
+        """Stream what follows the text. ValueError if it is too long, or the filter blocks one of them."""
         if len(text) > LONGEST_MESSAGE:
             raise ValueError(f"{len(text):,} characters; at most {LONGEST_MESSAGE:,}")
         self.text = text
+        require_allowed([text], self.moderate)
         tokenizer, room = self.engine.tokenizer, self.engine.model.config.context * 3 // 4
         prompt = [tokenizer.bos, *tokenizer.encode(text)]
         if len(prompt) > room:
             note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
-        decoder = StreamDecoder(tokenizer)
-        for token in self.generate(prompt[-room:]):
+        yield from moderated(self.pieces(prompt[-room:]), self.moderate)
+
+    def pieces(self, prompt: list[int]) -> Iterator[str]:
+        """Generate a continuation."""
+        decoder = StreamDecoder(self.engine.tokenizer)
+        for token in self.generate(prompt):
             yield decoder.push(token)
         yield decoder.finish()
 

@@ -197,7 +197,7 @@ WRONG = [
     (CHAT, {"audio": {"voice": "x"}}, "audio", "text only"),
     (CHAT, {"prediction": {"type": "content"}}, "prediction", "not supported"),
     (CHAT, {"web_search_options": {}}, "web_search_options", "cannot search"),
-    (CHAT, {"moderation": {"model": "x"}}, "moderation", "not moderated"),
+    (CHAT, {"moderation": {"model": "x"}}, "moderation", "set when the server is started"),
     # unknown fields
     (BOTH, {"temprature": 1}, "temprature", "unknown field: 'temprature'; did you mean 'temperature'"),
     (BOTH, {"repeat_penalty": 1}, "repeat_penalty", "did you mean 'repetition_penalty'"),

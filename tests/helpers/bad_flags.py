@@ -2,7 +2,7 @@
 # ruff: noqa: E501  a row is one line
 
 from helpers.bad_files import FAR, MANY, PRETRAIN, SFT, Row, text
-from helpers.commands import CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
+from helpers.commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
 
 ROWS: list[Row] = [
     # commands
@@ -95,6 +95,12 @@ ROWS: list[Row] = [
     ("serve sft --api-key-file a.txt", text("a.txt", b"\xff" * 16), USAGE, r"--api-key-file a\.txt cannot be read: .*utf-8"),
     ("serve sft --api-key-file none.txt", None, USAGE, r"--api-key-file none\.txt cannot be read: .*No such file"),
     ("serve sft --api-key-file .", None, USAGE, r"--api-key-file \. cannot be read: .*directory"),
+    ("serve sft --moderation none.txt", None, USAGE, r"--moderation none\.txt is no file, and names no function; it needs a file"),
+    ("serve sft --moderation a.txt", text("a.txt", "ok\n/(/"), BAD_DATA, r"a\.txt:2: not a regular expression"),
+    ("serve sft --moderation no_such_module:f", None, USAGE, r"--moderation no_such_module:f cannot be imported .*PYTHONPATH"),
+    ("serve sft --moderation string:nothing", None, USAGE, r"--moderation string:nothing: nothing is missing; it must be a function"),
+    ("chat sft -p a --moderation none.txt", None, USAGE, r"--moderation none\.txt is no file"),
+    ("chat sft -p a --moderation a.txt", text("a.txt", "# none"), BAD_DATA, r"a\.txt: the list is empty"),
     ("serve sft --port 70000", None, USAGE, r"--port 70000 must be a number from 0 to 65535"),
     ("serve sft --name ../x", None, USAGE, r"--name \.\./x must be 1 to 64 letters"),
     ("serve sft --slots 0", None, USAGE, r"--slots 0 must be at least 1"),

@@ -1,7 +1,8 @@
-"""Stands in for an engine in tests of the server: answers are the letters of the alphabet, one a step."""
+"""Stands in for an engine in tests of the server: answers are a text again and again, a letter a step."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ class FakeRequest:
     sampling: Sampling
     logprobs: int | None
     echo: bool
+    says: str
     cached: int = 0
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -28,11 +30,14 @@ class FakeRequest:
 class FakeEngine:
     """Adds a letter to the answer of each request in a slot, until it has `max_tokens`.
 
-    pace: seconds that a step takes. `gate`: steps wait while it is not set. `fault`: raised by the next step.
+    pace: seconds that a step takes. says: texts of the answers, in turn; by default the alphabet. `gate`:
+    steps wait while it is not set. `fault`: raised by the next step.
     """
 
-    def __init__(self, tokenizer, slots: int = 2, pace: float = 0.0):
-        self.tokenizer, self.pace = tokenizer, pace
+    def __init__(
+        self, tokenizer, slots: int = 2, pace: float = 0.0, says: tuple[str, ...] = (ascii_lowercase,)
+    ):
+        self.tokenizer, self.pace, self.says = tokenizer, pace, itertools.cycle(says)
         self.slots: list[FakeRequest | None] = [None] * slots
         self.waiting: deque[FakeRequest] = deque()
         self.gate = threading.Event()
@@ -42,7 +47,7 @@ class FakeEngine:
         self.most_running = 0
 
     def add(self, prompt, sampling, tools, logprobs=None, echo=False) -> FakeRequest:
-        request = FakeRequest(prompt, sampling, logprobs, echo)
+        request = FakeRequest(prompt, sampling, logprobs, echo, next(self.says))
         self.waiting.append(request)
         return request
 
@@ -69,7 +74,7 @@ class FakeEngine:
             request.echoed = [Token(i, False, scored if at else None) for at, i in enumerate(request.prompt)]
         token = None
         if request.sampling.max_tokens:
-            letter = ascii_lowercase[len(request.tokens) % 26]
+            letter = request.says[len(request.tokens) % len(request.says)]
             token = Token(self.tokenizer.encode(letter)[0], True, scored)
             request.tokens.append(token)
             request.text += letter

@@ -15,6 +15,7 @@ from hotlap.serve.api import create_app
 from hotlap.serve.command import bound
 from hotlap.serve.config import Limits
 from hotlap.serve.metrics import Metrics
+from hotlap.serve.moderation import Moderation
 from hotlap.serve.protocol import Served
 from hotlap.serve.server import serve
 from hotlap.serve.worker import Worker
@@ -82,7 +83,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 @contextlib.contextmanager
 def running_server(
-    engine, model: Served, key: str | None = None, queue: int = 256, timeout: float = 30, grace: float = 5
+    engine,
+    model: Served,
+    key: str | None = None,
+    queue: int = 256,
+    timeout: float = 30,
+    grace: float = 5,
+    moderate: Moderation | None = None,
 ) -> Iterator[Running]:
     listener = bound("127.0.0.1", 0)
     listener.listen(256)
@@ -96,7 +103,7 @@ def running_server(
         running.stop = lambda: loop.call_soon_threadsafe(stop.set)
         ready.set()
         running.exit_code = await serve(
-            create_app(worker, model, metrics, key), worker, listener, grace, stop
+            create_app(worker, model, metrics, key, moderate), worker, listener, grace, stop
         )
 
     ready = threading.Event()

@@ -78,6 +78,19 @@ class Terminal:
             )
         self.seen = self.output.index(text, self.seen) + len(text)
 
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C until the text is printed: what comes just before Python's readline waits for a key
+        has no effect until the next one.
+        """
+        for _ in range(10):
+            self.type(CTRL_C)
+            end = time.monotonic() + 1
+            while text not in self.output[self.seen :] and time.monotonic() < end:
+                self.read(0.05)
+            if text in self.output[self.seen :]:
+                break
+        self.expect(text)
+
     def ask(self, keys: str, answer: str) -> None:
         """Enter something at a prompt, and wait for what is printed then."""
         self.expect("> ")

@@ -9,6 +9,7 @@ pytest.importorskip("openai")
 
 import openai
 import torch
+from helpers.fake_engine import FakeEngine
 from helpers.openai_client import QUESTION, client_of, joined, text_of
 from helpers.running_server import running_server, served
 from helpers.tools import tiny_config
@@ -16,6 +17,7 @@ from helpers.tools import tiny_config
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
+from hotlap.serve.blocklist import Blocklist
 from hotlap.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS
 
 SLOTS, CONTEXT = 4, 256
@@ -322,6 +324,26 @@ def test_sixteen_at_once_get_what_each_gets_alone(server, ask):
 
     found = asyncio.run(all_at_once())
     assert found == [text_of(ask(**own(seed))) for seed in range(16)]
+
+
+def test_the_filter_is_seen_as_one(tiny_tokenizer, tmp_path):
+    (tmp_path / "list.txt").write_text("dog")
+    engine = FakeEngine(tiny_tokenizer, says=("It is a fine day and the dog is here. ",))
+    blocklist = Blocklist(tmp_path / "list.txt")
+    with (
+        running_server(engine, served(tiny_tokenizer, context=CONTEXT), moderate=blocklist) as running,
+        client_of(running, max_retries=0) as client,
+    ):
+        fields = {"model": "tiny", "max_tokens": 200}
+        whole = client.chat.completions.create(messages=QUESTION, **fields)
+        assert whole.choices[0].finish_reason == "content_filter" and "dog" not in text_of(whole)
+        chunks = list(client.chat.completions.create(messages=QUESTION, stream=True, **fields))
+        assert chunks[-1].choices[0].finish_reason == "content_filter" and joined(chunks) == text_of(whole)
+        (choice,) = client.completions.create(prompt="Hi", **fields).choices
+        assert choice.finish_reason == "content_filter" and choice.text == text_of(whole)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(prompt="the dog", **fields)
+        assert refused.value.code == "content_filter" and refused.value.param == "prompt"
 
 
 def test_responses_have_the_servers_id(ask):

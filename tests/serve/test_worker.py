@@ -13,6 +13,7 @@ from helpers.running_server import served
 from hotlap.serve.errors import APIError
 from hotlap.serve.metrics import Metrics
 from hotlap.serve.protocol import completion_call
+from hotlap.serve.responses import Piece
 from hotlap.serve.worker import Worker
 
 
@@ -47,9 +48,16 @@ def with_worker(engine, scenario, queue=4, timeout=30.0, grace=5.0):
 async def read(ticket) -> list[str]:
     """The text of each choice."""
     texts = [""] * ticket.choices
-    async for piece in ticket:
+    for piece in await pieces_of(ticket):
         texts[piece.choice] += piece.text
     return texts
+
+
+async def pieces_of(ticket) -> list[Piece]:
+    found = []
+    while pieces := await ticket.take():
+        found += pieces
+    return found
 
 
 async def until(condition) -> None:
@@ -97,7 +105,7 @@ def test_cached_tokens_count_once_for_a_prompt(engine, call):
 def test_with_echo_the_first_piece_begins_with_the_prompt(engine, call, max_tokens):
     async def scenario(worker):
         asked = call("ab", echo=True, logprobs=0, max_tokens=max_tokens)
-        pieces = [piece async for piece in worker.submit(asked)]
+        pieces = await pieces_of(worker.submit(asked))
         assert "".join(piece.text for piece in pieces) == "ab" + "ab"[:max_tokens]
         ids = [token.id for token in pieces[0].tokens]
         assert ids[: len(asked.prompts[0])] == asked.prompts[0]
@@ -136,6 +144,24 @@ def test_a_cancelled_call_leaves_its_slot_within_a_step(engine, call):
         assert await read(second) == ["ab"]
         request = engine.started[0]
         assert request.finish_reason == "cancelled" and len(request.tokens) < 60
+
+    with_worker(engine, scenario)
+
+
+def test_a_dropped_choice_leaves_its_slot_and_the_others_go_on(engine, call):
+    async def scenario(worker):
+        engine.pace = 0.01
+        ticket = worker.submit(call(n=2, max_tokens=60))
+        await ticket.take()
+        ticket.drop(0)
+        pieces = await pieces_of(ticket)
+        assert {piece.choice for piece in pieces} <= {1} and pieces[-1].finish_reason == "length"
+        request = engine.started[0]
+        assert request.finish_reason == "cancelled" and len(request.tokens) < 60
+        ticket = worker.submit(call(max_tokens=60))
+        await ticket.take()
+        ticket.drop(0)
+        assert ticket.ended and await pieces_of(ticket) == []
 
     with_worker(engine, scenario)
 

@@ -11,6 +11,7 @@ from hotlap.model.config import Sampling
 from hotlap.model.conversation import check_messages, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.model.tokenizer import train_characters
+from hotlap.serve.moderation import load_moderation
 from hotlap.serve.terminal import printing
 from hotlap.serve.terminal.commands import run
 from hotlap.serve.terminal.conversation import Chat, Continuation
@@ -244,3 +245,41 @@ def test_figures_count_the_tokens_of_the_answer_and_of_the_context(tiny_tokenize
 def test_an_answer_steers_no_terminal(capsys):
     say(iter(["\x1b]0;a title\x07", "\x1b", "]52;c;aGk=\x07 \x9b31m", "red\u202e"]))
     assert capsys.readouterr().out == "]0;a title]52;c;aGk= 31mred\n"
+
+
+def filtered(chat, *words: str, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(words))
+    chat.moderate = load_moderation(str(tmp_path / "list.txt"))
+    return chat
+
+
+def test_what_the_filter_blocks_is_neither_shown_nor_remembered(tiny_tokenizer, tmp_path, capsys):
+    chat = talker(tiny_tokenizer, "Fine, dog.", "A cat.", max_tokens=30)
+    filtered(chat, "dog", "mouse", tmp_path=tmp_path)
+    assert not say(chat.answer("Hm?")) and not say(chat.answer("a Mouse"))
+    printed = capsys.readouterr()
+    assert "dog" not in printed.out and "Fine, dog.".startswith(printed.out.strip())
+    assert "the rest of this answer (list.txt:1)" in printed.err and "this text (list.txt:2)" in printed.err
+    assert chat.messages == []
+    assert say(chat.answer("b?")) and capsys.readouterr().out == "A cat.\n"
+    assert [m["content"] for m in chat.messages] == ["b?", "A cat."]
+    chat.system = "a mouse"
+    assert not say(chat.answer("b?")) and "this text" in capsys.readouterr().err
+
+
+def test_a_base_model_is_filtered_too(tiny_tokenizer, tmp_path, capsys):
+    t = tiny_tokenizer
+    prompt = [t.bos, *t.encode("Go")]
+    model = ScriptedModel(tiny_config(), [script(len(prompt), t.encode("And the dog."))], t.bos)
+    base = Continuation(Engine(model, t), Sampling(temperature=0.0, max_tokens=16))
+    filtered(base, "dog", tmp_path=tmp_path)
+    assert not say(base.answer("Go")) and not say(base.answer("dog"))
+    printed = capsys.readouterr()
+    assert "dog" not in printed.out and printed.err.count("the filter blocked") == 2
+
+
+def test_a_retry_that_the_filter_blocks_keeps_the_earlier_answer(tiny_tokenizer, tmp_path):
+    chat = talker(tiny_tokenizer, "A cat.", "A dog.", max_tokens=30)
+    filtered(chat, "dog", tmp_path=tmp_path)
+    assert say(chat.answer("b?")) and not say(chat.retry())
+    assert [m["content"] for m in chat.messages] == ["b?", "A cat."]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers.talker import save_models
-from helpers.terminal import CTRL_C, CTRL_D, PARROT, PASTE, PASTED, UP, Terminal, plain
+from helpers.terminal import CTRL_D, PARROT, PASTE, PASTED, UP, Terminal, plain
 
 MARKED = pytest.mark.parametrize("term", ["xterm-256color", "dumb"], ids=["marked", "unmarked"])
 
@@ -63,16 +63,13 @@ def test_ctrl_c_drops_what_was_typed_and_stops_an_answer_but_not_the_program(tmp
         terminal.expect("> ")
         terminal.type("never sent")
         terminal.expect("never sent")
-        terminal.type(CTRL_C)
-        terminal.expect("[nothing was sent")
+        terminal.interrupt("[nothing was sent")
         terminal.ask('"""', ". ")
         terminal.type("never\nsent")
         terminal.expect("sent")
-        terminal.type(CTRL_C)
-        terminal.expect("[nothing was sent")
+        terminal.interrupt("[nothing was sent")
         terminal.ask("count", "0 1 2 ")
-        terminal.type(CTRL_C)
-        terminal.expect("[stopped]")
+        terminal.interrupt("[stopped]")
         terminal.ask("next", "heard 'next'")
         assert "heard 'never" not in terminal.output
 
