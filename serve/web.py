@@ -36,8 +36,8 @@ STREAMLIT = {  # its settings, whatever the user's own files say
     "server.fileWatcherType": "none",
     "server.headless": True,
 }
-# Streamlit sets styles on elements, and makes images out of data. Its inline script, which is for search engines,
-# does not run.
+# Streamlit sets styles on elements, and makes images out of data. Its inline script, which is for search
+# engines, does not run.
 POLICY = (
     "default-src 'self'; img-src 'self' data:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
