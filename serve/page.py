@@ -36,6 +36,8 @@ def main() -> None:
     st.set_page_config(page_title="hotlap")
     folder, client = Path(st.secrets["folder"]), client_of(st.secrets["url"])
     name = st.query_params.get("c")
+    running = answering.RUNNING.get((folder, name))  # before the file is read, which it may change
+    writing = running is not None and not running.ended.is_set()
     try:
         conversation = saved.load(folder, name) if name else Conversation()
     except (OSError, DataError) as error:
@@ -48,26 +50,12 @@ def main() -> None:
     st.session_state.seen = conversation
     with st.sidebar:
         served = page_sidebar.show(client, folder, name, conversation)
-    talk(client, folder, name, conversation, served)
-
-
-def talk(
-    client: openai.OpenAI, folder: Path, name: str | None, conversation: Conversation, served: bool
-) -> None:
-    """The conversation, and where the next question is typed."""
-    running = answering.RUNNING.get((folder, name)) if name else None
-    writing = running is not None and not running.ended.is_set()
-    for number, turn in enumerate(conversation.turns):
-        last = number == len(conversation.turns) - 1
-        show_question(client, folder, name, turn, last and served and not writing)
-        if writing and running.turn == turn.name:
-            break
-        if turn.answer:
-            show_answer(client, folder, name, turn, last and served and not writing)
-    if running and running.error:
-        trouble("There is no complete answer.", running.error)
+    show_turns(client, folder, name, conversation, running if writing else None, served)
+    error = running.error if running and not writing else ""
+    if error:
+        trouble("There is no complete answer.", error)
     unanswered = conversation.turns and not conversation.turns[-1].answer
-    if (unanswered or (running and running.error)) and not writing:
+    if (unanswered or error) and not writing:
         st.button("Retry", on_click=again, args=(client, folder, name), disabled=not served)
     st.chat_input(
         "Your message",
@@ -79,6 +67,24 @@ def talk(
     )
     if writing:
         follow(running)
+
+
+def show_turns(
+    client: openai.OpenAI,
+    folder: Path,
+    name: str | None,
+    conversation: Conversation,
+    running: answering.Answering | None,
+    served: bool,
+) -> None:
+    """The conversation, up to the turn whose answer is being written."""
+    for turn in conversation.turns:
+        changeable = turn is conversation.turns[-1] and served and not running
+        show_question(client, folder, name, turn, changeable)
+        if running and running.turn == turn.name:
+            return
+        if turn.answer:
+            show_answer(client, folder, name, turn, changeable)
 
 
 def follow(running: answering.Answering) -> None:
@@ -96,7 +102,7 @@ def show_question(client: openai.OpenAI, folder: Path, name: str, turn: Turn, ed
     with st.chat_message("user"):
         if st.session_state.get("editing") == turn.name and editable:
             with st.form("edit", border=False):
-                st.text_area("Your message", turn.question, key="edited", max_chars=LONGEST)
+                st.text_area("Edit your message", turn.question, key="edited", max_chars=LONGEST)
                 with st.container(horizontal=True):
                     st.form_submit_button("Ask", type="primary", on_click=edit, args=(client, folder, name))
                     st.form_submit_button("Cancel", on_click=st.session_state.pop, args=("editing",))

@@ -82,9 +82,15 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 @contextlib.contextmanager
 def running_server(
-    engine, model: Served, key: str | None = None, queue: int = 256, timeout: float = 30, grace: float = 5
+    engine,
+    model: Served,
+    key: str | None = None,
+    queue: int = 256,
+    timeout: float = 30,
+    grace: float = 5,
+    port: int = 0,
 ) -> Iterator[Running]:
-    listener = bound("127.0.0.1", 0)
+    listener = bound("127.0.0.1", port)
     listener.listen(256)
     metrics = Metrics()
     worker = Worker(engine, queue, timeout, metrics)
