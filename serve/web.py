@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from hotlap.common.errors import DataError
+from hotlap.common.errors import EXIT_CODES
 from hotlap.common.terminal import printable
 from hotlap.serve.command import BACKLOG, PACKAGES, bound, url_of
 from hotlap.serve.config import WebConfig
@@ -58,7 +60,8 @@ def main(config: WebConfig) -> int:
     from hotlap.serve.security import read_key
 
     key, folder = read_key(None), (config.folder or state_folder()).absolute()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with bound("127.0.0.1", config.port) as listener, contextlib.ExitStack() as stack:
         url = config.url.rstrip("/").removesuffix("/v1") if config.url else None
         url = url or stack.enter_context(server(config.model))
@@ -68,8 +71,8 @@ def main(config: WebConfig) -> int:
 
 @contextlib.contextmanager
 def server(model: Path | None) -> Iterator[str]:
-    """The address of a server of the model, a process that ends with the block. DataError with its own words
-    if it does not start.
+    """The address of a server of the model, a process that ends with the block. If it does not start, raises
+    its error.
     """
     command = [sys.executable, "-m", "hotlap.cli", "serve", "--port", "0"]
     command += ["--model", str(model)] if model else []
@@ -84,8 +87,9 @@ def server(model: Path | None) -> Iterator[str]:
                     return
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
-            why = lines[-1].removeprefix("error: ") if lines else f"exit code {process.wait()}"
-            raise DataError(why)
+            why = lines[-1].removeprefix("error: ") if lines else "the server has ended without a word"
+            kinds = {code: kind for kind, code in reversed(EXIT_CODES.items())}
+            raise kinds.get(process.wait(), ValueError)(why)  # which ends this process with the same code
         finally:
             process.terminate()
             try:

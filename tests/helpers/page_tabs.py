@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -30,22 +25,6 @@ def running_browser() -> Iterator:
         expect.set_options(timeout=TIMEOUT)
         yield browser
         browser.close()
-
-
-@contextlib.contextmanager
-def running_page(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`hotlap web`, with conversations in `folder`. Yields its address and process."""
-    command = [sys.executable, "-m", "hotlap.cli", "web", "--port", "0", "--folder", str(folder), *flags]
-    process = subprocess.Popen(
-        command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("page "), line + process.stdout.read()
-        yield line.split()[1], process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, process.stdout.read()
 
 
 def box(tab: Page) -> Locator:

@@ -15,6 +15,7 @@ pytest.importorskip("playwright")
 if not shutil.which("chromium"):
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
+from helpers.page_commands import running_page
 from helpers.page_tabs import (
     TIMEOUT,
     ask,
@@ -24,7 +25,6 @@ from helpers.page_tabs import (
     measured,
     press,
     running_browser,
-    running_page,
     said,
     send,
 )
@@ -348,10 +348,12 @@ def test_what_a_model_writes_can_neither_run_nor_load_anything(watched, engine):
 
 def test_nor_can_titles_system_prompts_and_saved_conversations(watched, page, folder):
     for payload in PAYLOADS:
-        messages = [{"role": "assistant", "content": payload}]
-        answer = saved.Answer(messages, payload, payload, 1, 0.0, 0.0)
-        turn = saved.Turn(payload, [answer])
-        name = saved.create(folder, saved.Conversation(payload, payload, [turn]))
+        saved.create(folder, saved.Conversation(payload))
+    turns = [
+        saved.Turn(text, [saved.Answer([{"role": "assistant", "content": text}], text, text, 1, 0.0, 0.0)])
+        for text in PAYLOADS
+    ]
+    name = saved.create(folder, saved.Conversation(PAYLOADS[0], "\n\n".join(PAYLOADS), turns))
     tab = watched(f"{page[0]}?c={name}")
     tab.get_by_text("This conversation").click()
     shown = tab.get_by_test_id("stSidebar").get_by_role("button").all_inner_texts()
