@@ -12,7 +12,7 @@ import openai
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.messages import TOOL
-from hotlap.serve.saved_conversations import Answer, changing, load
+from hotlap.serve.saved_conversations import Answer, Changed, changing, load
 
 TOO_LONG = "context_length_exceeded"
 LAST_SAVE = 5  # seconds for answers to be kept when the page ends
@@ -24,13 +24,14 @@ class Answering:
     """The answer to a turn of a conversation. It is kept when it ends, and as far as it came when it is
     stopped or fails.
 
-    fields: of the request, besides its messages. `error`: what went wrong, for the user.
+    fields: of the request, besides its messages. `error`: what went wrong, for the user. `lost`: what came of
+    the answer, if it could not be kept.
     """
 
     def __init__(self, client: openai.OpenAI, folder: Path, name: str, turn: str, fields: dict):
         self.client, self.folder, self.name, self.turn, self.fields = client, folder, name, turn, fields
         self.parts: list[str | dict] = []
-        self.error = ""
+        self.error, self.lost = "", []
         self.ended = threading.Event()
         self.kept = threading.Lock()
 
@@ -43,8 +44,10 @@ class Answering:
         """Ask without the oldest turns if the context has no room for them."""
         try:
             conversation = load(self.folder, self.name)
-            turn = conversation.turn(self.turn)
-            self.system, at = conversation.system, conversation.turns.index(turn)
+            turn = conversation.turns[-1]
+            if turn.name != self.turn:
+                raise Changed("another page has asked something else")
+            self.system, at = conversation.system, len(conversation.turns) - 1
             for dropped in range(at + 1):
                 self.dropped = dropped
                 before = conversation.messages(at, dropped=dropped)
@@ -107,7 +110,7 @@ class Answering:
                 elif not error and reason != "stopped":
                     self.error = "The model gave no answer."
             except (OSError, ValueError) as failure:
-                self.error = f"The answer could not be kept: {failure}"
+                self.error, self.lost = f"The answer could not be kept: {failure}", messages
             if not self.error and RUNNING.get((self.folder, self.name)) is self:
                 del RUNNING[self.folder, self.name]
             self.ended.set()
@@ -124,13 +127,14 @@ class Answering:
             turn.shown = len(turn.answers) - 1
 
 
-def begin(client: openai.OpenAI, folder: Path, name: str, turn: str, fields: dict) -> None:
-    """Start an answer, unless one of the conversation is being written."""
+def begin(client: openai.OpenAI, folder: Path, name: str, turn: str, fields: dict) -> Answering:
+    """Start an answer, unless one of the conversation is being written. Returns the one that is."""
     with ONE_AT_A_TIME:
-        before = RUNNING.get((folder, name))
-        if before is None or before.ended.is_set():
+        answering = RUNNING.get((folder, name))
+        if answering is None or answering.ended.is_set():
             RUNNING[folder, name] = answering = Answering(client, folder, name, turn, fields)
             threading.Thread(target=answering.run, daemon=True).start()
+        return answering
 
 
 def stop_all() -> None:

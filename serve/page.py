@@ -54,6 +54,7 @@ def main() -> None:
     error = running.error if running and not writing else ""
     if error:
         trouble("There is no complete answer.", error)
+        show_messages(running.lost)
     unanswered = conversation.turns and not conversation.turns[-1].answer
     if (unanswered or error) and not writing:
         st.button("Retry", on_click=again, args=(client, folder, name), disabled=not served)

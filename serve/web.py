@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hotlap.common.errors import EXIT_CODES
+from hotlap.common.process import end_with_parent
 from hotlap.common.terminal import printable
 from hotlap.serve.command import BACKLOG, PACKAGES, bound, url_of
 from hotlap.serve.config import WebConfig
@@ -78,10 +79,16 @@ def server(model: Path | None) -> Iterator[str]:
     command += ["--model", str(model)] if model else []
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )  # in a session of its own, because Ctrl-C is for the page, which then ends it
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent,
+            start_new_session=True,  # Ctrl-C is for the page, which then ends it
+        )  # fmt: skip
         try:
             for line in process.stdout:
+                if line.startswith("model ") and line.endswith("base model, which continues text\n"):
+                    raise ValueError(
+                        "a base model only continues text; `hotlap sft` makes a chat model of it, and "
+                        "`hotlap chat` shows what it writes"
+                    )
                 if line.startswith("address "):
                     yield line.split()[1].removesuffix("/v1")
                     return

@@ -1,10 +1,12 @@
 """`hotlap web`: what it refuses before a model is loaded, and who may use the page."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
@@ -14,8 +16,12 @@ pytest.importorskip("streamlit")
 
 from helpers.commands import INPUT_OUTPUT, NO_INPUT, USAGE, assert_error
 from helpers.page_commands import running_page
+from helpers.running_server import wait_until
+from helpers.tools import tiny_config
 
 from hotlap.cli import main
+from hotlap.model.gpt import GPT
+from hotlap.model.weights import save_model
 from hotlap.serve import web
 
 NOBODY = "http://127.0.0.1:9"  # where no server is
@@ -48,6 +54,23 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     code = main(["web", "--url", NOBODY, "--folder", str(tmp_path / "file")])
     assert_error(capsys, code, INPUT_OUTPUT, "file: Not a directory")
+
+
+def test_a_base_model_is_refused(tmp_path, capsys, tiny_tokenizer):
+    save_model(tmp_path, GPT(tiny_config()).init_weights(3), tiny_tokenizer)
+    (tmp_path / "state.json").write_text(json.dumps({"stage": "pretrain"}))
+    code = main(["web", str(tmp_path), "--port", "0", "--folder", str(tmp_path / "talks")])
+    assert_error(capsys, code, USAGE, "a base model only continues text", "hotlap sft")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_the_server_ends_even_if_the_page_is_killed(tmp_path, tiny_tokenizer):
+    save_model(tmp_path, GPT(tiny_config()).init_weights(3), tiny_tokenizer)
+    (tmp_path / "state.json").write_text(json.dumps({"stage": "sft"}))
+    with pytest.raises(AssertionError), running_page(tmp_path / "talks", str(tmp_path)) as (_, process):
+        (server,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    wait_until(lambda: not Path(f"/proc/{server}").exists())
 
 
 def test_it_prints_one_line_and_ends_at_once(tmp_path):
