@@ -150,14 +150,11 @@ def show_messages(messages: list[dict]) -> None:
 
 def measured(answer: Answer) -> str:
     """How fast an answer came, and what there is to know about it."""
-    found = [f"first token after {answer.first:.2f} s"]
-    if answer.tokens > 1 and answer.seconds > answer.first:
-        found.insert(0, f"{(answer.tokens - 1) / (answer.seconds - answer.first):.0f} tokens/s")
-    found += {
-        "length": ["cut off: it has reached its maximum length"],
-        "stopped": ["stopped"],
-        "error": ["incomplete"],
-    }.get(answer.end, [])
+    rate = answer.tokens / max(answer.seconds, 0.001)
+    found = [f"{rate:.0f} tokens/s", f"first text after {answer.first:.2f} s"]
+    ends = {"length": "cut off at its maximum length", "stopped": "stopped", "error": "incomplete"}
+    if answer.end in ends:
+        found.append(ends[answer.end])
     if answer.dropped:
         found.append(f"read without the first {answer.dropped} questions, for which the context has no room")
     return " · ".join(found)

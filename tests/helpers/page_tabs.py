@@ -48,7 +48,7 @@ def ask(tab: Page, text: str) -> None:
 
 def measured(tab: Page) -> Locator:
     """What is said below each complete answer."""
-    return tab.get_by_text("first token after")
+    return tab.get_by_text("first text after")
 
 
 def said(tab: Page) -> list[str]:

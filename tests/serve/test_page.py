@@ -118,7 +118,7 @@ def test_a_conversation_with_its_history_and_a_folded_calculator(tab, engine, ti
     ask(tab, "Hi")
     ask(tab, "2 + 3?")
     assert said(tab)[:3] == ["Hi", "Hello you.", "2 + 3?"]
-    assert re.search("tokens/s · first token after", measured(tab).last.inner_text())
+    assert re.search("tokens/s · first text after", measured(tab).last.inner_text())
     asked = [("user", "Hi"), ("assistant", "Hello you."), ("user", "2 + 3?")]
     prompt = render_prompt([{"role": role, "content": text} for role, text in asked], tiny_tokenizer)
     assert engine.started[-1].prompt == prompt and engine.started[-1].sampling.temperature == 0.7
@@ -289,10 +289,10 @@ PAYLOADS = (
     ":material/home: :red[x] &lt;script&gt;window.hacked=1&lt;/script&gt; \u202etxt\u202c \x1b[31mred",
     "</textarea></div><script src=https://evil.example/s.js></script>",
 )
-PARTS = "[data-testid=stMain], [data-testid=stSidebar]"
-FOREIGN = """parts => parts.flatMap(part => [...part.querySelectorAll(
-    "img, a[href], iframe, object, embed, video, audio, script, link, meta, base, form[action]"
-)].map(element => element.outerHTML))"""
+FOREIGN = """() => [...document.querySelectorAll("#root " + [
+    "a[href]:not([data-testid=stSkipToContent])", "img", "iframe", "object", "embed", "video", "audio",
+    "script", "link", "meta", "base", "form[action]"
+].join(", #root "))].map(element => element.outerHTML)"""
 
 
 class Watched:
@@ -324,7 +324,7 @@ class Watched:
             tab.wait_for_timeout(300)
             assert tab.evaluate("window.hacked") is None
             assert tab.locator("script").count() == scripts
-            assert tab.locator(PARTS).evaluate_all(FOREIGN) == []
+            assert tab.evaluate(FOREIGN) == []
         assert self.seen == []
 
 
