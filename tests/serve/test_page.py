@@ -40,7 +40,7 @@ from hotlap.serve import saved_conversations as saved
 from hotlap.train.data.conversation_files import read_conversations
 
 pytestmark = pytest.mark.xdist_group("page")
-LONG = " ".join(f"word{i}" for i in range(60))
+LONG = " ".join(f"word{i}" for i in range(30))
 
 
 @pytest.fixture(scope="module")
