@@ -15,7 +15,6 @@ from hotlap.model.messages import TOOL
 from hotlap.serve.saved_conversations import Answer, Changed, changing, load
 
 TOO_LONG = "context_length_exceeded"
-LAST_SAVE = 5  # seconds for answers to be kept when the page ends
 RUNNING: dict[tuple[Path, str], Answering] = {}  # the last one of each conversation, until it ended well
 ONE_AT_A_TIME = threading.Lock()
 
