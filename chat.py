@@ -1,4 +1,4 @@
-"""Chat with a model in the terminal: python chat.py [MODEL] [-p QUESTION], or serve it: --serve."""
+"""Chat with a model in the terminal: python chat.py [MODEL] [-p QUESTION]; --web: in a browser; --serve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ TEMPERATURE, BASE_TEMPERATURE = 0.7, 0.8  # at 0, base models repeat themselves
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Chat with a model. With --serve, serve it over HTTP instead; `hotlap serve --help` has those flags."""
+    """Chat with a model. With --web in a browser instead, and with --serve over HTTP: `hotlap web --help` and
+    `hotlap serve --help` have those flags.
+    """
 
     model_field: ClassVar[str] = "model"
     model: Path | None = None
@@ -126,5 +128,6 @@ def main(config: ChatConfig) -> int:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--serve"]
-    raise SystemExit(cli.main(["serve" if "--serve" in sys.argv[1:] else "chat", *words]))
+    words = [word for word in sys.argv[1:] if word not in ("--serve", "--web")]
+    command = "web" if "--web" in sys.argv[1:] else "serve" if "--serve" in sys.argv[1:] else "chat"
+    raise SystemExit(cli.main([command, *words]))

@@ -166,6 +166,10 @@ COMMANDS: Table = {
         "serve a model behind OpenAI's HTTP API",
         "serve.config:ServeConfig", "serve.command:main",
     ),
+    "web": Command(
+        "chat with a model in a web browser",
+        "serve.config:WebConfig", "serve.web:main",
+    ),
 }  # fmt: skip
 HELP = ("-h", "--help", "help")
 FLAGS = """

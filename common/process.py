@@ -1,13 +1,15 @@
-"""What a process sets once to compute on a CPU."""
+"""What a process sets once: to compute on a CPU, and to end with its parent."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 
 # Parameters of glibc's mallopt: free memory at the heap's end beyond the first is returned to the system, and
 # allocations above the second are mapped on their own, and returned when they are freed.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 def wait_asleep() -> None:
@@ -30,3 +32,10 @@ def keep_freed_memory() -> None:
     if set_option:
         set_option(MMAP_THRESHOLD, 1 << 30)
         set_option(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the thread that started this process ends, even if it is killed. Only on Linux."""
+    control = getattr(ctypes.CDLL(None), "prctl", None)
+    if control:
+        control(PARENT_DEATH_SIGNAL, signal.SIGTERM)

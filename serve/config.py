@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from hotlap.common.checks import at_least, between, refuse
 
@@ -80,4 +81,34 @@ class ServeConfig:
         at_least(self, 1, "queue")
         between(self, 1, LONGEST, "timeout")
         between(self, 0, LONGEST, "grace")
+        return self
+
+
+@dataclass(frozen=True)
+class WebConfig:
+    """Chat with a model in a web browser. The page asks a server of OpenAI's API, which it starts."""
+
+    model_field: ClassVar[str] = "model"
+    model: Path | None = None
+    """Run, checkpoint or model directory; the newest under runs/ by default."""
+    url: str | None = None
+    """Ask this server instead, such as http://127.0.0.1:8000; its key is the variable HOTLAP_API_KEY."""
+    port: int = 8501
+    """Port of the page, on this machine alone; 0: any free one."""
+    folder: Path | None = None
+    """Where conversations are kept; by default ~/.local/state/hotlap/conversations."""
+
+    def validate(self) -> WebConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        between(self, 0, 65535, "port")
+        if self.url is not None:
+            if self.model is not None:
+                raise ValueError("--url names a server, which has its model; leave out the model, or --url")
+            try:
+                parts = urlsplit(self.url)
+                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:
+                good = False
+            if not good:
+                refuse(self, "url", "the address of a server, such as http://127.0.0.1:8000")
         return self

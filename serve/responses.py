@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from hotlap.model.conversation import AnswerParts
+from hotlap.model.messages import TOOL
 from hotlap.serve.logprobs import ChatLogprobs, CompletionLogprobs
 
 if TYPE_CHECKING:  # the engine imports torch
@@ -59,6 +61,24 @@ class Choice:
         self.text: list[str] = []
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None
+        self.tokenizer, self.parts = tokenizer, AnswerParts(tokenizer) if call.chat else None
+        self.executed: list[dict] = []
+
+    def executed_in(self, tokens: list[Token]) -> list[dict]:
+        """The tool calls whose result ends in these tokens, in the form of Groq's `executed_tools`."""
+        found = []
+        for token in tokens if self.parts else []:
+            before = self.parts.part
+            if self.parts.push(token.id) == "text" and before == "result":
+                arguments = {"expression": self.tokenizer.decode(self.parts.call)}
+                found.append({
+                    "index": len(self.executed) + len(found),
+                    "type": TOOL,
+                    "arguments": json.dumps(arguments),
+                    "output": self.tokenizer.decode(self.parts.result),
+                })  # fmt: skip
+        self.executed += found
+        return found
 
 
 class Reply:
@@ -75,8 +95,10 @@ class Reply:
             found.append(self.chunk(piece.choice, {"role": "assistant", "content": ""}))
         choice = self.choice(piece.choice)
         logprobs = choice.logprobs.of(piece.tokens) if choice.logprobs and piece.tokens else None
-        if piece.text or (logprobs and any(logprobs.values())):
-            found.append(self.chunk(piece.choice, {"content": piece.text}, logprobs))
+        executed = choice.executed_in(piece.tokens)
+        if executed or piece.text or (logprobs and any(logprobs.values())):
+            tools = {"executed_tools": executed} if executed else {}
+            found.append(self.chunk(piece.choice, {"content": piece.text, **tools}, logprobs))
         if piece.finish_reason:
             found.append(self.chunk(piece.choice, {}, None, piece.finish_reason))
         return found
@@ -98,6 +120,7 @@ class Reply:
         choice = self.choice(piece.choice)
         choice.text.append(piece.text)
         choice.tokens += piece.tokens
+        choice.executed_in(piece.tokens)
         choice.finish_reason = piece.finish_reason
 
     def whole(self, usage: Usage) -> dict:
@@ -107,9 +130,11 @@ class Reply:
 
     def whole_choice(self, index: int, choice: Choice) -> dict:
         text = "".join(choice.text)
+        tools = {"executed_tools": choice.executed} if choice.executed else {}
+        message = {"message": {"role": "assistant", "content": text, **tools}}
         return {
             "index": index,
-            **({"message": {"role": "assistant", "content": text}} if self.call.chat else {"text": text}),
+            **(message if self.call.chat else {"text": text}),
             "logprobs": choice.logprobs.of(choice.tokens) if choice.logprobs else None,
             "finish_reason": choice.finish_reason,
         }

@@ -110,6 +110,14 @@ ROWS: list[Row] = [
     (f"serve sft --port 0 --slots {MANY}", None, USAGE, rf"--slots {MANY} for contexts of 32 tokens needs at least .* GB.*lower it"),
     ("serve nowhere --port 0", None, NO_INPUT, r"no model at nowhere"),
     ("serve text.txt --port 0", None, NO_INPUT, r"text\.txt is a file, not the folder of a run or model"),
+    # the web page
+    ("web sft --url http://127.0.0.1:8000", None, USAGE, r"--url names a server, which has its model; leave out the model, or --url"),
+    ("web --url 127.0.0.1:8000", None, USAGE, r"--url 127\.0\.0\.1:8000 must be the address of a server, such as http://127"),
+    ("web --url http://127.0.0.1:port", None, USAGE, r"--url http://127\.0\.0\.1:port must be the address of a server"),
+    ("web --port 70000", None, USAGE, r"--port 70000 must be a number from 0 to 65535"),
+    ("web --host 0.0.0.0", None, USAGE, r"unknown flag --host"),
+    ("web nowhere --port 0 --folder talks", None, NO_INPUT, r"no model at nowhere"),
+    ("web --url http://127.0.0.1:9 --folder text.txt", None, INPUT_OUTPUT, r"text\.txt: Not a directory; name another"),
     # configuration files
     (f"{PRETRAIN} --config none.toml", None, NO_INPUT, r"no configuration file none\.toml"),
     (f"{PRETRAIN} --config a.toml", text("a.toml", "loop.steps ="), USAGE, r"a\.toml is not TOML: Invalid value"),

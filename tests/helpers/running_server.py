@@ -90,8 +90,9 @@ def running_server(
     timeout: float = 30,
     grace: float = 5,
     moderate: Moderation | None = None,
+    port: int = 0,
 ) -> Iterator[Running]:
-    listener = bound("127.0.0.1", 0)
+    listener = bound("127.0.0.1", port)
     listener.listen(256)
     metrics = Metrics()
     worker = Worker(engine, queue, timeout, metrics)

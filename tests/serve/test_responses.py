@@ -160,7 +160,26 @@ def test_chat_logprobs_are_those_of_the_text_alone(reply, tiny_tokenizer):
     chunks = [chunk["choices"][0] for chunk in streamed(reply(logprobs=0), *pieces)]
     found = [entry["token"] for c in chunks if c["logprobs"] for entry in c["logprobs"]["content"]]
     assert found == ["a", "b"]
-    assert [c["delta"] for c in chunks[1:]] == [{"content": ""}, {"content": ""}, {"content": "ab"}, {}]
+    assert "".join(c["delta"].get("content", "") for c in chunks) == "ab"
+
+
+def test_executed_tools_are_listed_where_their_result_ends(reply, tiny_tokenizer):
+    special, encode = tiny_tokenizer.special, tiny_tokenizer.encode
+    used = [
+        [special["<|tool_start|>"], *encode(sum), special["<|tool_end|>"], special["<|result_start|>"],
+         *encode(result), special["<|result_end|>"]]
+        for sum, result in (("2+3", "5"), ("5*2", "10"))
+    ]  # fmt: skip
+    pieces = [Piece(0, "", tokens_of(ids), None) for ids in used]
+    pieces += [Piece(0, "10", tokens_of(encode("10")), "stop")]
+    tools = [
+        {"index": 0, "type": "calculator", "arguments": '{"expression": "2+3"}', "output": "5"},
+        {"index": 1, "type": "calculator", "arguments": '{"expression": "5*2"}', "output": "10"},
+    ]
+    assert whole(reply(), *pieces)["choices"][0]["message"]["executed_tools"] == tools
+    deltas = [chunk["choices"][0]["delta"] for chunk in streamed(reply(), *pieces)]
+    assert [delta.get("executed_tools") for delta in deltas[1:]] == [tools[:1], tools[1:], None, None]
+    assert "executed_tools" not in whole(reply(chat=False), *pieces)["choices"][0]
 
 
 def test_half_a_character_is_told_from_the_other_half(reply, tiny_tokenizer):
