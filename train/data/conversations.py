@@ -34,8 +34,8 @@ from hotlap.train.data.sources import SPLITS, split_documents
 from hotlap.train.data.tasks import arithmetic, facts, identity, refusals, spelling
 from hotlap.train.data.text_files import named_path
 
-ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 8  # sums, words and repeats of each greeting in `tasks`
-REFUSALS = 3500  # questions about anything else in `tasks`; none beside SmolTalk, which answers them
+ARITHMETIC, SPELLING, IDENTITY = 4000, 6500, 8  # sums, words and repeats of each greeting in `tasks`
+REFUSALS = 2500  # questions about anything else in `tasks`; none beside SmolTalk, which answers them
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
 BUILT_IN = ("tasks", "smoltalk")
 SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first

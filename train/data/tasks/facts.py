@@ -37,9 +37,10 @@ PHRASINGS = (
     "I don't know {}. Can you explain it?",
     "{}?",
     "{}",
-    "what is {}",
+    "Could you describe {}?",
+    "Can you say what {} is?",
 )
-TYPE_PHRASINGS = ("What is a {}?", "what is a {}", "Explain what a {} is.")
+TYPE_PHRASINGS = ("What is a {}?", "what is a {}")
 HELD_OUT_PHRASINGS = (
     "Can you tell me what {} does?",
     "Please describe what {} is for.",

@@ -12,6 +12,7 @@ ANSWERS = {
         "Good morning!", "Good evening", "Greetings", "Hello there", "Hello, how are you?", "hey", "hello!",
         "Hi, how are you?", "how are you", "How are you today?", "How is it going?", "What's up?",
         "Hello hotlap", "Hi hotlap!", "Good afternoon", "good evening", "hi there", "hiya", "what's up",
+        "How do you do?", "hello again!", "how are you doing", "Nice to meet you.",
     ),
     WHO: (
         "Who are you?", "who are you", "What are you?", "What is your name?", "what's your name",
@@ -19,22 +20,25 @@ ANSWERS = {
         "Are you a human?", "Are you ChatGPT?", "Who made you?", "How were you trained?", "who made you",
         "What is hotlap?", "what is hotlap", "hotlap?", "Are you an AI?", "are you a robot?",
         "Are you a bot?", "Which model are you?", "Who trained you?", "Tell me who you are.",
-        "What kind of model are you?",
+        "What kind of model are you?", "Are you a person?", "Who built you?", "who is hotlap?",
+        "Who am I speaking with?",
     ),
     ABLE: (
         "What can you do?", "what can you do", "Help", "help", "How can you help me?",
         "What do you know?", "What are you good at?", "What can I ask you?", "help me", "Help me!",
         "Can you help me?", "I need help", "what do you know", "what can i ask", "What do you do?",
         "Can you do anything else?", "How does this work?", "What topics do you know?", "/help",
+        "What can hotlap do?", "What are you capable of?",
     ),
     "You're welcome!": (
         "Thanks", "Thanks!", "Thank you", "Thank you!", "thanks", "Thank you very much.", "thx", "thank you",
         "Thanks a lot", "ok thanks", "Great, thanks!", "Cool, thank you.", "That helped, thanks.",
-        "Thanks, hotlap!",
+        "Thanks, hotlap!", "Thanks so much!", "Thank you for your help",
     ),
     "Goodbye!": (
         "Bye", "Bye!", "bye", "Goodbye", "Goodbye!", "See you", "See you later", "bye bye", "goodbye",
         "Ok, bye", "Good night", "See you tomorrow!", "exit", "quit", "cu",
+        "See you around!",
     ),
     "Python is a programming language. I know what its functions do: ask me about one.": (
         "What is Python?", "what is python", "Python?", "python", "What is python?", "Tell me about Python.",
@@ -43,7 +47,7 @@ ANSWERS = {
     ),
 }  # fmt: skip
 HELD_OUT = {
-    "Hello!": ("Hello again", "Hey there!", "Good day", "hello, hotlap!", "Hi! How are you doing?"),
+    "Hello!": ("Hello once more", "Hey there!", "Good day", "hello, hotlap!", "Hi! How are you doing?"),
     "Who are you?": (
         "Who trained this model?",
         "What exactly are you?",
