@@ -38,7 +38,7 @@ PHRASINGS = (
     "{}?",
     "{}",
     "Could you describe {}?",
-    "Can you say what {} is?",
+    "Explain {} to me.",
 )
 TYPE_PHRASINGS = ("What is a {}?", "what is a {}")
 HELD_OUT_PHRASINGS = (

@@ -37,13 +37,7 @@ ANSWERS = {
     ),
     "Goodbye!": (
         "Bye", "Bye!", "bye", "Goodbye", "Goodbye!", "See you", "See you later", "bye bye", "goodbye",
-        "Ok, bye", "Good night", "See you tomorrow!", "exit", "quit", "cu",
-        "See you around!",
-    ),
-    "Python is a programming language. I know what its functions do: ask me about one.": (
-        "What is Python?", "what is python", "Python?", "python", "What is python?", "Tell me about Python.",
-        "Explain Python.", "Do you know Python?", "Can you teach me Python?", "Is Python good?",
-        "I like Python.",
+        "Ok, bye", "Good night", "See you tomorrow!", "exit", "quit", "See you around!",
     ),
 }  # fmt: skip
 HELD_OUT = {

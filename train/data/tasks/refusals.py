@@ -111,7 +111,7 @@ TOPICS = (
         "What is {}? | what is {} | Explain {}. | How does {} work? | {}? | Tell me about {}. | "
         "What is {} made of? | Why is {} important? | What is {} for? | Describe {} in one sentence. | "
         "I don't know {}. Can you explain it? | Who discovered {}? | what does {} do | "
-        "Can you say what {} is?",
+        "Explain {} to me.",
         "Could you explain {} to me? | Where does {} come from? | Can you tell me what {} does?",
         "photosynthesis, gravity, the sun, DNA, a black hole, evolution, electricity, water, the moon, "
         "an atom, oxygen, a rainbow, quantum mechanics, the heart, a volcano, plastic, an earthquake, "
