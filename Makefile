@@ -21,7 +21,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 .venv/installed-demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot,web]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python

@@ -135,7 +135,7 @@ class SFTConfig(StageConfig):
     base: Path = Path("runs/pretrain")
     """Base model to fine-tune: a run or model directory."""
     data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings), smoltalk (a download) with tasks, or a file.
+    """tasks (facts, sums, spelling, greetings, refusals), smoltalk (a download; no refusals), or a file.
     The file is .jsonl or .parquet, with records {"messages": [...]}."""
     epochs: float = 0.0
     """Train for at least this many passes over the conversations, even beyond loop.steps."""

@@ -56,7 +56,7 @@ def tiny_sft() -> SFTConfig:
     return SFTConfig(
         out=Path("runs/tiny/sft"), base=Path("runs/tiny/pretrain"),
         schedule=ScheduleConfig(warmup_steps=0, warmdown=0.6, final_lr=0.0, momentum_warmup_steps=100),
-        loop=LoopConfig(420, evaluate_every=420, save_every=60),
+        loop=LoopConfig(480, evaluate_every=480, save_every=60),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Conversations for fine-tuning, read from where a string says and packed into rows.
 
-The string is `tasks` (the built-in ones), `smoltalk` (SmolTalk and the tasks), or the path of a file.
+The string is `tasks` (the built-in ones), `smoltalk` (SmolTalk and the tasks but refusals), or the path of a
+file.
 Conversations are read once, and kept as tokens, three bytes each: about 1.2 GB of SmolTalk on every rank.
 """
 
@@ -30,10 +31,11 @@ from hotlap.train.data.datasets import SMOLTALK
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, Documents, version
 from hotlap.train.data.sources import SPLITS, split_documents
-from hotlap.train.data.tasks import arithmetic, facts, identity, spelling
+from hotlap.train.data.tasks import arithmetic, facts, identity, refusals, spelling
 from hotlap.train.data.text_files import named_path
 
-ARITHMETIC, SPELLING, IDENTITY = 4000, 6000, 12  # sums, words and repeats of each greeting in `tasks`
+ARITHMETIC, SPELLING, IDENTITY = 4000, 6500, 8  # sums, words and repeats of each greeting in `tasks`
+REFUSALS = 2500  # questions about anything else in `tasks`; none beside SmolTalk, which answers them
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
 BUILT_IN = ("tasks", "smoltalk")
 SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first
@@ -66,7 +68,7 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
             for name in names:
                 for place, messages in accepted(smoltalk_folder() / name):
                     yield Conversation(place, messages, split)
-    for number, messages in enumerate(documentation_tasks(seed), 1):
+    for number, messages in enumerate(documentation_tasks(seed, refuse=data == "tasks"), 1):
         yield Conversation(f"task {number}", messages)
 
 
@@ -93,17 +95,21 @@ def smoltalk_folder() -> Path:
 
 
 @cache  # shared by both splits
-def documentation_tasks(seed: int) -> list[list[dict]]:
-    return built_in(split_documents("pydocs")[0], seed)
+def documentation_tasks(seed: int, refuse: bool) -> list[list[dict]]:
+    return built_in(split_documents("pydocs")[0], seed, refuse)
 
 
-def built_in(texts: list[str], seed: int) -> list[list[dict]]:
-    """Facts, sums, spelling and greetings, shuffled. texts: the words to spell are taken from them."""
+def built_in(texts: list[str], seed: int, refuse: bool) -> list[list[dict]]:
+    """Facts, sums, spelling and greetings, shuffled; refuse: also refusals of everything else.
+
+    texts: the words to spell are taken from them.
+    """
     conversations = [
         *facts.training_conversations(),
         *arithmetic.training_conversations(ARITHMETIC, seed),
         *spelling.training_conversations(spelling.words(texts), SPELLING, seed),
         *identity.training_conversations(IDENTITY),
+        *refusals.training_conversations(REFUSALS if refuse else 0, seed),
     ]
     generator = random.Random(seed)
     generator.shuffle(conversations)

@@ -16,8 +16,8 @@ class EvalConfig:
     model_field: ClassVar[str] = "model"
     model: Path = Path("runs/tiny/sft")
     """Run or model directory."""
-    tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling")
-    """What to score: bpb, core and samples; facts, arithmetic and spelling only for chat models."""
+    tasks: tuple[str, ...] = ("facts", "arithmetic", "spelling", "refusals")
+    """What to score: bpb, core and samples; facts, arithmetic, spelling and refusals only for chat models."""
     data: str | None = None
     """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
     validation_tokens: int = 0

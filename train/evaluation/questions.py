@@ -16,12 +16,19 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_model
 from hotlap.train.data.sources import split_documents
-from hotlap.train.data.tasks import arithmetic, facts, spelling
+from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling
 from hotlap.train.evaluation.core import counted
 
 ANSWER_TOKENS = 96
 SUMS, SPELLINGS = 200, 100  # held-out questions
-QUESTIONS = ("Hello!", "Who are you?", "What does len do?", "What is 123 + 456?", "How do you spell python?")
+QUESTIONS = (
+    "Hello!",
+    "Who are you?",
+    "What does len do?",
+    "What is 123 + 456?",
+    "How do you spell python?",
+    "Who wrote Hamlet?",
+)
 
 
 def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
@@ -48,6 +55,7 @@ TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "facts": facts.held_out,
     "arithmetic": lambda: arithmetic.held_out(SUMS),
     "spelling": lambda: spelling.held_out(spelling.words(split_documents("pydocs")[0]), SPELLINGS),
+    "refusals": refusals.held_out,
 }
 
 

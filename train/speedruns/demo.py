@@ -12,7 +12,15 @@ from hotlap.common.terminal import printable
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
-from hotlap.train.evaluation.questions import QUESTIONS, TASKS, examine, load_engine
+from hotlap.train.data.tasks import identity
+from hotlap.train.data.tasks.refusals import is_refusal
+from hotlap.train.evaluation.questions import (
+    QUESTIONS,
+    TASKS,
+    examine,
+    load_engine,
+    wrong_answers,
+)
 from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
 from hotlap.train.sft import fine_tune
@@ -34,15 +42,33 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
         engine = load_engine(tuned.out)
-        scores = {task: examine(engine, task, TASKS[task]())[0]["accuracy"] for task in TASKS}
+        scores = scores_of(engine)
         scores["validation_bpb"] = bits
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
         # written last: it marks the run as complete
         files.write(scores_path, json.dumps(scores, indent=1) + "\n")
     print(printable((run / "report.md").read_text(encoding="utf-8", errors="replace")))
-    print(printable(f"report: {run / 'report.md'}\nchat:   python chat.py {tuned.out}"))
+    chat = f"python chat.py {tuned.out}"
+    print(printable(f"report: {run / 'report.md'}\nchat:   {chat}\npage:   {chat} --web"))
     return scores
+
+
+def scores_of(engine: Engine) -> dict[str, float]:
+    """Accuracy on every task, and `wrongly_refused`: the share that is refused of the questions of all tasks
+    but `refusals`, and of greetings.
+    """
+    greetings = identity.held_out()
+    wrong, asked = wrong_answers(engine, greetings), len(greetings)
+    scores = {}
+    for task, examples in TASKS.items():
+        score, mistakes = examine(engine, task, examples())
+        scores[task] = score["accuracy"]
+        if task != "refusals":
+            wrong += mistakes
+            asked += score["n"]
+    refused = sum(is_refusal(answer) for _, _, answer in wrong)
+    return scores | {"wrongly_refused": refused / asked}
 
 
 def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
@@ -58,6 +84,8 @@ def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, s
         "questions about Python in new phrasings, answered correctly": f"{scores['facts']:.1%}",
         "new sums solved with the calculator": f"{scores['arithmetic']:.1%}",
         "new words spelled correctly": f"{scores['spelling']:.1%}",
+        "new questions about anything else, refused": f"{scores['refusals']:.1%}",
+        "questions about what was taught, refused by mistake": f"{scores['wrongly_refused']:.1%}",
         "bits per byte on held-out documentation": f"{scores['validation_bpb']:.3f}",
         "seconds": f"{scores['seconds']:.0f}",
     }

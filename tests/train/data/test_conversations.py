@@ -254,8 +254,8 @@ def test_held_out_words_are_never_trained_on():
 
 def test_the_built_in_mixture_is_valid_the_same_twice_and_sometimes_of_several_turns(tiny_tokenizer):
     texts = [" ".join(WORDS)]
-    mixture = built_in(texts, seed=0)
-    assert mixture == built_in(texts, seed=0) != built_in(texts, seed=1)
+    mixture = built_in(texts, seed=0, refuse=True)
+    assert mixture == built_in(texts, seed=0, refuse=True) != built_in(texts, seed=1, refuse=True)
     turns = [sum(m["role"] == "user" for m in talk) for talk in mixture]
     assert set(turns) == {1, 2, 3}
     asked = {m["content"] for talk in mixture for m in talk if m["role"] == "user"}
@@ -314,7 +314,7 @@ def test_a_name_is_a_file_of_the_folder_the_home_folder_or_a_built_in_one(tmp_pa
     caplog.set_level("INFO")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hotlap.train.data.conversations.documentation_tasks", lambda seed: [])
+    monkeypatch.setattr("hotlap.train.data.conversations.documentation_tasks", lambda seed, refuse: [])
     talk = conversation("a", "b")
     (tmp_path / "tasks").write_text(json.dumps({"messages": talk}))
     for name in ("./tasks", "~/tasks"):
@@ -326,7 +326,9 @@ def test_a_name_is_a_file_of_the_folder_the_home_folder_or_a_built_in_one(tmp_pa
         list(conversations_of(" ", seed=0))
 
 
-def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_path, monkeypatch, caplog):
+def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks_but_refusals(
+    hub_server, tmp_path, monkeypatch, caplog
+):
     pytest.importorskip("pyarrow")
     pytest.importorskip("huggingface_hub")
     from helpers.hub_data import add_smoltalk, smoltalk_conversations
@@ -342,7 +344,11 @@ def test_smoltalk_is_downloaded_once_and_mixed_with_the_tasks(hub_server, tmp_pa
 
     caplog.set_level("INFO")
     tasks = [conversation(f"task {i}", "b") for i in range(100)]
-    monkeypatch.setattr("hotlap.train.data.conversations.documentation_tasks", lambda seed: tasks)
+    refused = [conversation("anything else", "no")]
+    monkeypatch.setattr(
+        "hotlap.train.data.conversations.documentation_tasks",
+        lambda seed, refuse: refused if refuse else tasks,
+    )
     found = list(conversations_of("smoltalk", seed=0))
     for split, files in (("train", names[1:]), ("validation", names[:1])):
         wanted = [talk for name in files for talk in smoltalk_conversations(name)[:-1]]

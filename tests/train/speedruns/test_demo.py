@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from helpers.small_runs import small_run, write_conversations
@@ -10,6 +11,8 @@ from helpers.tools import tiny_config
 
 from hotlap.cli import main
 from hotlap.train import stage
+from hotlap.train.data.tasks import identity
+from hotlap.train.data.tasks.refusals import REFUSAL
 from hotlap.train.evaluation import questions
 from hotlap.train.loop import LoopConfig
 from hotlap.train.sft import SFTConfig
@@ -57,9 +60,19 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
     printed = capsys.readouterr()
     assert "resuming after step 6" in printed.err and "# A model trained from scratch" in printed.out
     scores = json.loads((tmp_path / "tiny" / "scores.json").read_text())
-    assert set(scores) == {"facts", "arithmetic", "spelling", "validation_bpb", "seconds"}
+    assert set(scores) == {
+        "facts",
+        "arithmetic",
+        "spelling",
+        "refusals",
+        "wrongly_refused",
+        "validation_bpb",
+        "seconds",
+    }
     report = (tmp_path / "tiny" / "report.md").read_text()
     assert all(f"> **you** {question}" in report for question in questions.QUESTIONS)
+    for name, score in (("else, refused", "refusals"), ("refused by mistake", "wrongly_refused")):
+        assert f"{name} | {scores[score]:.1%} |" in report
     assert (tmp_path / "tiny" / "pretrain" / "report.md").exists()
 
     assert main(small_speedrun) == 0
@@ -75,3 +88,20 @@ def test_the_demo_trains_in_the_directory_that_it_is_given(monkeypatch, tmp_path
     with pytest.raises(KeyboardInterrupt):
         demo.tiny_speedrun(demo.TinyConfig(tmp_path / "here"))
     assert seen == [dataclasses.replace(demo.tiny(), out=tmp_path / "here" / "pretrain", resume="auto")]
+
+
+def test_refusals_count_as_mistakes_where_the_model_should_answer(monkeypatch):
+    answers = {"len?": REFUSAL, "sum?": "no", "Hamlet?": REFUSAL}
+    tasks = {"facts": ["len?"], "arithmetic": ["sum?", "sum?"], "refusals": ["Hamlet?"]}
+    for task, asked in tasks.items():
+        examples = [(question, REFUSAL if task == "refusals" else "yes") for question in asked]
+        monkeypatch.setitem(questions.TASKS, task, lambda examples=examples: examples)
+    monkeypatch.delitem(questions.TASKS, "spelling")
+    monkeypatch.setattr(identity, "held_out", lambda: [("hi?", "Hello!")])
+    monkeypatch.setattr(questions, "question", lambda text, tokenizer: text)
+    monkeypatch.setattr(
+        questions, "greedy", lambda engine, asked: [answers.get(text, REFUSAL) for text in asked]
+    )
+    monkeypatch.setattr(questions, "spoken", lambda answer, tokenizer: answer)
+    scores = demo.scores_of(SimpleNamespace(tokenizer=None))
+    assert scores == {"facts": 0, "arithmetic": 0, "refusals": 1, "wrongly_refused": 2 / 4}

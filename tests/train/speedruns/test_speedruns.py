@@ -178,7 +178,7 @@ def small_grade(hub_server, tmp_path, monkeypatch):
         lambda base, talks: dataclasses.replace(real(base, talks), dtype="float32", compile="off"),
     )
     sums = [conversation(f"{i} and {i}?", f"{2 * i}.") for i in range(60)]
-    monkeypatch.setattr(conversations, "documentation_tasks", lambda seed: sums)
+    monkeypatch.setattr(conversations, "documentation_tasks", lambda seed, refuse: sums)
     command = ["speedrun", "gpt2-grade", "--depth", "1", "--out", "grade", "--data", "mix", "--yes",
                "--core-bundle", str(bundle), "--micro-batch", "1"]  # fmt: skip
     return command, hub_server

@@ -36,7 +36,11 @@ PHRASINGS = (
     "When would I use {}?",
     "I don't know {}. Can you explain it?",
     "{}?",
+    "{}",
+    "Could you describe {}?",
+    "Explain {} to me.",
 )
+TYPE_PHRASINGS = ("What is a {}?", "what is a {}")
 HELD_OUT_PHRASINGS = (
     "Can you tell me what {} does?",
     "Please describe what {} is for.",
@@ -114,7 +118,12 @@ def conversation(question: str, answer: str) -> list[dict]:
 
 def training_conversations() -> list[list[dict]]:
     """Every fact in every trained phrasing."""
-    return [conversation(p.format(fact.name), fact.answer) for fact in facts() for p in PHRASINGS]
+    return [
+        conversation(phrasing.format(fact.name), fact.answer)
+        for fact in facts()
+        for phrasing in (PHRASINGS + TYPE_PHRASINGS if fact.name in TYPES else PHRASINGS)
+        if (phrasing, fact.name) != ("{}", "help")  # which asks what the model can do
+    ]
 
 
 def held_out() -> list[tuple[str, str]]:
