@@ -31,7 +31,7 @@ from hotlap.serve.terminal.conversation import Chat, Continuation
 from hotlap.serve.terminal.printing import note
 from hotlap.serve.terminal.session import Model, Session, converse
 
-TEMPERATURE, BASE_TEMPERATURE = 0.7, 0.8  # at 0, base models repeat themselves
+BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ChatConfig:
     def sampling(self, base: bool) -> Sampling:
         temperature = self.temperature
         if temperature is None:
-            temperature = BASE_TEMPERATURE if base else TEMPERATURE
+            temperature = BASE_TEMPERATURE if base else Sampling.temperature
         if self.seed is not None and not 0 <= self.seed < 1 << 62:
             raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
         at_least(self, 1, "max_tokens")

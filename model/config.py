@@ -150,7 +150,7 @@ class Sampling:
     top_k, top_p and min_p each leave out unlikely tokens.
     """
 
-    temperature: float = 0.6
+    temperature: float = 0.7
     """0 takes the most likely token."""
     top_k: int = 50
     """Sample from the k most likely tokens; 0: from all."""

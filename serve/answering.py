@@ -107,7 +107,8 @@ class Answering:
                 if messages[-1]["content"].strip():
                     self.keep(messages, reason)
                 elif not error and reason != "stopped":
-                    self.error = "The model gave no answer."
+                    filtered = reason == "content_filter"
+                    self.error = "The filter let nothing pass." if filtered else "The model gave no answer."
             except (OSError, ValueError) as failure:
                 self.error, self.lost = f"The answer could not be kept: {failure}", messages
             if not self.error and RUNNING.get((self.folder, self.name)) is self:

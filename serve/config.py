@@ -97,6 +97,8 @@ class WebConfig:
     """Port of the page, on this machine alone; 0: any free one."""
     folder: Path | None = None
     """Where conversations are kept; by default ~/.local/state/hotlap/conversations."""
+    moderation: str | None = None
+    """Filter for questions and answers: a file of words, or package.module:function. By default none."""
 
     def validate(self) -> WebConfig:
         """Return self, or raise ValueError naming the first invalid field."""
@@ -104,6 +106,10 @@ class WebConfig:
         if self.url is not None:
             if self.model is not None:
                 raise ValueError("--url names a server, which has its model; leave out the model, or --url")
+            if self.moderation is not None:
+                raise ValueError(
+                    "--url names a server, which has its filter; leave out --moderation, or --url"
+                )
             try:
                 parts = urlsplit(self.url)
                 good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -50,6 +50,8 @@ def main() -> None:
     st.session_state.seen = conversation
     with st.sidebar:
         served = page_sidebar.show(client, folder, name, conversation)
+    if served and not conversation.turns:
+        welcome(folder)
     show_turns(client, folder, name, conversation, running if writing else None, served)
     error = running.error if running and not writing else ""
     if error:
@@ -68,6 +70,14 @@ def main() -> None:
     )
     if writing:
         follow(running)
+
+
+def welcome(folder: Path) -> None:
+    st.title("hotlap", anchor=False)
+    plain(
+        f"Type a message to {st.session_state.model}, a language model. What it says can be wrong.\n"
+        f"Conversations are kept on this computer, in {folder}."
+    )
 
 
 def show_turns(
@@ -152,7 +162,10 @@ def measured(answer: Answer) -> str:
     """How fast an answer came, and what there is to know about it."""
     rate = answer.tokens / max(answer.seconds, 0.001)
     found = [f"{rate:.0f} tokens/s", f"first text after {answer.first:.2f} s"]
-    ends = {"length": "cut off at its maximum length", "stopped": "stopped", "error": "incomplete"}
+    ends = {
+        "length": "cut off at its maximum length", "content_filter": "ended by the filter",
+        "stopped": "stopped", "error": "incomplete",
+    }  # fmt: skip
     if answer.end in ends:
         found.append(ends[answer.end])
     if answer.dropped:

@@ -14,7 +14,6 @@ from hotlap.serve.answering import told
 from hotlap.serve.page_text import guarded, label, trouble
 from hotlap.serve.saved_conversations import Conversation
 
-TEMPERATURE = 0.7  # at first
 LONG_LIST = 8  # conversations that are shown without scrolling
 SOON = 5.0  # seconds for the list of models
 LARGEST = 2**53 - 1  # whole numbers that browsers can tell apart
@@ -73,12 +72,14 @@ def settings(client: openai.OpenAI, folder: Path, name: str | None, conversation
         "System prompt", key=key, on_change=set_system if name else None, args=(folder, name) if name else (),
         max_chars=20_000,
     )  # fmt: skip
-    st.slider("Temperature", 0.0, 2.0, TEMPERATURE, 0.05, key="temperature", help="0: the likeliest token.")
+    st.slider(
+        "Temperature", 0.0, 2.0, Sampling.temperature, 0.05, key="temperature", help="0: the likeliest token."
+    )
     st.slider("Top-p", 0.0, 1.0, 1.0, 0.05, key="top_p")
     st.slider("Min-p", 0.0, 1.0, 0.0, 0.01, key="min_p")
     st.number_input("Max tokens", 1, LARGEST, Sampling.max_tokens, key="max_tokens")
     st.number_input(
-        "Seed", 0, LARGEST, None, key="seed", placeholder="another one for each answer",
+        "Seed", 0, LARGEST, None, key="seed", placeholder="random",
         help="With a seed, the same question has the same answer.",
     )  # fmt: skip
     return bool(models)

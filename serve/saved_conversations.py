@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import re
 import secrets
 import time
@@ -99,12 +98,6 @@ class Conversation:
             if turn.name == name:
                 return turn
         raise Changed("the question is no longer in the conversation: another page has changed it")
-
-
-def state_folder() -> Path:
-    """Where conversations are kept by default."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "hotlap" / "conversations"
 
 
 def new_name() -> str:

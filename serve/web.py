@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hotlap.common.errors import EXIT_CODES
+from hotlap.common.files import state_folder
 from hotlap.common.process import end_with_parent
 from hotlap.common.terminal import printable
 from hotlap.serve.command import BACKLOG, PACKAGES, bound, url_of
 from hotlap.serve.config import WebConfig
-from hotlap.serve.saved_conversations import state_folder
 
 if TYPE_CHECKING:
     import socket
@@ -60,23 +60,24 @@ def main(config: WebConfig) -> int:
         raise ImportError(f"the web page needs {', '.join(missing)}: pip install -e '.[web]'")
     from hotlap.serve.security import read_key
 
-    key, folder = read_key(None), (config.folder or state_folder()).absolute()
+    key, folder = read_key(None), (config.folder or state_folder() / "conversations").absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with bound("127.0.0.1", config.port) as listener, contextlib.ExitStack() as stack:
         url = config.url.rstrip("/").removesuffix("/v1") if config.url else None
-        url = url or stack.enter_context(server(config.model))
+        url = url or stack.enter_context(server(config.model, config.moderation))
         listener.listen(BACKLOG)
         return asyncio.run(serve(listener, {"url": url, "key": key or "", "folder": str(folder)}))
 
 
 @contextlib.contextmanager
-def server(model: Path | None) -> Iterator[str]:
+def server(model: Path | None, moderation: str | None) -> Iterator[str]:
     """The address of a server of the model, a process that ends with the block. If it does not start, raises
     its error.
     """
     command = [sys.executable, "-m", "hotlap.cli", "serve", "--port", "0"]
     command += ["--model", str(model)] if model else []
+    command += ["--moderation", moderation] if moderation else []
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent,

@@ -112,6 +112,7 @@ ROWS: list[Row] = [
     ("serve text.txt --port 0", None, NO_INPUT, r"text\.txt is a file, not the folder of a run or model"),
     # the web page
     ("web sft --url http://127.0.0.1:8000", None, USAGE, r"--url names a server, which has its model; leave out the model, or --url"),
+    ("web --url http://127.0.0.1:8000 --moderation words.txt", None, USAGE, r"--url names a server, which has its filter"),
     ("web --url 127.0.0.1:8000", None, USAGE, r"--url 127\.0\.0\.1:8000 must be the address of a server, such as http://127"),
     ("web --url http://127.0.0.1:port", None, USAGE, r"--url http://127\.0\.0\.1:port must be the address of a server"),
     ("web --port 70000", None, USAGE, r"--port 70000 must be a number from 0 to 65535"),

@@ -13,6 +13,7 @@ from helpers.scripted_engine import ScriptedEngine
 
 from hotlap.serve import answering
 from hotlap.serve import saved_conversations as saved
+from hotlap.serve.blocklist import Blocklist
 from hotlap.serve.saved_conversations import Answer, Conversation, Turn
 
 CALL = ("2+3", "5")
@@ -110,6 +111,28 @@ def test_no_answer_is_said(answered, engine):
     engine.answers.append([CALL, " "])
     conversation, running = answered(Turn("Hi"))
     assert not conversation.turns[0].answers and running.error == "The model gave no answer."
+
+
+@pytest.mark.parametrize(("script", "kept"), [("It is fine. Damn it.", "It is fine. "), ("Damn.", "")])
+def test_what_the_filter_ends_is_kept_as_far_as_it_came(script, kept, engine, tiny_tokenizer, tmp_path):
+    (tmp_path / "words.txt").write_text("damn\n")
+    engine.answers.append(script)
+    name = saved.create(tmp_path / "talks", Conversation(turns=[Turn("Hi")]))
+    filtered = {"moderate": Blocklist(tmp_path / "words.txt"), "grace": 0}
+    with (
+        running_server(engine, served(tiny_tokenizer, context=64), **filtered) as server,
+        client_of(server, max_retries=0) as client,
+    ):
+        asked = saved.load(tmp_path / "talks", name).turns[0].name
+        running = answering.begin(client, tmp_path / "talks", name, asked, {"model": "tiny"})
+        assert running.ended.wait(10)
+    answers = saved.load(tmp_path / "talks", name).turns[0].answers
+    if kept:
+        assert answers[0].text.strip() and kept.startswith(answers[0].text)
+        assert answers[0].end == "content_filter" and not running.error
+    else:
+        assert not answers and running.error == "The filter let nothing pass."
+    answering.RUNNING.clear()
 
 
 def test_an_answer_to_a_question_that_was_edited_meanwhile_stays_with_it(answered, engine, tmp_path):

@@ -128,6 +128,14 @@ def test_a_conversation_with_its_history_and_a_folded_calculator(tab, engine, ti
     expect(tab.get_by_text("2+3", exact=True)).to_be_visible()
 
 
+def test_a_new_user_reads_who_answers_and_where_conversations_are_kept(tab, engine, folder):
+    expect(tab.get_by_text("Type a message to tiny")).to_be_visible()
+    expect(tab.get_by_text(str(folder))).to_be_visible()
+    engine.answers += ["Hello you."]
+    ask(tab, "Hi")
+    expect(tab.get_by_text("Type a message to tiny")).not_to_be_visible()
+
+
 def test_stop_keeps_what_there_is_and_frees_the_slot(tab, engine, api, folder):
     engine.pace = 0.02
     engine.answers += [LONG]

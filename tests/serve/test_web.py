@@ -50,6 +50,12 @@ def test_a_model_that_cannot_be_served_is_one_line(tmp_path, capsys):
     assert_error(capsys, code, NO_INPUT, "no model at")
 
 
+def test_a_filter_that_cannot_be_read_is_one_line(tmp_path, capsys, tiny_tokenizer):
+    save_model(tmp_path, GPT(tiny_config()).init_weights(3), tiny_tokenizer)
+    code = main(["web", str(tmp_path), "--port", "0", "--moderation", "no-list", "--folder", str(tmp_path)])
+    assert_error(capsys, code, USAGE, "--moderation no-list is no file, and names no function")
+
+
 def test_a_folder_that_is_a_file_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     code = main(["web", "--url", NOBODY, "--folder", str(tmp_path / "file")])
