@@ -166,6 +166,12 @@ class CheckedText:
         end = next(ends, 0)
         return self._check(end, end + 1 - self._moderate.longest)
 
+    def check_also(self, text: str) -> None:
+        """Block the answer if a text that comes with it, such as a tool's call, is not allowed."""
+        if not self.blocked:
+            allowed, self.reason = self._moderate(text, "output")
+            self.blocked = not allowed
+
     def finish(self) -> str:
         """The answer has ended: check the rest, and let it pass."""
         return self._check(len(self._text), len(self._text))

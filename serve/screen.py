@@ -74,13 +74,15 @@ class ScreenedChoice:
         self._tokens: deque[tuple[int, Token]] = deque()  # and how much text must have left before each
         self._left = 0  # characters
         self._decoder, self._parts = StreamDecoder(tokenizer), AnswerParts(tokenizer)
-        self._tools = tools
+        self._tokenizer, self._tools = tokenizer, tools
         self._decoded = 0  # characters of all tokens so far
         self._echoed, self._echo = len(echoed), len(tokenizer.decode(echoed))
 
     def checked(self, piece: Piece) -> Piece:
         for token in piece.tokens:
             self._tokens.append((self._end(token), token))
+        if self.text.blocked:  # by a call, whose tokens do not leave either
+            return Piece(piece.choice, "", [], "content_filter")
         text = self.text.push(piece.text)
         if piece.finish_reason:
             text += self.text.finish()
@@ -102,7 +104,11 @@ class ScreenedChoice:
             if self._echoed == 0:
                 self._decoded = self._echo
             return self._echo
+        before = self._parts.part
         if self._parts.push(token.id) != "text" and self._tools:
             return self._decoded
+        if before == "result" and self._tools:  # the reply lists the call as one of `executed_tools`
+            for ids in (self._parts.call, self._parts.result):
+                self.text.check_also(self._tokenizer.decode(ids))
         self._decoded += len(self._decoder.push(token.id))
         return self._decoded + self._decoder.inside

@@ -207,6 +207,15 @@ def test_an_answer_that_is_allowed_is_the_same_with_and_without_a_filter(scripte
     assert choice["message"]["content"] == "Well \U0001f600 it is 5, my dear\u732b"
 
 
+def test_a_call_that_is_not_allowed_is_not_listed(scripted, tiny_tokenizer):
+    special, encode = tiny_tokenizer.special, tiny_tokenizer.encode
+    call = [special["<|tool_start|>"], *encode("bad dog"), special["<|tool_end|>"]]
+    ids = [*encode("Well "), *call, *[0] * 30, *encode("it is 5.")]  # the result takes the place of some
+    assert scripted(ids, moderate=None)["message"]["executed_tools"]
+    choice = scripted(ids)
+    assert choice["finish_reason"] == "content_filter" and "dog" not in json.dumps(choice)
+
+
 @pytest.mark.parametrize(
     ("stop", "reason"),
     [("bad d", "stop"), ("bad dog is", "stop"), ("dog i", "stop"), ("is here", "content_filter")],
