@@ -45,7 +45,7 @@ class Answer:
     first: float
     seconds: float
     end: str = "stop"
-    """stop, length, stopped (by the user) or error."""
+    """stop, length, content_filter, stopped (by the user) or error."""
     dropped: int = 0
     liked: bool | None = None
 
