@@ -26,6 +26,7 @@ from hotlap.model.conversation import render
 from hotlap.model.messages import tool_expression
 from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hotlap.train.data import hub
+from hotlap.train.data.bigbench import bigbench_conversations, bigbench_plan, download_bigbench
 from hotlap.train.data.conversation_files import accepted, read_conversations
 from hotlap.train.data.datasets import SMOLTALK
 from hotlap.train.data.rows import PackedRows
@@ -37,7 +38,7 @@ from hotlap.train.data.text_files import named_path
 ARITHMETIC, SPELLING, IDENTITY = 4000, 6500, 8  # sums, words and repeats of each greeting in `tasks`
 REFUSALS = 2500  # questions about anything else in `tasks`; none beside SmolTalk, which answers them
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
-BUILT_IN = ("tasks", "smoltalk")
+BUILT_IN = ("tasks", "smoltalk", "bigbench")
 SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first
 VALIDATION_SHARE, LARGEST_SHARE = 0.05, 0.1  # of the conversations, and of their text at most
 
@@ -62,6 +63,10 @@ def conversations_of(data: str, seed: int) -> Iterator[Conversation]:
         return
     if Path(data).exists():
         log.info("%s: the built-in conversations, not the file of that name, which is ./%s", data, data)
+    if data == "bigbench":
+        for place, messages in bigbench_conversations():
+            yield Conversation(place, messages)
+        return
     if data == "smoltalk":
         validation, *train = SMOLTALK_FILES
         for split, names in (("train", train), ("validation", [validation])):
@@ -81,11 +86,15 @@ def check_conversations(data: str) -> None:
 
 def conversations_plan(data: str) -> hub.DownloadPlan | None:
     """What `download_conversations` will download; None if `data` is not on the hub. Asks it for sizes."""
+    if data == "bigbench":
+        return bigbench_plan()
     return hub.plan_download(SMOLTALK, smoltalk_folder(), SMOLTALK_FILES) if data == "smoltalk" else None
 
 
 def download_conversations(data: str) -> None:
     """Download and check what `data` names, if it is on the hub and not in the cache yet."""
+    if data == "bigbench":
+        download_bigbench()
     if data == "smoltalk":
         hub.download(SMOLTALK, smoltalk_folder(), SMOLTALK_FILES)
 

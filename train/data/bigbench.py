@@ -1,0 +1,163 @@
+"""`bigbench`: instructions with answers and small talk, from the source archive of the package `bigbench` 1.0.0.
+
+The instructions are those of Natural Instructions, the small talk is Topical-Chat. The archive is streamed, and
+what is taken of it is kept beside it as lines of JSON, compressed: the next start reads only these.
+
+BIG-bench is a benchmark. A model that was trained on this set must not be compared on these two tasks of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from hotlap.common.errors import DataError
+from hotlap.common.files import cache_folder, replacing
+from hotlap.common.log import log
+from hotlap.train.data.download import Content, require_free_space
+from hotlap.train.data.hub import DownloadPlan
+from hotlap.train.data.package_archive import PackageArchive, download_archive
+
+ARCHIVE = PackageArchive(
+    "bigbench",
+    "bigbench-1.0.0.tar.gz",
+    Content(358_249_635, "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"),
+)
+RULES = 1  # counts changes of what is taken and how, so that an older version's lines are not read
+LARGEST_TASK = 1 << 26  # bytes of a task.json; the largest one of these has 34 MB
+LARGEST_CACHE = 1 << 27  # bytes of the lines that are kept, compressed
+
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"
+INSTRUCTIONS = re.compile(TASKS + r"natural_instructions/subtask\d{3}_(\w+)/task\.json")
+SMALL_TALK = TASKS + "topical_chat/task.json"
+WRONG_ANSWERS = re.compile(r"wrong|incorrect")  # what the tasks ask for, which a small model learns for good
+# Questions of WinoGrande, which CORE asks, and of ARC and other science exams, which `hotlap eval` asks.
+EVALUATED = re.compile(r"winogrande|essential_terms|question_typing|science_questions")
+SPLIT_INTO_TOKENS = re.compile(r" (?:n't|'s|'re|'ve|'ll|'d|'m|[.,?!;])(?: |$)")  # "ca n't", "home ."
+TURN = re.compile(r'agent_[AB]: "(.*?)"(?= agent_[AB]: "|$)', re.DOTALL)
+
+
+def bigbench_conversations() -> Iterator[tuple[str, list[dict]]]:
+    """The conversations, each after its place. They must have been downloaded (`download_bigbench`)."""
+    path = cache_path()
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; `hotlap sft --data bigbench` downloads and makes it")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                place, messages = json.loads(line)
+                yield place, messages
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it and retry") from error
+
+
+def bigbench_plan() -> DownloadPlan:
+    """What `download_bigbench` will fetch."""
+    there = cache_path() if cache_path().exists() else ARCHIVE.path
+    if there.exists():
+        return DownloadPlan(cache_folder(), {}, there.stat().st_size)
+    return DownloadPlan(cache_folder(), {ARCHIVE.name: ARCHIVE.content}, 0)
+
+
+def download_bigbench() -> None:
+    """Download the archive and make the lines of it, unless they are in the cache folder already."""
+    if cache_path().exists():
+        return
+    archive = download_archive(ARCHIVE)
+    require_free_space(cache_folder(), LARGEST_CACHE)
+    left_out: Counter[str] = Counter()
+    kept = 0
+    with replacing(cache_path()) as part, gzip.open(part, "wt", encoding="utf-8", compresslevel=5) as lines:
+        for place, messages in archived_conversations(archive, left_out):
+            lines.write(json.dumps([place, messages], ensure_ascii=False) + "\n")
+            kept += 1
+    counts = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+    log.info("%s: %s conversations; left out: %s", cache_path(), f"{kept:,}", counts or "none")
+
+
+def cache_path() -> Path:
+    return cache_folder() / f"bigbench-{ARCHIVE.content.sha256[:12]}-{RULES}.jsonl.gz"
+
+
+def archived_conversations(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[dict]]]:
+    """The conversations in the archive, each after its place. Those left out are counted by reason."""
+    from tqdm import tqdm
+
+    with open(path, "rb") as file:
+        progress = tqdm.wrapattr(
+            file, "read", path.stat().st_size, desc=f"reading {path.name}", disable=None, leave=False
+        )
+        with progress as counted, tarfile.open(fileobj=counted, mode="r|gz") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                if instructions := INSTRUCTIONS.fullmatch(member.name):
+                    task = read_task(archive.extractfile(member), member)
+                    for number, messages in enumerate(instructed(instructions[1], task, left_out), 1):
+                        yield f"{instructions[1]} {number}", messages
+                elif member.name == SMALL_TALK:
+                    task = read_task(archive.extractfile(member), member)
+                    for number, messages in enumerate(small_talk(task), 1):
+                        yield f"topical_chat {number}", messages
+
+
+def read_task(file: IO[bytes], member: tarfile.TarInfo) -> dict:
+    if member.size > LARGEST_TASK:
+        raise DataError(f"{member.name} has {member.size:,} bytes; the limit is {LARGEST_TASK:,}")
+    return json.loads(file.read())
+
+
+def instructed(name: str, task: dict, left_out: Counter[str]) -> Iterator[list[dict]]:
+    """The instruction and one input as the user's message, the first of the right answers as the assistant's.
+
+    A task describes itself at length, for those who wrote its questions, and again in one line, "Prompt: ...".
+    The line is taken: it is what people ask for, and leaves room for the input in a small context.
+    """
+    if EVALUATED.search(name):
+        left_out["of tasks that evaluations use"] += len(task["examples"])
+        return
+    if WRONG_ANSWERS.search(name):
+        left_out["of tasks that ask for wrong answers"] += len(task["examples"])
+        return
+    instruction = task["task_prefix"].rpartition("Prompt:")[2].strip()
+    for example in task["examples"]:
+        answer = tidied(example["target"][0])
+        if not answer:
+            left_out["without an answer"] += 1
+        elif SPLIT_INTO_TOKENS.search(answer):
+            left_out["whose answer is split into tokens"] += 1
+        else:
+            yield [
+                {"role": "user", "content": f"{instruction}\n\n{tidied(example['input'])}"},
+                {"role": "assistant", "content": answer},
+            ]
+
+
+def small_talk(task: dict) -> Iterator[list[dict]]:
+    """Each conversation once: its examples repeat all that was said before, so the longest has the whole.
+
+    The side that spoke last is the assistant. Where it also spoke first, its first message is left out.
+    """
+    longest: dict[str, str] = {}
+    for example in task["examples"]:
+        text = f"{example['input']} agent_A: {example['target']}"
+        longest[example["comment"]] = max(longest.get(example["comment"], ""), text, key=len)
+    for text in longest.values():
+        said = [tidied(turn) for turn in TURN.findall(text)]
+        said = said[len(said) % 2 :]
+        if said and all(said):
+            roles = ("user", "assistant") * (len(said) // 2)
+            yield [{"role": role, "content": turn} for role, turn in zip(roles, said, strict=True)]
+
+
+def tidied(text: str) -> str:
+    """Without the full stop that the archive puts behind question marks, and without spaces at ends of lines."""
+    text = re.sub(r"\?\.(?=\s|$)", "?", text)
+    return "\n".join(line.strip() for line in text.strip().split("\n"))
