@@ -1,9 +1,10 @@
-"""`bigbench`: instructions with answers and small talk, from the source archive of the package `bigbench` 1.0.0.
+"""`bigbench`: instructions and small talk, from the source archive of the package `bigbench` 1.0.0.
 
-The instructions are those of Natural Instructions, the small talk is Topical-Chat. The archive is streamed, and
-what is taken of it is kept beside it as lines of JSON, compressed: the next start reads only these.
+The instructions are those of Natural Instructions, the small talk is Topical-Chat. The archive is streamed,
+and what is taken of it is kept beside it as lines of JSON, compressed: the next start reads only these.
 
-BIG-bench is a benchmark. A model that was trained on this set must not be compared on these two tasks of it.
+BIG-bench is a benchmark, whose authors ask to keep it out of training data: a model that was trained on this
+set must not be scored on BIG-bench.
 """
 
 from __future__ import annotations
@@ -115,9 +116,9 @@ def read_task(file: IO[bytes], member: tarfile.TarInfo) -> dict:
 
 
 def instructed(name: str, task: dict, left_out: Counter[str]) -> Iterator[list[dict]]:
-    """The instruction and one input as the user's message, the first of the right answers as the assistant's.
+    """The instruction and an input as the user's message, the first of the right answers as the assistant's.
 
-    A task describes itself at length, for those who wrote its questions, and again in one line, "Prompt: ...".
+    A task describes itself at length, for those who wrote its questions, and then in a line, "Prompt: ...".
     The line is taken: it is what people ask for, and leaves room for the input in a small context.
     """
     if EVALUATED.search(name):
@@ -158,6 +159,6 @@ def small_talk(task: dict) -> Iterator[list[dict]]:
 
 
 def tidied(text: str) -> str:
-    """Without the full stop that the archive puts behind question marks, and without spaces at ends of lines."""
+    """Without spaces at the ends of lines, and the full stop that the archive puts behind question marks."""
     text = re.sub(r"\?\.(?=\s|$)", "?", text)
     return "\n".join(line.strip() for line in text.strip().split("\n"))
