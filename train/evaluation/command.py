@@ -15,6 +15,7 @@ from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
 from hotlap.train.evaluation.config import EvalConfig
+from hotlap.train.evaluation.contamination import mark_seen, scored_records
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
 from hotlap.train.evaluation.questions import (
@@ -109,6 +110,7 @@ def evaluate_model(config: EvalConfig) -> dict:
                 answers = greedy(engine, list(prompts.values()))
                 shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
                 samples = list(zip(prompts, shown, strict=True))
+            mark_seen(*scored_records(scores, examples, core_tasks), folder)
         result = {
             "model": str(config.model), "folder": str(folder), "stage": trained_for,
             **circumstances(engine.device), "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
