@@ -142,3 +142,14 @@ def step_line(line: bytes) -> dict | None:
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
     return values if type(step) is int and step >= 0 else None
+
+
+def number(values: dict, name: str) -> float | None:
+    """A number in a line of metrics, or another object of JSON; None if it has no such number."""
+    value = values.get(name)
+    usable = type(value) in (int, float) and abs(value) < 1e300
+    return float(value) if usable else None
+
+
+def shown(value: float | None, form: str, unit: str = "", missing: str = "n/a") -> str:
+    return missing if value is None else f"{value:{form}}{unit}"

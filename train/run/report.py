@@ -1,4 +1,4 @@
-"""A run's report.md and curves.png, from metrics.jsonl and config.json."""
+"""A run's report.md and curves.png, from metrics.jsonl and config.json; and its model card."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from hotlap.common.log import log
 from hotlap.common.plots import caption, new_figure, save_figure
 from hotlap.common.terminal import printable
 from hotlap.train.config import ReportConfig
+from hotlap.train.run.card import CARD, write_card
 from hotlap.train.run.folder import read_config, read_machine
-from hotlap.train.run.metrics import METRICS, read_metrics
+from hotlap.train.run.metrics import METRICS, number, read_metrics, shown
 
 # Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
 
 
 def write_report(run: Path) -> Path:
-    """Write report.md and curves.png into a run's directory, and return the report's path."""
+    """Write report.md, curves.png and the model card into a run's directory, and return the report's path."""
     if not (run / METRICS).is_file():
         raise FileNotFoundError(f"no {METRICS} in {run}; give a run's directory")
     metrics = read_metrics(run / METRICS)
@@ -57,20 +58,11 @@ def write_report(run: Path) -> Path:
         lines += ["## Configuration", "", "```json", config, "```", ""]
     except DataError as error:
         log.warning("the report is without the configuration: %s", error)
+    lines += [f"[Model card]({CARD}): how the model was made, and what it is not for.", ""]
+    write_card(run)
     path = run / "report.md"
     files.write(path, "\n".join(lines))
     return path
-
-
-def number(values: dict, name: str) -> float | None:
-    """A metric of a line; None if the line has no such number."""
-    value = values.get(name)
-    usable = type(value) in (int, float) and abs(value) < 1e300
-    return float(value) if usable else None
-
-
-def shown(value: float | None, form: str, unit: str = "", missing: str = "n/a") -> str:
-    return missing if value is None else f"{value:{form}}{unit}"
 
 
 def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:

@@ -1,0 +1,137 @@
+"""Model cards."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.small_runs import small_run, write_conversations
+
+from hotlap.model.config import counts_of
+from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.weights import load_config, model_folder
+from hotlap.train.config import LoopConfig, SFTConfig
+from hotlap.train.pretrain import pretrain
+from hotlap.train.run.card import CARD, EVALUATION, write_card
+from hotlap.train.run.report import write_report
+from hotlap.train.sft import fine_tune
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a base model and one that is fine-tuned from it."""
+    folder = tmp_path_factory.mktemp("card")
+    base = small_run(folder, loop=LoopConfig(2))
+    pretrain(base)
+    data = write_conversations(folder / "talks.jsonl")
+    fine_tune(SFTConfig(folder / "sft", batch_rows=4, base=base.out, data=str(data), loop=LoopConfig(1)))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path, trained) -> Path:
+    """A copy of it; the base that the fine-tuned model names stays where it was."""
+    return Path(shutil.copytree(trained, tmp_path / "runs"))
+
+
+def row(card: str, name: str) -> list[str]:
+    """The cells of a table's row, by the first of them."""
+    (found,) = re.findall(rf"^\| {re.escape(name)} \|.*\|$", card, re.MULTILINE)
+    return [cell.strip() for cell in found.strip("|").split("|")][1:]
+
+
+def test_a_run_ends_with_a_card_and_the_report_names_it(trained):
+    for name in ("run", "sft"):
+        text = (trained / name / CARD).read_text()
+        assert f"({CARD})" in (trained / name / "report.md").read_text()
+        (trained / name / CARD).unlink()
+        write_report(trained / name)
+        assert (trained / name / CARD).read_text() == text
+
+
+def test_its_numbers_are_those_of_the_checkpoints(trained):
+    card = (trained / "sft" / CARD).read_text()
+    assert "A chat model, which answers messages." in card
+    for stage, run in (("pretrain", "run"), ("sft", "sft")):
+        folder = model_folder(trained / run)
+        state, shape = json.loads((folder / "state.json").read_text()), load_config(folder)
+        machine = json.loads((trained / run / "machine.json").read_text())
+        data = trained / ("text.txt" if stage == "pretrain" else "talks.jsonl")
+        flops = nanochat_flops(meta_model(shape)) * state["tokens"]
+        numbers, sources = re.findall(rf"^\| {stage} \|(.*)\|$", card, re.MULTILINE)
+        assert [cell.strip() for cell in numbers.split("|")] == [
+            f"`{trained / run}`", f"{state['tokens']:,}", f"{flops:.3g}", f"{state['seconds']:,.0f} s",
+            machine["device"],
+        ]  # fmt: skip
+        assert [cell.strip() for cell in sources.split("|")] == [
+            f"`{data}`",
+            "the user's own data",
+            "unknown",
+        ]
+    counts = counts_of(shape)
+    assert row(card, "parameters") == [
+        f"{counts['total']:,}, of which {counts['matmul']:,} in matrix products"
+    ]
+    assert row(card, "made from") == [f"`{trained / 'run'}`"]
+    assert "1 layers, width 32" in card and "context 32" in card and f"hotlap chat {trained / 'sft'}" in card
+
+
+def test_a_base_model_is_not_said_to_converse(trained):
+    card = (trained / "run" / CARD).read_text()
+    assert "A base model, which continues text." in card and "It was not taught to answer" in card
+    assert row(card, "made from") == ["random weights"] and "hotlap chat" not in card
+
+
+def test_scores_are_those_that_the_evaluation_left(runs):
+    facts = {"accuracy": 0.25, "interval": [0.1, 0.5], "n": 1200, "in_training": 3, "date": "today"}
+    scores = {"facts": facts | {"device": "a <b> | c"}, "bpb": {"bpb": 1.5}, "core": {"core": 0.125}}
+    (runs / "sft" / EVALUATION).write_text(json.dumps({"scores": scores}))
+    card = write_card(runs / "sft").read_text()
+    assert row(card, "facts") == ["0.2500", "0.1000 to 0.5000", "1,200", "3", "today", "a (b) / c"]
+    assert row(card, "bpb") == ["1.5000", "n/a", "n/a", "not checked", "n/a", "n/a"]
+    assert row(card, "core")[0] == "0.1250"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"scores": 3}', '{"scores": {"facts": 1}}'])
+def test_scores_that_cannot_be_read_are_not_there(runs, text):
+    (runs / "sft" / EVALUATION).write_text(text)
+    card = write_card(runs / "sft").read_text()
+    assert "| facts |" not in card and "## How to use it" in card
+
+
+@pytest.mark.parametrize("gone", ["config.json", "machine.json", "metrics.jsonl", "checkpoints", "all"])
+def test_a_run_without_some_files_has_a_card_that_says_so(runs, gone, caplog):
+    run = runs / "sft"
+    for path in [run / gone] if gone != "all" else list(run.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    card = write_card(run).read_text()
+    assert ("n/a" in card) and "## What it is not for" in card
+    if gone in ("checkpoints", "all"):
+        assert row(card, "parameters") == row(card, "made from") == ["n/a"] and f"{run}" in caplog.text
+
+
+def test_a_base_that_is_gone_is_named_without_numbers(runs, trained, tmp_path):
+    (trained / "run").rename(tmp_path / "elsewhere")
+    card = write_card(runs / "sft").read_text()
+    (tmp_path / "elsewhere").rename(trained / "run")
+    assert re.search(rf"^\| n/a \| `{trained / 'run'}` \| n/a \| n/a \| n/a \| n/a \|$", card, re.MULTILINE)
+    assert row(card, "made from") == [f"`{trained / 'run'}`"]
+
+
+def test_names_of_users_are_text_and_one_line(runs):
+    run = (runs / "sft").rename(runs / "a`b|c<script>\x1b[31m\nd")
+    card = write_card(run).read_text()
+    assert "\x1b" not in card and card.startswith("# Model card: `a'b/c(script)[31m d`\n")
+    assert not re.search("^(?!    ).*<script>", card, re.MULTILINE)  # but in a block of code
+
+
+def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
+    base = small_run(tmp_path, loop=LoopConfig(1), data="pydocs", tokenizer="bpe")
+    base = replace(base, model=replace(base.model, vocab_size=300, context=128))
+    pretrain(base)
+    fine_tune(SFTConfig(tmp_path / "sft", batch_rows=4, base=base.out, data="tasks", loop=LoopConfig(1)))
+    card = (tmp_path / "sft" / CARD).read_text()
+    assert "| pretrain | `pydocs` | the documentation inside Python | PSF licence, version 2 |" in card
+    assert "| sft | `tasks` | built-in facts" in card
