@@ -135,7 +135,8 @@ class SFTConfig(StageConfig):
     base: Path = Path("runs/pretrain")
     """Base model to fine-tune: a run or model directory."""
     data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings, refusals), smoltalk (a download; no refusals), or a file.
+    """tasks (facts, sums, spelling, greetings, refusals), smoltalk (a download; no refusals),
+    bigbench (a download: instructions and small talk), or a file.
     The file is .jsonl or .parquet, with records {"messages": [...]}."""
     epochs: float = 0.0
     """Train for at least this many passes over the conversations, even beyond loop.steps."""
@@ -155,7 +156,7 @@ class SFTConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Rewrite a run's report.md and curves.png."""
+    """Rewrite a run's report.md, curves.png and model_card.md."""
 
     model_field: ClassVar[str] = "run"
     run: Path = Path("runs/pretrain")

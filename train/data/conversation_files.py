@@ -69,7 +69,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file, after its place."""
     if not path.exists():
         raise FileNotFoundError(
-            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
+            f"no conversations at {path}; name a .jsonl or .parquet file, `tasks`, `smoltalk` or `bigbench`"
         )
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
