@@ -154,15 +154,18 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
     from tqdm import tqdm
 
     while (trained_for := stage(folder)) != "pretrain":
-        if trained_for != "sft" or not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).is_file():
             raise DataError(f"{folder} does not say which conversations it was fine-tuned on")
         config = read_manifest(folder)["run"]
-        conversations = conversations_of(config["data"], config["seed"])
-        for conversation in tqdm(
-            conversations, "compare", unit=" conversations", unit_scale=True, disable=None, leave=False
-        ):
-            for message in conversation.messages:
-                yield message["content"]
+        if trained_for == "sft":
+            conversations = conversations_of(config["data"], config["seed"])
+            for conversation in tqdm(
+                conversations, "compare", unit=" conversations", unit_scale=True, disable=None, leave=False
+            ):
+                for message in conversation.messages:
+                    yield message["content"]
+        else:
+            log.info("the data of the stage %s, which made %s, are not compared", trained_for, folder)
         try:
             folder = model_folder(config["base"])
         except FileNotFoundError:

@@ -136,3 +136,15 @@ def test_a_base_model_s_scores_are_not_marked(runs, caplog):
     with caplog.at_level(logging.INFO, "hotlap"):
         contamination.mark_seen(scores, {"facts": ["x"]}, contamination.model_folder(runs / "run"))
     assert scores == {"facts": {}} and not caplog.text
+
+
+def test_what_another_stage_learned_is_named_and_its_base_s_conversations_are_compared(
+    runs, monkeypatch, caplog
+):
+    folder = contamination.model_folder(runs / "sft")
+    stages = iter(("dpo", "sft", "pretrain"))
+    monkeypatch.setattr(contamination, "stage", lambda path: next(stages))
+    monkeypatch.setattr(contamination, "model_folder", lambda path: folder)
+    with caplog.at_level(logging.INFO, "hotlap"):
+        assert "square of 3" in list(contamination.fine_tuning_texts(folder))
+    assert "the data of the stage dpo" in caplog.text
