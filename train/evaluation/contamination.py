@@ -22,6 +22,7 @@ from hotlap.common.terminal import printable
 from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import model_folder, stage
 from hotlap.train.data.conversations import conversations_of
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.evaluation.core import candidates
 from hotlap.train.evaluation.core_bundle import Task
 
@@ -158,7 +159,7 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
             raise DataError(f"{folder} does not say which conversations it was fine-tuned on")
         config = read_manifest(folder)["run"]
         if trained_for == "sft":
-            conversations = conversations_of(config["data"], config["seed"])
+            conversations = conversations_of(parts_of(config["data"]), config["seed"])
             for conversation in tqdm(
                 conversations, "compare", unit=" conversations", unit_scale=True, disable=None, leave=False
             ):

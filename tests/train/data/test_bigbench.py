@@ -8,8 +8,10 @@ from helpers.package_server import serving, tar_archive
 
 from hotlap.common.errors import DataError
 from hotlap.train.data import bigbench
-from hotlap.train.data.conversations import conversations_of, conversations_plan, download_conversations
+from hotlap.train.data.conversations import conversation_plans, conversations_of, download_conversations
+from hotlap.train.data.mixtures import parts_of
 
+PARTS = parts_of("bigbench")
 FOLDER = bigbench.TASKS + "natural_instructions/"
 PREFIX = "Definition: At length, with a Prompt: inside. Prompt: Answer the question."
 CHAT = [
@@ -56,10 +58,10 @@ def talk(*texts: str) -> list[dict]:
 
 
 def test_instructions_and_whole_conversations_are_taken_and_the_others_counted(index, caplog):
-    assert [*conversations_plan("bigbench").missing] == [bigbench.ARCHIVE.name]
+    assert [*conversation_plans(PARTS)[0].missing] == [bigbench.ARCHIVE.name]
     with caplog.at_level(logging.INFO, "hotlap"):
-        download_conversations("bigbench")
-    found = list(conversations_of("bigbench", seed=0))
+        download_conversations(PARTS)
+    found = list(conversations_of(PARTS, seed=0))
     assert [c.messages for c in found] == [
         talk("Answer the question.\n\nSentence: It rains.\nQuestion: Is it wet?", "Yes."),
         talk("Hi", "Hello", 'She said "no" to me', "Bye"),
@@ -75,29 +77,29 @@ def test_instructions_and_whole_conversations_are_taken_and_the_others_counted(i
 
 
 def test_the_archive_is_read_once(index):
-    download_conversations("bigbench")
-    first = list(conversations_of("bigbench", seed=0))
+    download_conversations(PARTS)
+    first = list(conversations_of(PARTS, seed=0))
     bigbench.ARCHIVE.path.unlink()
     index.sent = b"gone"
-    download_conversations("bigbench")
-    assert list(conversations_of("bigbench", seed=0)) == first and not conversations_plan("bigbench").missing
+    download_conversations(PARTS)
+    assert list(conversations_of(PARTS, seed=0)) == first and not conversation_plans(PARTS)[0].missing
 
 
 def test_a_spoilt_cache_is_refused_by_name(index):
-    download_conversations("bigbench")
+    download_conversations(PARTS)
     path = bigbench.cache_path()
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=f"{path} is damaged .*; delete it"):
-        list(conversations_of("bigbench", seed=0))
+        list(conversations_of(PARTS, seed=0))
 
 
 def test_reading_does_not_download(index):
     with pytest.raises(FileNotFoundError, match="hotlap sft --data bigbench"):
-        list(conversations_of("bigbench", seed=0))
+        list(conversations_of(PARTS, seed=0))
 
 
 def test_a_task_larger_than_any_is_refused(index, monkeypatch):
     monkeypatch.setattr(bigbench, "LARGEST_TASK", 100)
     with pytest.raises(DataError, match=r"task\.json has .* bytes; the limit is 100"):
-        download_conversations("bigbench")
+        download_conversations(PARTS)
     assert not bigbench.cache_path().exists()

@@ -9,7 +9,7 @@ from helpers.core_bundles import mixed_tasks, write_bundle
 from helpers.small_runs import small_run, write_conversations
 
 from hotlap.train.config import LoopConfig, SFTConfig
-from hotlap.train.data.conversations import documentation_tasks
+from hotlap.train.data.tasks.built_in import TASKS, built_in
 from hotlap.train.evaluation import contamination, questions
 from hotlap.train.evaluation.command import evaluate_model
 from hotlap.train.evaluation.config import EvalConfig
@@ -76,7 +76,7 @@ def test_each_task_has_its_own_count_whatever_the_order_and_number_of_texts(monk
 
 def test_held_out_questions_of_the_built_in_tasks_are_not_in_their_training_conversations():
     records = {task: [text for text, _ in examples()] for task, examples in questions.TASKS.items()}
-    trained = [m["content"] for talk in documentation_tasks(0, True) for m in talk]
+    trained = [m["content"] for talk in built_in([*TASKS], 0) for m in talk]
     assert {task: overlap.count for task, overlap in overlaps(records, trained).items()} == dict.fromkeys(
         records, 0
     )
@@ -91,7 +91,7 @@ def runs(tmp_path_factory):
     base = small_run(folder, loop=LoopConfig(1))
     pretrain(base)
     data = write_conversations(folder / "talks.jsonl")
-    fine_tune(SFTConfig(folder / "sft", batch_rows=4, base=base.out, data=str(data), loop=LoopConfig(1)))
+    fine_tune(SFTConfig(folder / "sft", batch_rows=4, base=base.out, data=(str(data),), loop=LoopConfig(1)))
     return folder
 
 

@@ -26,7 +26,7 @@ def trained(tmp_path_factory) -> Path:
     base = small_run(folder, loop=LoopConfig(2))
     pretrain(base)
     data = write_conversations(folder / "talks.jsonl")
-    fine_tune(SFTConfig(folder / "sft", batch_rows=4, base=base.out, data=str(data), loop=LoopConfig(1)))
+    fine_tune(SFTConfig(folder / "sft", batch_rows=4, base=base.out, data=(str(data),), loop=LoopConfig(1)))
     return folder
 
 
@@ -131,7 +131,9 @@ def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
     base = small_run(tmp_path, loop=LoopConfig(1), data="pydocs", tokenizer="bpe")
     base = replace(base, model=replace(base.model, vocab_size=300, context=128))
     pretrain(base)
-    fine_tune(SFTConfig(tmp_path / "sft", batch_rows=4, base=base.out, data="tasks", loop=LoopConfig(1)))
+    fine_tune(
+        SFTConfig(tmp_path / "sft", batch_rows=4, base=base.out, data=("tasks:0.5",), loop=LoopConfig(1))
+    )
     card = (tmp_path / "sft" / CARD).read_text()
     assert "| pretrain | `pydocs` | the documentation inside Python | PSF licence, version 2 |" in card
     assert "| sft | `tasks` | built-in facts" in card
