@@ -17,7 +17,7 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_model
 from hotlap.train.data.sources import split_documents
 from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling
-from hotlap.train.evaluation.core import counted
+from hotlap.train.evaluation.intervals import counted
 
 ANSWER_TOKENS = 96
 SUMS, SPELLINGS = 200, 100  # held-out questions
