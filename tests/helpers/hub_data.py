@@ -73,3 +73,17 @@ def add_smoltalk(server: HubServer, folder: Path) -> None:
             write_talks(folder / "made", smoltalk_conversations(name)).read_bytes(),
         )
     (folder / "made").unlink()
+
+
+def add_split(
+    server: HubServer, monkeypatch, dataset: datasets.Dataset, split: str, rows: list[dict]
+) -> None:
+    """The only file of a split, with these rows, whatever content is pinned for it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    (name,) = dataset.files[split]
+    raw = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
+    server.add(dataset, name, raw.getvalue().to_pybytes())
+    monkeypatch.delitem(dataset.pinned, name, raising=False)

@@ -12,7 +12,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import unique
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown, tool_expression
-from hotlap.train.data.file_documents import parquet_column, text_parts
+from hotlap.train.data.file_documents import parquet_rows, text_parts
 from hotlap.train.data.text_files import require_file
 
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -75,7 +75,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} is a folder; name a file in it")
     require_file(path)
     if path.suffix.lower() == ".parquet":
-        for number, messages in enumerate(parquet_column(path, "messages"), 1):
+        for number, messages in enumerate(parquet_rows(path, "messages"), 1):
             if number == 1:
                 check_columns(path)
             yield f"{path}:{number}", {"messages": messages}

@@ -38,7 +38,7 @@ ARITHMETIC, SPELLING, IDENTITY = 4000, 6500, 8  # sums, words and repeats of eac
 REFUSALS = 2500  # questions about anything else in `tasks`; none beside SmolTalk, which answers them
 TURNS = (1, 1, 1, 2, 3)  # questions in a conversation, drawn uniformly
 BUILT_IN = ("tasks", "smoltalk")
-SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.numbers))  # validation first
+SMOLTALK_FILES = SMOLTALK.names(len(SMOLTALK.files["train"]))  # validation first
 VALIDATION_SHARE, LARGEST_SHARE = 0.05, 0.1  # of the conversations, and of their text at most
 
 
