@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -46,3 +47,12 @@ def progress(world: World, what: str, total: int, unit: str = "example") -> tqdm
     """A progress bar of rank 0's share of the work."""
     hidden = None if world.is_main else True
     return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=hidden, leave=False)
+
+
+@contextmanager
+def failing_as(task: str) -> Iterator[None]:
+    """Name the task in the error of a model that is damaged."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{task} has no score: {error}") from error

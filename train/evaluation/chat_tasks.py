@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-import random
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
@@ -20,7 +19,7 @@ from hotlap.train.data.datasets import ARC_CHALLENGE, ARC_EASY, GSM8K, MMLU, Dat
 from hotlap.train.data.tasks import gsm8k, multiple_choice
 from hotlap.train.distributed.world import World
 from hotlap.train.evaluation import questions
-from hotlap.train.evaluation.batching import progress, shared
+from hotlap.train.evaluation.batching import failing_as, progress, shared
 from hotlap.train.evaluation.choices import letter_ids, likeliest_letters
 from hotlap.train.evaluation.intervals import counted
 from hotlap.train.evaluation.questions import same_words
@@ -82,10 +81,6 @@ PUBLIC = {
 }
 
 
-def test_files(dataset: Dataset) -> list[Path]:
-    return [dataset.folder / name for name in dataset.files["test"]]
-
-
 def download(tasks: list[str]) -> None:
     """Download the test splits of the public ones of these tasks to the cache, and check them."""
     for task in tasks:
@@ -99,7 +94,8 @@ def questions_of(task: str) -> list[Question]:
     if task not in PUBLIC:
         return [Question(text, answer) for text, answer in questions.TASKS[task]()]
     public = PUBLIC[task]
-    return [found for path in test_files(public.dataset) for found in public.read(path)]
+    paths = [public.dataset.folder / name for name in public.dataset.files["test"]]
+    return [found for path in paths for found in public.read(path)]
 
 
 def ask(task: str, tokenizer: Tokenizer, context: int, limit: int = 0) -> Asked:
@@ -127,7 +123,7 @@ def ask(task: str, tokenizer: Tokenizer, context: int, limit: int = 0) -> Asked:
         )
     if left_out := len(found) - len(fitting):
         log.warning(
-            "warning: %s: %d of %d questions are left out: they do not fit in the model's context of %d tokens",
+            "warning: %s: %d of %d questions do not fit in the context of %d tokens, and are left out",
             task, left_out, len(found), context,
         )  # fmt: skip
     return Asked(task, *map(list, zip(*fitting, strict=True)), left_out)
@@ -152,9 +148,7 @@ def examine(engine: Engine, asked: Asked, world: World) -> tuple[dict, list[tupl
     return score | ({"left_out": asked.left_out} if asked.left_out else {}), wrong
 
 
-def answers_to(
-    engine: Engine, task: str, world: World, pairs: list[tuple[Question, list[int]]]
-) -> list[str]:
+def answers_to(engine: Engine, task: str, world: World, pairs: list[tuple[Question, list[int]]]) -> list[str]:
     """The answers to questions with these prompts: letters, or what the model writes, with the calculator."""
     letters, prompts = [item.letters for item, _ in pairs], [prompt for _, prompt in pairs]
     with progress(world, task, len(pairs)) as bar:
@@ -163,12 +157,3 @@ def answers_to(
         max_tokens = PUBLIC[task].max_tokens if task in PUBLIC else None
         ids = questions.greedy(engine, prompts, max_tokens, bar)
         return [spoken(answer, engine.tokenizer) for answer in ids]
-
-
-@contextmanager
-def failing_as(task: str) -> Iterator[None]:
-    """Name the task in the error of a model that is damaged."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{task} has no score: {error}") from error

@@ -1,4 +1,4 @@
-"""Multiple choice: the answer is the likeliest of the choices' letters at the start of the assistant's turn."""
+"""Multiple choice: the answer is the likeliest of the letters at the start of the assistant's turn."""
 # B prompts of a batch, T tokens of the longest, V vocab, L letters
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.rows import prefetch
 from hotlap.train.distributed.world import World
-from hotlap.train.evaluation.batching import by_length
+from hotlap.train.evaluation.batching import by_length, failing_as
 from hotlap.train.evaluation.core_bundle import Task
 from hotlap.train.evaluation.intervals import centred, centred_mean, counted
 
@@ -185,7 +185,9 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: Wo
         total=total, unit="example", desc="CORE", dynamic_ncols=True, disable=None if world.is_main else True
     ) as bar:
         for task in tasks:
-            score = counted(count_right(model, tokenizer, task, world, bar), len(task.examples))
+            with failing_as(task.label):
+                right = count_right(model, tokenizer, task, world, bar)
+            score = counted(right, len(task.examples))
             scores[task.label] = centred(score, task.chance) | {"shots": task.shots}
             bar.clear()
             log.info("%s: %.2f %% of %d correct", task.label, 100 * score["accuracy"], len(task.examples))

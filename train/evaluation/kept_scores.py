@@ -39,7 +39,7 @@ def keep(model: Path, result: dict) -> None:
     if not result["scores"]:
         return
     if is_model(model) or not run_checkpoints(model):
-        log.info("%s is not a run's directory, so no scores are kept beside it; --out writes them", model)
+        log.info("%s is not a run's directory, so no scores are kept there; --out writes them", model)
         return
     about = {name: result[name] for name in ABOUT} | {"checkpoint": Path(result["folder"]).name}
     scores = kept_scores(model) | {task: score | about for task, score in result["scores"].items()}
@@ -48,4 +48,4 @@ def keep(model: Path, result: dict) -> None:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        log.warning("warning: %s may not be written to, so no scores are kept there; --out writes them", model)
+        log.warning("warning: %s cannot be written to, so no scores are kept there; use --out", model)

@@ -17,7 +17,6 @@ from hotlap.train.data.tasks.refusals import is_refusal
 from hotlap.train.evaluation.questions import (
     QUESTIONS,
     TASKS,
-    examine,
     load_engine,
     wrong_answers,
 )
@@ -62,11 +61,12 @@ def scores_of(engine: Engine) -> dict[str, float]:
     wrong, asked = wrong_answers(engine, greetings), len(greetings)
     scores = {}
     for task, examples in TASKS.items():
-        score, mistakes = examine(engine, task, examples())
-        scores[task] = score["accuracy"]
+        held_out = examples()
+        mistakes = wrong_answers(engine, held_out)
+        scores[task] = 1 - len(mistakes) / len(held_out)
         if task != "refusals":
             wrong += mistakes
-            asked += score["n"]
+            asked += len(held_out)
     refused = sum(is_refusal(answer) for _, _, answer in wrong)
     return scores | {"wrongly_refused": refused / asked}
 
