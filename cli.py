@@ -135,8 +135,12 @@ COMMANDS: Table = {
         "train.config:SFTConfig", "train.sft:main",
     ),
     "eval": Command(
-        "evaluate a model: bits per byte, CORE, samples, questions",
+        "evaluate a model: bits per byte, CORE, ChatCORE, samples, questions",
         "train.evaluation.config:EvalConfig", "train.evaluation.command:main",
+    ),
+    "lm-eval": Command(
+        "evaluate a model on lm-eval's tasks, or your own",
+        "train.evaluation.config:LmEvalConfig", "train.evaluation.lm_eval_command:main",
     ),
     "report": Command(
         "rewrite a run's report",

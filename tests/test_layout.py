@@ -202,7 +202,7 @@ def test_importing_has_no_side_effect(tmp_path):
     """No handler, no output, no file, no random state, no thread setting, no CUDA."""
     said = run_python(
         "import importlib, logging, os, signal, sys, threading, warnings\n"
-        "import torch, tyro, tqdm, tokenizers, tiktoken, safetensors, streamlit\n"
+        "import torch, tyro, tqdm, tokenizers, tiktoken, safetensors, streamlit, lm_eval.models.utils\n"
         "def state():\n"
         "    logs = [logging.getLogger(), logging.getLogger('hotlap')]\n"
         "    return ([(list(l.handlers), l.level, l.propagate) for l in logs], torch.get_num_threads(),\n"

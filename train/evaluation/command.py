@@ -1,4 +1,4 @@
-"""`hotlap eval`: bits per byte on held-out text, CORE, samples, and accuracy on held-out questions."""
+"""`hotlap eval`: bits per byte on held-out text, CORE, ChatCORE, samples, and accuracy on questions."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import os
 import time
 
 from hotlap.common.files import cache_folder, write
+from hotlap.common.log import log
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import spoken
+from hotlap.model.engine import Engine
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
+from hotlap.train.evaluation import chat_tasks
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
-from hotlap.train.evaluation.config import EvalConfig
+from hotlap.train.evaluation.chat_tasks import ask, examine
+from hotlap.train.evaluation.chatcore import chatcore
+from hotlap.train.evaluation.config import ANY_MODEL, BUILT_IN, PUBLIC, EvalConfig, check_out
 from hotlap.train.evaluation.contamination import mark_seen, scored_records
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
-from hotlap.train.evaluation.questions import (
-    QUESTIONS,
-    TASKS,
-    examine,
-    examples_of,
-    greedy,
-    load_engine,
-    question,
-)
+from hotlap.train.evaluation.kept_scores import keep, kept_scores
+from hotlap.train.evaluation.questions import QUESTIONS, greedy, load_engine, question
+from hotlap.train.evaluation.table import as_table
+from hotlap.train.run.card import write_card
 
 OPENINGS = (  # only letters and spaces, which a character tokenizer is likely to have
     "The largest animal that lives in the sea is",
@@ -43,28 +43,30 @@ def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]
     return {text: [tokenizer.bos, *tokenizer.encode(text)] for text in OPENINGS}
 
 
-KNOWN = ("bpb", "core", "samples", *TASKS)
+ASKED = (*PUBLIC, *BUILT_IN)  # of chat models alone
+KNOWN = (*ANY_MODEL, *ASKED)
+NO_SANDBOX = "humaneval runs what the model writes, and needs a sandbox, which hotlap does not have yet"
 
 
 def check(config: EvalConfig) -> None:
     """Raise what is wrong with the config itself."""
     config.validate()
-    if not config.tasks:
+    tasks = config.chosen
+    if not tasks:
         raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
-    if unknown := [task for task in config.tasks if task not in KNOWN]:
+    if "humaneval" in tasks:
+        raise ValueError(f"{NO_SANDBOX}; leave it out of --tasks")
+    if unknown := [task for task in tasks if task not in KNOWN]:
         if os.path.exists(unknown[0]):
             raise ValueError(f"{unknown[0]} is a path, not a task; put the model before --tasks")
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(KNOWN)}")
-    if config.out and config.out.exists():
-        raise FileExistsError(f"{config.out} exists; choose another file with --out")
-    if config.out and not config.out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {config.out.parent} for {config.out.name}; create it first")
-    if "bpb" in config.tasks and config.data is None:
+    check_out(config.out)
+    if "bpb" in tasks and config.data is None:
         raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
 
 
 def check_stage(config: EvalConfig, trained_for: str | None) -> None:
-    questions = [task for task in config.tasks if task in TASKS]
+    questions = [task for task in config.chosen if task in ASKED]
     if questions and trained_for == "pretrain":
         raise ValueError(
             f"{config.model} is a base model, and {', '.join(questions)} need a chat model; try --tasks "
@@ -74,10 +76,10 @@ def check_stage(config: EvalConfig, trained_for: str | None) -> None:
 
 def evaluate_model(config: EvalConfig) -> dict:
     """Score the model. Prints a table, then writes to config.out and returns scores, samples and wrong
-    answers, with the device, versions and date.
+    answers, with the device, versions and date; the scores go to the run's evaluation.json and card, too.
 
-    Reads the data before loading the model, to find errors early. All ranks share the work of bpb and core;
-    rank 0 does the rest.
+    Reads the data before loading the model, to find errors early. All ranks share the work; rank 0 shows
+    samples.
     """
     began = time.perf_counter()
     check(config)
@@ -85,32 +87,37 @@ def evaluate_model(config: EvalConfig) -> dict:
     trained_for = stage(folder)
     converses = trained_for != "pretrain"
     check_stage(config, trained_for)
+    kept_scores(config.model)  # a damaged file shows now
+    if config.suite == "chat":
+        log.info("%s; it is left out", NO_SANDBOX)
+    tasks = config.chosen
     with joined() as world:
         rows = (
             held_out_rows(config.data, tokenizer, shape.context, config.validation_tokens)
-            if "bpb" in config.tasks
+            if "bpb" in tasks
             else None
         )
-        core_tasks = open_bundle(config, world) if "core" in config.tasks else []
-        prompts = sample_prompts(tokenizer, converses) if "samples" in config.tasks else {}
-        chosen = [task for task in TASKS if task in config.tasks] if world.is_main else []
-        examples = {task: examples_of(task, tokenizer, shape.context) for task in chosen}
+        core_tasks = open_bundle(config, world) if "core" in tasks else []
+        prompts = sample_prompts(tokenizer, converses) if "samples" in tasks else {}
+        chosen = [task for task in ASKED if task in tasks]
+        with world.main_first("public questions"):
+            if world.is_main:
+                chat_tasks.download(chosen)
+        asked = [ask(task, tokenizer, shape.context, config.max_per_task) for task in chosen]
         engine = load_engine(folder, world.device)
         scores: dict[str, dict] = {}
         wrong: dict[str, list] = {}
-        samples: list[tuple[str, str]] = []
         if rows:
             scores["bpb"] = bits_per_byte(engine.model, rows, tokenizer, world)
         if core_tasks:
             scores["core"] = evaluate_core(engine.model, tokenizer, core_tasks, world)
+        for questions in asked:
+            scores[questions.task], wrong[questions.task] = examine(engine, questions, world)
+        if mean := chatcore(scores):
+            scores["chatcore"] = mean
+        samples = answered(engine, prompts, converses) if world.is_main else []
         if world.is_main:
-            for task in examples:
-                scores[task], wrong[task] = examine(engine, task, examples[task])
-            if prompts:
-                answers = greedy(engine, list(prompts.values()))
-                shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in answers]
-                samples = list(zip(prompts, shown, strict=True))
-            mark_seen(*scored_records(scores, examples, core_tasks), folder)
+            mark_seen(*scored_records(scores, asked, core_tasks), folder)
         result = {
             "model": str(config.model), "folder": str(folder), "stage": trained_for,
             **circumstances(engine.device), "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
@@ -121,7 +128,16 @@ def evaluate_model(config: EvalConfig) -> dict:
             print(printable(as_table(result)), flush=True)  # before the disk turns out to be full
             if config.out:
                 write(config.out, json.dumps(result, indent=1) + "\n")
+            if keep(config.model, result):
+                write_card(config.model)
     return result
+
+
+def answered(engine: Engine, prompts: dict[str, list[int]], converses: bool) -> list[tuple[str, str]]:
+    """The prompts' texts, and how the model answers or continues them."""
+    tokenizer, found = engine.tokenizer, greedy(engine, list(prompts.values()))
+    shown = [spoken(ids, tokenizer) if converses else tokenizer.decode(ids) for ids in found]
+    return list(zip(prompts, shown, strict=True))
 
 
 def open_bundle(config: EvalConfig, world: World) -> list[Task]:
@@ -131,29 +147,6 @@ def open_bundle(config: EvalConfig, world: World) -> list[Task]:
         with world.main_first("CORE's bundle"):
             folder = core_bundle(cache_folder())
     return read_bundle(folder, config.max_per_task)
-
-
-def as_table(result: dict) -> str:
-    """The result of evaluate_model as text: a line per score, then the samples."""
-    lines = [f"{result['folder']} on {result['device']}, {result['dtype']}", ""]
-    lines.append(f"{'':34}{'score':>8}{'95 %':>18}{'n':>8}{'centred':>9}")
-    for name, score in result["scores"].items():
-        if name == "bpb":
-            lines.append(f"{name:34}{score['bpb']:8.4f}{'':18}{score['rows']:>8} rows of {score['context']}")
-        elif name == "core":
-            lines.append(line(name, score["core"], score["interval"], len(score["tasks"])) + " tasks")
-            for label, part in score["tasks"].items():
-                shown = line(f"  {label}", part["accuracy"], part["interval"], part["n"])
-                lines.append(f"{shown}{part['centred']:9.4f}")
-        else:
-            lines.append(line(name, score["accuracy"], score["interval"], score["n"]))
-    for text, answer in result["samples"]:
-        lines += ["", f"> {text}", answer.strip() or "[no answer]"]
-    return "\n".join(lines)
-
-
-def line(name: str, score: float, interval: list[float], n: int) -> str:
-    return f"{name:34}{score:8.4f}{'{:.4f} to {:.4f}'.format(*interval):>18}{n:>8}"
 
 
 def main(config: EvalConfig) -> None:

@@ -23,6 +23,7 @@ from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import model_folder, stage
 from hotlap.train.data.conversations import conversations_of
 from hotlap.train.data.mixtures import parts_of
+from hotlap.train.evaluation.chat_tasks import Asked
 from hotlap.train.evaluation.core import candidates
 from hotlap.train.evaluation.core_bundle import Task
 
@@ -117,10 +118,10 @@ def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, O
 
 
 def scored_records(
-    scores: dict[str, dict], questions: dict[str, list[tuple[str, str]]], core: list[Task]
+    scores: dict[str, dict], asked: list[Asked], core: list[Task]
 ) -> tuple[dict[str, dict], dict[str, list[str]]]:
     """The score of each task and its records: questions, or CORE's examples with their right answers."""
-    records = {task: [text for text, _ in examples] for task, examples in questions.items()}
+    records = {found.task: [question.text for question in found.questions] for found in asked}
     for task in core:
         records[task.label] = [candidates(task, e)[e.get("gold", 0)] for e in task.examples]
     return scores | (scores["core"]["tasks"] if core else {}), records
@@ -155,9 +156,9 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
     from tqdm import tqdm
 
     while (trained_for := stage(folder)) != "pretrain":
-        if not (folder / MANIFEST).is_file():
+        config = read_manifest(folder).get("run") if (folder / MANIFEST).is_file() else None
+        if config is None:  # an exported model, or an older checkpoint
             raise DataError(f"{folder} does not say which conversations it was fine-tuned on")
-        config = read_manifest(folder)["run"]
         if trained_for == "sft":
             conversations = conversations_of(parts_of(config["data"]), config["seed"])
             for conversation in tqdm(

@@ -7,7 +7,6 @@ with its leaderboard. core_bundle.py reads the tasks.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.rows import prefetch
 from hotlap.train.distributed.world import World
+from hotlap.train.evaluation.batching import by_length, failing_as
 from hotlap.train.evaluation.core_bundle import Task
+from hotlap.train.evaluation.intervals import centred, centred_mean, counted
 
 SHOTS_SEED = 1234  # nanochat's; it selects the few-shot examples
 WINDOW = 256  # examples sorted by length at a time
-BATCH_TOKENS = 16_384  # tokens of a batch, including padding
 SCORED_AT_ONCE = 2048  # tokens whose logits are in memory at a time
-Z = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,7 @@ def batches(
         for index, group in texts.items():
             found = rows(task, index, [[tokenizer.bos, *next(encoded)] for _ in group])
             examples.append((index, [cropped(row, context, task) for row in found]))
-        batch: list[Example] = []
-        held = 0
-        for example in sorted(examples, key=longest):
-            if batch and (held + len(example[1])) * longest(example) > BATCH_TOKENS:
-                yield batch
-                batch, held = [], 0
-            batch.append(example)
-            held += len(example[1])
-        yield batch
+        yield from by_length(examples, longest, lambda example: len(example[1]))
 
 
 def longest(example: Example) -> int:
@@ -194,20 +185,11 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: Wo
         total=total, unit="example", desc="CORE", dynamic_ncols=True, disable=None if world.is_main else True
     ) as bar:
         for task in tasks:
-            score = counted(count_right(model, tokenizer, task, world, bar), len(task.examples))
-            centred = (score["accuracy"] - task.chance) / (1 - task.chance)
-            scores[task.label] = score | {"centred": centred, "chance": task.chance, "shots": task.shots}
+            with failing_as(task.label):
+                right = count_right(model, tokenizer, task, world, bar)
+            score = counted(right, len(task.examples))
+            scores[task.label] = centred(score, task.chance) | {"shots": task.shots}
             bar.clear()
             log.info("%s: %.2f %% of %d correct", task.label, 100 * score["accuracy"], len(task.examples))
-    core = sum(score["centred"] for score in scores.values()) / len(scores)
-    halves = [(s["interval"][1] - s["interval"][0]) / 2 / (1 - s["chance"]) for s in scores.values()]
-    half = math.hypot(*halves) / len(halves)
-    return {"core": core, "interval": [core - half, core + half], "tasks": scores}
-
-
-def counted(right: int, n: int) -> dict:
-    """Accuracy, its 95 % interval (Wilson, 1927), and n."""
-    share, spread = right / n, Z * Z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)
-    return {"accuracy": share, "interval": [max(0.0, middle - half), min(1.0, middle + half)], "n": n}
+    core, interval = centred_mean(list(scores.values()))
+    return {"core": core, "interval": interval, "tasks": scores}

@@ -1,4 +1,4 @@
-"""Accuracy on held-out questions of the built-in tasks."""
+"""Questions that a chat model answers freely, and the built-in ones that it was not trained on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from hotlap.common.errors import DataError
-from hotlap.common.log import log
 from hotlap.kernels.dispatch import default_device
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
@@ -17,7 +16,6 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import load_model
 from hotlap.train.data.sources import split_documents
 from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling
-from hotlap.train.evaluation.core import counted
 
 ANSWER_TOKENS = 96
 SUMS, SPELLINGS = 200, 100  # held-out questions
@@ -31,13 +29,28 @@ QUESTIONS = (
 )
 
 
-def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy continuations. Raises FloatingPointError if a logit is not finite."""
-    return engine.complete(prompts, Sampling(temperature=0, max_tokens=ANSWER_TOKENS))
+def greedy(
+    engine: Engine, prompts: list[list[int]], max_tokens: int | None = None, bar: tqdm | None = None
+) -> list[list[int]]:
+    """Greedy answers, of at most ANSWER_TOKENS if nothing is said. FloatingPointError if a logit is not
+    finite.
+    """
+    sampling = Sampling(temperature=0, max_tokens=max_tokens or ANSWER_TOKENS)
+    requests = [engine.add(prompt, sampling) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+        if bar is not None:
+            bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
+    return [request.answer for request in requests]
 
 
 def question(text: str, tokenizer: Tokenizer) -> list[int]:
     return render_prompt([{"role": "user", "content": text}], tokenizer)
+
+
+def same_words(answer: str, expected: str) -> bool:
+    """Whether two texts differ in whitespace alone."""
+    return answer.split() == expected.split()
 
 
 def wrong_answers(engine: Engine, examples: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
@@ -47,7 +60,7 @@ def wrong_answers(engine: Engine, examples: list[tuple[str, str]]) -> list[tuple
     return [
         (text, expected, answer)
         for (text, expected), answer in zip(examples, (spoken(a, tokenizer) for a in answers), strict=True)
-        if " ".join(answer.split()) != " ".join(expected.split())
+        if not same_words(answer, expected)
     ]
 
 
@@ -57,33 +70,6 @@ TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "spelling": lambda: spelling.held_out(spelling.words(split_documents("pydocs")[0]), SPELLINGS),
     "refusals": refusals.held_out,
 }
-
-
-def examples_of(task: str, tokenizer: Tokenizer, context: int) -> list[tuple[str, str]]:
-    """Questions and answers of a built-in task. DataError or ValueError if the model cannot read them."""
-    examples = TASKS[task]()
-    try:
-        longest = max(len(question(text, tokenizer)) for text, _ in examples)
-    except DataError as error:
-        raise DataError(
-            f"the model cannot read the questions of {task}: {error}; try other --tasks"
-        ) from error
-    if longest >= context:
-        raise ValueError(
-            f"the questions of {task} have up to {longest} tokens, and must be shorter than the model's "
-            f"context of {context}; try other --tasks"
-        )
-    return examples
-
-
-def examine(
-    engine: Engine, task: str, examples: list[tuple[str, str]]
-) -> tuple[dict, list[tuple[str, str, str]]]:
-    """Accuracy on a built-in task's examples with its interval and n, and the wrong answers."""
-    wrong = wrong_answers(engine, examples)
-    score = counted(len(examples) - len(wrong), len(examples))
-    log.info("%s: %.1f %% of %d correct", task, 100 * score["accuracy"], len(examples))
-    return score, wrong
 
 
 def load_engine(path: Path, device: torch.device | None = None) -> Engine:

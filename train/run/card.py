@@ -20,11 +20,11 @@ from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import STATE, load_config, model_folder
 from hotlap.train.data.licences import source_of
+from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.run.folder import read_machine
 from hotlap.train.run.metrics import number, shown
 
 CARD = "model_card.md"
-EVALUATION = "evaluation.json"  # which `hotlap eval` writes: {"scores": {task: {...}}}
 SCORES = ("accuracy", "core", "chatcore", "bpb")  # the number of a task's score, by its name
 STAGES = {
     "pretrain": "pretraining on text",
@@ -142,8 +142,8 @@ def data_of(stages: list[Made]) -> list[str]:
     rows = []
     for made in stages:
         for entry in made.data or [MISSING]:
-            name, source = source_of(entry)
-            known = made.data and (code(name), source.about, source.licence)
+            source = source_of(entry)[1]
+            known = made.data and (code(entry), source.about, source.licence)
             rows.append((made.stage or MISSING, *(known or (MISSING,) * 3)))
     return ["## Data and licences", "", *table(("stage", "data", "what it is", "licence"), rows), ""]
 
@@ -152,14 +152,13 @@ def scores_of(run: Path) -> list[str]:
     """The scores that `hotlap eval` has left in the run."""
     lines = ["## Scores", ""]
     try:
-        found = read_object(run / EVALUATION)
-        scores = {task: score for task, score in found["scores"].items() if isinstance(score, dict)}
-    except FileNotFoundError:
-        return [*lines, f"{MISSING}: `hotlap eval` writes them into the run, `hotlap report` shows them.", ""]
-    except (OSError, DataError, LookupError, AttributeError, TypeError) as error:
+        scores = kept_scores(run)
+    except (OSError, DataError) as error:
         log.warning("the model card is without scores: %s", error)
-        return [*lines, f"{MISSING}: {EVALUATION} cannot be read.", ""]
-    rows = [(plain(task), *score_cells(found | score)) for task, score in scores.items()]
+        scores = {}
+    if not scores:
+        return [*lines, f"{MISSING}: `hotlap eval` has left none in the run.", ""]
+    rows = [(plain(task), *score_cells(score)) for task, score in scores.items()]
     heads = ("task", "score", "95 % interval", "n", "of these trained on", "date", "device")
     lines += [*table(heads, rows), ""]
     lines += ["Scores are shares of right answers; `bpb` is bits per byte of text, where less is better.", ""]

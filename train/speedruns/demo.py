@@ -8,24 +8,26 @@ import time
 from pathlib import Path
 
 from hotlap.common import files
+from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
+from hotlap.model.weights import model_folder
 from hotlap.train.data.tasks import identity
 from hotlap.train.data.tasks.refusals import is_refusal
-from hotlap.train.evaluation.questions import (
-    QUESTIONS,
-    TASKS,
-    examine,
-    load_engine,
-    wrong_answers,
-)
+from hotlap.train.evaluation.contamination import mark_seen
+from hotlap.train.evaluation.intervals import counted
+from hotlap.train.evaluation.kept_scores import keep
+from hotlap.train.evaluation.questions import QUESTIONS, TASKS, load_engine, wrong_answers
 from hotlap.train.presets import tiny, tiny_sft
 from hotlap.train.pretrain import pretrain
+from hotlap.train.run.card import write_card
 from hotlap.train.sft import fine_tune
 from hotlap.train.speedruns.config import TinyConfig
 from hotlap.train.speedruns.result import talk_to
+
+Answers = dict[str, tuple[int, list[tuple[str, str, str]]]]  # task -> how many, and (question, right, wrong)
 
 
 def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
@@ -42,7 +44,9 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         bits = pretrain(base)["validation_bpb"]
         fine_tune(tuned)
         engine = load_engine(tuned.out)
-        scores = scores_of(engine)
+        found = wrong_by_task(engine)
+        keep_scores(tuned.out, engine, found)
+        scores = scores_of(found)
         scores["validation_bpb"] = bits
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
@@ -54,21 +58,32 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     return scores
 
 
-def scores_of(engine: Engine) -> dict[str, float]:
+def wrong_by_task(engine: Engine) -> Answers:
+    """For every task, and for greetings, how many questions the model was asked, and its wrong answers."""
+    asked = {"greetings": identity.held_out()} | {task: examples() for task, examples in TASKS.items()}
+    return {task: (len(held_out), wrong_answers(engine, held_out)) for task, held_out in asked.items()}
+
+
+def scores_of(found: Answers) -> dict[str, float]:
     """Accuracy on every task, and `wrongly_refused`: the share that is refused of the questions of all tasks
     but `refusals`, and of greetings.
     """
-    greetings = identity.held_out()
-    wrong, asked = wrong_answers(engine, greetings), len(greetings)
-    scores = {}
-    for task, examples in TASKS.items():
-        score, mistakes = examine(engine, task, examples())
-        scores[task] = score["accuracy"]
-        if task != "refusals":
-            wrong += mistakes
-            asked += score["n"]
-    refused = sum(is_refusal(answer) for _, _, answer in wrong)
-    return scores | {"wrongly_refused": refused / asked}
+    scores = {task: 1 - len(wrong) / asked for task, (asked, wrong) in found.items() if task in TASKS}
+    taught = [answers for task, answers in found.items() if task != "refusals"]
+    refused = sum(is_refusal(answer) for _, wrong in taught for _, _, answer in wrong)
+    return scores | {"wrongly_refused": refused / sum(asked for asked, _ in taught)}
+
+
+def keep_scores(run: Path, engine: Engine, found: Answers) -> None:
+    """Leave the scores in the fine-tuned model's run, and in its model card."""
+    folder = model_folder(run)
+    scores = {
+        task: counted(asked - len(wrong), asked) for task, (asked, wrong) in found.items() if task in TASKS
+    }
+    mark_seen(scores, {task: [text for text, _ in examples()] for task, examples in TASKS.items()}, folder)
+    dtype = str(engine.model.compute_dtype).removeprefix("torch.")
+    keep(run, {"scores": scores, "folder": str(folder), "dtype": dtype, **circumstances(engine.device)})
+    write_card(run)
 
 
 def sample_conversation(engine: Engine) -> list[tuple[str, str]]:
@@ -94,6 +109,7 @@ def write_summary(run: Path, scores: dict[str, float], sample: list[tuple[str, s
     lines += ["", "## Sample conversation", ""]
     lines += [line for q, a in sample for line in (f"> **you** {q}", ">", f"> **hotlap** {a}", "")]
     lines += ["Curves: [pretraining](pretrain/report.md), [fine-tuning](sft/report.md).", ""]
+    lines += ["What the model is, and what it is not for: [model card](sft/model_card.md).", ""]
     files.write(run / "report.md", "\n".join(lines))
 
 

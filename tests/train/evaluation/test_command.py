@@ -26,8 +26,10 @@ from hotlap.train.data.sources import split_documents
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation import command, questions
 from hotlap.train.evaluation.bits_per_byte import validation
-from hotlap.train.evaluation.command import EvalConfig, as_table, evaluate_model
+from hotlap.train.evaluation.command import evaluate_model
+from hotlap.train.evaluation.config import EvalConfig
 from hotlap.train.evaluation.questions import wrong_answers
+from hotlap.train.evaluation.table import as_table
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 
 TEXTS = ["Je préfère les gâteaux", "The dog does not mind.", "5"]
@@ -123,8 +125,8 @@ def test_everything_that_a_base_model_can_be_asked(tmp_path, base, monkeypatch):
     monkeypatch.setattr(command, "OPENINGS", ("a bad", "abc"))
     (tmp_path / "text.txt").write_text("a bad deed\n" * 40)
     config = EvalConfig(
-        base, ("samples", "core", "bpb"), tmp_path / "text.txt", 3,
-        write_bundle(tmp_path, mixed_tasks(count=5)), 4, tmp_path / "all.json",
+        base, ("samples", "core", "bpb"), data=tmp_path / "text.txt", validation_tokens=3,
+        core_bundle=write_bundle(tmp_path, mixed_tasks(count=5)), max_per_task=4, out=tmp_path / "all.json",
     )  # fmt: skip
     found = evaluate_model(config)
     assert set(found["scores"]) == {"bpb", "core"} and found["stage"] == "pretrain"
@@ -143,12 +145,12 @@ def test_bits_per_byte_are_those_of_the_validation_split_as_text_or_shards(tmp_p
     for split, documents_ in zip(("train", "validation"), split_documents(str(text)), strict=True):
         write_shards(folder, split, documents_, letters())
     of_text, of_shards = (
-        evaluate_model(EvalConfig(base, ("bpb",), source))["scores"]["bpb"] for source in (text, folder)
+        evaluate_model(EvalConfig(base, ("bpb",), data=source))["scores"]["bpb"] for source in (text, folder)
     )
     assert of_text == of_shards and of_text["rows"] > 1
     train_characters("xyz").save(folder / "tokenizer.json")
     with pytest.raises(ValueError, match="made with another tokenizer"):
-        evaluate_model(EvalConfig(base, ("bpb",), folder))
+        evaluate_model(EvalConfig(base, ("bpb",), data=folder))
 
 
 def test_a_chat_model_s_samples_are_answers(tmp_path, engine, monkeypatch):
@@ -171,7 +173,7 @@ def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkey
     with pytest.raises(ValueError, match="bpb needs text; give it, or a folder of shards, with --data"):
         evaluate_model(EvalConfig(base, ("bpb",)))
     with pytest.raises(FileNotFoundError, match="no text files match"):
-        evaluate_model(EvalConfig(base, ("bpb",), tmp_path / "none.txt"))
+        evaluate_model(EvalConfig(base, ("bpb",), data=tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match=r"no core\.yaml in .*--core-bundle"):
         evaluate_model(EvalConfig(base, ("core",), core_bundle=tmp_path / "none"))
     with pytest.raises(ValueError, match="no --tasks; known: bpb"):
@@ -182,16 +184,20 @@ def test_what_is_missing_shows_before_the_model_is_loaded(tmp_path, base, monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("asked", "said"),
     [
-        ("a 7?", "cannot read the questions of facts: character '7'"),
-        ("a" * 70, "questions of facts have up to"),
+        (["a", "a 7?"], "cannot read the questions of facts: character '7'"),
+        (
+            ["a" * 70],
+            "facts has no question that fits in the model's context of 64 tokens, of 1;",
+        ),
+        ([], "facts has no question that fits"),
     ],
 )
-def test_questions_that_the_model_cannot_read_are_refused_before_it_is_loaded(text, said, base, monkeypatch):
+def test_questions_that_the_model_cannot_read_are_refused_before_it_is_loaded(asked, said, base, monkeypatch):
     (base / STATE).unlink()
     monkeypatch.setattr(questions, "load_model", lambda *given: pytest.fail("loaded"))
-    monkeypatch.setitem(questions.TASKS, "facts", lambda: [("a", "b"), (text, "b")])
+    monkeypatch.setitem(questions.TASKS, "facts", lambda: [(text, "b") for text in asked])
     with pytest.raises(ValueError, match=said):
         evaluate_model(EvalConfig(base, ("facts",)))
 
@@ -233,7 +239,9 @@ def test_nothing_is_scored_where_weights_are_nan(tmp_path, base, task, random_mo
     save_model(base, model, letters())
     (tmp_path / "text.txt").write_text("a bad deed\n" * 40)
     write_bundle(tmp_path, mixed_tasks(count=4))
-    config = EvalConfig(base, (task,), tmp_path / "text.txt", core_bundle=tmp_path, out=tmp_path / "out.json")
+    config = EvalConfig(
+        base, (task,), data=tmp_path / "text.txt", core_bundle=tmp_path, out=tmp_path / "out.json"
+    )
     with pytest.raises(FloatingPointError, match="not finite"):
         evaluate_model(config)
     assert not config.out.exists()
@@ -247,7 +255,7 @@ def test_a_model_after_the_tasks_is_told_from_a_task(tmp_path):
 def test_an_unknown_task_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown task 'sums'; known: bpb, core, samples, facts, arithmetic, spelling, refusals",
+        match="unknown task 'sums'; known: bpb, core, samples, arc-easy, arc-challenge, mmlu, gsm8k, facts",
     ):
         evaluate_model(EvalConfig(tasks=("facts", "sums")))
 

@@ -126,7 +126,7 @@ def test_a_base_that_is_gone_is_named_and_the_model_s_own_conversations_are_comp
 def test_core_s_records_are_their_texts_with_the_right_answers(tmp_path):
     tasks = read_bundle(write_bundle(tmp_path, mixed_tasks(count=3)))
     scores = {"core": {"tasks": {task.label: {"n": 3} for task in tasks}}}
-    marked, records = contamination.scored_records(scores, {}, tasks)
+    marked, records = contamination.scored_records(scores, [], tasks)
     for task in tasks:
         assert marked[task.label] is scores["core"]["tasks"][task.label] and len(records[task.label]) == 3
 

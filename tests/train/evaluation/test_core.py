@@ -13,9 +13,10 @@ from helpers.tools import tiny_config
 from hotlap.common.errors import DataError
 from hotlap.model.tokenizer import train_characters
 from hotlap.train.distributed.world import joined
-from hotlap.train.evaluation import core
-from hotlap.train.evaluation.core import batches, counted, evaluate_core, prompts
+from hotlap.train.evaluation import batching, core
+from hotlap.train.evaluation.core import batches, evaluate_core, prompts
 from hotlap.train.evaluation.core_bundle import read_bundle
+from hotlap.train.evaluation.intervals import counted
 
 
 def scores_of(model, tokenizer, folder, max_per_task=0) -> dict:
@@ -184,7 +185,7 @@ def test_batches_of_any_size_score_alike(tmp_path, random_model, monkeypatch):
     sizes: list[int] = []
     together, scores = losses(), scores_of(model, tokenizer, tmp_path)
     assert sizes == [12]
-    monkeypatch.setattr(core, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 1)
     monkeypatch.setattr(core, "WINDOW", 5)
     monkeypatch.setattr(core, "SCORED_AT_ONCE", 3)
     alone = losses()

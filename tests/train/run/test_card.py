@@ -13,8 +13,9 @@ from hotlap.model.config import counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.weights import load_config, model_folder
 from hotlap.train.config import LoopConfig, SFTConfig
+from hotlap.train.evaluation.kept_scores import KEPT
 from hotlap.train.pretrain import pretrain
-from hotlap.train.run.card import CARD, EVALUATION, write_card
+from hotlap.train.run.card import CARD, write_card
 from hotlap.train.run.report import write_report
 from hotlap.train.sft import fine_tune
 
@@ -87,7 +88,7 @@ def test_a_base_model_is_not_said_to_converse(trained):
 def test_scores_are_those_that_the_evaluation_left(runs):
     facts = {"accuracy": 0.25, "interval": [0.1, 0.5], "n": 1200, "in_training": 3, "date": "today"}
     scores = {"facts": facts | {"device": "a <b> | c"}, "bpb": {"bpb": 1.5}, "core": {"core": 0.125}}
-    (runs / "sft" / EVALUATION).write_text(json.dumps({"scores": scores}))
+    (runs / "sft" / KEPT).write_text(json.dumps({"scores": scores}))
     card = write_card(runs / "sft").read_text()
     assert row(card, "facts") == ["0.2500", "0.1000 to 0.5000", "1,200", "3", "today", "a (b) / c"]
     assert row(card, "bpb") == ["1.5000", "n/a", "n/a", "not checked", "n/a", "n/a"]
@@ -96,7 +97,7 @@ def test_scores_are_those_that_the_evaluation_left(runs):
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"scores": 3}', '{"scores": {"facts": 1}}'])
 def test_scores_that_cannot_be_read_are_not_there(runs, text):
-    (runs / "sft" / EVALUATION).write_text(text)
+    (runs / "sft" / KEPT).write_text(text)
     card = write_card(runs / "sft").read_text()
     assert "| facts |" not in card and "## How to use it" in card
 
@@ -136,4 +137,4 @@ def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
     )
     card = (tmp_path / "sft" / CARD).read_text()
     assert "| pretrain | `pydocs` | the documentation inside Python | PSF licence, version 2 |" in card
-    assert "| sft | `tasks` | built-in facts" in card
+    assert "| sft | `tasks:0.5` | built-in facts" in card

@@ -74,6 +74,8 @@ def test_a_speedrun_goes_on_after_an_interruption_and_then_is_complete(tmp_path,
     for name, score in (("else, refused", "refusals"), ("refused by mistake", "wrongly_refused")):
         assert f"{name} | {scores[score]:.1%} |" in report
     assert (tmp_path / "tiny" / "pretrain" / "report.md").exists()
+    card = (tmp_path / "tiny" / "sft" / "model_card.md").read_text()
+    assert f"| facts | {scores['facts']:.4f} |" in card and "(sft/model_card.md)" in report
 
     assert main(small_speedrun) == 0
     printed = capsys.readouterr()
@@ -103,5 +105,5 @@ def test_refusals_count_as_mistakes_where_the_model_should_answer(monkeypatch):
         questions, "greedy", lambda engine, asked: [answers.get(text, REFUSAL) for text in asked]
     )
     monkeypatch.setattr(questions, "spoken", lambda answer, tokenizer: answer)
-    scores = demo.scores_of(SimpleNamespace(tokenizer=None))
+    scores = demo.scores_of(demo.wrong_by_task(SimpleNamespace(tokenizer=None)))
     assert scores == {"facts": 0, "arithmetic": 0, "refusals": 1, "wrongly_refused": 2 / 4}
