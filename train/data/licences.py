@@ -33,13 +33,19 @@ SOURCES = {
     ),
     "gsm8k": Source("GSM8K, word problems", "MIT"),
     "mmlu": Source("MMLU's auxiliary questions with choices", "MIT"),
+}
+PREFERENCES = {  # names that `hotlap dpo` knows
+    "tasks": Source("built-in questions, with the base's own answers and better ones", PYTHON_FACTS),
     "ultrafeedback": Source("UltraFeedback, answers of language models, rated by one", "MIT"),
 }
 UNKNOWN = Source("the user's own data", "unknown")
 
 
-def source_of(entry: str) -> tuple[str, Source]:
-    """The name in an entry of --data, NAME or NAME:WEIGHT, and what it is. A path is the user's own data."""
+def source_of(entry: str, stage: str) -> Source:
+    """What an entry of a stage's --data is, NAME or NAME:WEIGHT. A path is the user's own data."""
+    return (PREFERENCES if stage == "dpo" else SOURCES).get(name_of(entry), UNKNOWN)
+
+
+def name_of(entry: str) -> str:
     name, colon, weight = entry.rpartition(":")
-    name = name if colon and weight.replace(".", "", 1).isdigit() else entry
-    return name, SOURCES.get(name, UNKNOWN)
+    return name if colon and weight.replace(".", "", 1).isdigit() else entry

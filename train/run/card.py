@@ -19,7 +19,7 @@ from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import STATE, load_config, model_folder
-from hotlap.train.data.licences import source_of
+from hotlap.train.data.licences import name_of, source_of
 from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.run.folder import read_machine
 from hotlap.train.run.metrics import number, shown
@@ -142,7 +142,7 @@ def data_of(stages: list[Made]) -> list[str]:
     rows = []
     for made in stages:
         for entry in made.data or [MISSING]:
-            source = source_of(entry)[1]
+            source = source_of(entry, made.stage)
             known = made.data and (code(entry), source.about, source.licence)
             rows.append((made.stage or MISSING, *(known or (MISSING,) * 3)))
     return ["## Data and licences", "", *table(("stage", "data", "what it is", "licence"), rows), ""]
@@ -189,7 +189,7 @@ def not_for(stages: list[Made]) -> list[str]:
     ]
     if made.stage == "pretrain":
         lines.append("* **Conversation.** It was not taught to answer; fine-tune it first.")
-    if any(source_of(entry)[0] == "bigbench" for stage in stages for entry in stage.data):
+    if any(name_of(entry) == "bigbench" for stage in stages for entry in stage.data):
         lines.append("* **BIG-bench.** It was trained on tasks of it, so it must not be scored on it.")
     return ["## What it is not for", "", *lines, ""]
 

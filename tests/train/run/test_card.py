@@ -15,7 +15,7 @@ from hotlap.model.weights import load_config, model_folder
 from hotlap.train.config import LoopConfig, SFTConfig
 from hotlap.train.evaluation.kept_scores import KEPT
 from hotlap.train.pretrain import pretrain
-from hotlap.train.run.card import CARD, write_card
+from hotlap.train.run.card import CARD, Made, data_of, not_for, write_card
 from hotlap.train.run.report import write_report
 from hotlap.train.sft import fine_tune
 
@@ -138,3 +138,11 @@ def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
     card = (tmp_path / "sft" / CARD).read_text()
     assert "| pretrain | `pydocs` | the documentation inside Python | PSF licence, version 2 |" in card
     assert "| sft | `tasks:0.5` | built-in facts" in card
+
+
+def test_data_of_one_name_are_what_they_are_in_their_stage():
+    stages = [Made(Path("a"), {"stage": "sft"}, {"data": ["tasks", "bigbench:0.02", "tasks.jsonl:2"]})]
+    stages.append(Made(Path("b"), {"stage": "dpo"}, {"data": ["tasks"], "base": "a"}))
+    facts, bigbench, own, pairs = data_of(stages)[4:-1]
+    assert "built-in facts" in facts and "Natural Instructions" in bigbench and "unknown" in own
+    assert "the base's own answers" in pairs and "must not be scored on it" in "".join(not_for(stages))
