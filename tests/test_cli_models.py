@@ -58,7 +58,7 @@ def test_conversations_that_cannot_be_used_are_named(work, capsys, base, lines, 
 
 def test_conversations_that_are_missing(work, capsys, base):
     code = sft_here(base, "--data", "none.jsonl")
-    assert_error(capsys, code, NO_INPUT, "none.jsonl", "or `tasks`")
+    assert_error(capsys, code, NO_INPUT, "none.jsonl", "or tasks, facts, ")
 
 
 def test_a_base_model_that_is_missing_lists_those_that_are_there(work, capsys, base):
