@@ -142,7 +142,7 @@ def test_from_text_to_an_answer(work, capsys, monkeypatch):
     assert "arithmetic" in json.loads(Path("scores.json").read_text())["scores"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     capsys.readouterr()
-    assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8"]) == 0
+    assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8", "--seed", "0"]) == 0
     printed = capsys.readouterr()
     assert "parameters on cpu" in printed.err and printed.out.endswith("\n") and "error" not in printed.err
     assert main(["chat", "base", "-p", "The square", "--max-tokens", "8"]) == 0

@@ -110,7 +110,7 @@ ROWS: list[Row] = [
     (TALKS, lines("a.jsonl", [{"messages": []}]), BAD_DATA, r"a\.jsonl:1: a JSON array; each line must be"),
     (TALKS, lines("a.jsonl", {"conversations": []}), BAD_DATA, r"a\.jsonl:1: .*\"messages\" list, not .*'conversations'; this is ShareGPT's"),
     (TALKS, lines("a.jsonl", {"prompt": "a", "completion": "b"}), BAD_DATA, r"a\.jsonl:1: .*\"messages\" list, not .*'prompt', 'completion'"),
-    (f"{SFT} --data base", None, BAD_DATA, r"base is a folder; name a file in it"),
+    (f"{SFT} --data talks.jsonl base", None, BAD_DATA, r"base is a folder; name a file in it\. A model is named first, or with --base"),
     (f"{SFT} --data text.txt", None, BAD_DATA, r"text\.txt:1: not JSON .*each line must be \{\"messages\""),
     # sft: mixtures
     (f"{SFT} --data smaltalk", None, NO_INPUT, r"no conversations at smaltalk; did you mean smoltalk\? Else name a \.jsonl"),
