@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.train.data import hub
 from hotlap.train.data.bigbench import bigbench_conversations, bigbench_plan, download_bigbench
@@ -99,8 +100,8 @@ def file_conversations(part: Part) -> Iterator[Conversation]:
 
 
 def check_parts(parts: Sequence[Part]) -> None:
-    """Raise FileNotFoundError for a part that is no data set and no file, ValueError for one that is there
-    twice.
+    """Raise FileNotFoundError for a part that is no data set and no file, DataError for a folder, ValueError
+    for one that is there twice.
     """
     seen = set()
     for part in parts:
@@ -109,6 +110,8 @@ def check_parts(parts: Sequence[Part]) -> None:
             identity = part.name
             if path.exists():
                 log.info("%s: hotlap's own data set, not your file, which is ./%s", part.name, part.name)
+        elif path.is_dir():
+            raise DataError(f"{path} is a folder; name a file in it. A model is named first, or with --base")
         elif os.path.lexists(path):
             identity = os.path.realpath(path)
         else:
