@@ -52,7 +52,7 @@ def task_manager(config: LmEvalConfig) -> TaskManager:
 
 def evaluate_model(config: LmEvalConfig) -> dict:
     """Evaluate the model. Prints lm-eval's table, then writes to config.out and returns its results, with the
-    device, versions and date. All ranks share the work.
+    device, versions and date. All ranks share the work; rank 0 alone has the results.
     """
     began = time.perf_counter()
     check(config)
@@ -72,18 +72,17 @@ def evaluate_model(config: LmEvalConfig) -> dict:
             HotlapLM(engine, world, config.chat), tasks=list(config.tasks), num_fewshot=config.num_fewshot,
             limit=config.limit or None, task_manager=manager, apply_chat_template=config.chat,
         )  # fmt: skip
+        if not world.is_main:
+            return {}
         result = {
             "model": str(config.model), "folder": str(folder), "stage": trained_for, "chat": config.chat,
             **circumstances(engine.device), "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
             "seconds": round(time.perf_counter() - began, 1), "ranks": world.size,
         } | {name: found[name] for name in KEPT if name in found}  # fmt: skip
-        if world.is_main:
-            print(
-                printable(f"{folder} on {result['device']}, {result['dtype']}\n\n{make_table(found)}"),
-                flush=True,
-            )
-            if config.out:
-                write(config.out, json.dumps(result, indent=1, default=handle_non_serializable) + "\n")
+        text = f"{folder} on {result['device']}, {result['dtype']}\n\n{make_table(found)}"
+        print(printable(text), flush=True)  # before the disk turns out to be full
+        if config.out:
+            write(config.out, json.dumps(result, indent=1, default=handle_non_serializable) + "\n")
     return result
 
 
