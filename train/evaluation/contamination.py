@@ -65,7 +65,7 @@ class Records:
 
     def __init__(self, records: dict[str, list[str]]):
         self.whole: dict[int, list[tuple[str, int]]] = {}  # hash of all words -> (task, number)
-        runs, owners = [], []
+        runs, self.owners = [], []
         for task, texts in records.items():
             found = [np.unique(runs_of(word_hashes(words_of(text)))) for text in texts]
             every = np.concatenate(found) if found else np.zeros(0, np.uint64)
@@ -76,10 +76,9 @@ class Records:
                 if not len(own):
                     self.whole.setdefault(hash(tuple(words_of(text))), []).append((task, number))
                 runs.append(own)
-                owners += [(task, number)] * len(own)
+                self.owners += [(task, number)] * len(own)
         every = np.concatenate(runs) if runs else np.zeros(0, np.uint64)
-        order = np.argsort(every, kind="stable")
-        self.runs, self.owners = every[order], [owners[i] for i in order]
+        self.runs, self.of_owner = np.unique(every, return_inverse=True)
         self.may_be = np.zeros(FILTER, bool)
         self.may_be[self.runs % FILTER] = True
         self.seen = np.zeros(len(self.runs), bool)
@@ -93,8 +92,14 @@ class Records:
             hashes += map(hash, words)
             hashes.append(END)
         found = runs_of(np.array(hashes, np.int64).astype(np.uint64))
-        found = np.unique(found[self.may_be[found % FILTER]])
-        self.seen |= np.isin(self.runs, found)
+        found = found[self.may_be[found % FILTER]]
+        at = np.searchsorted(self.runs, found)
+        known = at < len(self.runs)
+        at, found = at[known], found[known]
+        self.seen[at[self.runs[at] == found]] = True
+
+    def seen_records(self) -> set[tuple[str, int]]:
+        return self.seen_whole | {self.owners[i] for i in np.flatnonzero(self.seen[self.of_owner])}
 
 
 def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, Overlap]:
@@ -109,7 +114,7 @@ def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, O
             looked_for.look_in(batch)
             batch, count = [], 0
     looked_for.look_in(batch)
-    seen = looked_for.seen_whole | {looked_for.owners[i] for i in np.flatnonzero(looked_for.seen)}
+    seen = looked_for.seen_records()
     return {
         task: Overlap(len(found), [texts_[i] for i in found[:3]])
         for task, texts_ in records.items()
