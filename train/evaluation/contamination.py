@@ -26,6 +26,7 @@ from hotlap.train.data.mixtures import parts_of
 from hotlap.train.evaluation.chat_tasks import Asked
 from hotlap.train.evaluation.core import candidates
 from hotlap.train.evaluation.core_bundle import Task
+from hotlap.train.run.folder import base_of, run_of
 
 IN_A_ROW = 13  # words
 SHARED = 10  # records of a task
@@ -173,8 +174,9 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
                     yield message["content"]
         else:
             log.info("the data of the stage %s, which made %s, are not compared", trained_for, folder)
+        base = base_of(run_of(folder), config)
         try:
-            folder = model_folder(config["base"])
+            folder = model_folder(base)
         except FileNotFoundError:
-            log.warning("%s is not here, so what it was trained on is not compared", config["base"])
+            log.warning("%s is not here, so what it was trained on is not compared", base)
             return

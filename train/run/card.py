@@ -21,7 +21,7 @@ from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import STATE, load_config, model_folder
 from hotlap.train.data.licences import name_of, source_of
 from hotlap.train.evaluation.kept_scores import kept_scores
-from hotlap.train.run.folder import read_machine
+from hotlap.train.run.folder import base_of, read_machine, run_of
 from hotlap.train.run.metrics import number, shown
 
 CARD = "model_card.md"
@@ -78,18 +78,20 @@ def lineage(run: Path) -> list[Made]:
     known.
     """
     found = [stage_of(run)]
-    while (base := found[0].config.get("base")) and Path(str(base)) not in {made.path for made in found}:
-        found.insert(0, stage_of(Path(str(base))))
+    while found[0].config.get("base"):
+        base = base_of(run_of(found[0].path), found[0].config)
+        if base in {made.path for made in found}:
+            break
+        found.insert(0, stage_of(base))
     return found
 
 
 def stage_of(path: Path) -> Made:
     try:
         folder = model_folder(path)
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
         state = read_object(folder / STATE) if (folder / STATE).is_file() else {}
         config = read_manifest(folder).get("run", {}) if (folder / MANIFEST).is_file() else {}
-        return Made(path, state, config, load_config(folder), read_machine(run)[0])
+        return Made(path, state, config, load_config(folder), read_machine(run_of(folder))[0])
     except (OSError, DataError) as error:
         log.warning("the model card lacks what is at %s: %s", path, error)
         return Made(path)

@@ -146,3 +146,19 @@ def read_machines(runs: Iterable[Path]) -> tuple[str, str]:
     """The devices of several runs, each named once, and the date of the latest start."""
     devices, dates = zip(*map(read_machine, runs), strict=True)
     return " and ".join(dict.fromkeys(filter(None, devices))), max(dates)
+
+
+def run_of(folder: Path) -> Path:
+    """The run of one of its checkpoints; another model's directory itself."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def base_of(run: Path, config: dict) -> Path:
+    """Where the base is that a run's configuration names, from the current folder or the one that it was
+    trained in, as far as --out tells; it may be gone.
+    """
+    base, out, place = Path(config["base"]), Path(config["out"]), run.resolve()
+    moved = not (base.is_absolute() or out.is_absolute() or base.exists())
+    if moved and place.parts[-len(out.parts) :] == out.parts:
+        return Path(*place.parts[: -len(out.parts)]) / base
+    return base

@@ -16,6 +16,7 @@ from hotlap.train.config import LoopConfig, SFTConfig
 from hotlap.train.evaluation.kept_scores import KEPT
 from hotlap.train.pretrain import pretrain
 from hotlap.train.run.card import CARD, Made, data_of, not_for, write_card
+from hotlap.train.run.folder import base_of
 from hotlap.train.run.report import write_report
 from hotlap.train.sft import fine_tune
 
@@ -146,3 +147,16 @@ def test_data_of_one_name_are_what_they_are_in_their_stage():
     facts, bigbench, own, pairs = data_of(stages)[4:-1]
     assert "built-in facts" in facts and "Natural Instructions" in bigbench and "unknown" in own
     assert "the base's own answers" in pairs and "must not be scored on it" in "".join(not_for(stages))
+
+
+def test_a_base_is_found_from_another_folder_than_the_run_was_trained_in(trained, tmp_path, monkeypatch):
+    run, config = tmp_path / "runs" / "sft", {"base": "runs/base", "out": "runs/sft"}
+    (run / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(trained)
+    assert base_of(run, config) == tmp_path / "runs" / "base"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir()
+    assert base_of(Path("runs/sft"), config) == Path("runs/base")
+    elsewhere = {"base": "runs/other", "out": "new/sft"}
+    assert base_of(run, elsewhere) == Path("runs/other")
+    assert base_of(run, config | {"base": "/gone"}) == Path("/gone")
