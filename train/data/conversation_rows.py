@@ -51,11 +51,11 @@ def conversation_rows(
         log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
     return {
         split: PackedRows([lambda documents=documents: documents], T, seed, shuffle=split == "train")
-        for split, documents in split_documents(kept).items()
+        for split, documents in documents_by_split(kept).items()
     }
 
 
-def split_documents(kept: Tokens) -> dict[str, Documents]:
+def documents_by_split(kept: Tokens) -> dict[str, Documents]:
     """The conversations of each split: each one that validates once, and the others as often as their parts'
     weights say. How much each part has of both is logged.
 
@@ -74,7 +74,7 @@ def split_documents(kept: Tokens) -> dict[str, Documents]:
         for split in (TRAIN, VALIDATION)
     )
     copies = np.frombuffer(kept.copies, np.int16)[train]
-    # pass by pass, so that copies, which are equally long, are not packed into the same rows
+    # pass by pass, so that copies, which are equally long, are seldom packed into the same row
     train = np.concatenate([train[copies > done] for done in range(max(1, copies.max()))])
     if not len(train):
         raise DataError(f"the weights take none of {len(copies)} conversations; raise {listed(kept.parts)}")

@@ -17,8 +17,8 @@ from hotlap.model.tokenizer import train_characters
 from hotlap.train.data.conversation_rows import (
     conversation_digests,
     conversation_rows,
+    documents_by_split,
     held_out,
-    split_documents,
 )
 from hotlap.train.data.conversation_tokens import Tokens
 from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
@@ -116,7 +116,7 @@ def split_conversations(talks: list[list[dict]]) -> tuple[list[list[dict]], list
     for talk in named(talks):
         size = sum(len(message["content"]) for message in talk.messages)
         kept.add(talk, [len(kept.stops)] * size, [True] * size)
-    found = split_documents(kept).values()
+    found = documents_by_split(kept).values()
     return tuple([talks[part.tokens[start]] for start in part.starts] for part in found)
 
 
