@@ -51,11 +51,11 @@ def conversation_rows(
         log.info("%d conversations contain the text of a special token; it stays text", spelled_special)
     return {
         split: PackedRows([lambda documents=documents: documents], T, seed, shuffle=split == "train")
-        for split, documents in split_documents(kept).items()
+        for split, documents in documents_by_split(kept).items()
     }
 
 
-def split_documents(kept: Tokens) -> dict[str, Documents]:
+def documents_by_split(kept: Tokens) -> dict[str, Documents]:
     """The conversations of each split: each one that validates once, and the others as often as their parts'
     weights say. How much each part has of both is logged.
 
@@ -67,17 +67,17 @@ def split_documents(kept: Tokens) -> dict[str, Documents]:
     tokens, loss_mask = np.frombuffer(kept.ids, kept.dtype), np.frombuffer(kept.loss_mask, bool)
     stops = np.frombuffer(kept.stops, np.int64)
     starts = np.append(0, stops[:-1])
-    splits = splits_of(np.frombuffer(kept.draws), np.array(kept.splits), stops - starts)
+    part = np.frombuffer(kept.part, np.int32)
+    splits = splits_of(np.frombuffer(kept.draws), np.array(kept.splits), stops - starts, part)
     train, validation = (
         np.flatnonzero(splits == split if (splits == split).any() else splits >= 0)
         for split in (TRAIN, VALIDATION)
     )
     copies = np.frombuffer(kept.copies, np.int16)[train]
-    # pass by pass, so that copies, which are equally long, are not packed into the same rows
+    # pass by pass, so that copies, which are equally long, are seldom packed into the same row
     train = np.concatenate([train[copies > done] for done in range(max(1, copies.max()))])
     if not len(train):
         raise DataError(f"the weights take none of {len(copies)} conversations; raise {listed(kept.parts)}")
-    part = np.frombuffer(kept.part, np.int32)
     for number, named in enumerate(kept.parts):
         mine = train[part[train] == number]
         size = (stops - starts)[mine].sum()
@@ -96,12 +96,19 @@ def listed(parts: Sequence[Part]) -> str:
     return " ".join(map(str, parts))
 
 
-def splits_of(draws: np.ndarray, splits: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def splits_of(draws: np.ndarray, splits: np.ndarray, sizes: np.ndarray, part: np.ndarray) -> np.ndarray:
     """The split of each conversation, and -1 for those that are left out: copies, in data that is to train,
     of a conversation that validates. splits: the data sets' own, or -1.
+
+    Each part is split for itself, so that a small one has not all it has held out. Only if no conversation of
+    any part validates, the shortest does.
     """
-    if (open := splits < 0).any():
-        splits[open] = held_out(draws[open], sizes[open])
+    opened, splits = splits < 0, splits.copy()
+    for number in np.unique(part[opened]):
+        mine = opened & (part == number)
+        splits[mine] = held_out(draws[mine], sizes[mine])
+    if opened.any() and not (splits == VALIDATION).any():
+        splits[opened] = shortest(draws[opened], sizes[opened])
     leaked = (splits == TRAIN) & np.isin(draws, draws[splits == VALIDATION])
     if leaked.any() and (splits[~leaked] == TRAIN).any():
         splits[leaked] = -1
@@ -114,14 +121,20 @@ def held_out(draws: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
     draws: uniform in [0, 1), and a function of the text, so that equal conversations share a split. sizes: in
     tokens. About 1 in 20 validates. Of these, the longest do not if together they are more than a tenth of
-    the text. If none is left, the shortest of all conversations validates.
+    the text.
     """
     values, group = np.unique(draws, return_inverse=True)
     size = np.bincount(group, sizes)  # of all copies
     shortest_first = np.argsort(size, kind="stable")
     drawn = shortest_first[values[shortest_first] < VALIDATION_SHARE]
     drawn = drawn[np.cumsum(size[drawn]) <= LARGEST_SHARE * size.sum()]
-    return np.isin(group, drawn if len(drawn) else shortest_first[:1])
+    return np.isin(group, drawn)
+
+
+def shortest(draws: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Which conversations are the shortest one and its copies, bool (count,)."""
+    _, group = np.unique(draws, return_inverse=True)
+    return group == np.bincount(group, sizes).argmin()
 
 
 def conversation_digests(rows: PackedRows) -> list[bytes]:

@@ -88,6 +88,24 @@ def test_of_a_part_of_a_pass_the_seed_and_the_text_decide(tiny_tokenizer):
     assert {d: n for d, n in more.items() if d in train} == train
 
 
+@pytest.mark.parametrize("own", ["validation", None])
+def test_a_small_part_beside_data_that_validates_is_trained_on(own, tiny_tokenizer):
+    for i in range(40):  # whatever its hash is
+        few = talks(f"few {i}", 1)
+        beside = [talks("many", 60), few, talks("others", 3)]
+        train, validation = mixed(
+            [Part("many"), Part("few", 2), Part("others")],
+            beside,
+            tiny_tokenizer,
+            splits=("train", None, own),
+        )
+        (digest,) = digests_of(few, tiny_tokenizer)
+        if own:
+            assert train[digest] == 2 and digest not in validation
+        else:  # one of those that are split by their text has to validate
+            assert set(validation) <= digests_of(few + beside[2], tiny_tokenizer) and len(validation) == 1
+
+
 def test_weights_that_take_nothing_are_an_error(tiny_tokenizer):
     with pytest.raises(DataError, match=r"the weights take none of 3 conversations; raise a:0\.001"):
         mixed([Part("a", 0.001)], [talks("few", 4)], tiny_tokenizer)
