@@ -63,7 +63,7 @@ def scores_of(engine: Engine) -> dict[str, float]:
     for task, examples in TASKS.items():
         held_out = examples()
         mistakes = wrong_answers(engine, held_out)
-        scores[task] = 1 - len(mistakes) / len(held_out)
+        scores[task] = (len(held_out) - len(mistakes)) / len(held_out)
         if task != "refusals":
             wrong += mistakes
             asked += len(held_out)
