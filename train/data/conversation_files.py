@@ -68,9 +68,7 @@ def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
 def records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file, after its place."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
-        )
+        raise FileNotFoundError(f"no conversations at {path}; name a .jsonl or .parquet file")
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     require_file(path)

@@ -6,9 +6,9 @@ from helpers.hub_data import add_split
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("pyarrow.parquet")
 
-from hotlap.common.errors import DataError  # noqa: E402
-from hotlap.train.data import hub  # noqa: E402
-from hotlap.train.data.datasets import ARC_CHALLENGE, ARC_EASY, GSM8K, MMLU  # noqa: E402
+from hotlap.common.errors import DataError
+from hotlap.train.data import hub
+from hotlap.train.data.datasets import ARC_CHALLENGE, ARC_EASY, GSM8K, MMLU
 
 
 @pytest.mark.parametrize("dataset", [GSM8K, MMLU, ARC_EASY, ARC_CHALLENGE], ids=lambda dataset: dataset.name)

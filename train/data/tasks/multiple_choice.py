@@ -45,6 +45,12 @@ def conversation(question: Question) -> list[dict]:
     ]
 
 
+def conversations_of(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """A conversation for each of `questions_of`."""
+    for place, question in questions_of(path):
+        yield place, conversation(question)
+
+
 def questions_of(path: Path) -> Iterator[tuple[str, Question]]:
     """The questions in a parquet file of MMLU or ARC, each after its place, path:row. DataError names the
     place of an invalid one.

@@ -4,6 +4,7 @@ import pytest
 
 from hotlap.common.errors import DataError
 from hotlap.model.conversation import render as render_conversation
+from hotlap.model.tokenizer import train_bpe
 from hotlap.train.data.tasks.multiple_choice import (
     LETTERS,
     Question,
@@ -65,14 +66,17 @@ def test_what_does_not_fit_together_is_refused(row, match):
 
 
 def test_a_letter_in_the_question_is_the_token_of_the_answer(tiny_tokenizer):
-    """Whatever stands before it."""
+    """Whatever stands before it, and also for a tokenizer that has learnt such questions."""
+    asked = [render(QUESTION), render(QUESTION._replace(text="Is it\nA. B"))]
+    learnt = train_bpe([text * 20 for text in asked], 400)
     for text in ("Which?", "Which ", "1", "é", "x\n", "A", "a b c."):
         for count in (2, 4, len(LETTERS)):
             question = Question(text, tuple(f"choice {i}" for i in range(count)), count - 1)
-            ids = tiny_tokenizer.encode(render(question))
-            for letter in LETTERS[:count]:
-                (token,) = tiny_tokenizer.encode(letter)
-                assert token in ids, (text, letter)
+            for tokenizer in (tiny_tokenizer, learnt):
+                ids = tokenizer.encode(render(question))
+                for letter in LETTERS[:count]:
+                    (token,) = tokenizer.encode(letter)
+                    assert token in ids, (text, letter)
     ids, loss_mask = render_conversation(conversation(QUESTION), tiny_tokenizer)
     end = tiny_tokenizer.special["<|assistant_end|>"]
     said = [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
