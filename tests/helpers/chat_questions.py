@@ -37,7 +37,7 @@ def problem(a: int, b: int) -> dict:
     return {"question": f"{a} times {b} dogs?", "answer": solution}
 
 
-def chat_tasks() -> list[tuple[Dataset, list[dict]]]:
+def small_tasks() -> list[tuple[Dataset, list[dict]]]:
     """ARC with 9 and 8 questions, some with three or five choices or numbers for labels, MMLU with 7, and
     GSM8K with 5.
     """

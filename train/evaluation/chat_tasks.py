@@ -36,8 +36,8 @@ class Question(NamedTuple):
     letters: str = ""
 
 
-class Task(NamedTuple):
-    """A public task. read: the questions in a file of the dataset's test split."""
+class PublicTask(NamedTuple):
+    """read: the questions in a file of the dataset's test split. max_tokens: of an answer."""
 
     dataset: Dataset
     read: Callable[[Path], Iterator[Question]]
@@ -74,10 +74,10 @@ def is_solved(answer: str, expected: str) -> bool:
 
 
 PUBLIC = {
-    "arc-easy": Task(ARC_EASY, choices_in),
-    "arc-challenge": Task(ARC_CHALLENGE, choices_in),
-    "mmlu": Task(MMLU, choices_in),
-    "gsm8k": Task(GSM8K, problems_in, is_solved, SOLUTION_TOKENS),
+    "arc-easy": PublicTask(ARC_EASY, choices_in),
+    "arc-challenge": PublicTask(ARC_CHALLENGE, choices_in),
+    "mmlu": PublicTask(MMLU, choices_in),
+    "gsm8k": PublicTask(GSM8K, problems_in, is_solved, SOLUTION_TOKENS),
 }
 
 

@@ -19,7 +19,7 @@ from hotlap.train.evaluation import chat_tasks
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
 from hotlap.train.evaluation.chat_tasks import ask, examine
 from hotlap.train.evaluation.chatcore import chatcore
-from hotlap.train.evaluation.config import ANY_MODEL, BUILT_IN, PUBLIC, EvalConfig, check_out
+from hotlap.train.evaluation.config import ANY_MODEL, BUILT_IN, PUBLIC, WAIT, EvalConfig, check_out
 from hotlap.train.evaluation.contamination import mark_seen, scored_records
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
@@ -91,7 +91,7 @@ def evaluate_model(config: EvalConfig) -> dict:
     if config.suite == "chat":
         log.info("%s; it is left out", NO_SANDBOX)
     tasks = config.chosen
-    with joined() as world:
+    with joined(WAIT) as world:
         rows = (
             held_out_rows(config.data, tokenizer, shape.context, config.validation_tokens)
             if "bpb" in tasks

@@ -12,6 +12,7 @@ BUILT_IN = ("facts", "arithmetic", "spelling", "refusals")
 PUBLIC = ("arc-easy", "arc-challenge", "mmlu", "gsm8k")
 CHAT = (*PUBLIC, *BUILT_IN)  # and humaneval, which needs a sandbox
 ANY_MODEL = ("bpb", "core", "samples")
+WAIT = 1800  # seconds that ranks wait for one that is slower with its share of a task
 SUITES = {"tasks": BUILT_IN, "chat": CHAT}
 
 

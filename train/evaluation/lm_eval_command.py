@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import time
 from typing import TYPE_CHECKING
 
-from hotlap.common.errors import known
 from hotlap.common.files import write
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import joined
-from hotlap.train.evaluation.config import LmEvalConfig, check_out
+from hotlap.train.evaluation.config import WAIT, LmEvalConfig, check_out
 from hotlap.train.evaluation.questions import load_engine
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+LIST = "`lm_eval ls tasks` lists lm-eval's, and --include-path adds your own"
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "configs", "samples")  # of lm-eval's result
 
 
@@ -26,7 +27,7 @@ def check(config: LmEvalConfig) -> None:
     """Raise what is wrong with the config itself."""
     config.validate()
     if not config.tasks:
-        raise ValueError("no --tasks; `lm_eval ls tasks` lists lm-eval's, and --include-path adds your own")
+        raise ValueError(f"no --tasks; {LIST}")
     if config.include_path and not config.include_path.is_dir():
         raise FileNotFoundError(
             f"no folder {config.include_path}; --include-path takes one with tasks in YAML"
@@ -45,8 +46,10 @@ def task_manager(config: LmEvalConfig) -> TaskManager:
     manager = TaskManager(include_path=config.include_path, include_defaults=False)
     if not {*config.tasks} <= {*manager.all_tasks}:
         manager = TaskManager(include_path=config.include_path)
-    for task in config.tasks:
-        known(task, manager.all_tasks, "lm-eval task")
+    for task in (task for task in config.tasks if task not in manager.all_tasks):
+        near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else LIST
+        raise ValueError(f"unknown lm-eval task: {task!r}; {hint}")
     return manager
 
 
@@ -66,7 +69,7 @@ def evaluate_model(config: LmEvalConfig) -> dict:
 
     from hotlap.train.evaluation.lm_eval import HotlapLM
 
-    with joined() as world:
+    with joined(WAIT) as world:
         engine = load_engine(folder, world.device)
         found = simple_evaluate(
             HotlapLM(engine, world, config.chat), tasks=list(config.tasks), num_fewshot=config.num_fewshot,
@@ -79,7 +82,8 @@ def evaluate_model(config: LmEvalConfig) -> dict:
             **circumstances(engine.device), "dtype": str(engine.model.compute_dtype).removeprefix("torch."),
             "seconds": round(time.perf_counter() - began, 1), "ranks": world.size,
         } | {name: found[name] for name in KEPT if name in found}  # fmt: skip
-        text = f"{folder} on {result['device']}, {result['dtype']}\n\n{make_table(found)}"
+        tables = [make_table(found)] + ([make_table(found, "groups")] if found.get("groups") else [])
+        text = "\n\n".join([f"{folder} on {result['device']}, {result['dtype']}", *tables])
         print(printable(text), flush=True)  # before the disk turns out to be full
         if config.out:
             write(config.out, json.dumps(result, indent=1, default=handle_non_serializable) + "\n")

@@ -68,7 +68,7 @@ def scores_of(found: Answers) -> dict[str, float]:
     """Accuracy on every task, and `wrongly_refused`: the share that is refused of the questions of all tasks
     but `refusals`, and of greetings.
     """
-    scores = {task: 1 - len(wrong) / asked for task, (asked, wrong) in found.items() if task in TASKS}
+    scores = {task: (asked - len(wrong)) / asked for task, (asked, wrong) in found.items() if task in TASKS}
     taught = [answers for task, answers in found.items() if task != "refusals"]
     refused = sum(is_refusal(answer) for _, wrong in taught for _, _, answer in wrong)
     return scores | {"wrongly_refused": refused / sum(asked for asked, _ in taught)}

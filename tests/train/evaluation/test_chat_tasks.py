@@ -11,10 +11,8 @@ from helpers.chat_questions import (
     mmlu,
     problem,
     random_engine,
+    small_tasks,
     write_test_split,
-)
-from helpers.chat_questions import (
-    chat_tasks as small_tasks,
 )
 from helpers.hub_data import add_split
 from helpers.ranks import in_world, run_ranks
@@ -24,13 +22,16 @@ pytest.importorskip("huggingface_hub")
 pytest.importorskip("pyarrow.parquet")
 
 from hotlap.common.errors import DataError
+from hotlap.model.conversation import render
 from hotlap.model.engine import Engine
 from hotlap.model.tokenizer import train_bpe, train_characters
 from hotlap.model.weights import save_model
 from hotlap.train.data.datasets import ARC_EASY, GSM8K, MMLU
+from hotlap.train.data.tasks import multiple_choice
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation import batching, chat_tasks, questions
 from hotlap.train.evaluation.chat_tasks import ask, examine, is_solved
+from hotlap.train.evaluation.choices import letter_ids
 from hotlap.train.evaluation.command import evaluate_model
 from hotlap.train.evaluation.config import EvalConfig
 from hotlap.train.evaluation.table import as_table
@@ -94,6 +95,19 @@ def test_a_question_has_the_letters_of_its_own_choices(tasks):
     assert [q.letters for q in asked[2:5]] == ["ABCD", "ABCDE", "ABC"]
     assert [q.answer for q in asked[2:5]] == ["C", "D", "B"]  # labels 1 to 5 are letters, too
     assert asked[3].text.count("\nE. ") == 1 and asked[4].text.count("\nD. ") == 0
+
+
+def test_what_is_asked_is_what_fine_tuning_trains_on(tasks, tiny_tokenizer):
+    (dataset, _), asked = small_tasks()[0], ask("arc-easy", tiny_tokenizer, 256)
+    (path,) = (dataset.folder / name for name in dataset.files["test"])
+    trained = [messages for _, messages in multiple_choice.conversations_of(path)]
+    for question, prompt, messages in zip(asked.questions, asked.prompts, trained, strict=True):
+        answer = letter_ids(question.answer, tiny_tokenizer)
+        assert render(messages, tiny_tokenizer)[0] == [
+            *prompt,
+            *answer,
+            tiny_tokenizer.special["<|assistant_end|>"],
+        ]
 
 
 def test_a_letter_that_is_no_token_of_its_own_is_refused(tasks):

@@ -219,6 +219,8 @@ def test_an_unknown_task_is_named(folder, monkeypatch):
     monkeypatch.setattr(TaskManager, "__init__", short)
     with pytest.raises(ValueError, match="unknown lm-eval task: 'fact'; did you mean 'facts'"):
         evaluated(folder, "fact")
+    with pytest.raises(ValueError, match="unknown lm-eval task: 'mmlo'; `lm_eval ls tasks` lists lm-eval's"):
+        evaluated(folder, "facts", "mmlo")
 
 
 def test_a_damaged_model_has_no_score(engine, folder):
