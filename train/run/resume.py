@@ -13,17 +13,9 @@ from hotlap.common.log import log
 from hotlap.common.options import differences
 from hotlap.model.gpt import GPT
 from hotlap.model.manifest import verify
+from hotlap.model.tensors import listed, read_tensors, tensor_differences
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import (
-    STATE,
-    TOKENIZER,
-    listed,
-    load_config,
-    model_folder,
-    read_tensors,
-    run_checkpoints,
-    tensor_differences,
-)
+from hotlap.model.weights import STATE, TOKENIZER, load_config, model_folder, run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.checkpoint import CHECKPOINTS, OPTIMIZER, move_aside, optimizer_tensors, random_file
