@@ -1,7 +1,8 @@
 """Model directories: config.json, tokenizer.json and weights in .safetensors. Loading one never runs code.
 
 Weights are one file, or the shards that the ranks of a run wrote with torch.distributed.checkpoint. Either is
-read into a whole model or a sharded one, without a process group.
+read into a whole model or a sharded one, without a process group. A directory may have adapters instead,
+which are merged into their base as it is loaded (adapter_files.py).
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.adapter_files import check_bases, merge, read_lora
 from hotlap.model.config import GPTConfig, counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import base_weights
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
+from hotlap.model.peft import PEFT_CONFIG, is_peft
 from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 
@@ -66,10 +70,15 @@ def load_model(
 
 
 def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
-    """Find the model of a path and check its hashes. Returns its folder, shape and tokenizer."""
-    folder = model_folder(path)
-    if (folder / MANIFEST).is_file():  # exported models have no hashes
-        verify(folder, weights_only=True)
+    """Find the model of a path and check its hashes, and those of its base if it has adapters. Returns its
+    folder, shape and tokenizer.
+    """
+    folders = lineage(model_folder(path))
+    for folder in folders:
+        if (folder / MANIFEST).is_file():  # exported models have no hashes
+            verify(folder, weights_only=True)
+    check_bases(folders)
+    folder = next(folder for folder in folders if not is_peft(folder))
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     config = load_config(folder)
     if config.vocab_size < tokenizer.vocab_size:
@@ -77,8 +86,8 @@ def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
             "they are from different runs"
         )
-    check_size(folder, config)
-    return folder, config, tokenizer
+    check_size(folders[-1], config)
+    return folders[0], config, tokenizer
 
 
 def check_size(folder: Path, config: GPTConfig) -> None:
@@ -120,11 +129,34 @@ def stage(folder: Path) -> str | None:
 def load_weights(model: GPT, folder: Path) -> None:
     """Load the weights in a folder into a model, sharded or not. Names, shapes and dtypes must be the same:
     nothing is cast. Each process reads only what it needs, without waiting for others.
+
+    A folder's adapters are merged into the weights; those that the model itself has stay as they are.
     """
-    weights = model.state_dict()
+    *adapted, folder = lineage(folder)
+    weights = base_weights(model)
     if found := tensor_differences(folder, weights):
         raise DataError(f"{folder} does not fit the model: {listed(found)}")
     read_tensors(folder, weights)
+    for above in reversed(adapted):
+        merge(model, above)
+
+
+def lineage(folder: Path) -> list[Path]:
+    """A model's folder; if it has adapters the folder of their base; and so on, to a model that is whole."""
+    folders = [folder]
+    while lora := read_lora(folders[-1]):
+        found = [base for base in lora.bases if is_model(base) or run_checkpoints(base)]
+        if not found:
+            saved = f" (weights of sha256 {lora.base_sha256[:12]}...)" if lora.base_sha256 else ""
+            raise FileNotFoundError(
+                f"{folders[-1]} has adapters for the base {lora.bases[0]}{saved}, and there is no model; "
+                "move it back, or put a link there"
+            )
+        base = model_folder(found[0])
+        if base.resolve() in [folder.resolve() for folder in folders]:
+            raise DataError(f"{folders[-1]} has adapters whose base is {base}, which is built on them")
+        folders.append(base)
+    return folders
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -173,7 +205,8 @@ def models_found(found: list[Path]) -> str:
 
 
 def is_model(path: Path) -> bool:
-    return all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    whole = all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    return whole or is_peft(path)
 
 
 def run_checkpoints(run: Path) -> list[Path]:
@@ -200,6 +233,6 @@ def find_models(root: Path) -> list[Path]:
 def changed(folder: Path) -> float:
     """When a run or model was written; 0 if unknown."""
     try:
-        return os.path.getmtime(folder / CONFIG)
+        return os.path.getmtime(folder / (PEFT_CONFIG if is_peft(folder) else CONFIG))
     except OSError:
         return 0.0
