@@ -45,7 +45,7 @@ def read_lora(folder: Path) -> LoRA | None:
     if is_peft(folder):
         return read_peft_config(folder)[0]
     path = folder / ADAPTER
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     fields = read_object(path)
     kinds = {

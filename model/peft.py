@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASE_SHA256 = "base_sha256"  # in the metadata of the weights, which PEFT ignores
-PREFIX = "base_model.model.model.layers"
+PREFIX, LAYERS = "base_model.model", "model.layers"
 TARGETS = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.proj": ("self_attn.o_proj",),
@@ -44,7 +45,7 @@ HARMLESS = {
 
 
 def is_peft(folder: Path) -> bool:
-    return (folder / PEFT_CONFIG).is_file()
+    return os.path.isfile(folder / PEFT_CONFIG)  # False where one may not look
 
 
 def read_peft_config(folder: Path) -> tuple[LoRA, tuple[str, ...]]:
@@ -62,8 +63,8 @@ def read_peft_config(folder: Path) -> tuple[LoRA, tuple[str, ...]]:
     if not isinstance(base, str) or not base:
         raise DataError(f"{path}: base_model_name_or_path={base!r} must name the folder of the base model")
     targets = fields.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(map(str, targets)) <= {*NAMES}:
-        raise DataError(f"{path}: target_modules={targets!r} must be a list of some of {', '.join(NAMES)}")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise DataError(f"{path}: target_modules={targets!r:.40} must be a list of names")
     for name, value in fields.items():
         neutral = ("none",) if name == "bias" else (True, "gaussian") if name == "init_lora_weights" else ()
         if name not in HARMLESS and value and value not in neutral:
@@ -83,14 +84,21 @@ def read_peft_config(folder: Path) -> tuple[LoRA, tuple[str, ...]]:
 
 
 def peft_shapes(config: GPTConfig, rank: int, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """The shapes of the tensors of adapters beside these target modules, by PEFT's names."""
-    shapes = {}
+    """The shapes of the tensors of adapters beside these target modules, by PEFT's names.
+
+    targets: names of modules, or the last parts of such names. DataError if there is none of a name.
+    """
+    shapes, found = {}, set()
     for layer in range(config.layers):
         for name, (inputs, outputs) in adapted_layers(config).items():
             for target, size in zip(TARGETS[name], outputs, strict=True):
-                if target.split(".")[1] in targets:
-                    shapes[f"{PREFIX}.{layer}.{target}.lora_A.weight"] = (rank, inputs)
-                    shapes[f"{PREFIX}.{layer}.{target}.lora_B.weight"] = (size, rank)
+                module = f"{LAYERS}.{layer}.{target}"
+                if matching := {t for t in targets if f".{module}".endswith(f".{t}")}:
+                    found |= matching
+                    shapes[f"{PREFIX}.{module}.lora_A.weight"] = (rank, inputs)
+                    shapes[f"{PREFIX}.{module}.lora_B.weight"] = (size, rank)
+    if other := sorted(set(targets) - found):
+        raise DataError(f"target_modules has {other[0]!r}; supported are {', '.join(NAMES)}")
     return shapes
 
 
@@ -100,10 +108,11 @@ def read_peft(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """
     lora, targets = read_peft_config(folder)
     dtypes = {n: t.dtype if t.dtype in DTYPES else DTYPES[0] for n, t in stored_tensors(folder).items()}
-    expected = {
-        name: torch.empty(shape, dtype=dtypes.get(name), device="meta")
-        for name, shape in peft_shapes(config, lora.rank, targets).items()
-    }
+    try:
+        shapes = peft_shapes(config, lora.rank, targets)
+    except DataError as error:
+        raise DataError(f"{folder / PEFT_CONFIG}: {error}") from None
+    expected = {n: torch.empty(s, dtype=dtypes.get(n), device="meta") for n, s in shapes.items()}
     if found := tensor_differences(folder, expected):
         raise DataError(f"{folder / PEFT_WEIGHTS} does not fit the model: {listed(found)}")
     into = {name: torch.empty_like(tensor, device="cpu") for name, tensor in expected.items()}
@@ -113,7 +122,7 @@ def read_peft(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
         for name, (inputs, outputs) in adapted_layers(config).items():
             As, Bs = [], []
             for target, size in zip(TARGETS[name], outputs, strict=True):
-                key = f"{PREFIX}.{layer}.{target}.lora_"
+                key = f"{PREFIX}.{LAYERS}.{layer}.{target}.lora_"
                 zeros = torch.zeros(lora.rank, inputs), torch.zeros(size, lora.rank)
                 A, B = (into.get(f"{key}{x}.weight", zero) for x, zero in zip("AB", zeros, strict=True))
                 As.append(A.float())
@@ -130,7 +139,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], lora: LoRA, config: GPT
         for name, (_, outputs) in adapted_layers(config).items():
             A, B = (tensors[f"blocks.{layer}.{name}.adapter.{x}"] for x in "AB")
             for target, a, b in zip(TARGETS[name], A.chunk(len(outputs)), B.split(outputs), strict=True):
-                key = f"{PREFIX}.{layer}.{target}.lora_"
+                key = f"{PREFIX}.{LAYERS}.{layer}.{target}.lora_"
                 found[f"{key}A.weight"], found[f"{key}B.weight"] = a.clone(), turned(b, target, config)
     fields = {
         "peft_type": "LORA",
