@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 STEPS = 6
 LORA = {
     "lora_rank": 4,
-    "optim": dataclasses.replace(GENTLE, adapter_lr=0.01),
+    "optim": dataclasses.replace(GENTLE, adapter_lr=0.002),
     "loop": LoopConfig(STEPS, evaluate_every=STEPS, save_every=2),
 }
 tuning = partial(fine_tuning, **LORA)

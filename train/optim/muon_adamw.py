@@ -54,7 +54,12 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
         "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
-        "adapters": {"lr": config.adapter_lr, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "adapters": {
+            "lr": config.adapter_lr * adamw_rate,
+            "betas": (0.9, 0.999),
+            "weight_decay": 0.0,
+            "eps": SCALAR_EPS,
+        },
     }
     members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
