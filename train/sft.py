@@ -13,6 +13,7 @@ from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
+from hotlap.model.weights import stage as stage_of
 from hotlap.train.config import SFTConfig
 from hotlap.train.data.conversations import (
     conversation_digests,
@@ -34,6 +35,11 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     with joined() as world:
         base, shape, tokenizer = open_model(config.base)
         check_machine(config, world, shape)
+        if config.lora_rank and stage_of(base) == "pretrain":
+            log.warning(
+                "%s has never seen the tokens that mark turns, and adapters leave its embeddings and head as "
+                "they are: it will not learn to end an answer; fine-tune it without --lora-rank first", base
+            )  # fmt: skip
         with world.main_first(f"download {config.data}"):
             if world.is_main:
                 download_conversations(config.data)

@@ -115,6 +115,13 @@ def test_a_run_that_failed_resumes_bit_for_bit_and_on_other_ranks_too(folder, si
     assert max(differences(folder / other, folder / "tuned")) < 1e-5
 
 
+def test_a_base_that_has_never_seen_a_conversation_is_warned_about(folder, caplog):
+    for base, warned in (("base", True), ("tuned", False)):
+        caplog.clear()
+        tuning(str(folder), f"short-{base}", base, loop=LoopConfig(1, 1, 1))
+        assert ("will not learn to end an answer" in caplog.text) == warned
+
+
 def test_adapters_can_be_trained_beside_a_model_with_adapters(folder):
     run_ranks(1, tuning, str(folder), "second", "tuned")
     assert metrics(folder / "second")[0]["loss"] < metrics(folder / "tuned")[0]["loss"]
