@@ -58,7 +58,8 @@ def read_lora(folder: Path) -> LoRA | None:
     for name, kind in kinds.items():
         if not isinstance(fields.get(name), kind) or (kind is not str and not fields[name] > 0):
             raise DataError(f"{path}: {name}={fields.get(name)!r} is not what a run writes")
-    bases = Path(fields["base"]), folder / fields["base_from_here"]
+    from_here = os.path.normpath(folder.resolve() / fields["base_from_here"])
+    bases = Path(fields["base"]), Path(from_here)
     return LoRA(fields["rank"], fields["alpha"], bases, fields["base_sha256"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import shutil
@@ -19,6 +20,7 @@ from hotlap.model.config import AdapterExportConfig, ExportConfig, GPTConfig
 from hotlap.model.peft import write_peft
 from hotlap.model.weights import (
     STATE,
+    lineage,
     load_model,
     model_folder,
     open_model,
@@ -50,6 +52,8 @@ def export_adapter(config: AdapterExportConfig) -> Path:
             )
         if extras := extras_of(shape):
             log.warning("the base has %s: only hotlap can use the adapters, not Transformers", extras)
+        base = lineage(folder)[1].resolve()  # where it is now
+        lora = dataclasses.replace(lora, bases=(base,))
         write_peft(partial, read_adapters(folder, shape), lora, shape)
     return config.out
 

@@ -89,6 +89,15 @@ def test_a_folder_of_pefts_is_the_same_model_as_the_run_bit_for_bit(run, folder)
     assert folder in find_models(folder.parent)
 
 
+def test_an_export_names_the_base_where_it_is_now(base, run):
+    (base.parent / "moved").mkdir()
+    base.rename(base.parent / "moved" / "base")
+    run.rename(base.parent / "moved" / "run")
+    out = base.parent / "out"
+    assert main(["export", "adapter", str(base.parent / "moved" / "run"), "--out", str(out)]) == 0
+    load_model(out, CPU)
+
+
 def test_rslora_and_half_precision_and_some_target_modules_are_honoured(base, folder):
     tensors = load_file(folder / PEFT_WEIGHTS)
     tensors = {
