@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.gpt import GPT, Linear
-from hotlap.model.lora import adapter_count
+from hotlap.model.lora import adapter_count, is_adapter
 
 # Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
@@ -64,7 +64,7 @@ def parameter_counts(model: GPT) -> dict[str, int]:
     linear = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
     embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.head.weight.numel()
-    total = sum(p.numel() for p in model.parameters()) - adapters_of(model)
+    total = sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name))
     return {
         "matmul": sum(linear.values()),
         "matrices": sum(linear.values()) - head,
