@@ -164,6 +164,10 @@ COMMANDS: Table = {
             "config.json, tokenizer.json and model.safetensors",
             "model.config:ExportConfig", "model.export:main",
         ),
+        "adapter": Command(
+            "a run's adapters (--lora-rank) as PEFT's files",
+            "model.config:AdapterExportConfig", "model.export:adapter_main",
+        ),
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
     "serve": Command(

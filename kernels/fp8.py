@@ -252,6 +252,8 @@ class LinearFP8(torch.autograd.Function):
         xt, xi, wt, wi = ctx.saved_tensors
         dq, dt, di = quantize(dy, E5M2)
         dx = scaled_product((dq, di), (wt, wi), dy.dtype)
+        if not ctx.needs_input_grad[1]:  # frozen, beside an adapter
+            return dx, None
         return dx, scaled_product((dt, di), (xt, xi), ctx.weight_dtype)
 
 

@@ -3,7 +3,8 @@
 At a vocabulary of 32768 the logits take more memory than all other activations of a model together, so only
 one chunk of rows exists at a time. For a sum or mean of the losses, the gradients of a chunk are computed
 while its logits are there, and the backward pass only scales them: 6 N D V FLOPs, as without chunks. For
-per-token losses, whose gradients are not known yet, the backward pass recomputes the logits: 8 N D V.
+per-token losses, whose gradients are not known yet, the backward pass recomputes the logits: 8 N D V. A
+frozen head, beside LoRA's adapters, saves 2 N D V of them, and dW.
 
 The parts of dW are summed in float32, 8 D V bytes per chunk, so chunks are as large as memory allows. The
 operation is opaque to compilers, which would copy what it overwrites and have no bfloat16 matmul that adds to
@@ -110,9 +111,19 @@ def _chunks(x: Tensor, head: Tensor, targets: Tensor):
 
 
 def _gradients(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int, dlosses: Tensor
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float,
+    z_loss: float,
+    ignore: int,
+    dlosses: Tensor,
+    learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, and dx and dW, in the dtypes of x and head, for the gradients dlosses (N,)."""
+    """The sum of the losses, and dx and dW, in the dtypes of x and head, for the gradients dlosses (N,).
+
+    learns: whether the head does; dW of a frozen one has no rows.
+    """
     weight, chunks = _chunks(x, head, targets)
     total, dw = torch.zeros((), dtype=torch.float32, device=x.device), None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -121,17 +132,20 @@ def _gradients(
         losses, grad = _losses_and_gradient(part @ weight.T, target, softcap, z_loss, ignore, dlosses[here])
         total = total + losses.sum()
         torch.mm(grad, weight, out=dx[here])
-        dw = _grown(dw, grad, part)
+        if learns:
+            dw = _grown(dw, grad, part)
         del grad  # so that only one chunk is in memory
-    dw = torch.zeros(head.shape, dtype=head.dtype, device=x.device) if dw is None else dw.to(head.dtype)
-    return total, dx, dw
+    if dw is None:
+        rows = len(head) if learns else 0
+        dw = torch.zeros(rows, head.shape[1], dtype=head.dtype, device=x.device)
+    return total, dx, dw.to(head.dtype)
 
 
 def _sum(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int
+    x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int, learns: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     ones = torch.ones(1, dtype=torch.float32, device=x.device).expand(len(x))
-    return _gradients(x, head, targets, softcap, z_loss, ignore, ones)
+    return _gradients(x, head, targets, softcap, z_loss, ignore, ones, learns)
 
 
 def _each(x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int) -> Tensor:
@@ -144,13 +158,24 @@ def _each(x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: floa
 
 
 def _each_backward(
-    dlosses: Tensor, x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore: int
+    dlosses: Tensor,
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float,
+    z_loss: float,
+    ignore: int,
+    learns: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(x, head, targets, softcap, z_loss, ignore, dlosses)[1:]
+    return _gradients(x, head, targets, softcap, z_loss, ignore, dlosses, learns)[1:]
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
     return torch.empty(x.shape if shape is None else shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _empty_dw(head: Tensor, learns: bool = True) -> Tensor:
+    return _empty(head, shape=(len(head) if learns else 0, head.shape[1]))
 
 
 def _save_sum(ctx, inputs, output):
@@ -161,10 +186,10 @@ def _save_sum(ctx, inputs, output):
 
 def _scale(ctx, dtotal, *_):
     if dtotal is None:
-        return (None,) * 6
+        return (None,) * 7
     dx, dw = ctx.saved_tensors
     scaled = [torch.mul(x, dtotal.view(1, 1), out=_empty(x)) for x in (dx, dw)]  # in float32, rounded once
-    return *scaled, None, None, None, None
+    return scaled[0], scaled[1] if ctx.needs_input_grad[1] else None, *(None,) * 5
 
 
 def _save_each(ctx, inputs, output):
@@ -173,13 +198,15 @@ def _save_each(ctx, inputs, output):
 
 
 def _again(ctx, dlosses):
-    return *_linear_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    learns = ctx.needs_input_grad[1]
+    dx, dw = _linear_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options, learns)
+    return dx, dw if learns else None, None, None, None, None
 
 
 _linear_sum = kernel_op(
     "linear_cross_entropy_sum",
     _sum,
-    lambda x, head, *_: (_empty(x, torch.float32, ()), _empty(x), _empty(head)),
+    lambda x, head, *rest: (_empty(x, torch.float32, ()), _empty(x), _empty_dw(head, *rest[4:])),
     _save_sum,
     _scale,
     opaque=True,
@@ -187,7 +214,7 @@ _linear_sum = kernel_op(
 _linear_losses_backward = kernel_op(
     "linear_cross_entropy_backward",
     _each_backward,
-    lambda dlosses, x, head, *_: (_empty(x), _empty(head)),
+    lambda dlosses, x, head, *rest: (_empty(x), _empty_dw(head, *rest[4:])),
     opaque=True,
 )
 _linear_losses = kernel_op(
@@ -225,5 +252,5 @@ def linear_cross_entropy(
     carries, options = targets != ignore_index, (softcap, z_loss, ignore_index)
     if reduction == "none" or not torch.is_grad_enabled():
         return reduce(_linear_losses(x, head, targets, *options), carries, reduction)
-    total = _linear_sum(x, head, targets, *options)[0]
+    total = _linear_sum(x, head, targets, *options, head.requires_grad)[0]
     return total / carries.sum().clamp(min=1) if reduction == "mean" else total

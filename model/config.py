@@ -189,10 +189,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model directory with config.json, tokenizer.json and model.safetensors."""
+    """Write a model directory with config.json, tokenizer.json and model.safetensors. Adapters are merged."""
 
     model_field: ClassVar[str] = "model"
     model: Path = Path("runs/tiny/sft")
     """Run, checkpoint or model directory."""
     out: Path = Path("exported")
     """Folder to write; it must be empty or not exist yet."""
+
+
+@dataclass(frozen=True)
+class AdapterExportConfig(ExportConfig):
+    """Write the adapters of a run with --lora-rank as PEFT's adapter_config.json and
+    adapter_model.safetensors.
+    """

@@ -3,7 +3,8 @@
 There are two formulas for training FLOPs per token, forward and backward:
 
 * `nanochat_flops`: 6 for each matmul weight (embeddings are look-ups), and 12 H C min(window, T) for each
-  layer's attention, as if every query saw a full window. It compares with nanochat, nanoGPT and PaLM.
+  layer's attention, as if every query saw a full window. It compares with nanochat, nanoGPT and PaLM. A
+  frozen weight beside an adapter counts 4, for its own gradient is not computed.
 * `causal_flops`: the same, but counting only the keys that a query sees: itself and earlier ones in its
   window. This is the arithmetic that is needed.
 """
@@ -17,6 +18,7 @@ import torch.nn as nn
 
 from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.gpt import GPT, Linear
+from hotlap.model.lora import adapter_count, is_adapter
 
 # Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
@@ -56,11 +58,13 @@ def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:
-    """Number of parameters by part. `matmul` is `matrices` plus `head`: all weights of matmuls."""
+    """Number of parameters by part, without adapters. `matmul` is `matrices` plus `head`: all weights of
+    matmuls.
+    """
     linear = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
     embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.head.weight.numel()
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name))
     return {
         "matmul": sum(linear.values()),
         "matrices": sum(linear.values()) - head,
@@ -71,6 +75,17 @@ def parameter_counts(model: GPT) -> dict[str, int]:
     }
 
 
+def adapters_of(model: GPT) -> int:
+    """Number of parameters of its adapters."""
+    return 0 if model.lora is None else adapter_count(model.config, model.lora.rank)
+
+
+def matmul_flops(model: GPT) -> int:
+    """Per token, of the products with weights."""
+    frozen = 0 if model.lora is None else 2
+    return (6 - frozen) * parameter_counts(model)["matmul"] + 6 * adapters_of(model)
+
+
 def meta_model(config: GPTConfig) -> GPT:
     """The model on the meta device, to count with."""
     with torch.device("meta"):
@@ -79,22 +94,22 @@ def meta_model(config: GPTConfig) -> GPT:
 
 def nanochat_flops(model: GPT, T: int | None = None) -> int:
     """Training FLOPs per token for rows of T tokens, by nanochat's formula."""
-    c, counts = model.config, parameter_counts(model)
+    c = model.config
     T = T or c.context
     attention = sum(12 * c.heads * c.head_dim * min(window, T) for window in c.windows)
-    return 6 * counts["matmul"] + attention
+    return matmul_flops(model) + attention
 
 
 def causal_flops(model: GPT, T: int | None = None) -> int:
     """Training FLOPs per token for rows of T tokens, counting only the keys that each query sees."""
-    c, counts = model.config, parameter_counts(model)
+    c = model.config
     T = T or c.context
     attention = 0.0
     for window in c.windows:
         w = min(window, T)
         keys = w * (w + 1) / 2 + (T - w) * w  # seen by all T queries
         attention += 12 * c.heads * c.head_dim * keys / T
-    return round(6 * counts["matmul"] + attention)
+    return round(matmul_flops(model) + attention)
 
 
 def training_bytes(
@@ -107,7 +122,8 @@ def training_bytes(
     rank, the blocks' weights cast to that dtype, kept for the backward pass.
     """
     c, counts = model.config, parameter_counts(model)
-    blocks = sum(p.numel() for p in model.blocks.parameters())
+    adapters = adapters_of(model)
+    blocks = sum(p.numel() for p in model.blocks.parameters()) - adapters
     kv = c.kv_heads * c.head_dim
     # a block's input, queries, what attention returns, both norms and the sum before the second; keys and
     # values; the MLP's hidden layer before and after ReLU^2
@@ -117,9 +133,16 @@ def training_bytes(
         "gradients": 4 * counts["total"],
         "optimizer": 4 * blocks + 8 * (counts["total"] - blocks),
     }
+    if adapters:  # the rest is frozen
+        sharded = {
+            "parameters": 4 * (counts["total"] + adapters),
+            "gradients": 4 * adapters,
+            "optimizer": 8 * adapters,
+        }
     copies = activation_bytes * blocks if activation_bytes < 4 else 0
     if shards > 1:
-        copies = 8 * (counts["total"] - blocks) + 4 * activation_bytes * blocks // c.layers
+        outside = (4 if adapters else 8) * (counts["total"] - blocks)
+        copies = outside + 4 * activation_bytes * blocks // c.layers
     return {name: size // shards for name, size in sharded.items()} | {
         "copies": copies,
         "activations": rows * T * c.layers * saved * activation_bytes,

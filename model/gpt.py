@@ -28,6 +28,7 @@ from hotlap.kernels.qkv import attention_inputs, rotary_tables
 from hotlap.kernels.relu2 import relu2
 from hotlap.kernels.rms_norm import rms_norm, rms_norm_residual
 from hotlap.model.config import GATE_CHANNELS, MLP_RATIO, ROPE_BASE, SMEAR_CHANNELS, GPTConfig
+from hotlap.model.lora import Adapter, LoRA
 
 
 class Cache(Protocol):
@@ -43,12 +44,14 @@ class Linear(nn.Linear):
     """A linear layer without bias, in the dtype of its input, or in fp8 while training if `fp8` is set.
 
     Master weights stay float32 while training. For inference, `quantize` rounds them to int8 with `scales`.
+    `adapter`: of LoRA (lora.py), whose output is added.
     """
 
     fp8 = False
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
+        self.adapter: Adapter | None = None
         self.register_buffer("scales", None, persistent=False)
 
     def quantize(self) -> None:
@@ -61,6 +64,10 @@ class Linear(nn.Linear):
         return self.weight if self.scales is None else dequantized(self.weight, self.scales, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def product(self, x: Tensor) -> Tensor:
         if self.scales is not None:
             return linear(x, self.weight, self.scales)
         if self.fp8 and torch.is_grad_enabled():
@@ -140,7 +147,7 @@ class MLP(nn.Module):
         self.proj = Linear(MLP_RATIO * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc.scales is not None:
+        if self.fc.scales is not None or self.fc.adapter is not None:
             return self.proj(relu2(self.fc(x)))
         fp8 = self.fc.fp8 and torch.is_grad_enabled()
         return (linear_relu2_fp8 if fp8 else linear_relu2)(x, self.fc.weight, self.proj.weight)
@@ -163,7 +170,8 @@ class Block(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """mix: scales of x and x0, and x0; the block reads the scaled sum. None: it reads x."""
-        if cache is not None and fusing_pays(x, self.attention.qkv.weight):
+        qkv = self.attention.qkv
+        if cache is not None and qkv.adapter is None and fusing_pays(x, qkv.weight):
             return self.decode(x, mix, value_embedding, cos, sin, cache)
         if mix is None:
             normalised = rms_norm(x)
@@ -194,7 +202,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT of the given shape. Computes in `compute_dtype`; weights are float32 until `for_inference`."""
+    """A GPT of the given shape. Computes in `compute_dtype`; weights are float32 until `for_inference`.
+
+    lora: of its adapters, if `add_adapters` gave it some.
+    """
+
+    lora: LoRA | None = None
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -287,6 +300,11 @@ class GPT(nn.Module):
             yield "smear_scale", torch.zeros(1)
         if c.backout:
             yield "backout_scale", torch.tensor([0.2])
+        for name, module in self.named_modules():
+            if isinstance(module, Adapter):
+                bound = module.A.shape[1] ** -0.5
+                yield f"{name}.A", uniform(module.A, -bound, bound)
+                yield f"{name}.B", torch.zeros(module.B.shape)
         yield from zip(("cos", "sin"), rotary_tables(c.context, c.head_dim, ROPE_BASE, device), strict=True)
 
     @torch.no_grad()

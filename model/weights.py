@@ -1,7 +1,8 @@
 """Model directories: config.json, tokenizer.json and weights in .safetensors. Loading one never runs code.
 
 Weights are one file, or the shards that the ranks of a run wrote with torch.distributed.checkpoint. Either is
-read into a whole model or a sharded one, without a process group.
+read into a whole model or a sharded one, without a process group. A directory may have adapters instead,
+which are merged into their base as it is loaded (adapter_files.py).
 """
 
 from __future__ import annotations
@@ -12,46 +13,26 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.model.adapter_files import check_bases, merge, read_lora
 from hotlap.model.config import GPTConfig, counts_of, rotary_bytes
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import base_weights
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
+from hotlap.model.peft import PEFT_CONFIG, is_peft
+from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state.json"
-OFFSETS = "DCP_SHARDING_INFO"  # a shard's metadata: where its part of each tensor begins, as JSON
-SHOWN = 5  # differences listed in an error
-
-
-class Part(NamedTuple):
-    """A tensor, or a rank's part of one, in a .safetensors file."""
-
-    path: Path
-    offsets: tuple[int, ...]
-    """Where the part begins in the whole tensor, in each dimension."""
-    shape: tuple[int, ...]
-
-
-class Stored(NamedTuple):
-    """A tensor in a folder's .safetensors files."""
-
-    dtype: torch.dtype
-    parts: list[Part]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor, if none of its parts is missing."""
-        ends = [map(sum, zip(part.offsets, part.shape, strict=True)) for part in self.parts]
-        return tuple(map(max, zip(*ends, strict=True)))
+SHOWN = 5  # models listed in an error
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -89,10 +70,15 @@ def load_model(
 
 
 def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
-    """Find the model of a path and check its hashes. Returns its folder, shape and tokenizer."""
-    folder = model_folder(path)
-    if (folder / MANIFEST).is_file():  # exported models have no hashes
-        verify(folder, weights_only=True)
+    """Find the model of a path and check its hashes, and those of its base if it has adapters. Returns its
+    folder, shape and tokenizer.
+    """
+    folders = lineage(model_folder(path))
+    for folder in folders:
+        if (folder / MANIFEST).is_file():  # exported models have no hashes
+            verify(folder, weights_only=True)
+    check_bases(folders)
+    folder = next(folder for folder in folders if not is_peft(folder))
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     config = load_config(folder)
     if config.vocab_size < tokenizer.vocab_size:
@@ -100,8 +86,8 @@ def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}; "
             "they are from different runs"
         )
-    check_size(folder, config)
-    return folder, config, tokenizer
+    check_size(folders[-1], config)
+    return folders[0], config, tokenizer
 
 
 def check_size(folder: Path, config: GPTConfig) -> None:
@@ -143,107 +129,34 @@ def stage(folder: Path) -> str | None:
 def load_weights(model: GPT, folder: Path) -> None:
     """Load the weights in a folder into a model, sharded or not. Names, shapes and dtypes must be the same:
     nothing is cast. Each process reads only what it needs, without waiting for others.
+
+    A folder's adapters are merged into the weights; those that the model itself has stay as they are.
     """
-    weights = model.state_dict()
+    *adapted, folder = lineage(folder)
+    weights = base_weights(model)
     if found := tensor_differences(folder, weights):
         raise DataError(f"{folder} does not fit the model: {listed(found)}")
     read_tensors(folder, weights)
+    for above in reversed(adapted):
+        merge(model, above)
 
 
-def tensor_differences(folder: Path, into: dict[str, torch.Tensor]) -> list[str]:
-    """`name: saved X, current Y` for each tensor that differs between a folder and `into`."""
-    stored, found = stored_tensors(folder), []
-    for name in sorted({*stored, *into}):
-        saved = current = "nothing"
-        if name in stored:
-            shape = stored[name].shape
-            saved = described(shape, stored[name].dtype)
-            if sum(math.prod(part.shape) for part in stored[name].parts) != math.prod(shape):
-                saved = "incomplete parts"
-        if name in into:
-            current = described(into[name].shape, into[name].dtype)
-        if saved != current:
-            found.append(f"{name}: saved {saved}, current {current}")
-    return found
-
-
-def described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
-
-
-def listed(differences: list[str]) -> str:
-    """The first few differences on one line."""
-    more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
-    return "; ".join(differences[:SHOWN] + more)
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Dtype and parts of every tensor in a folder's .safetensors files."""
-    found: dict[str, Stored] = {}
-    for path in sorted(folder.glob(TENSORS)):
-        try:
-            with safe_open(path, "pt") as file:
-                offsets = json.loads((file.metadata() or {}).get(OFFSETS, "null"))
-                for name in file.keys():  # noqa: SIM118  it is no dict
-                    piece = file.get_slice(name)
-                    shape = tuple(piece.get_shape())
-                    dtype = (piece[:0] if shape else file.get_tensor(name)).dtype
-                    begin = (0,) * len(shape) if offsets is None else part_begin(offsets, name, shape)
-                    stored = found.setdefault(name, Stored(dtype, []))
-                    if dtype != stored.dtype or any(len(part.shape) != len(shape) for part in stored.parts):
-                        raise ValueError(f"{name} has another dtype or shape in another file")
-                    stored.parts.append(Part(path, begin, shape))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-    return found
-
-
-def part_begin(offsets: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Where a shard's part of a tensor begins. ValueError if its metadata do not say."""
-    try:
-        begin = tuple(offsets[name]["saved_offsets"])
-    except (LookupError, TypeError):
-        raise ValueError(f"{OFFSETS} does not say where {name} begins") from None
-    if len(begin) != len(shape) or not all(type(n) is int and n >= 0 for n in begin):
-        raise ValueError(f"{OFFSETS}: {name} of shape {list(shape)} cannot begin at {begin}")
-    return begin
-
-
-def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
-    """Read the tensors in a folder into existing tensors, whole or sharded, of the same names, shapes and
-    dtypes.
-    """
-    stored, mine = stored_tensors(folder), {name: local_part(tensor) for name, tensor in into.items()}
-    parts = [(part, name) for name in into for part in stored[name].parts]
-    for path in sorted({part.path for part, _ in parts}):
-        try:
-            with safe_open(path, "pt") as file:
-                for part, name in parts:
-                    if part.path == path:
-                        read_part(file.get_slice(name), part, *mine[name])
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-
-
-def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The part of a tensor that this process holds, and where it begins in the whole."""
-    if not hasattr(tensor, "device_mesh"):  # torch takes a second to import DTensor
-        return tensor, (0,) * tensor.ndim
-    (chunk,) = tensor.__create_chunk_list__()
-    return tensor.to_local(), tuple(chunk.offsets)
-
-
-@torch.no_grad()
-def read_part(file: Any, part: Part, into: torch.Tensor, begin: tuple[int, ...]) -> None:
-    """Read what a part in a file, of which `file` reads slices, has for a tensor that begins at `begin`."""
-    from_file, to_tensor = [], []
-    for offset, size, start, length in zip(part.offsets, part.shape, begin, into.shape, strict=True):
-        low, high = max(offset, start), min(offset + size, start + length)
-        if low >= high:
-            return
-        from_file.append(slice(low - offset, high - offset))
-        to_tensor.append(slice(low - start, high - start))
-    into[tuple(to_tensor)].copy_(file[tuple(from_file)])
+def lineage(folder: Path) -> list[Path]:
+    """A model's folder; if it has adapters the folder of their base; and so on, to a model that is whole."""
+    folders = [folder]
+    while lora := read_lora(folders[-1]):
+        found = [base for base in lora.bases if is_model(base) or run_checkpoints(base)]
+        if not found:
+            saved = f" (weights of sha256 {lora.base_sha256[:12]}...)" if lora.base_sha256 else ""
+            raise FileNotFoundError(
+                f"{folders[-1]} has adapters for the base {lora.bases[0]}{saved}, and there is no model; "
+                "move it back, or put a link there"
+            )
+        base = model_folder(found[0])
+        if base.resolve() in [folder.resolve() for folder in folders]:
+            raise DataError(f"{folders[-1]} has adapters whose base is {base}, which is built on them")
+        folders.append(base)
+    return folders
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -292,7 +205,8 @@ def models_found(found: list[Path]) -> str:
 
 
 def is_model(path: Path) -> bool:
-    return all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    whole = all(os.path.isfile(path / name) for name in (CONFIG, TOKENIZER)) and any(path.glob(TENSORS))
+    return whole or is_peft(path)
 
 
 def run_checkpoints(run: Path) -> list[Path]:
@@ -319,6 +233,6 @@ def find_models(root: Path) -> list[Path]:
 def changed(folder: Path) -> float:
     """When a run or model was written; 0 if unknown."""
     try:
-        return os.path.getmtime(folder / CONFIG)
+        return os.path.getmtime(folder / (PEFT_CONFIG if is_peft(folder) else CONFIG))
     except OSError:
         return 0.0

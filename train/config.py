@@ -31,11 +31,14 @@ class OptimConfig:
     """AdamW's learning rate for the output head."""
     scalar_lr: float = 0.5
     """AdamW's learning rate for the x0 scalars; residual scalars use a hundredth of it."""
+    adapter_lr: float = 0.003
+    """AdamW's learning rate for adapters (lora-rank) at width 768, ten times 3e-4, which AdamW would take for
+    all weights; it falls with the root of the width."""
     weight_decay: float = 0.28
     """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
 
     def validate(self) -> OptimConfig:
-        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adapter_lr")
         at_least(self, 0, "weight_decay")
         return self
 
@@ -128,7 +131,25 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class SFTConfig(StageConfig):
+class TuneConfig(StageConfig):
+    """The fields that all stages share which start from a model."""
+
+    base: Path = Path("runs/pretrain")
+    """Model to start from: a run or model directory."""
+    lora_rank: int = 0
+    """Train adapters of this rank (LoRA) and keep the model as it is; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' output is multiplied by this, divided by the rank."""
+
+    def validate(self: T) -> T:
+        super().validate()
+        at_least(self, 0, "lora_rank", zero="all weights")
+        positive(self, "lora_alpha")
+        return self
+
+
+@dataclass(frozen=True)
+class SFTConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     out: Path = Path("runs/sft")

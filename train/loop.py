@@ -14,6 +14,7 @@ from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import trained_weights
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.config import LoopConfig
 from hotlap.train.data.rows import Batch
@@ -61,7 +62,7 @@ def fit(
     clock, checker = Clock(config), StepChecker(config.bad_steps, state.recent)
     passes, metrics_of = Passes(model, loss), step_metrics(model, world)
     if world.is_main:
-        require_space(run, checkpoint_bytes(model.state_dict(), dict(optimizer.named_state())))
+        require_space(run, checkpoint_bytes(trained_weights(model), dict(optimizer.named_state())))
     with (
         Saver(run, world) as saver,
         Progress(run, clock.steps, state.step, world) as progress,

@@ -13,6 +13,7 @@ from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
+from hotlap.model.weights import stage as stage_of
 from hotlap.train.config import SFTConfig
 from hotlap.train.data.conversation_rows import conversation_digests, conversation_rows
 from hotlap.train.data.conversations import check_parts, conversations_of, download_conversations
@@ -33,6 +34,12 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     with joined() as world:
         base, shape, tokenizer = open_model(config.base)
         check_machine(config, world, shape)
+        if config.lora_rank and stage_of(base) == "pretrain":
+            raise ValueError(
+                f"lora_rank={config.lora_rank}, but {config.base} is a base model, which has never seen the "
+                "tokens that mark turns, and adapters leave its embeddings and head as they are; fine-tune "
+                "it without --lora-rank first"
+            )
         with world.main_first("download the conversations"):
             if world.is_main:
                 download_conversations(parts)

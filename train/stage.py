@@ -21,12 +21,14 @@ import torch
 from hotlap.common.log import log
 from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.fp8 import check_fp8
+from hotlap.model.adapter_files import weights_sha256
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import LoRA, adapter_count, add_adapters, check_rank
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import load_weights, model_folder
-from hotlap.train.config import LoopConfig, StageConfig
+from hotlap.model.weights import lineage, load_weights, model_folder
+from hotlap.train.config import LoopConfig, StageConfig, TuneConfig
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
@@ -90,12 +92,18 @@ def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = N
     """
     rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     if shape:
+        check_rank(shape, lora_rank(config))
         check_memory(
             shape, world, step_rows=config.batch_rows, micro_rows=rows, recompute=config.recompute,
-            dtype=config.dtype,
+            dtype=config.dtype, lora_rank=lora_rank(config),
         )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
+
+
+def lora_rank(config: StageConfig) -> int:
+    """Of the adapters that are trained; 0 where all weights are."""
+    return config.lora_rank if isinstance(config, TuneConfig) else 0
 
 
 def common_rows(config: StageConfig) -> int:
@@ -140,6 +148,10 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
         model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
+    if lora_rank(config):
+        base = stage.base.resolve()
+        sha256 = world.together(lambda: weights_sha256(lineage(base)) if world.is_main else None)[0]
+        add_adapters(model, LoRA(config.lora_rank, config.lora_alpha, (base,), sha256))
     use_fp8(model, config.dtype)
     compile = should_compile(config.compile, world.device)
     parallelize(model, world, config.recompute, compile)
@@ -206,6 +218,11 @@ def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -
         str(model.compute_dtype).removeprefix("torch."), f"{world.size} x " if world.size > 1 else "",
         world.device.type,
     )  # fmt: skip
+    if model.lora:
+        log.info(
+            "training adapters of rank %d, %.2fM parameters, beside %s",
+            model.lora.rank, adapter_count(model.config, model.lora.rank) / 1e6, model.lora.bases[0],
+        )  # fmt: skip
     parts = rank_bytes(model, world, micro_rows)
     log.info(
         "estimated memory: %.2f of %.1f GB per rank with micro-batches of %d rows: %s",

@@ -13,8 +13,8 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0, 2**70, -(2**70))
 # Accepted on purpose: 0 where it switches something off, or means all or the default; and 2^70 FLOPs.
 ZERO = {
     "backout", "budget_dollars", "budget_flops", "budget_hours", "clip", "dollars_per_hour", "epochs",
-    "final_lr", "grace", "limit", "max_per_task", "min_p", "minutes", "momentum", "num_fewshot", "port",
-    "prompt", "requests", "rows", "seconds", "seed", "softcap", "temperature", "top_k", "top_p",
+    "final_lr", "grace", "limit", "lora_rank", "max_per_task", "min_p", "minutes", "momentum", "num_fewshot",
+    "port", "prompt", "requests", "rows", "seconds", "seed", "softcap", "temperature", "top_k", "top_p",
     "validation_tokens", "warmdown", "warmup_steps", "weight_decay",
 }  # fmt: skip
 NEEDED = {
@@ -40,7 +40,15 @@ def configs() -> dict[str, type]:
         found |= {
             k.__name__: k for k in kinds if dataclasses.is_dataclass(k) and k.__name__.endswith("Config")
         }
-    parts = ("GPTConfig", "LoopConfig", "OptimConfig", "ScheduleConfig", "StageConfig", "SuiteConfig")
+    parts = (
+        "GPTConfig",
+        "LoopConfig",
+        "OptimConfig",
+        "ScheduleConfig",
+        "StageConfig",
+        "SuiteConfig",
+        "TuneConfig",
+    )
     return {name: kind for name, kind in found.items() if name not in parts}
 
 

@@ -11,6 +11,7 @@ from helpers.bad_files import (
     SFT,
     Row,
     config,
+    copy,
     model,
     text,
     tokenizer,
@@ -34,6 +35,10 @@ ROWS: list[Row] = [
     ("chat bad -p a", text("bad/pytorch_model.bin", PICKLE), NO_INPUT, r"no model in the folder bad"),
     (f"{SFT} --base text.txt", None, NO_INPUT, r"text\.txt is a file, not the folder of a run or model"),
     (f"{SFT} --base shards", None, NO_INPUT, r"shards has token shards and no model; train one on them"),
+    ("chat bad -p a", text("bad/adapter_config.json", "{"), BAD_DATA, r"bad/adapter_config\.json is not JSON"),
+    ("chat bad -p a", text("bad/adapter_config.json", '{"peft_type": "LOHA"}'), BAD_DATA, r"bad/adapter_config\.json: peft_type='LOHA' is not supported"),
+    ("chat bad -p a", copy("model", text("adapter.json", "[]")), BAD_DATA, r"bad/adapter\.json holds no JSON object"),
+    ("chat bad -p a", copy("model", text("adapter.json", '{"rank": 4}')), BAD_DATA, r"bad/adapter\.json: alpha=None is not what a run writes"),
     # what is asked of it
     ("chat sft -p ''", None, USAGE, r"the question of -p is empty"),
     ("eval --model sft --tasks sums", None, USAGE, r"unknown task 'sums'; known: bpb"),

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hotlap.model.gpt import GPT
+from hotlap.model.tensors import read_tensors, stored_tensors
 from hotlap.model.tokenizer import train_characters
-from hotlap.model.weights import read_tensors, run_checkpoints, stored_tensors
+from hotlap.model.weights import run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.run.checkpoint import Saver
 from hotlap.train.run.resume import resume_from, verify_checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.kernel_tools import DEVICE, check
-from helpers.tools import assert_as_good
+from helpers.tools import assert_as_good, relative_error
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,6 +68,17 @@ def test_chunks_give_the_loss_and_both_gradients(rows, reduction, softcap, dtype
     for one, other, wanted in zip(actual, plain, exact, strict=True):
         assert_as_good(one, other, wanted)
     assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype and actual[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_frozen_head_changes_no_gradient_but_its_own(reduction, monkeypatch):
+    monkeypatch.setattr(module, "_grown", None)  # the parts of its gradient are not computed
+    x, head = torch.randn(70, 24, device=DEVICE, requires_grad=True), torch.randn(50, 24, device=DEVICE)
+    targets = torch.randint(0, 50, (70,), device=DEVICE)
+    linear_cross_entropy(x, head, targets, 15.0, reduction).sum().backward()
+    found, x.grad = x.grad, None
+    linear_cross_entropy_ref(x, head, targets, 15.0, reduction).sum().backward()
+    assert relative_error(found, x.grad.double()) < 1e-5 and head.grad is None
 
 
 def test_ignored_tokens_carry_no_loss_and_no_gradient():

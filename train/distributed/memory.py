@@ -13,6 +13,7 @@ from hotlap.common.memory import GB, memory_of, require_memory
 from hotlap.model.config import MLP_RATIO, GPTConfig, counts_of, rotary_bytes
 from hotlap.model.flops import training_bytes
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import adapter_count
 from hotlap.train.config import Dtype, Recompute
 from hotlap.train.data.rows import Batch, check_rows
 from hotlap.train.distributed.sharding import replica_count, shard_count
@@ -42,15 +43,25 @@ def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
 
 
 def check_memory(
-    shape: GPTConfig, world: World, *, step_rows: int, micro_rows: int, recompute: Recompute, dtype: Dtype
+    shape: GPTConfig,
+    world: World,
+    *,
+    step_rows: int,
+    micro_rows: int,
+    recompute: Recompute,
+    dtype: Dtype,
+    lora_rank: int = 0,
 ) -> None:
     """Raise ValueError if a lower bound on the memory of a training step exceeds what a rank has.
 
-    Only shapes are needed: no model, no data. Counted are the float32 weights with gradients and optimizer
-    state; what the backward pass of any kernel needs of each layer; and a step's batches.
+    Only shapes are needed: no model, no data. Counted are the float32 weights, with gradients and optimizer
+    state of those that are trained; what the backward pass of any kernel needs of each layer; and a step's
+    batches.
     """
     counts, T = counts_of(shape), shape.context
     fixed = 12 * counts["matrices"] + 16 * (counts["total"] - counts["matrices"])
+    if lora_rank:
+        fixed = 4 * counts["total"] + 16 * adapter_count(shape, lora_rank)
     fixed //= shard_count(world)
     row, tables = row_bytes(shape, recompute, dtype), rotary_bytes(shape)
     checks = (

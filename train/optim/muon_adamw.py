@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import is_adapter
 from hotlap.train.config import OptimConfig
 from hotlap.train.distributed.sharding import local
 from hotlap.train.optim.exchange import Exchange, assign_owners
@@ -30,7 +31,7 @@ MUON_BETA2 = 0.9
 
 
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
-    """The model's parameters with their names, in groups that share hyperparameters."""
+    """The model's parameters that are trained, with their names, in groups that share hyperparameters."""
     adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at width 768
     groups: dict[str, dict] = {
         "embedding": {
@@ -53,10 +54,20 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
         "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
+        "adapters": {
+            "lr": config.adapter_lr * adamw_rate,
+            "betas": (0.9, 0.999),
+            "weight_decay": 0.0,
+            "eps": SCALAR_EPS,
+        },
     }
     members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if name.startswith("blocks."):
+        if not parameter.requires_grad:  # the base of adapters
+            continue
+        if is_adapter(name):
+            members["adapters"].append((name, parameter))
+        elif name.startswith("blocks."):
             members[f"muon {tuple(parameter.shape)}"].append((name, parameter))
         else:
             key = next((key for key in groups if name.startswith(key)), None)
@@ -130,7 +141,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _plan_exchange(self) -> None:
         groups = [group for group in self.param_groups if group["muon"]]
-        mesh = groups[0]["params"][0].device_mesh if isinstance(groups[0]["params"][0], DTensor) else None
+        first = groups[0]["params"][0] if groups else None  # none: beside adapters all matrices are frozen
+        mesh = first.device_mesh if isinstance(first, DTensor) else None
         if mesh is None or mesh.size() == 1:
             return
         shapes = [tuple(group["params"][0].shape) for group in groups]

@@ -24,6 +24,7 @@ FREE = {
     "loop.evaluate_every", "loop.save_every", "loop.bad_steps",
 }  # fmt: skip
 LENGTH = {"loop.steps", "loop.minutes", "epochs"}
+ADAPTERS = {"lora_rank", "lora_alpha"}  # what a checkpoint's weights are
 ORDER = {"seed"}  # of the data: a position in one order is none in another
 # Compared by content, wherever the user keeps it: the model by its shape, the others by their hashes.
 BY_CONTENT = ("data", "tokenizer", "base", "model.")
@@ -108,6 +109,11 @@ def check_data(folder: Path, state: RunState, found: dict[str, str], stage: Any)
             "a new run with another --out"
         )
     check_order(folder, found)
+    if other := [text for name, text in found.items() if name in ADAPTERS]:
+        raise ValueError(
+            f"{folder} has other adapters: {'; '.join(other)}; restore the original value, or start "
+            f"a new run with --base {folder}"
+        )
 
 
 def check_order(folder: Path, found: dict[str, str]) -> None:

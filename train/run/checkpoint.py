@@ -2,7 +2,8 @@
 
 A checkpoint is a model directory (see `hotlap.model.weights`) plus state.json, manifest.json and a subfolder
 optimizer/, which also holds each rank's random state. Each rank writes its shards; any number of ranks can
-load them. Files are written to a temporary folder, the manifest last, then synced and renamed.
+load them. Beside a frozen base they hold the adapters alone. Files are written to a temporary folder, the
+manifest last, then synced and renamed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from hotlap.common.errors import RankLost
 from hotlap.common.files import file_sha256, sync
 from hotlap.common.log import log
 from hotlap.common.machine import versions
+from hotlap.model.adapter_files import ADAPTER, save_lora
 from hotlap.model.config import GPTConfig
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import CONFIG, STATE, TOKENIZER, run_checkpoints, save_description
@@ -60,6 +63,7 @@ class Snapshot:
     tokenizer: Tokenizer
     state: dict
     random: dict
+    lora: LoRA | None
 
 
 class Saver:
@@ -83,13 +87,13 @@ class Saver:
         self.finish()
         weights, states = (
             {name: self._copy(name, tensor) for name, tensor in tensors.items()}
-            for tensors in (model.state_dict(), optimizer_tensors(optimizer))
+            for tensors in (trained_weights(model), optimizer_tensors(optimizer))
         )
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # wait for the copies
         snapshot = Snapshot(
             state.step, weights, states, model.config, tokenizer,
-            json.loads(json.dumps(dataclasses.asdict(state))), random_state(),
+            json.loads(json.dumps(dataclasses.asdict(state))), random_state(), model.lora,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
         self.thread.start()
@@ -211,6 +215,9 @@ class Saver:
             save_description(partial, snapshot.config, snapshot.tokenizer)
             (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
             mine += [partial / name for name in (CONFIG, TOKENIZER, STATE)]
+            if snapshot.lora:
+                save_lora(partial, snapshot.lora)
+                mine.append(partial / ADAPTER)
         for path in mine:
             sync(path)
         return {

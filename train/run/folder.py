@@ -19,7 +19,8 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import naming
 from hotlap.common.machine import circumstances
 from hotlap.common.options import to_json
-from hotlap.model.weights import CONFIG, TOKENIZER, listed, run_checkpoints
+from hotlap.model.tensors import listed
+from hotlap.model.weights import CONFIG, TOKENIZER, run_checkpoints
 from hotlap.train.run.changes import LENGTH, changes
 from hotlap.train.run.metrics import METRICS
 

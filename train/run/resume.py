@@ -11,19 +11,13 @@ from pathlib import Path
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.options import differences
+from hotlap.model.adapter_files import read_lora
 from hotlap.model.gpt import GPT
+from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import verify
+from hotlap.model.tensors import listed, read_tensors, tensor_differences
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import (
-    STATE,
-    TOKENIZER,
-    listed,
-    load_config,
-    model_folder,
-    read_tensors,
-    run_checkpoints,
-    tensor_differences,
-)
+from hotlap.model.weights import STATE, TOKENIZER, load_config, model_folder, run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.checkpoint import CHECKPOINTS, OPTIMIZER, move_aside, optimizer_tensors, random_file
@@ -123,6 +117,13 @@ def read_state(folder: Path) -> RunState:
     return state
 
 
+def adapter_facts(lora: LoRA | None) -> dict:
+    """What must be the same of the adapters of a checkpoint and of the run that resumes from it."""
+    if lora is None:
+        return {"lora_rank": 0}
+    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "sha256 of the base": lora.base_sha256}
+
+
 def restore_random_state(path: Path) -> None:
     """Set the random state from a checkpoint's file. DataError if it cannot be used."""
     try:
@@ -139,10 +140,12 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
     """
 
     def fill() -> None:
-        weights, states = model.state_dict(), optimizer_tensors(optimizer)
+        weights, states = trained_weights(model), optimizer_tensors(optimizer)
         saved, current = dataclasses.asdict(load_config(folder)), dataclasses.asdict(model.config)
-        found = differences(saved, current, "model.") or (
-            tensor_differences(folder, weights) + tensor_differences(folder / OPTIMIZER, states)
+        found = (
+            differences(saved, current, "model.")
+            or differences(adapter_facts(read_lora(folder)), adapter_facts(model.lora))
+            or tensor_differences(folder, weights) + tensor_differences(folder / OPTIMIZER, states)
         )
         if found:
             raise DataError(f"{folder} does not fit this run: {listed(found)}")

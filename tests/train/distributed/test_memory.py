@@ -9,6 +9,7 @@ from helpers.tools import tiny_config
 from hotlap.common import memory as machine
 from hotlap.model.config import GPTConfig, rotary_bytes
 from hotlap.model.flops import meta_model, training_bytes
+from hotlap.model.lora import LoRA, add_adapters
 from hotlap.train.distributed.memory import check_memory, row_bytes
 from hotlap.train.distributed.world import World
 
@@ -32,6 +33,20 @@ def test_a_run_with_as_much_memory_as_is_estimated_is_not_refused(shape, monkeyp
     monkeypatch.setattr(machine, "machine_bytes", lambda: estimated // 4)
     with pytest.raises(ValueError, match="needs at least"):
         check_memory(shape, WORLD, **CHOICES)
+
+
+def test_adapters_need_less_and_as_much_as_is_estimated(monkeypatch):
+    shape, rank = GPTConfig.from_depth(4), 8
+    model = meta_model(shape)
+    whole = sum(training_bytes(model, 4, shape.context, 1, 4).values())
+    add_adapters(model, LoRA(rank, 1.0, (), None))
+    estimated = sum(training_bytes(model, 4, shape.context, 1, 4).values()) + rotary_bytes(shape)
+    assert estimated < whole
+    monkeypatch.setattr(machine, "machine_bytes", lambda: estimated)
+    check_memory(shape, WORLD, **CHOICES, lora_rank=rank)
+    monkeypatch.setattr(machine, "machine_bytes", lambda: estimated // 4)
+    with pytest.raises(ValueError, match="needs at least"):
+        check_memory(shape, WORLD, **CHOICES, lora_rank=rank)
 
 
 def test_recomputation_and_small_dtypes_need_less():
