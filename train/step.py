@@ -36,7 +36,7 @@ def take_step(
     """Compute the gradients of the summed loss divided by `weight`, that of all batches on all ranks."""
     if weight == 0:
         raise ValueError("this step has no targets: the loss mask excludes every row of its batch")
-    model, own = passes.model, torch.zeros((), device=world.device)
+    model, own = passes.model, torch.zeros((), dtype=torch.float64, device=world.device)
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
         set_gradient_sync(model, i, len(micro))
@@ -49,11 +49,11 @@ def take_step(
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
     norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows; its replicas hold the same
     sums = torch.stack(
-        [own.double(), norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
+        [own, norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
     )
     if world.size > 1:
         dist.all_reduce(sums)
-    *totals, mine = torch.cat((sums, own.double()[None])).tolist()
+    *totals, mine = torch.cat((sums, own[None])).tolist()
     total, square, *means = totals
     norm = square**0.5
     if clip and norm > clip:

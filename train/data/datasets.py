@@ -99,3 +99,13 @@ SMOLTALK = Dataset(
     check=partial(check_parquet, column="messages"),
     pinned={},
 )
+# UltraFeedback, binarized: 61,135 training pairs and 2,000 for validation, one file each.
+ULTRAFEEDBACK = Dataset(
+    repo="HuggingFaceH4/ultrafeedback_binarized",
+    revision="3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+    train="data/train_prefs-{:05d}-of-00001.parquet",
+    numbers=range(1),
+    validation="data/test_prefs-00000-of-00001.parquet",
+    check=partial(check_parquet, column="rejected"),
+    pinned={},
+)
