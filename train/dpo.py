@@ -33,7 +33,8 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
         base, shape, tokenizer = open_model(config.base)
         if stage(base) == "pretrain":
             raise ValueError(
-                f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap sft`"
+                f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap "
+                "sft`"
             )
         check_machine(config, world, shape)
         with world.main_first(f"download {config.data}"):

@@ -78,9 +78,10 @@ def check_finite(tokens: PairTokens) -> None:
         return
     document = int(np.searchsorted(tokens.stops.flatten(), wrong[0], side="right"))
     number, side = divmod(document, 2)
+    token = f"token {wrong[0] - tokens.starts[number, side]} (id {tokens.ids[wrong[0]]})"
     raise FloatingPointError(
-        f"step 0: the base gives token {wrong[0] - tokens.starts[number, side]} (id {tokens.ids[wrong[0]]}) of "
-        f"the {SIDES[side]} side of {tokens.places[number]} the log-probability {tokens.reference[wrong[0]]}; "
+        f"step 0: the base gives {token} of the {SIDES[side]} side of {tokens.places[number]} the "
+        f"log-probability {tokens.reference[wrong[0]]}; "
         "the model is damaged, or its numbers overflow: try --dtype float32, or another --base"
     )
 

@@ -1,8 +1,8 @@
 """Preference pairs from a chat model's own answers to questions of the built-in tasks.
 
 It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the honest
-sentence is preferred. Where it knows the answer, a right one is preferred: to what it said, if that was wrong,
-else to the honest sentence, so that it does not learn to say that always.
+sentence is preferred. Where it knows the answer, a right one is preferred: to what it said, if that was
+wrong, else to the honest sentence, so that it does not learn to say that always.
 """
 
 from __future__ import annotations

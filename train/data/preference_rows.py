@@ -90,7 +90,7 @@ class PairTokens:
         return self
 
     def splits(self) -> dict[str, np.ndarray]:
-        """The numbers of each split's pairs. Pairs of one prompt share a split; a single prompt is in both."""
+        """The numbers of each split's pairs. Pairs of one prompt share a split. A single one is in both."""
         splits = np.array(self._splits)
         if (open := splits < 0).any():
             splits[open] = held_out(np.frombuffer(self._draws)[open], (self.stops - self.starts).sum(1)[open])
@@ -158,7 +158,9 @@ class PairRows:
         return PairBatch(*tensors, int((numbers >= 0).sum()), *others)
 
     def keep_reference(self, first: int, values: np.ndarray) -> None:
-        """Keep the reference's log-probabilities (B, 2, T) of the rows from `first` on, of the first epoch."""
+        """Keep log-probabilities (B, 2, T) of the rows from `first` on, of the first epoch, as the
+        reference.
+        """
         for b in range(min(len(values), self.epoch_rows() - first)):
             for place in self.placed(first + b):
                 found = values[b, place.side, place.at : place.at + place.length]
@@ -208,7 +210,7 @@ def pair_rows(
 def rendered_side(
     prompt: list[dict], answer: list[dict], tokenizer: Tokenizer
 ) -> tuple[list[int], list[bool]]:
-    """Ids and loss mask of a prompt and an answer. Only what the assistant says in the answer carries loss."""
+    """Ids and loss mask of a prompt and an answer. Only what the assistant says in the latter has loss."""
     before = len(render(prompt, tokenizer)[0])
     ids, loss_mask = render([*prompt, *answer], tokenizer)
     return ids, [False] * before + loss_mask[before:]
@@ -216,11 +218,8 @@ def rendered_side(
 
 def pair_digests(tokens: PairTokens, numbers: np.ndarray) -> list[bytes]:
     """16 bytes of the sha256 of each pair's tokens: to find duplicates and to recognise the data."""
+    bounds = ((*tokens.starts[number], *tokens.stops[number]) for number in numbers)
     return [
-        hashlib.sha256(
-            b"/".join(
-                tokens.ids[a:b].tobytes() for a, b in zip(tokens.starts[n], tokens.stops[n], strict=True)
-            )
-        ).digest()[:16]
-        for n in numbers
+        hashlib.sha256(tokens.ids[a:b].tobytes() + b"/" + tokens.ids[c:d].tobytes()).digest()[:16]
+        for a, c, b, d in bounds
     ]

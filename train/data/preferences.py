@@ -1,8 +1,8 @@
 """Preference pairs: a prompt, an answer that is preferred, and one that is not.
 
-They are read from `.jsonl` or `.parquet` files in TRL's forms: `prompt`, `chosen` and `rejected` as strings or
-lists of messages, or without `prompt`, where `chosen` and `rejected` are whole conversations that begin with
-the same messages. `ultrafeedback` is a download.
+They are read from `.jsonl` or `.parquet` files in TRL's forms: `prompt`, `chosen` and `rejected` as strings
+or lists of messages, or without `prompt`, where `chosen` and `rejected` are whole conversations that begin
+with the same messages. `ultrafeedback` is a download.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Pair(NamedTuple):
 
 
 def pairs_of(name: str) -> Iterator[Pair]:
-    """The pairs that one name of `--data` means, unless it is `tasks`. UltraFeedback must have been downloaded
-    (`download_pairs`).
+    """The pairs that one name of `--data` means, unless it is `tasks`. UltraFeedback must have been
+    downloaded (`download_pairs`).
     """
     if not is_named(name, (DOWNLOADED,)):
         yield from read_pairs(named_path(name))
@@ -179,7 +179,8 @@ def without_prompt(
     common = chosen[:same]
     if same == 0 or any(m[same].get("role") in ("system", "user") for m in conversations if len(m) > same):
         raise DataError(
-            f"the prompts of 'chosen' and 'rejected' differ in message {same}; they must be answers to one prompt"
+            f"the prompts of 'chosen' and 'rejected' differ in message {same}; they must be answers to the "
+            "same one"
         )
     if prompt is not None:
         texts = [str(message.get("content")).strip() for message in common]
