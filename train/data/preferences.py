@@ -194,6 +194,8 @@ def answer_after(prompt: list[dict], answer: list[dict], side: str) -> list[dict
     """The messages of a prompt and an answer in their plain form. DataError if they are no conversation that
     the assistant ends.
     """
+    if not answer:
+        raise DataError(f"{side!r} has no answer after the prompt")
     try:
         messages = check_messages([*prompt, *answer])
         check_characters(messages)

@@ -25,7 +25,7 @@ from hotlap.train.run.metrics import METRICS
 
 LOCK = "run.lock"
 MACHINE = "machine.json"
-MADE = (TOKENIZER, "pairs.jsonl", "reference.safetensors")  # by stages, before the first step
+MADE = (TOKENIZER, "pairs.jsonl", "reference.npz")  # by stages, before the first step
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Questions about Python names that no fact is taught about, and the sentence that admits it.
 
 A model that has only seen questions with answers makes up an answer to these. Some of the names exist in
-other modules, the others are invented. Neither the name nor the phrasing of a held-out question is trained on.
+other modules, the others are invented. Neither name nor phrasing of a held-out question is trained on.
 """
 
 from __future__ import annotations
