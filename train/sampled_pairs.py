@@ -63,10 +63,11 @@ def known_questions(seed: int) -> list[tuple[str, str]]:
 
 
 def answers(engine: Engine, questions: list[str], seed: int) -> list[list[dict]]:
-    """The messages of a sampled answer to each question."""
+    """The messages of a sampled answer to each question; none of one that has not come to its end."""
     prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in questions]
     sampling = Sampling(temperature=1, top_k=0, max_tokens=ANSWER_TOKENS, seed=seed)
-    return [parse_answer(ids, engine.tokenizer) for ids in engine.complete(prompts, sampling)]
+    found = engine.complete(prompts, sampling)
+    return [parse_answer(ids, engine.tokenizer) if len(ids) < ANSWER_TOKENS else [] for ids in found]
 
 
 def pair(question: str, chosen: str, rejected: list[dict], split: str) -> Iterator[dict]:

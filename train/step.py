@@ -36,24 +36,24 @@ def take_step(
     """Compute the gradients of the summed loss divided by `weight`, that of all batches on all ranks."""
     if weight == 0:
         raise ValueError("this step has no targets: the loss mask excludes every row of its batch")
-    model, own = passes.model, torch.zeros((), dtype=torch.float64, device=world.device)
+    model, own = passes.model, 0.0
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
         set_gradient_sync(model, i, len(micro))
         broken = float("nan") if i == 0 and fault("loss", world.rank, step) == "nan" else 1.0
         value, found = passes(batch, broken * weight)
-        own += broken * value
+        own = own + broken * value  # in the dtype of the loss's sum
         metrics = {name: metrics.get(name, 0) + tensor for name, tensor in found.items()}
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if action := fault("gradient", world.rank, step):
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
     norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows; its replicas hold the same
     sums = torch.stack(
-        [own, norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
+        [own.double(), norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
     )
     if world.size > 1:
         dist.all_reduce(sums)
-    *totals, mine = torch.cat((sums, own[None])).tolist()
+    *totals, mine = torch.cat((sums, own.double()[None])).tolist()
     total, square, *means = totals
     norm = square**0.5
     if clip and norm > clip:
