@@ -78,9 +78,8 @@ def shown(value: float | None, form: str, unit: str = "", missing: str = "n/a") 
 
 
 def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
-    """Plot loss and tokens/s over the tokens seen, with the facts below, and where pairs were learned from, the
-    share of them in which the preferred answer has the higher reward. Returns False, and logs why, without
-    matplotlib.
+    """Plot loss and tokens/s over the tokens seen, with the facts below, and for pairs, in how many the
+    preferred answer has the higher reward. Returns False, and logs why, without matplotlib.
     """
     of_pairs = any("accuracy" in m for m in metrics)
     figure = new_figure(figsize=(13 if of_pairs else 9, 3.4))
