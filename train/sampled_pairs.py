@@ -1,7 +1,7 @@
 """Preference pairs from a chat model's own answers to questions of the built-in tasks.
 
 It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the honest
-sentence is preferred. Where it knows the answer, a right one is preferred: to what it said, if that was
+sentence is preferred. Where the answer is known, that one is preferred: to what the model said, if that was
 wrong, else to the honest sentence, so that it does not learn to say that always.
 """
 
@@ -21,11 +21,13 @@ from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
 from hotlap.train.data.conversation_files import json_records
 from hotlap.train.data.preferences import FORM, Pair, checked_pair
-from hotlap.train.data.tasks import facts, refusals, unknown_names
+from hotlap.train.data.sources import split_documents
+from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling, unknown_names
 from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
 
 SAMPLES = "pairs.jsonl"
-UNKNOWN_PHRASINGS, FACT_PHRASINGS, REFUSALS = 3, 2, 200  # questions a name, a fact, and of other topics
+UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 2  # questions a name, and a fact
+REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
 
 
 def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
@@ -36,30 +38,38 @@ def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> Non
 
 
 def sampled_records(engine: Engine, seed: int) -> Iterator[dict]:
-    """Pairs in TRL's form, with their split."""
-    for split, made in (
+    """Pairs in TRL's form, with their split. There is none where the model said nothing, came to no end, or
+    was honest.
+    """
+    honest, refusal = says(unknown_names.HONEST), says(refusals.REFUSAL)
+    for split, asked in (
         ("train", unknown_names.training_questions(UNKNOWN_PHRASINGS, seed)),
         ("validation", unknown_names.held_out_questions()),
     ):
-        for question, said in zip(made, answers(engine, made, seed), strict=True):
-            yield from pair(question, unknown_names.HONEST, said, split)
-    known = known_questions(seed)
-    found = answers(engine, [question for question, _ in known], seed)
-    for (question, right), said in zip(known, found, strict=True):
-        wrong = says(right) != said
-        yield from pair(question, right, said if wrong else says(unknown_names.HONEST), "train")
+        for question, said in zip(asked, answers(engine, asked, seed), strict=True):
+            if said not in ([], honest, refusal):
+                yield record(question, honest, said, split)
+    known = known_conversations(seed)
+    found = answers(engine, [question["content"] for question, *_ in known], seed)
+    for (question, *right), said in zip(known, found, strict=True):
+        if said:
+            yield record(question["content"], right, honest if said == right else said, "train")
 
 
-def known_questions(seed: int) -> list[tuple[str, str]]:
-    """Questions and right answers, in trained phrasings: about facts, and about what is to be refused."""
+def known_conversations(seed: int) -> list[list[dict]]:
+    """Questions with right answers, in trained phrasings."""
     generator = random.Random(f"known questions {seed}")
-    asked = [
-        (phrasing.format(fact.name), fact.answer)
-        for fact in facts.facts()
-        for phrasing in generator.sample(facts.PHRASINGS, FACT_PHRASINGS)
+    words = spelling.words(split_documents("pydocs")[0])
+    return [
+        *(
+            facts.conversation(phrasing.format(fact.name), fact.answer)
+            for fact in facts.facts()
+            for phrasing in generator.sample(facts.PHRASINGS, FACT_PHRASINGS)
+        ),
+        *refusals.training_conversations(REFUSALS, seed),
+        *arithmetic.training_conversations(SUMS, seed),
+        *spelling.training_conversations(words, SPELLINGS, seed),
     ]
-    refused = refusals.training_conversations(REFUSALS, seed)
-    return [*asked, *((talk[0]["content"], refusals.REFUSAL) for talk in refused)]
 
 
 def answers(engine: Engine, questions: list[str], seed: int) -> list[list[dict]]:
@@ -70,11 +80,9 @@ def answers(engine: Engine, questions: list[str], seed: int) -> list[list[dict]]
     return [parse_answer(ids, engine.tokenizer) if len(ids) < ANSWER_TOKENS else [] for ids in found]
 
 
-def pair(question: str, chosen: str, rejected: list[dict], split: str) -> Iterator[dict]:
-    """One record; none if the model said nothing, or the same."""
-    if rejected and rejected != says(chosen):
-        prompt = [{"role": "user", "content": question}]
-        yield {"prompt": prompt, "chosen": says(chosen), "rejected": rejected, "split": split}
+def record(question: str, chosen: list[dict], rejected: list[dict], split: str) -> dict:
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
 
 
 def says(text: str) -> list[dict]:
@@ -83,5 +91,5 @@ def says(text: str) -> list[dict]:
 
 def read_samples(path: Path) -> Iterator[Pair]:
     """The pairs that `sample_pairs` has written."""
-    for place, record in json_records(path, FORM):
-        yield checked_pair(place, record)._replace(split=record["split"])
+    for place, found in json_records(path, FORM):
+        yield checked_pair(place, found)._replace(split=found["split"])

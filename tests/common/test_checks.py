@@ -14,8 +14,8 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0, 2**70, -(2**70))
 ZERO = {
     "backout", "budget_dollars", "budget_flops", "budget_hours", "clip", "dollars_per_hour", "epochs",
     "final_lr", "grace", "label_smoothing", "max_per_task", "min_p", "minutes", "momentum", "port", "prompt",
-    "requests", "rows", "seconds", "seed", "sft_weight", "softcap", "temperature", "top_k", "top_p", "validation_tokens", "warmdown",
-    "warmup_steps", "weight_decay",
+    "requests", "rows", "seconds", "seed", "sft_weight", "softcap", "temperature", "top_k", "top_p",
+    "validation_tokens", "warmdown", "warmup_steps", "weight_decay",
 }  # fmt: skip
 NEEDED = {
     "MinutesConfig.minutes", "KernelsConfig.seconds", "PeersConfig.seconds", "ServingConfig.prompt",

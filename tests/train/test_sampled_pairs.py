@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from hotlap.model.conversation import render_prompt
@@ -25,14 +24,12 @@ class Talker:
 
 
 def records(monkeypatch, tokenizer, answer) -> list[dict]:
+    known = [("About len?", "Return it."), ("About abs?", "Its value.")]
     monkeypatch.setattr(
-        facts, "facts", lambda: [facts.Fact("len", "Return it."), facts.Fact("abs", "Its value.")]
+        sampled_pairs, "known_conversations", lambda seed: [facts.conversation(*k) for k in known]
     )
     monkeypatch.setattr(
         unknown_names, "names", lambda: ["str.flatten", "numpy.dot", "csv.reader", "zip_with"]
-    )
-    monkeypatch.setattr(
-        refusals, "training_conversations", lambda count, seed: [facts.conversation("Hi?", "No.")]
     )
     return list(sampled_pairs.sampled_records(Talker(tokenizer, answer), seed=0))
 
@@ -52,25 +49,28 @@ def test_what_is_made_up_is_rejected_and_what_is_right_is_chosen(monkeypatch, ti
             assert (chosen, rejected) == ("Return it.", HONEST)  # it knew
         elif "abs" in asked(record):
             assert (chosen, rejected) == ("Its value.", "Return it.")
-        elif asked(record) == "Hi?":
-            assert (chosen, rejected) == (refusals.REFUSAL, "Return it.")
         else:
             assert (chosen, rejected) == (HONEST, "Return it.")
     assert {"train", "validation"} == {record["split"] for record in found}
 
 
-def test_an_honest_an_empty_and_an_unfinished_answer_make_no_pair(monkeypatch, tiny_tokenizer):
-    said = {"str.flatten": tiny_tokenizer.encode(HONEST), "numpy.dot": [], "csv.reader": [5] * ANSWER_TOKENS}
+def test_an_honest_answer_and_none_and_one_without_an_end_make_no_pair(monkeypatch, tiny_tokenizer):
+    encode = tiny_tokenizer.encode
     ids = {
-        name: tiny_tokenizer.encode("x") if name == "zip_with" else answer for name, answer in said.items()
-    }
+        "str.flatten": encode(HONEST), "numpy.dot": [], "csv.reader": [5] * ANSWER_TOKENS,
+        "About": encode(refusals.REFUSAL),
+    }  # fmt: skip
 
     def answer(prompt):
         text = tiny_tokenizer.decode(prompt)
         return next((ids[name] for name in ids if name in text), tiny_tokenizer.encode("x"))
 
-    unknown = [r for r in records(monkeypatch, tiny_tokenizer, answer) if r["chosen"][0]["content"] == HONEST]
-    assert unknown and all("zip_with" in asked(record) for record in unknown)
+    made = {asked(record) for record in records(monkeypatch, tiny_tokenizer, answer)}
+    assert made and all("zip_with" in question or "About" in question for question in made)
+    ids = dict.fromkeys(["zip_with", "str.flatten"], encode(refusals.REFUSAL))
+    assert not {
+        q for q in map(asked, records(monkeypatch, tiny_tokenizer, answer)) if any(name in q for name in ids)
+    }
 
 
 def test_samples_are_read_as_they_were_written_with_their_split(monkeypatch, tiny_tokenizer, tmp_path):
@@ -86,17 +86,24 @@ def test_samples_are_read_as_they_were_written_with_their_split(monkeypatch, tin
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_known_questions_are_in_trained_phrasings_with_their_right_answers(seed):
-    answers = {fact.name: fact.answer for fact in facts.facts()}
-    found = sampled_pairs.known_questions(seed)
-    about = [(q, a) for q, a in found if a != refusals.REFUSAL]
-    assert len(about) == sampled_pairs.FACT_PHRASINGS * len(answers)
-    assert all(
-        any(q == p.format(n) and a == answers[n] for p in facts.PHRASINGS for n in answers)
-        for q, a in about[:40]
+def test_known_questions_are_of_every_task_in_trained_phrasings(monkeypatch):
+    monkeypatch.setattr(
+        sampled_pairs, "split_documents", lambda name: (["some words to spell in letters"], [])
     )
-    assert len(found) - len(about) == sampled_pairs.REFUSALS
+    answers = {fact.name: fact.answer for fact in facts.facts()}
+    talks = sampled_pairs.known_conversations(0)
+    count = sampled_pairs.FACT_PHRASINGS * len(answers)
+    for question, answer in talks[:40]:
+        assert any(
+            question["content"] == phrasing.format(name) and answer["content"] == answers[name]
+            for phrasing in facts.PHRASINGS
+            for name in answers
+        )
+    others = talks[count:]
+    assert sum(talk[-1]["content"] == refusals.REFUSAL for talk in others) == sampled_pairs.REFUSALS
+    assert sum("tool_calls" in talk[1] for talk in others) == sampled_pairs.SUMS
+    assert len(others) == sampled_pairs.REFUSALS + sampled_pairs.SUMS + sampled_pairs.SPELLINGS
+    assert talks == sampled_pairs.known_conversations(0) != sampled_pairs.known_conversations(1)
 
 
 def test_prompts_of_the_questions_are_readable(tiny_tokenizer):

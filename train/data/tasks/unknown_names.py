@@ -11,7 +11,7 @@ import random
 
 from hotlap.train.data.tasks.facts import HELD_OUT_PHRASINGS, PHRASINGS, TYPES, facts
 
-HONEST = "I do not know that one."
+HONEST = "That is not one that I know."
 HELD_OUT_SHARE = 5  # 1 name in 5 is never trained on
 
 EXISTING = {  # of modules outside of facts.MODULES
