@@ -58,7 +58,7 @@ def test_conversations_that_cannot_be_used_are_named(work, capsys, base, lines, 
 
 def test_conversations_that_are_missing(work, capsys, base):
     code = sft_here(base, "--data", "none.jsonl")
-    assert_error(capsys, code, NO_INPUT, "none.jsonl", "or `tasks`")
+    assert_error(capsys, code, NO_INPUT, "none.jsonl", "or tasks, facts, ")
 
 
 def test_a_base_model_that_is_missing_lists_those_that_are_there(work, capsys, base):
@@ -142,7 +142,7 @@ def test_from_text_to_an_answer(work, capsys, monkeypatch):
     assert "arithmetic" in json.loads(Path("scores.json").read_text())["scores"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     capsys.readouterr()
-    assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8"]) == 0
+    assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8", "--seed", "0"]) == 0
     printed = capsys.readouterr()
     assert "parameters on cpu" in printed.err and printed.out.endswith("\n") and "error" not in printed.err
     assert main(["chat", "base", "-p", "The square", "--max-tokens", "8"]) == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from hotlap.common.checks import at_least, positive
 from hotlap.model.config import GPTConfig
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
 
 T = TypeVar("T")
@@ -137,9 +138,10 @@ class SFTConfig(StageConfig):
     model_field: ClassVar[str] = "base"
     base: Path = Path("runs/pretrain")
     """Base model to fine-tune: a run or model directory."""
-    data: str = "tasks"
-    """tasks (facts, sums, spelling, greetings, refusals), smoltalk (a download; no refusals), or a file.
-    The file is .jsonl or .parquet, with records {"messages": [...]}."""
+    data: tuple[str, ...] = ("tasks",)
+    """A mixture, of NAME or NAME:WEIGHT each. WEIGHT: passes over it in an epoch (0.5: over a random half).
+    NAME: tasks, or one of facts, arithmetic, spelling, greetings, refusals; smoltalk, gsm8k, mmlu (which are
+    downloaded); or a .jsonl or .parquet file with records {"messages": [...]}."""
     epochs: float = 0.0
     """Train for at least this many passes over the conversations, even beyond loop.steps."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
@@ -153,7 +155,8 @@ class SFTConfig(StageConfig):
     def validate(self) -> SFTConfig:
         super().validate()
         at_least(self, 0, "epochs", zero="only loop.steps count")
-        return self
+        parts_of(self.data)
+        return replace(self, data=(self.data,)) if isinstance(self.data, str) else self
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from hotlap.common.checks import TOO_LARGE
 from hotlap.model.config import GPTConfig, counts_of
 from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
@@ -121,19 +122,23 @@ def gpt2_grade(depth: int = 24) -> PretrainConfig:
     )  # fmt: skip
 
 
-def gpt2_grade_sft(base: PretrainConfig, talks: str) -> SFTConfig:
-    """Fine-tuning for gpt2_grade: one pass over the conversations. talks: as SFTConfig.data.
+# What nanochat fine-tunes on, and our own tasks in place of its spelling and identity.
+TALKS = ("smoltalk", "mmlu:3", "gsm8k:4", "spelling", "arithmetic", "greetings")
 
-    SmolTalk is trained on as in nanochat. Other data is mostly small and gets at least 500 steps of 16 rows.
+
+def gpt2_grade_sft(base: PretrainConfig, talks: tuple[str, ...] = TALKS) -> SFTConfig:
+    """Fine-tuning for gpt2_grade: one epoch of the mixture. talks: as SFTConfig.data.
+
+    With SmolTalk, as in nanochat. Other data is mostly small and gets at least 500 steps of 16 rows.
     """
     config = SFTConfig(
         out=Path("runs/gpt2-grade/sft"), base=base.out, data=talks, epochs=1,
         loop=LoopConfig(500, evaluate_every=200, save_every=200),
     )  # fmt: skip
-    if talks != "smoltalk":
+    if all(part.name != "smoltalk" for part in parts_of(talks)):
         return config
-    # The batch size is pretraining's: at 1M tokens a step, SmolTalk's 0.4B tokens take about 400 steps. The
-    # rates are 0.8 of those at the reference batch: nanochat scales them with the batch in pretraining only.
+    # The batch size is pretraining's: at 1M tokens a step, the mixture's 0.5B tokens take about 500 steps.
+    # The rates are 0.8 of those at the reference batch: nanochat scales them in pretraining only.
     return dataclasses.replace(
         config, batch_rows=base.batch_rows, optim=scaled(OptimConfig(), 0.8, decay=0.0),
         schedule=ScheduleConfig(

@@ -14,12 +14,9 @@ from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.train.config import SFTConfig
-from hotlap.train.data.conversations import (
-    conversation_digests,
-    conversation_rows,
-    conversations_of,
-    download_conversations,
-)
+from hotlap.train.data.conversation_rows import conversation_digests, conversation_rows
+from hotlap.train.data.conversations import check_parts, conversations_of, download_conversations
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
@@ -31,12 +28,14 @@ from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
 def fine_tune(config: SFTConfig) -> dict[str, float]:
     """Fine-tune on all ranks, and return the last metrics."""
     config = config.validate()
+    parts = parts_of(config.data)
+    check_parts(parts)
     with joined() as world:
         base, shape, tokenizer = open_model(config.base)
         check_machine(config, world, shape)
-        with world.main_first(f"download {config.data}"):
+        with world.main_first("download the conversations"):
             if world.is_main:
-                download_conversations(config.data)
+                download_conversations(parts)
         rows, held_out = read_rows(config, tokenizer, shape.context, world)
         trained, validated = conversation_digests(rows), conversation_digests(held_out)
         if same := len(set(trained) & set(validated)):
@@ -48,7 +47,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
             "sft", shape, tokenizer, next_token_loss,
             batches=row_batches(rows, config, steps, world),
             evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
-            data=hashlib.sha256(b"".join(trained)).hexdigest(), source=config.data,
+            data=hashlib.sha256(b"".join(trained)).hexdigest(), source=" ".join(config.data),
             about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {epochs:.1f} epochs, "
             f"{len(validated)} to validate",
             loop=dataclasses.replace(config.loop, steps=steps), base=base,
@@ -61,11 +60,12 @@ def read_rows(config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> 
     """Packed rows of the conversations that train, and of those that validate."""
     from tqdm import tqdm
 
+    parts = parts_of(config.data)
     conversations = tqdm(
-        conversations_of(config.data, config.seed), printable(config.data), unit=" conversations",
+        conversations_of(parts, config.seed), printable(" ".join(config.data)), unit=" conversations",
         unit_scale=True, disable=None if world.is_main else True, leave=False,
     )  # fmt: skip
-    rows = conversation_rows(conversations, tokenizer, T, config.seed)
+    rows = conversation_rows(conversations, tokenizer, T, config.seed, parts)
     return rows["train"], rows["validation"]
 
 

@@ -77,6 +77,7 @@ ROWS: list[Row] = [
     (CHAT, tokenizer(lambda t: t["added_tokens"][0].update(id=10**30)), BAD_DATA, r"special ids do not follow"),
     (CHAT, tokenizer(lambda t: t["model"].update(type="Unigram")), BAD_DATA, r"'Unigram'; it must be BPE or WordLevel"),
     (CHAT, tokenizer(lambda t: t.update(added_tokens=t["added_tokens"][:1])), BAD_DATA, r"the tokenizer has no <\|system_start\|>"),
+    (f"{SFT} --base bad", tokenizer(lambda t: t.update(added_tokens=t["added_tokens"][:1])), BAD_DATA, r"bad/tokenizer\.json is not .*the tokenizer has no <\|system_start\|>"),
     # state.json and the tensors
     (CHAT, model("state.json", "[]"), BAD_DATA, r"state\.json holds no JSON object"),
     (CHAT, model("state.json", '{"stage": 3}'), BAD_DATA, r"state\.json: stage=3"),

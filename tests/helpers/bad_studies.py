@@ -39,6 +39,7 @@ ROWS: list[Row] = [
     # speedruns
     ("speedrun minutes --minutes 0 --out new", None, USAGE, r"--minutes 0(\.0)? must be positive"),
     ("speedrun gpt2-124m --runs 0 --out new", None, USAGE, r"--runs 0 must be a number from 1"),
+    ("speedrun gpt2-grade --talks smoltalk mmlu:0 --out new", None, USAGE, r"the weight in the data 'mmlu:0' must be above 0"),
     ("speedrun gpt2-grade --depth 0 --out new", None, USAGE, r"--depth 0 must be from 1 to 1000"),
     # benchmarks
     ("bench kernels --rows -1 --out new", None, USAGE, r"--rows -1 must be 0"),

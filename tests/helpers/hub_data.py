@@ -98,3 +98,35 @@ def add_ultrafeedback(server: HubServer, folder: Path) -> None:
         parquet.write_table(pyarrow.table(columns), folder / "made")
         server.add(datasets.ULTRAFEEDBACK, name, (folder / "made").read_bytes())
     (folder / "made").unlink()
+
+
+def add_split(
+    server: HubServer, monkeypatch, dataset: datasets.Dataset, split: str, rows: list[dict]
+) -> None:
+    """The only file of a split, with these rows, whatever content is pinned for it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    (name,) = dataset.files[split]
+    raw = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
+    server.add(dataset, name, raw.getvalue().to_pybytes())
+    monkeypatch.delitem(dataset.pinned, name, raising=False)
+
+
+def add_conversations(server: HubServer, folder: Path, monkeypatch, count: int = 20) -> None:
+    """What `hotlap sft` can download: SmolTalk, and this many rows in each file of MMLU and GSM8K."""
+    add_smoltalk(server, folder)
+    for split in datasets.MMLU.files:
+        rows = [
+            {"question": f"{split}: {i} and {i}?", "choices": [f"{2 * i}", "1", "3", "5"], "answer": 0}
+            for i in range(count)
+        ]
+        nested = [{"train": row} for row in rows] if split == "train" else rows
+        add_split(server, monkeypatch, datasets.MMLU, split, nested)
+    solution = "They are {0}+{0} = <<{0}+{0}={1}>>{1}.\n#### {1}"
+    problems = [
+        {"question": f"{i} and {i} apples?", "answer": solution.format(i, 2 * i)} for i in range(count)
+    ]
+    for split in datasets.GSM8K.files:
+        add_split(server, monkeypatch, datasets.GSM8K, split, problems)

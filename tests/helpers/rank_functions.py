@@ -5,6 +5,7 @@ from helpers.tools import tiny_config
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import materialize, parallelize
@@ -65,16 +66,24 @@ def step_rows() -> torch.Tensor:
     return torch.randint(0, 300, (12, 17), generator=torch.Generator().manual_seed(0))
 
 
-def clipped_step(world: World, clip: float) -> dict:
-    """A step on `step_rows` in micro-batches of a row, sharded over all ranks, with clipped gradients."""
+def clipped_step(world: World, clip: float, silent: int | None = None) -> dict:
+    """A step on `step_rows` in micro-batches of a row, sharded over all ranks, with clipped gradients.
+
+    silent: a rank whose rows have no target.
+    """
     model = small_gpt("float32")
     parallelize(model, world, "none", compile=False)
     materialize(model, world.device, seed=1)
+    rows, speaks = step_rows()[world.rank :: world.size], world.rank != silent
     micro = [
-        Batch(row[None, :-1], row[None, 1:], torch.zeros(1, 16, dtype=torch.int64), 16)
-        for row in step_rows()[world.rank :: world.size]
-    ]
-    outcome = take_step(Passes(model, next_token_loss), micro, 12 * 16, clip, world)
+        Batch(
+            row[None, :-1], row[None, 1:] if speaks else torch.full((1, 16), IGNORE),
+            torch.zeros(1, 16, dtype=torch.int64), 16 * speaks,
+        )
+        for row in rows
+    ]  # fmt: skip
+    (weight,) = world.total(sum(batch.weight for batch in micro))
+    outcome = take_step(Passes(model, next_token_loss), micro, weight, clip, world)
     gradients = {name: whole(p.grad).numpy() for name, p in model.named_parameters()}
     return {"loss": outcome.loss, "norm": outcome.norm, "gradients": gradients}
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from hotlap.model.tokenizer import SMALLEST_BPE
-from hotlap.train.presets import PRETRAIN, from_depth, gpt2_grade, gpt2_grade_sft, tiny, tiny_sft
+from hotlap.train.presets import PRETRAIN, TALKS, from_depth, gpt2_grade, gpt2_grade_sft, tiny, tiny_sft
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,10 @@ def test_the_demo_fine_tunes_what_it_has_pretrained():
 
 
 @pytest.mark.parametrize("depth", [12, 24])
-def test_smoltalk_gets_one_epoch_with_the_batch_size_of_pretraining(depth):
+@pytest.mark.parametrize("talks", [TALKS, ("tasks", "smoltalk:0.5")])
+def test_a_mixture_with_smoltalk_gets_one_epoch_with_the_batch_size_of_pretraining(depth, talks):
     base = gpt2_grade(depth)
-    tuned = gpt2_grade_sft(base, "smoltalk").validate()
+    tuned = gpt2_grade_sft(base, talks).validate()
     assert tuned.base == base.out and tuned.batch_rows == base.batch_rows
     assert tuned.epochs == 1 and tuned.loop.steps == 1  # the pass decides
     assert tuned.optim.matrix_lr == pytest.approx(0.016) and tuned.optim.weight_decay == 0
@@ -54,5 +55,5 @@ def test_smoltalk_gets_one_epoch_with_the_batch_size_of_pretraining(depth):
 
 
 def test_other_conversations_get_many_small_steps():
-    tuned = gpt2_grade_sft(gpt2_grade(), "tasks").validate()
+    tuned = gpt2_grade_sft(gpt2_grade(), ("tasks",)).validate()
     assert tuned.loop.steps == 500 and tuned.batch_rows == 16 and tuned.epochs == 1

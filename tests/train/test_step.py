@@ -27,3 +27,16 @@ def test_ranks_and_their_replicas_report_and_clip_the_norm_of_the_whole_gradient
         for name, gradient in found["gradients"].items():
             expected = scale * wanted[name].numpy()
             assert np.abs(gradient - expected).max() <= 1e-4 * np.abs(expected).max() + 1e-8, name
+
+
+@pytest.mark.parametrize("silent", [0, 2])
+def test_a_rank_without_any_target_changes_the_gradient_by_nothing(silent):
+    model, ids = GPT(small_gpt("float32").config).init_weights(1), step_rows()
+    ids = ids[[i for i in range(12) if i % 3 != silent]]
+    loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
+    loss.backward()
+    for found in run_ranks(3, in_world, clipped_step, 0.0, silent):
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            wanted = parameter.grad.numpy()
+            assert np.abs(found["gradients"][name] - wanted).max() <= 1e-4 * np.abs(wanted).max() + 1e-8, name

@@ -12,7 +12,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import unique
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown, tool_expression
-from hotlap.train.data.file_documents import parquet_column, text_parts
+from hotlap.train.data.file_documents import parquet_rows, text_parts
 from hotlap.train.data.text_files import require_file
 
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -68,14 +68,12 @@ def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
 def records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file of conversations, after its place."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"no conversations at {path}; name a .jsonl or .parquet file, `smoltalk`, or `tasks`"
-        )
+        raise FileNotFoundError(f"no conversations at {path}; name a .jsonl or .parquet file")
     if path.suffix.lower() != ".parquet" or path.is_dir():
         yield from json_records(path, RECORD)
         return
     require_file(path)
-    for number, messages in enumerate(parquet_column(path, "messages"), 1):
+    for number, messages in enumerate(parquet_rows(path, "messages"), 1):
         if number == 1:
             check_columns(path)
         yield f"{path}:{number}", {"messages": messages}

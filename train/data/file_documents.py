@@ -188,7 +188,7 @@ def undecodable(path: Path, encoding: str) -> str:
 def parquet_documents(path: Path) -> Iterator[str]:
     """The column `text` of a parquet file, without its nulls, which are counted."""
     nulls = 0
-    for text in parquet_column(path, "text"):
+    for text in parquet_rows(path, "text"):
         if text is None:
             nulls += 1
         elif isinstance(text, str):
@@ -199,9 +199,9 @@ def parquet_documents(path: Path) -> Iterator[str]:
         log_once(f"{path}: left out {nulls} rows whose text is null")
 
 
-def parquet_column(path: Path, name: str) -> Iterator[object]:
-    """The values of one column, read in batches. DataError if the file is damaged, is no parquet file, or has
-    no such column.
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[object]:
+    """The values of one column, or all rows as values by column, read in batches. DataError if the file is
+    damaged, is no parquet file, or has no such column.
     """
     try:
         import pyarrow
@@ -210,10 +210,11 @@ def parquet_column(path: Path, name: str) -> Iterator[object]:
         raise ImportError(f"reading {path} needs pyarrow: pip install 'hotlap[data]'") from error
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
-            if name not in file.schema_arrow.names:
-                raise DataError(f"{path} has the columns {file.schema_arrow.names}; it needs `{name}`")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[name]):
-                yield from batch.column(name).to_pylist()
+            names = file.schema_arrow.names
+            if column is not None and column not in names:
+                raise DataError(f"{path} has the columns {names}; it needs `{column}`")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=None if column is None else [column]):
+                yield from (batch if column is None else batch.column(column)).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's error, not pyarrow's
             raise

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ def plan_download(dataset: Dataset, folder: Path, names: Iterable[str]) -> Downl
     return DownloadPlan(folder, missing, sum(there.values()))
 
 
-def download(dataset: Dataset, folder: Path, names: list[str]) -> None:
+def download(dataset: Dataset, folder: Path, names: Sequence[str]) -> None:
     """Download the files of a dataset that are not in the folder yet, and check all of them. Needs no network
     if none is missing; called again, it resumes with those that are.
 
@@ -70,7 +70,7 @@ def download(dataset: Dataset, folder: Path, names: list[str]) -> None:
                 fetch(dataset, folder, plan_download(dataset, folder, names).missing)
 
 
-def sound(dataset: Dataset, folder: Path, names: list[str]) -> bool:
+def sound(dataset: Dataset, folder: Path, names: Sequence[str]) -> bool:
     """Whether all files exist and are as recorded. Files that have changed are removed."""
     from tqdm import tqdm
 

@@ -23,7 +23,7 @@ from hotlap.common.log import log
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.conversation import render
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.train.data.conversations import held_out
+from hotlap.train.data.conversation_rows import held_out, shortest
 from hotlap.train.data.preferences import SIDES, Pair
 from hotlap.train.data.rows import Batch, pack
 from hotlap.train.data.shards import TOKEN_TYPES, version
@@ -93,7 +93,10 @@ class PairTokens:
         """The numbers of each split's pairs. Pairs of one prompt share a split. A single one is in both."""
         splits = np.array(self._splits)
         if (open := splits < 0).any():
-            splits[open] = held_out(np.frombuffer(self._draws)[open], (self.stops - self.starts).sum(1)[open])
+            found = np.frombuffer(self._draws)[open], (self.stops - self.starts).sum(1)[open]
+            splits[open] = held_out(*found)
+            if not (splits == SPLITS.index("validation")).any():
+                splits[open] = shortest(*found)
         return {
             split: np.flatnonzero(splits == number if (splits == number).any() else splits >= 0)
             for number, split in enumerate(SPLITS)

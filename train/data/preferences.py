@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import cache_folder
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown
 from hotlap.train.data import hub
 from hotlap.train.data.conversation_files import SPOKEN, check_characters, json_records
 from hotlap.train.data.datasets import ULTRAFEEDBACK
-from hotlap.train.data.file_documents import parquet_column
+from hotlap.train.data.file_documents import parquet_rows
 from hotlap.train.data.sources import is_named
 from hotlap.train.data.text_files import named_path, require_file
 
@@ -27,7 +26,6 @@ FORM = '{"prompt": "...", "chosen": "...", "rejected": "..."}, as strings or lis
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
 DOWNLOADED, SAMPLED = "ultrafeedback", "tasks"  # names in `--data`; anything else is a file
-ULTRAFEEDBACK_FILES = ULTRAFEEDBACK.names(1)  # validation first
 
 
 class Pair(NamedTuple):
@@ -48,19 +46,15 @@ def pairs_of(name: str) -> Iterator[Pair]:
     if not is_named(name, (DOWNLOADED,)):
         yield from read_pairs(named_path(name))
         return
-    validation, train = ULTRAFEEDBACK_FILES
-    for split, file in (("train", train), ("validation", validation)):
-        yield from accepted_pairs(ultrafeedback_folder() / file, split)
+    for split, files in ULTRAFEEDBACK.files.items():
+        for file in files:
+            yield from accepted_pairs(ULTRAFEEDBACK.folder / file, split)
 
 
 def download_pairs(data: tuple[str, ...]) -> None:
     """Download and check what `data` names, if it is on the hub and not in the cache yet."""
     if DOWNLOADED in data:
-        hub.download(ULTRAFEEDBACK, ultrafeedback_folder(), ULTRAFEEDBACK_FILES)
-
-
-def ultrafeedback_folder() -> Path:
-    return cache_folder() / "ultrafeedback"
+        hub.download(ULTRAFEEDBACK, ULTRAFEEDBACK.folder, ULTRAFEEDBACK.names(1))
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -107,14 +101,14 @@ def pair_records(path: Path) -> Iterator[tuple[str, object]]:
         return
     require_file(path)
     names = parquet_columns(path)
-    columns = zip(*(parquet_column(path, name) for name in names), strict=True)
+    columns = zip(*(parquet_rows(path, name) for name in names), strict=True)
     for number, values in enumerate(columns, 1):
         yield f"{path}:{number}", dict(zip(names, values, strict=True))
 
 
 def parquet_columns(path: Path) -> list[str]:
     """The columns of a parquet file to read. DataError if one that is there would be lost."""
-    next(parquet_column(path, SIDES[0]), None)  # whose error says what is wrong with the file
+    next(parquet_rows(path, SIDES[0]), None)  # whose error says what is wrong with the file
     from pyarrow.parquet import read_schema
 
     names = read_schema(path).names

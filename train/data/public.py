@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import cache_folder
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
@@ -56,7 +55,7 @@ def climbmix(folder: Path, shards: int, tokenizer: Tokenizer) -> None:
     missing = {name: folder / token_shard(name) for name in names}
     missing = {name: tokens for name, tokens in missing.items() if not is_sound(tokens, tokenizer)}
     if missing:
-        check_room(hub.plan_download(CLIMBMIX, text_folder(), missing), folder, tokenizer)
+        check_room(hub.plan_download(CLIMBMIX, CLIMBMIX.folder, missing), folder, tokenizer)
     for text, tokens in zip(climbmix_text(list(missing)), missing.values(), strict=True):
         documents = list(encoded(with_progress(parquet_documents(text), tokens.name), tokenizer))
         write_shard(tokens, np.concatenate(documents), tokenizer.vocab_size)
@@ -76,22 +75,18 @@ def download_plan(source: str, folder: Path, shards: int) -> hub.DownloadPlan:
     if source == "fineweb":
         return hub.plan_download(FINEWEB, folder, FINEWEB.names(shards))
     missing = [name for name in CLIMBMIX.names(shards) if not (folder / token_shard(name)).exists()]
-    return hub.plan_download(CLIMBMIX, text_folder(), missing)
-
-
-def text_folder() -> Path:
-    return cache_folder() / "climbmix"
+    return hub.plan_download(CLIMBMIX, CLIMBMIX.folder, missing)
 
 
 def climbmix_text(names: list[str]) -> list[Path]:
     """The parquet files with these names, downloaded to the cache."""
-    hub.download(CLIMBMIX, text_folder(), names)
-    return [text_folder() / name for name in names]
+    hub.download(CLIMBMIX, CLIMBMIX.folder, names)
+    return [CLIMBMIX.folder / name for name in names]
 
 
 def token_shard(name: str) -> str:
     """The file for the tokens of shard_00007.parquet: train_000007.bin."""
-    split = "validation" if name == CLIMBMIX.validation else "train"
+    split = "validation" if name in CLIMBMIX.files["validation"] else "train"
     return f"{split}_{int(Path(name).stem.removeprefix('shard_')):06d}.bin"
 
 
@@ -107,6 +102,6 @@ def is_sound(shard: Path, tokenizer: Tokenizer) -> bool:
 def check_room(plan: hub.DownloadPlan, folder: Path, tokenizer: Tokenizer) -> None:
     """OSError if the tokens do not fit on the disk, together with the text if that is on the same one."""
     tokens = (plan.bytes_there + plan.bytes_missing) * TOKEN_BYTES[tokenizer.vocab_size > 1 << 16]
-    text_folder().mkdir(parents=True, exist_ok=True)
-    same_disk = folder.stat().st_dev == text_folder().stat().st_dev
+    CLIMBMIX.folder.mkdir(parents=True, exist_ok=True)
+    same_disk = folder.stat().st_dev == CLIMBMIX.folder.stat().st_dev
     require_free_space(folder, int(tokens) + same_disk * plan.bytes_missing)

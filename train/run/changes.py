@@ -30,9 +30,12 @@ BY_CONTENT = ("data", "tokenizer", "base", "model.")
 
 
 def changes(saved: dict, config: Any) -> dict[str, str]:
-    """`field: saved X, current Y`, by field, but for FREE ones. Fields newer than `saved` had the default."""
+    """`field: saved X, current Y`, by field, but for FREE ones. Fields newer than `saved` had the default,
+    and one that is a list now may have been a string, its only item.
+    """
     old = flat(json.loads(to_json(type(config)()))) | flat(saved)
     new = flat(json.loads(to_json(config)))
+    old |= {k: [v] for k, v in old.items() if isinstance(v, str) and isinstance(new.get(k), list)}
     return {
         name: differences({name: old.get(name)}, {name: new.get(name)})[0]
         for name in sorted({*old, *new} - FREE)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hotlap.common.checks import between, positive
 from hotlap.train.config import Dtype
-from hotlap.train.presets import check_depth
+from hotlap.train.data.mixtures import parts_of
+from hotlap.train.presets import TALKS, check_depth
 
 MOST_RUNS = 1000
 
@@ -74,8 +75,8 @@ class GradeConfig:
     """Number of layers; everything else follows from it."""
     data: Path = Path("data/climbmix")
     """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
-    talks: str = "smoltalk"
-    """smoltalk (downloaded; adds the built-in tasks), tasks (only those), or a .jsonl or .parquet file."""
+    talks: tuple[str, ...] = TALKS
+    """What to fine-tune on: a mixture, as --data of `hotlap sft` takes it. What is missing is downloaded."""
     core_bundle: Path | None = None
     """nanochat's eval_bundle folder; downloaded by default."""
     micro_batch: str = "auto"
@@ -88,4 +89,5 @@ class GradeConfig:
     def validate(self) -> GradeConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         check_depth(self.depth)
+        parts_of(self.talks)
         return self

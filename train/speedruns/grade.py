@@ -8,9 +8,10 @@ import math
 
 from hotlap.train.data.conversations import (
     check_conversations,
-    conversations_plan,
+    conversation_plans,
     download_conversations,
 )
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, climbmix_with_tokenizer
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.command import EvalConfig, evaluate_model
@@ -35,19 +36,20 @@ def grade_speedrun(config: GradeConfig) -> dict:
     ).validate()  # fmt: skip
     with joined() as world:
         shards = math.ceil(recipe.tokens / CLIMBMIX_TOKENS)
-        check_conversations(config.talks)
+        parts = parts_of(config.talks)
+        check_conversations(parts)
         download = download_words("climbmix", config.data, shards, world)
-        if world.is_main and (talks := conversations_plan(config.talks)):
-            download += f"; {plan_words(talks, talks.folder)}"
+        if world.is_main:
+            download += "".join(f"; {plan_words(p, p.folder)}" for p in conversation_plans(parts))
         title = f"a {config.depth}-layer model with a CORE above {GPT2_CORE}, fine-tuned for chat"
         lines = plan(recipe, world, download)
-        lines["length"] += f"; then fine-tuning on {config.talks}, not included in the time below"
+        lines["length"] += f"; then fine-tuning on {' '.join(config.talks)}, not included in the time below"
         if not confirm(title, lines, config.yes, world):
             return {}
         with world.main_first("climbmix"):
             if world.is_main:
                 climbmix_with_tokenizer(config.data, shards, recipe.model.vocab_size)
-                download_conversations(config.talks)
+                download_conversations(parts)
         scores_path = config.out / "scores.json"
         last = pretrain(recipe, warm_up=True)
         if not scores_path.exists():

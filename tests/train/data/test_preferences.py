@@ -15,7 +15,6 @@ from hotlap.train.data.preferences import (
     download_pairs,
     pairs_of,
     read_pairs,
-    ultrafeedback_folder,
 )
 
 USER = {"role": "user", "content": "2 and 3?"}
@@ -116,7 +115,7 @@ def test_ultrafeedback_is_downloaded_once_with_its_own_splits(hub_server, tmp_pa
     for _ in range(2):
         download_pairs(("tasks", "ultrafeedback"))
     assert hub_server.fetched() == dict.fromkeys(ULTRAFEEDBACK.names(1), 1)
-    assert not (ultrafeedback_folder() / ".hub").exists()
+    assert not (ULTRAFEEDBACK.folder / ".hub").exists()
     found = list(pairs_of("ultrafeedback"))
     assert [pair.split for pair in found] == ["train"] * 3 + ["validation"] * 3
     assert found[1].prompt == [{"role": "user", "content": "1 of train?"}]

@@ -78,7 +78,7 @@ def test_climbmix_that_is_there_needs_neither_network_nor_text(
 ):
     assert public.download_plan("climbmix", tmp_path / "out", 1).missing.keys() == set(CLIMBMIX.names(1))
     public.climbmix(tmp_path / "out", 1, tiny_tokenizer)
-    for path in public.text_folder().iterdir():
+    for path in CLIMBMIX.folder.iterdir():
         path.unlink()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     public.climbmix(tmp_path / "out", 1, tiny_tokenizer)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.core_bundles import letters, mixed_tasks, write_bundle
 from helpers.small_runs import conversation
+from helpers.talks import rows_of
 from helpers.tools import tiny_config
 
 from hotlap.common.errors import DataError
@@ -19,7 +20,6 @@ from hotlap.model.engine import Engine
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer, train_characters
 from hotlap.model.weights import STATE, save_model
-from hotlap.train.data.conversations import Conversation, conversation_rows
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import Documents, write_shards
 from hotlap.train.data.sources import split_documents
@@ -64,8 +64,7 @@ def engine(tiny_tokenizer) -> Engine:
     model = GPT(tiny_config(softcap=30.0)).init_weights()
     optimizer = MuonAdamW(model, OptimConfig(weight_decay=0.0))
     talks = [conversation("dog?", "fox"), conversation("2 + 3?", "It is 5.")]
-    talks = [Conversation("", talk, "train") for talk in talks]
-    rows = conversation_rows(talks, tiny_tokenizer, 64, 0)["train"]
+    rows = rows_of(talks, tiny_tokenizer)
     batch = rows.batch(0, rows.epoch_rows())
     for _ in range(60):
         (model(batch.inputs, batch.targets, document_start=batch.document_start) / batch.weight).backward()

@@ -15,12 +15,13 @@ from helpers.tools import tiny_config
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("huggingface_hub")
-from helpers.hub_data import add_climbmix, add_fineweb, add_smoltalk
+from helpers.hub_data import add_climbmix, add_conversations, add_fineweb
 
 from hotlap.cli import main
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
-from hotlap.train.data import conversations, prepare
-from hotlap.train.data.datasets import SMOLTALK
+from hotlap.train.data import prepare
+from hotlap.train.data.datasets import GSM8K, MMLU, SMOLTALK
+from hotlap.train.data.tasks import built_in
 from hotlap.train.loop import LoopConfig
 from hotlap.train.presets import gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import MOST_EPOCHS, pretrain
@@ -163,7 +164,7 @@ def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
 def small_grade(hub_server, tmp_path, monkeypatch):
     """The command of a small gpt2-grade run, but for its conversations, and its hub."""
     cached(hub_server, tmp_path, monkeypatch)
-    add_smoltalk(hub_server, tmp_path)
+    add_conversations(hub_server, tmp_path, monkeypatch)
     (tmp_path / "bundle").mkdir()
     bundle = write_bundle(tmp_path / "bundle", mixed_tasks(count=4, longest=4))
     recipe = dataclasses.replace(
@@ -177,8 +178,9 @@ def small_grade(hub_server, tmp_path, monkeypatch):
         "gpt2_grade_sft",
         lambda base, talks: dataclasses.replace(real(base, talks), dtype="float32", compile="off"),
     )
-    sums = [conversation(f"{i} and {i}?", f"{2 * i}.") for i in range(60)]
-    monkeypatch.setattr(conversations, "documentation_tasks", lambda seed, refuse: sums)
+    for task in ("spelling", "arithmetic", "greetings"):
+        talks = [conversation(f"{task} {i}?", f"{2 * i}.") for i in range(20)]
+        monkeypatch.setitem(built_in.TASKS, task, lambda seed, talks=talks: talks)
     command = ["speedrun", "gpt2-grade", "--depth", "1", "--out", "grade", "--data", "mix", "--yes",
                "--core-bundle", str(bundle), "--micro-batch", "1"]  # fmt: skip
     return command, hub_server
@@ -188,8 +190,9 @@ def test_the_grade_is_scored_with_core_and_taught_to_converse(small_grade, tmp_p
     command, hub = small_grade
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert f"; 5 files, 0.00 GB, to {tmp_path}/cache/hotlap/smoltalk" in printed.out
-    assert set(SMOLTALK.names(4)) < set(hub.fetched())
+    for count, name in ((5, "smoltalk"), (2, "mmlu"), (1, "gsm8k")):
+        assert f"; {count} files, 0.00 GB, to {tmp_path}/cache/hotlap/{name}" in printed.out
+    assert {*SMOLTALK.names(4), *MMLU.names(1), *GSM8K.files["train"]} < set(hub.fetched())
     result = json.loads((tmp_path / "grade/result.json").read_text())
     kept = {"core", "interval", "reached", "bpb", "seconds", "tokens", "device", "date"}
     assert set(result) == kept and not result["reached"]
@@ -197,7 +200,8 @@ def test_the_grade_is_scored_with_core_and_taught_to_converse(small_grade, tmp_p
         r"sft: .* (\d+) conversations in (\d+) rows, (\S+) epochs", printed.err
     ).groups()
     steps = sorted((tmp_path / "grade/sft/checkpoints").glob("step-*"))
-    assert 4 * 20 < int(talks) <= 4 * 20 + 60 and epochs == "1.0"  # all of SmolTalk's, most of the tasks
+    own_splits = 4 * 20 + 3 * 20  # SmolTalk's four files, and three passes over MMLU's
+    assert own_splits + 4 * 15 < int(talks) <= own_splits + 4 * 20 + 3 * 20 and epochs == "1.0"
     assert int(steps[-1].name.removeprefix("step-")) == math.ceil(int(rows) / 2)
     assert main(command) == 0
     assert json.loads((tmp_path / "grade/result.json").read_text()) == result
