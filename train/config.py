@@ -165,6 +165,8 @@ class DPOConfig(StageConfig):
 
     sequences: ClassVar[int] = 2
     out: Path = Path("runs/dpo")
+    batch_rows: int = 4
+    """Rows per step over all ranks; a row is as many pairs as fit in two sides of the model's context."""
     model_field: ClassVar[str] = "base"
     base: Path = Path("runs/sft")
     """Chat model to start from, and to stay close to: a run or model directory."""
@@ -178,13 +180,14 @@ class DPOConfig(StageConfig):
     base; for sigmoid_norm about 50 times as high."""
     label_smoothing: float = 0.0
     """For robust: the share of pairs that are the wrong way round, less than 0.5."""
-    sft_weight: float = 0.0
-    """Weight of a second term, the chosen answers' negative log-likelihood a token."""
+    sft_weight: float = 10.0
+    """Weight of a second term, the chosen answers' negative log-likelihood a token. 0: DPO alone, for models
+    that do give the chosen answers."""
     epochs: float = 1.0
     """Train for at least this many passes over the pairs, even beyond loop.steps."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            matrix_lr=0.0004, embedding_lr=0.006, head_lr=0.00016, scalar_lr=0.01, weight_decay=0.0
+            matrix_lr=0.0016, embedding_lr=0.024, head_lr=0.00064, scalar_lr=0.04, weight_decay=0.0
         )
     )
     schedule: ScheduleConfig = field(

@@ -26,7 +26,7 @@ from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling, unkno
 from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
 
 SAMPLES = "pairs.jsonl"
-UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 2  # questions a name, and a fact
+UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 3  # questions a name, and a fact
 REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
 
 

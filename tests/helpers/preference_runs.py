@@ -43,7 +43,7 @@ def config_of(folder: Path, name: str, base: Path, **fields) -> DPOConfig:
     fields = {
         "data": (str(write_pairs(folder / "pairs.jsonl")),), "batch_rows": 4, "dtype": "float32",
         "compile": "off", "optim": GENTLE, "schedule": ScheduleConfig(warmup_steps=2),
-        "loop": LoopConfig(4, 4, 2), "epochs": 0.0,
+        "loop": LoopConfig(4, 4, 2), "epochs": 0.0, "sft_weight": 0.0,
     } | fields  # fmt: skip
     return DPOConfig(out=folder / name, base=base, **fields)
 

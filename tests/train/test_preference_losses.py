@@ -12,13 +12,14 @@ from hotlap.train.config import DPOConfig
 from hotlap.train.data.preference_rows import PairBatch
 from hotlap.train.preference_losses import pair_loss
 
+DPO = DPOConfig(sft_weight=0.0)
 CONFIGS = [
-    DPOConfig(),
-    DPOConfig(loss="sigmoid_norm", beta=5.0),
-    DPOConfig(loss="ipo", beta=0.2),
-    DPOConfig(loss="apo_zero", beta=0.05),
-    DPOConfig(loss="robust", label_smoothing=0.2),
-    DPOConfig(sft_weight=0.7),
+    DPO,
+    dataclasses.replace(DPO, loss="sigmoid_norm", beta=5.0),
+    dataclasses.replace(DPO, loss="ipo", beta=0.2),
+    dataclasses.replace(DPO, loss="apo_zero", beta=0.05),
+    dataclasses.replace(DPO, loss="robust", label_smoothing=0.2),
+    dataclasses.replace(DPO, sft_weight=0.7),
 ]
 by_loss = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.loss + "+sft" * (c.sft_weight > 0))
 
@@ -134,7 +135,7 @@ def test_the_reference_itself_has_no_margin_and_a_known_loss(config):
 @pytest.mark.parametrize("loss", ["sigmoid_norm", "ipo"])
 def test_losses_per_token_do_not_depend_on_the_length_of_an_answer(loss):
     """Twice as many tokens, each as much more likely as before."""
-    config = DPOConfig(loss=loss)
+    config = dataclasses.replace(DPO, loss=loss)
     batch = a_batch(B=1, P=1, T=12)
     here = batch.pair >= 0
     even = (batch.reference + torch.tensor([0.3, -0.2])[None, :, None]).where(batch.targets != IGNORE, 0)
@@ -143,18 +144,17 @@ def test_losses_per_token_do_not_depend_on_the_length_of_an_answer(loss):
     short = pair_loss(Table(even), batch, config)[0]
     long = pair_loss(Table(torch.cat((even, even), -1)), longer, config)[0]
     assert short.item() == pytest.approx(long.item(), rel=1e-6)
-    dpo = DPOConfig()
     assert (
-        pair_loss(Table(even), batch, dpo)[0] > pair_loss(Table(torch.cat((even, even), -1)), longer, dpo)[0]
+        pair_loss(Table(even), batch, DPO)[0] > pair_loss(Table(torch.cat((even, even), -1)), longer, DPO)[0]
     )
 
 
 def test_rows_add_up_whatever_they_are_batched_with():
     batch = a_batch()
     logprobs = logprobs_of(batch)
-    whole, metrics = pair_loss(Table(logprobs), batch, DPOConfig())
+    whole, metrics = pair_loss(Table(logprobs), batch, DPO)
     parts = [
-        pair_loss(Table(logprobs[b : b + 1]), batch.change(lambda t, b=b: t[b : b + 1]), DPOConfig())
+        pair_loss(Table(logprobs[b : b + 1]), batch.change(lambda t, b=b: t[b : b + 1]), DPO)
         for b in range(3)
     ]
     assert whole.item() == pytest.approx(sum(value.item() for value, _ in parts), rel=1e-12)
