@@ -65,8 +65,9 @@ def pair_loss(model: GPT, batch: PairBatch, config: DPOConfig) -> tuple[Tensor, 
         rewards = rewards / lengths
     chosen, rejected = rewards.unbind(1)  # (B, P)
     losses = losses_of_rewards(chosen, rejected, config)
+    nll = -(total(logprobs) / lengths)[:, 0]
     if config.sft_weight:
-        losses = losses - config.sft_weight * (total(logprobs) / lengths)[:, 0]
+        losses = losses + config.sft_weight * nll
     exists = batch.numbers >= 0
 
     def over_pairs(values: Tensor) -> Tensor:
@@ -83,6 +84,7 @@ def pair_loss(model: GPT, batch: PairBatch, config: DPOConfig) -> tuple[Tensor, 
             "accuracy": over_pairs((margin > 0) + 0.5 * (margin == 0)),
             "chosen_reward": over_pairs(chosen),
             "rejected_reward": over_pairs(rejected),
+            "chosen_nll": over_pairs(nll),
             "kl": over_pairs(divergence.mean(1)),
             "chosen_tokens": over_pairs(lengths[:, 0]),
             "rejected_tokens": over_pairs(lengths[:, 1]),
