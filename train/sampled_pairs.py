@@ -2,8 +2,7 @@
 
 It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the honest
 sentence is preferred. Where the answer is known, that one is preferred: to what the model said, if that was
-wrong, else to the answer to another question. (Not to the honest sentence, which the base hardly ever says:
-it can only become likelier, and the pairs would contradict each other.)
+wrong, else to the honest sentence, so that it does not learn to say that always.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
 SAMPLES = "pairs.jsonl"
 UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 3  # questions a name, and a fact
 REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
-ANOTHER = 7  # how far back the question is whose answer is a wrong one: more than the phrasings of a fact
 
 
 def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
@@ -53,10 +51,9 @@ def sampled_records(engine: Engine, seed: int) -> Iterator[dict]:
                 yield record(question, honest, said, split)
     known = known_conversations(seed)
     found = answers(engine, [question["content"] for question, *_ in known], seed)
-    for i, ((question, *right), said) in enumerate(zip(known, found, strict=True)):
-        wrong = known[(i - ANOTHER) % len(known)][1:] if said == right else said
-        if wrong not in ([], right):
-            yield record(question["content"], right, wrong, "train")
+    for (question, *right), said in zip(known, found, strict=True):
+        if said:
+            yield record(question["content"], right, honest if said == right else said, "train")
 
 
 def known_conversations(seed: int) -> list[list[dict]]:

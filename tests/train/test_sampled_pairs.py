@@ -46,10 +46,7 @@ def test_what_is_made_up_is_rejected_and_what_is_right_is_chosen(monkeypatch, ti
     for record in found:
         chosen, rejected = (record[side][-1]["content"] for side in ("chosen", "rejected"))
         if "len" in asked(record):
-            assert (chosen, rejected) == (
-                "Return it.",
-                "Its value.",
-            )  # it knew, so another answer is the wrong one
+            assert (chosen, rejected) == ("Return it.", HONEST)  # it knew
         elif "abs" in asked(record):
             assert (chosen, rejected) == ("Its value.", "Return it.")
         else:
