@@ -134,6 +134,10 @@ COMMANDS: Table = {
         "fine-tune a base model on conversations",
         "train.config:SFTConfig", "train.sft:main",
     ),
+    "dpo": Command(
+        "train a chat model on preferred and other answers",
+        "train.config:DPOConfig", "train.dpo:main",
+    ),
     "eval": Command(
         "evaluate a model: bits per byte, CORE, ChatCORE, samples, questions",
         "train.evaluation.config:EvalConfig", "train.evaluation.command:main",

@@ -17,6 +17,7 @@ T = TypeVar("T")
 Recompute = Literal["none", "block", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 Policy = Literal["stop", "skip"]
+PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class LoopConfig:
 class StageConfig:
     """The fields that all stages share."""
 
+    sequences: ClassVar[int] = 1
+    """Sequences of the model's context that a row consists of."""
     out: Path
     """Run directory, for configuration, metrics, checkpoints and report."""
     batch_rows: int = 16
@@ -175,6 +178,61 @@ class SFTConfig(TuneConfig):
         at_least(self, 0, "epochs", zero="only loop.steps count")
         parts_of(self.data)
         return replace(self, data=(self.data,)) if isinstance(self.data, str) else self
+
+
+@dataclass(frozen=True)
+class DPOConfig(TuneConfig):
+    """Train a chat model on pairs of a preferred and another answer (a row is two sides of such pairs)."""
+
+    sequences: ClassVar[int] = 2
+    out: Path = Path("runs/dpo")
+    batch_rows: int = 4
+    """Rows per step over all ranks; a row is as many pairs as fit in two sides of the model's context."""
+    model_field: ClassVar[str] = "base"
+    base: Path = Path("runs/sft")
+    """Chat model to start from, and to stay close to: a run or model directory."""
+    data: tuple[str, ...] = ("tasks",)
+    """tasks (the base's own answers about Python, asked for here), ultrafeedback (a download), and files.
+    Files are .jsonl or .parquet, with records {"prompt", "chosen", "rejected"}."""
+    loss: PreferenceLoss = "sigmoid"
+    """sigmoid is DPO; docs/preferences.md says what the others are for."""
+    beta: float = 0.1
+    """How much of a change of the answers' likelihood counts as a preference. Higher stays closer to the
+    base; for sigmoid_norm about 50 times as high."""
+    label_smoothing: float = 0.0
+    """For robust: the share of pairs that are the wrong way round, less than 0.5."""
+    sft_weight: float = 10.0
+    """Weight of a second term, the chosen answers' negative log-likelihood a token. 0: DPO alone, for models
+    that do give the chosen answers."""
+    epochs: float = 1.0
+    """Train for at least this many passes over the pairs, even beyond loop.steps."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            matrix_lr=0.0016, embedding_lr=0.024, head_lr=0.00064, scalar_lr=0.04, weight_decay=0.0
+        )
+    )
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(
+            warmup_steps=10, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=100
+        )
+    )
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(1))
+
+    def validate(self) -> DPOConfig:
+        super().validate()
+        positive(self, "beta")
+        at_least(self, 0, "sft_weight", zero="none")
+        at_least(self, 0, "epochs", zero="only loop.steps count")
+        if not self.data:
+            raise ValueError("no --data; name tasks, ultrafeedback or files")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be from 0 to less than 0.5")
+        if (self.loss == "robust") != (self.label_smoothing > 0):
+            raise ValueError(
+                f"loss={self.loss} with label_smoothing={self.label_smoothing:g}: robust needs it above 0, "
+                "the other losses do not use it"
+            )
+        return self
 
 
 @dataclass(frozen=True)

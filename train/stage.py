@@ -29,6 +29,7 @@ from hotlap.model.lora import LoRA, adapter_count, add_adapters, check_rank
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import lineage, load_weights, model_folder
 from hotlap.train.config import LoopConfig, StageConfig, TuneConfig
+from hotlap.train.data.preference_rows import PairRows
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.distributed.memory import (
     check_memory,
@@ -83,6 +84,9 @@ class Stage:
     """config.loop, with its steps adapted to the data."""
     base: Path | None = None
     """Model directory to start from; None starts from random weights."""
+    prepare: Callable[[GPT, int], None] | None = None
+    """(model with the weights of the base, rows of a micro-batch): what the batches need of the base, before
+    anything is trained or loaded; collective."""
 
 
 def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
@@ -94,8 +98,9 @@ def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = N
     if shape:
         check_rank(shape, lora_rank(config))
         check_memory(
-            shape, world, step_rows=config.batch_rows, micro_rows=rows, recompute=config.recompute,
-            dtype=config.dtype, lora_rank=lora_rank(config),
+            shape, world, step_rows=config.batch_rows * config.sequences,
+            micro_rows=rows * config.sequences, recompute=config.recompute, dtype=config.dtype,
+            lora_rank=lora_rank(config),
         )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
@@ -159,6 +164,16 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     if stage.base is not None:
         load_weights(model, stage.base)
     optimizer = MuonAdamW(model, config.optim)
+    if config.micro_batch == "auto":
+
+        def one_row() -> Batch:
+            return next(stage.batches(model, RunState(), 1))[0].to(world.device)
+
+        micro_rows = largest_micro_batch(
+            model, common_rows(config), world, stage.loss, one_row, config.sequences
+        )
+    if stage.prepare:
+        stage.prepare(model, micro_rows)
     start = world.together(lambda: origin(config.out, config.resume))[0]
     state = resume_from(
         config.out, start, model, optimizer, world,
@@ -173,13 +188,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
                 write_machine(config.out, world.device, world.size)
 
     world.together(record)
-    if config.micro_batch == "auto":
-
-        def one_row() -> Batch:
-            return next(stage.batches(model, state, 1))[0].to(world.device)
-
-        micro_rows = largest_micro_batch(model, common_rows(config), world, stage.loss, one_row)
-    describe(model, config.out, stage.about, world, micro_rows)
+    describe(model, config.out, stage.about, world, micro_rows * config.sequences)
     last = fit(
         stage.loop, config.schedule, model, optimizer, stage.tokenizer,
         stage.batches(model, state, micro_rows), stage.loss, world=world, run=config.out,
@@ -193,14 +202,14 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
 
 
 def row_batches(
-    rows: PackedRows, config: StageConfig, steps: int, world: World
+    rows: PackedRows | PairRows, config: StageConfig, steps: int, world: World
 ) -> Callable[[GPT, int, int], Iterator[list[Batch]]]:
     """Stage.batches from packed rows, prefetched by a thread. steps: of the whole run."""
 
     def batches(model: GPT, state: RunState, micro_rows: int) -> Iterator[list[Batch]]:
         found = step_batches(
             rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=state.step,
-            first=state.tokens // rows.T, rank=world.rank, world=world.size,
+            first=state.tokens // rows.row_tokens, rank=world.rank, world=world.size,
             share=rows_share(config.schedule, steps),
         )  # fmt: skip
         return prefetched(found, world.device)
@@ -209,7 +218,7 @@ def row_batches(
 
 
 def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -> None:
-    """Log parameters, FLOPs, data, and the memory needed on each rank."""
+    """Log parameters, FLOPs, data, and the memory needed on each rank. micro_rows: sequences of a pass."""
     counts, T = parameter_counts(model), model.config.context
     log.info(
         "%s: %.2fM parameters (%.2fM in matmuls), %.1f MFLOP per token (%.1f causal), %s, %s on %s%s",

@@ -36,13 +36,13 @@ def take_step(
     """Compute the gradients of the summed loss divided by `weight`, that of all batches on all ranks."""
     if weight == 0:
         raise ValueError("this step has no targets: the loss mask excludes every row of its batch")
-    model, own = passes.model, torch.zeros((), device=world.device)
+    model, own = passes.model, 0.0
     metrics: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro):
         set_gradient_sync(model, i, len(micro))
         broken = float("nan") if i == 0 and fault("loss", world.rank, step) == "nan" else 1.0
         value, found = passes(batch, broken * weight)
-        own += broken * value
+        own = own + broken * value  # in the dtype of the loss's sum
         metrics = {name: metrics.get(name, 0) + tensor for name, tensor in found.items()}
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if action := fault("gradient", world.rank, step):

@@ -104,7 +104,8 @@ def batch_name(micro: list[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in micro:
         digest.update(batch.inputs.cpu().numpy().tobytes())
-    return f"{digest.hexdigest()[:12]} (weight {sum(batch.weight for batch in micro):g})"
+    weight = f"(weight {sum(batch.weight for batch in micro):g})"
+    return f"{digest.hexdigest()[:12]} {weight}{''.join(batch.about() for batch in micro)}"
 
 
 def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> None:

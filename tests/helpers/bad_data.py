@@ -6,6 +6,7 @@ import struct
 from helpers.bad_files import (
     DATA,
     DEEP,
+    DPO,
     FAR,
     GZIP,
     HF_TOKENIZER,
@@ -32,6 +33,7 @@ CALL = {"role": "assistant", "content": [{"type": "python", "text": "1"}]}
 SHARDS = PRETRAIN.replace("characters", "tokenizer.json") + " --data bad"
 TALKS = f"{SFT} --data a.jsonl"
 
+PAIR = {"prompt": "square of 2", "chosen": "is 4.", "rejected": "is 5."}
 ROWS: list[Row] = [
     # tokenizer
     ("tokenizer --source text.txt", None, CANNOT_CREATE, r"tokenizer\.json exists.*--force"),
@@ -141,4 +143,16 @@ ROWS: list[Row] = [
     (TALKS, talk(USER, CALL), BAD_DATA, r"message 1: .*'python'"),
     (TALKS, talk(USER, ASSISTANT, system="c"), BAD_DATA, r"'system' beside `messages` would be lost"),
     (TALKS, talk(("user", "a" * 99), ASSISTANT), BAD_DATA, r"no conversation fits the model: 1 of 1 conversations are longer"),
+    # dpo: pairs
+    (DPO, None, NO_INPUT, r"no pairs at a\.jsonl; name a \.jsonl or \.parquet file, `ultrafeedback`, or `tasks`"),
+    (f"{DPO} --data .", None, BAD_DATA, r"\. is a folder; name a file in it"),
+    (DPO, lines("a.jsonl"), BAD_DATA, r"a\.jsonl holds no pair; each line or row must be \{\"prompt\""),
+    (DPO, lines("a.jsonl", "[1"), BAD_DATA, r"a\.jsonl:1: a JSON array; each line must be \{\"prompt\""),
+    (DPO, lines("a.jsonl", PAIR, {"prompt": "a", "chosen": "b"}), BAD_DATA, r"a\.jsonl:2: no 'rejected', but an object with the keys 'prompt', 'chosen'; it must be"),
+    (DPO, lines("a.jsonl", {"prompt": "a", "rejected": "b"}), BAD_DATA, r"a\.jsonl:1: no 'chosen'"),
+    (DPO, text("a.jsonl", WHOLE), BAD_DATA, r"a\.jsonl:1: no 'chosen'.*one answer alone is for `hotlap sft`"),
+    (DPO, lines("a.jsonl", PAIR | {"rejected": "is 4."}), BAD_DATA, r"no pair can be learned from: 1 of 1 pairs have the same answer twice \(a\.jsonl:1\)"),
+    (DPO, lines("a.jsonl", PAIR | {"chosen": "is 4" * 40}), BAD_DATA, r"no pair can be learned from: 1 of 1 pairs are longer than the model's context of 32 tokens"),
+    (DPO, lines("a.jsonl", {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}), BAD_DATA, r"a\.jsonl:1: the prompts of 'chosen' and 'rejected' differ in message 0"),
+    ("dpo --base base --data a.jsonl --out new", lines("a.jsonl", PAIR), USAGE, r"--base base is a base model, which does not converse; fine-tune it with `hotlap sft`"),
 ]  # fmt: skip

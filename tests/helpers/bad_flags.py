@@ -1,7 +1,7 @@
 """Rows of bad input: commands, flags and their values, configuration files, and what cannot fit in memory."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import FAR, MANY, PRETRAIN, SFT, Row, text
+from helpers.bad_files import DPO, FAR, MANY, PRETRAIN, SFT, Row, text
 from helpers.commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
 
 ROWS: list[Row] = [
@@ -82,6 +82,15 @@ ROWS: list[Row] = [
     (f"{SFT} --epochs 1e300", None, USAGE, r"--epochs 1e\+?300 must be 0 .*less than 2\^63"),
     (f"{SFT} --epochs 1e18", None, USAGE, r"--epochs 1e\+?18 are .* steps, and at most 2\^63"),
     (f"{SFT} --micro-batch 100000000000000000000", None, USAGE, r"a batch of 4 rows is not a multiple of 1 ranks x 100000000000000000000 rows; micro.batch may be 1, 2, 4"),
+    (f"{DPO} --beta 0", None, USAGE, r"--beta 0(\.0)? must be positive"),
+    (f"{DPO} --beta nan", None, USAGE, r"--beta nan must be positive"),
+    (f"{DPO} --loss kto", None, USAGE, r"'kto'.*'--loss'.*sigmoid"),
+    (f"{DPO} --loss robust", None, USAGE, r"--loss robust with --label-smoothing 0: robust needs it above 0"),
+    (f"{DPO} --label-smoothing 0.5 --loss robust", None, USAGE, r"--label-smoothing 0\.5 must be from 0 to less than 0\.5"),
+    (f"{DPO} --label-smoothing 0.1", None, USAGE, r"--loss sigmoid with --label-smoothing 0\.1"),
+    (f"{DPO} --sft-weight -1", None, USAGE, r"--sft-weight -1(\.0)? must be 0 \(none\) or more"),
+    (f"{DPO} --epochs nan", None, USAGE, r"--epochs nan must be 0 .*or more"),
+    ("dpo --base sft --out new --data", None, USAGE, r"no --data; name tasks, ultrafeedback or files"),
     ("chat sft -p a --temperature nan", None, USAGE, r"--temperature nan must be a number from 0 to 10"),
     ("chat sft -p a --temperature -1", None, USAGE, r"--temperature -1(\.0)? must be a number from 0 to 10"),
     ("chat sft -p a --temperature 20", None, USAGE, r"--temperature 20(\.0)? must be a number from 0 to 10"),
@@ -163,6 +172,7 @@ ROWS: list[Row] = [
     (f"{PRETRAIN} --batch-rows {MANY} --micro-batch 1", None, USAGE, rf"a step of {MANY} rows .*--batch-rows"),
     (f"{PRETRAIN} --tokenizer bpe --model.vocab-size {MANY}", None, USAGE, rf"--model\.vocab-size {MANY} needs at least .* GB.*lower it"),
     ("pretrain --data text.txt --out new --depth 900", None, USAGE, r"training 3.*e\+13 parameters needs at least .*lower --depth"),
+    (f"{DPO} --batch-rows {MANY}", None, USAGE, rf"micro-batch of {2 * MANY} rows .*needs at least .* GB"),
     (f"{SFT} --batch-rows {MANY}", None, USAGE, rf"micro-batch of {MANY} rows .*needs at least .* GB"),
     # where to write
     (f"{PRETRAIN} --out text.txt", None, CANNOT_CREATE, r"text\.txt cannot be a run's directory"),

@@ -1,7 +1,20 @@
 """Rows of bad input: runs to resume, their checkpoints and reports."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import DEEP, PRETRAIN, SFT, STEPS, Row, checkpoint, copy, folder, text, without
+from helpers.bad_files import (
+    DEEP,
+    DPO,
+    PRETRAIN,
+    SFT,
+    STEPS,
+    Row,
+    checkpoint,
+    copy,
+    folder,
+    lines,
+    text,
+    without,
+)
 from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE
 
 SAME = f"{PRETRAIN} --data base/data --tokenizer base/tokenizer.json --loop.steps {STEPS + 2}"
@@ -16,6 +29,7 @@ ROWS: list[Row] = [
     (f"{RESUME} --model.layers 2", None, BAD_DATA, r"base/checkpoints.* does not fit this run: model\.layers: saved 1, current 2"),
     (f"{RESUME} --data shards --tokenizer tokenizer.json", None, BAD_DATA, r"base/checkpoints.* has another tokenizer: saved sha256 \w+.*, current"),
     (f"{SFT} --resume base", None, USAGE, r"base/checkpoints.* is a checkpoint of pretrain, which sft cannot resume"),
+    (f"{DPO} --resume sft", lines("a.jsonl", {"prompt": "square of 2", "chosen": "is 4.", "rejected": "is 5."}), USAGE, r"sft/checkpoints.* is a checkpoint of sft, which dpo cannot resume; to start from it, give --base"),
     (f"{PRETRAIN} --resume none", None, NO_INPUT, r"no model at none"),
     (f"{PRETRAIN} --resume ''", None, NO_INPUT, r"no model in the folder \."),
     (f"{PRETRAIN} --resume shards", None, NO_INPUT, r"shards has token shards and no model"),

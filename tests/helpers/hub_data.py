@@ -75,6 +75,31 @@ def add_smoltalk(server: HubServer, folder: Path) -> None:
     (folder / "made").unlink()
 
 
+def add_ultrafeedback(server: HubServer, folder: Path) -> None:
+    """UltraFeedback's files, with its columns and three pairs each, and one without a rejected answer."""
+    import pyarrow
+    from pyarrow import parquet
+
+    message = pyarrow.struct([("content", pyarrow.string()), ("role", pyarrow.string())])
+    for name, part in zip(datasets.ULTRAFEEDBACK.names(1), ("validation", "train"), strict=True):
+        prompts = [f"{i} of {part}?" for i in range(4)]
+        sides = {
+            side: [
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                for prompt in prompts
+            ]
+            for side, answer in (("chosen", "good"), ("rejected", "bad"))
+        }
+        sides["rejected"][3] = sides["rejected"][3][:1]
+        columns = {"prompt": prompts, "prompt_id": prompts} | {
+            side: pyarrow.array(talks, pyarrow.list_(message)) for side, talks in sides.items()
+        }
+        columns["score_chosen"] = [8.0] * 4
+        parquet.write_table(pyarrow.table(columns), folder / "made")
+        server.add(datasets.ULTRAFEEDBACK, name, (folder / "made").read_bytes())
+    (folder / "made").unlink()
+
+
 def add_split(
     server: HubServer, monkeypatch, dataset: datasets.Dataset, split: str, rows: list[dict]
 ) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.preference_runs import make_base, preferring
 from helpers.tools import tiny_config
 
 from hotlap.model.gpt import GPT
@@ -99,3 +100,9 @@ def test_a_step_waits_for_the_gpu_once():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1  # for the loss and the norm
+
+
+def test_preferences_start_at_their_reference_in_graphs_too(tmp_path):
+    """The first step of four micro-batches has passes that run eagerly and passes that are replayed."""
+    first = preferring(str(tmp_path), "run", str(make_base(tmp_path)), "1", "bfloat16")[0]
+    assert [first[name] for name in ("margin", "chosen_reward", "rejected_reward", "kl")] == [0, 0, 0, 0]

@@ -66,23 +66,29 @@ def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
 
 
 def records(path: Path) -> Iterator[tuple[str, object]]:
-    """The unchecked record of each line or row of a file, after its place."""
+    """The unchecked record of each line or row of a file of conversations, after its place."""
     if not path.exists():
         raise FileNotFoundError(f"no conversations at {path}; name a .jsonl or .parquet file")
+    if path.suffix.lower() != ".parquet" or path.is_dir():
+        yield from json_records(path, RECORD)
+        return
+    require_file(path)
+    for number, messages in enumerate(parquet_rows(path, "messages"), 1):
+        if number == 1:
+            check_columns(path)
+        yield f"{path}:{number}", {"messages": messages}
+
+
+def json_records(path: Path, form: str) -> Iterator[tuple[str, object]]:
+    """The value of each line of JSON in a file, after its place. form: what a line must be, for errors."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     require_file(path)
-    if path.suffix.lower() == ".parquet":
-        for number, messages in enumerate(parquet_rows(path, "messages"), 1):
-            if number == 1:
-                check_columns(path)
-            yield f"{path}:{number}", {"messages": messages}
-        return
     for number, line in enumerate(text_parts(path, "strict", by_line=True, remedy=""), 1):
         if line.strip():
             line = line.removeprefix("\ufeff")  # a mark in the middle, where files were joined
             try:
-                yield f"{path}:{number}", parsed(line.removesuffix("\n"))
+                yield f"{path}:{number}", parsed(line.removesuffix("\n"), form)
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
 
@@ -95,10 +101,10 @@ def check_columns(path: Path) -> None:
         raise DataError(f"{path}: the column {lost[0]!r} beside `messages` would be lost; {ONLY_MESSAGES}")
 
 
-def parsed(line: str) -> object:
-    """The value of a line of JSON. DataError says what the line may be instead."""
+def parsed(line: str, form: str = RECORD) -> object:
+    """The value of a line of JSON. DataError says that it must be `form`, and how to make it so."""
     if line.strip() == "{":
-        raise DataError(f"JSON over several lines; each line must be {RECORD} (jq -c . FILE > NEW)")
+        raise DataError(f"JSON over several lines; each line must be {form} (jq -c . FILE > NEW)")
     try:
         value = json.loads(line, object_pairs_hook=unique)
     except DataError:
@@ -110,12 +116,12 @@ def parsed(line: str) -> object:
             reason = "a number is too long"
             if isinstance(error, json.JSONDecodeError):
                 reason = f"{error.msg} at character {error.pos + 1}"
-            raise DataError(f"not JSON ({reason}); each line must be {RECORD}") from None
+            raise DataError(f"not JSON ({reason}); each line must be {form}") from None
         value = []  # an array that goes on in the next lines
     if isinstance(value, list):
         if value and all(isinstance(message, dict) and "role" in message for message in value):
             raise DataError('a list of messages; write {"messages": [...]} around it')
-        raise DataError(f"a JSON array; each line must be {RECORD} (jq -c '.[]' FILE > NEW)")
+        raise DataError(f"a JSON array; each line must be {form} (jq -c '.[]' FILE > NEW)")
     return value
 
 
@@ -132,13 +138,18 @@ def checked(record: object) -> list[dict]:
     if last["role"] != "assistant" or last.get("tool_calls"):
         found = "a call of its tool" if last.get("tool_calls") else f"a message from {last['role']!r}"
         raise DataError(f"the conversation does not end with the assistant's answer, but with {found}")
+    check_characters(messages)
+    return messages
+
+
+def check_characters(messages: list[dict]) -> None:
+    """Raise DataError if a message holds half of a character, which no tokenizer reads."""
     for i, message in enumerate(messages):
         try:
             (message["content"] + (tool_expression(message) if message.get("tool_calls") else "")).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise DataError(f"message {i}: {half!a} is half of a character; was the text cut off?") from None
-    return messages
 
 
 def other_format(record: dict) -> str:

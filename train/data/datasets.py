@@ -115,6 +115,18 @@ SMOLTALK = Dataset(
     check=partial(check_parquet, columns=("messages",)),
     pinned={},
 )
+# UltraFeedback, binarized: 61,135 training pairs and 2,000 for validation, one file each.
+ULTRAFEEDBACK = Dataset(
+    name="ultrafeedback",
+    repo="HuggingFaceH4/ultrafeedback_binarized",
+    revision="3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+    files={
+        "train": ("data/train_prefs-00000-of-00001.parquet",),
+        "validation": ("data/test_prefs-00000-of-00001.parquet",),
+    },
+    check=partial(check_parquet, columns=("rejected",)),
+    pinned={},
+)
 # GSM8K: 7,473 and 1,319 word problems of primary school, with solutions (2.7 MB).
 GSM8K = Dataset(
     name="gsm8k",

@@ -25,6 +25,7 @@ from hotlap.train.data.shards import Documents, first_shards, shard_documents, s
 
 if TYPE_CHECKING:
     from hotlap.model.tokenizer import Tokenizer
+    from hotlap.train.data.preference_rows import PairRows
 
 LISTED = 1000  # rows of the largest micro-batch that an error suggests
 
@@ -93,6 +94,10 @@ class Batch:
         """The batch on a device; copied asynchronously if it is pinned."""
         return self if device.type == "cpu" else self.change(lambda t: t.to(device, non_blocking=True))
 
+    def about(self) -> str:
+        """What else identifies the batch in an error, beside the hash of its ids and its weight."""
+        return ""
+
     def repeated(self, times: int) -> Batch:
         """Its rows repeated, for measuring the memory of larger batches."""
         tall = self.change(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
@@ -121,6 +126,7 @@ class PackedRows:
         if not shards:
             raise ValueError("no shards to read; create them with `hotlap data`")
         self.shards, self.T, self.seed, self.shuffle = shards, T, seed, shuffle
+        self.row_tokens = T
         self._counts: dict[tuple[int, int], int] = {}
         self._current: tuple[tuple[int, int], Documents, np.ndarray, np.ndarray, list] | None = None
 
@@ -203,7 +209,7 @@ def check_rows(batch_rows: int, micro_rows: int, world: int = 1) -> None:
 
 
 def step_batches(
-    rows: PackedRows,
+    rows: PackedRows | PairRows,
     *,
     batch_rows: int,
     micro_rows: int,

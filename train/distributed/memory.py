@@ -101,9 +101,10 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
 
 
 def largest_micro_batch(
-    model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch]
+    model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch], sequences: int = 1
 ) -> int:
     """Rows of the largest micro-batch that divides the step's rows and fits in memory, equal on all ranks.
+    sequences: of a row.
 
     On a GPU, measures micro-batches of one and two rows and extrapolates, so that no trial runs out of
     memory. On a CPU, uses the estimate from shapes.
@@ -114,7 +115,7 @@ def largest_micro_batch(
         one, two = (measure_bytes(model, world, loss, batch.repeated(rows)) for rows in (1, 2))
         fixed, each = 2 * one - two, max(1, two - one)
     else:
-        parts = rank_bytes(model, world, 1)
+        parts = rank_bytes(model, world, sequences)
         each = parts["activations"]
         fixed = sum(parts.values()) - each
     fit = max(1, int((USABLE * device_bytes(world) - fixed) / each))

@@ -101,7 +101,8 @@ def check_data(folder: Path, state: RunState, found: dict[str, str], stage: Any)
     found: what has changed, by field.
     """
     if state.stage != stage.name:
-        hint = f"; to fine-tune it, give --base {folder}" if stage.name == "sft" else ""
+        use = {"sft": "to fine-tune it", "dpo": "to start from it"}.get(stage.name)
+        hint = f"; {use}, give --base {folder}" if use else ""
         raise ValueError(f"{folder} is a checkpoint of {state.stage}, which {stage.name} cannot resume{hint}")
     if state.data != stage.data:
         raise ValueError(

@@ -26,6 +26,7 @@ from hotlap.train.run.metrics import METRICS
 
 LOCK = "run.lock"
 MACHINE = "machine.json"
+MADE = (TOKENIZER, "pairs.jsonl", "reference.npz")  # by stages, before the first step
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
                 f"values, or {in_new_folder(run)}"
             )
     elif changed or not resume:
-        for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, run / TOKENIZER):
+        for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, *(run / name for name in MADE)):
             made.unlink(missing_ok=True)  # left by the failed start
         write_config(run, dataclasses.replace(config, resume=origin(run, config.resume)))
 

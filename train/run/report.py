@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotlap.common import files
 from hotlap.common.errors import DataError
@@ -14,6 +15,9 @@ from hotlap.train.config import ReportConfig
 from hotlap.train.run.card import CARD, write_card
 from hotlap.train.run.folder import read_config, read_machine
 from hotlap.train.run.metrics import METRICS, number, read_metrics, shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Names of metrics in reports, if not their keys.
 NAMES = {"validation_bpb": "validation bits per byte"}
@@ -66,10 +70,11 @@ def write_report(run: Path) -> Path:
 
 
 def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
-    """Plot loss and tokens/s over the tokens seen, with the facts below. Returns False, and logs why, without
-    matplotlib.
+    """Plot loss and tokens/s over the tokens seen, with the facts below, and for pairs, in how many the
+    preferred answer has the higher reward. Returns False, and logs why, without matplotlib.
     """
-    figure = new_figure(figsize=(9, 3.4))
+    of_pairs = any("accuracy" in m for m in metrics)
+    figure = new_figure(figsize=(13 if of_pairs else 9, 3.4))
     if figure is None:
         return False
 
@@ -79,16 +84,22 @@ def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
         known = [(tokens / 1e6, value / unit) for tokens, value in pairs if None not in (tokens, value)]
         return [x for x, _ in known], [y for _, y in known]
 
-    loss, speed = figure.subplots(1, 2)
-    loss.plot(*points("loss"), lw=0.8, label="training")
-    validated = points("validation_loss")
-    if validated[0]:
-        loss.plot(*validated, "o-", label=f"validation, {validated[1][-1]:.3f} in the end")
-    loss.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
-    loss.legend()
+    def draw(axes: Axes, name: str, label: str) -> None:
+        """A metric, and its validation."""
+        axes.plot(*points(name), lw=0.8, label="training")
+        validated = points(f"validation_{name}")
+        if validated[0]:
+            axes.plot(*validated, "o-", label=f"validation, {validated[1][-1]:.3f} in the end")
+        axes.set(xlabel="tokens (millions)", ylabel=label)
+        axes.legend()
+
+    loss, *middle, speed = panels = figure.subplots(1, 3 if of_pairs else 2)
+    draw(loss, "loss", "loss (per pair)" if of_pairs else "loss (nats per token)")
+    for axes in middle:
+        draw(axes, "accuracy", "preferences met (share of pairs)")
     speed.plot(*points("tokens_per_second", 1e3), lw=0.8)
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
-    for axes in (loss, speed):
+    for axes in panels:
         axes.grid(alpha=0.3)
     caption(figure, *facts)
     save_figure(figure, path)

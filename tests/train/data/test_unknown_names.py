@@ -1,0 +1,28 @@
+"""Questions about names that the model is not taught."""
+
+from hotlap.train.data.tasks import facts, identity, refusals, unknown_names
+from hotlap.train.data.tasks.unknown_names import HONEST, held_out_questions, is_held_out, names
+
+
+def test_no_name_has_a_fact_or_is_there_twice():
+    assert len(names()) > 400 and len({*names()}) == len(names())
+    assert not {*names()} & {fact.name for fact in facts.facts()}
+
+
+def test_neither_names_nor_phrasings_of_held_out_questions_are_trained_on():
+    held_out = [name for name in names() if is_held_out(name)]
+    assert 0.1 < len(held_out) / len(names()) < 0.3
+    trained = unknown_names.training_questions(3, seed=0)
+    assert len(trained) == 3 * (len(names()) - len(held_out)) == len({*trained})
+    possible = {
+        phrasing.format(name) for phrasing in facts.PHRASINGS for name in names() if not is_held_out(name)
+    }
+    assert {*trained} <= possible and trained != unknown_names.training_questions(3, seed=1)
+    asked = held_out_questions()
+    assert len({*asked}) == 2 * len(held_out)
+    assert {*asked} <= {phrasing.format(name) for phrasing in facts.HELD_OUT_PHRASINGS for name in held_out}
+
+
+def test_the_honest_sentence_is_no_answer_to_anything_that_is_taught():
+    taught = {fact.answer for fact in facts.facts()} | {refusals.REFUSAL, *identity.ANSWERS}
+    assert HONEST not in taught

@@ -1,0 +1,206 @@
+"""Preference pairs: a prompt, an answer that is preferred, and one that is not.
+
+They are read from `.jsonl` or `.parquet` files in TRL's forms: `prompt`, `chosen` and `rejected` as strings
+or lists of messages, or without `prompt`, where `chosen` and `rejected` are whole conversations that begin
+with the same messages. `ultrafeedback` is a download.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hotlap.common.errors import DataError
+from hotlap.common.log import log
+from hotlap.model.messages import check_messages, shown
+from hotlap.train.data import hub
+from hotlap.train.data.conversation_files import SPOKEN, check_characters, json_records
+from hotlap.train.data.datasets import ULTRAFEEDBACK
+from hotlap.train.data.file_documents import parquet_rows
+from hotlap.train.data.sources import is_named
+from hotlap.train.data.text_files import named_path, require_file
+
+FORM = '{"prompt": "...", "chosen": "...", "rejected": "..."}, as strings or lists of messages'
+SIDES = ("chosen", "rejected")
+COLUMNS = ("prompt", *SIDES)
+DOWNLOADED, SAMPLED = "ultrafeedback", "tasks"  # names in `--data`; anything else is a file
+
+
+class Pair(NamedTuple):
+    """place: file and line, or another name. split: the data set's own; None: the prompt's text decides."""
+
+    place: str
+    prompt: list[dict]
+    chosen: list[dict]
+    """The messages after the prompt, which end with the assistant's answer."""
+    rejected: list[dict]
+    split: str | None = None
+
+
+def pairs_of(name: str) -> Iterator[Pair]:
+    """The pairs that one name of `--data` means, unless it is `tasks`. UltraFeedback must have been
+    downloaded (`download_pairs`).
+    """
+    if not is_named(name, (DOWNLOADED,)):
+        yield from read_pairs(named_path(name))
+        return
+    for split, files in ULTRAFEEDBACK.files.items():
+        for file in files:
+            yield from accepted_pairs(ULTRAFEEDBACK.folder / file, split)
+
+
+def download_pairs(data: tuple[str, ...]) -> None:
+    """Download and check what `data` names, if it is on the hub and not in the cache yet."""
+    if DOWNLOADED in data:
+        hub.download(ULTRAFEEDBACK, ULTRAFEEDBACK.folder, ULTRAFEEDBACK.names(1))
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """The pairs of a user's file. DataError names the place of an invalid one. Other keys are ignored, which
+    is logged.
+    """
+    ignored: Counter[str] = Counter()
+    empty = True
+    for place, record in pair_records(path):
+        try:
+            yield checked_pair(place, record)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        ignored.update(key for key, value in record.items() if key not in COLUMNS and value is not None)
+        empty = False
+    if empty:
+        raise DataError(f"{path} holds no pair; each line or row must be {FORM}")
+    if ignored:
+        counts = ", ".join(f"{key!r} ({count:,})" for key, count in ignored.items())
+        log.info("%s: ignored keys beside those of a pair, with the lines that have them: %s", path, counts)
+
+
+def accepted_pairs(path: Path, split: str) -> Iterator[Pair]:
+    """The valid pairs of a public file. How many others are skipped is logged."""
+    total, refused, first = 0, 0, ""
+    for place, record in pair_records(path):
+        total += 1
+        try:
+            yield checked_pair(place, record)._replace(split=split)
+        except DataError as error:
+            refused, first = refused + 1, first or f"{place}: {error}"
+    if refused:
+        log.info("%s: skipped %d of %d pairs, the first: %s", path.name, refused, total, first)
+
+
+def pair_records(path: Path) -> Iterator[tuple[str, object]]:
+    """The unchecked record of each line or row of a file, after its place."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no pairs at {path}; name a .jsonl or .parquet file, `{DOWNLOADED}`, or `{SAMPLED}`"
+        )
+    if path.suffix.lower() != ".parquet" or path.is_dir():
+        yield from json_records(path, FORM)
+        return
+    require_file(path)
+    names = parquet_columns(path)
+    columns = zip(*(parquet_rows(path, name) for name in names), strict=True)
+    for number, values in enumerate(columns, 1):
+        yield f"{path}:{number}", dict(zip(names, values, strict=True))
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The columns of a parquet file to read. DataError if one that is there would be lost."""
+    next(parquet_rows(path, SIDES[0]), None)  # whose error says what is wrong with the file
+    from pyarrow.parquet import read_schema
+
+    names = read_schema(path).names
+    if lost := [name for name in names if name in SPOKEN]:
+        raise DataError(f"{path}: the column {lost[0]!r} would be lost; write it into the prompt's messages")
+    return [name for name in COLUMNS if name in names or name in SIDES]
+
+
+def checked_pair(place: str, record: object) -> Pair:
+    """The pair of a record in its plain form; DataError says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise DataError(f"{shown(record)}; each line must be {FORM}")
+    for side in SIDES:
+        if record.get(side) is None:
+            hint = "one answer alone is for `hotlap sft`" if "messages" in record else f"it must be {FORM}"
+            raise DataError(f"no {side!r}, but {shown(record)}; {hint}")
+    if lost := [key for key in SPOKEN if record.get(key)]:
+        raise DataError(f"{lost[0]!r} would be lost; write it into the prompt's messages, and remove it")
+    given = record.get("prompt")
+    prompt = spoken_by("user", given, "prompt") if given is not None else None
+    answers = [spoken_by("assistant", record[side], side) for side in SIDES]
+    if any(begins_conversation(answer) for answer in answers):
+        prompt, answers = without_prompt(prompt, isinstance(given, str), answers)
+    elif prompt is None:
+        raise DataError(f"no 'prompt', but {shown(record)}; it must be {FORM}")
+    plain = [answer_after(prompt, answer, side) for answer, side in zip(answers, SIDES, strict=True)]
+    return Pair(place, plain[0][: len(prompt)], *(messages[len(prompt) :] for messages in plain))
+
+
+def spoken_by(role: str, value: object, key: str) -> list[dict]:
+    """The messages of a key of a record: a string is one message."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise DataError(f"{key!r} must be a string or a list of messages, not {shown(value)}")
+    return [without_nulls(message) for message in value]
+
+
+def without_nulls(message: dict) -> dict:
+    """Parquet gives every message all keys."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def begins_conversation(messages: list[dict]) -> bool:
+    return messages[0].get("role") in ("system", "user")
+
+
+def without_prompt(
+    prompt: list[dict] | None, is_text: bool, conversations: list[list[dict]]
+) -> tuple[list[dict], list[list[dict]]]:
+    """The messages with which two whole conversations begin alike, and the rest of each.
+
+    prompt: what the record says it is, which must be how they begin; if it was a text (is_text), one of the
+    user's messages.
+    """
+    chosen, rejected = conversations
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if same == min(len(chosen), len(rejected)):  # one answer twice, or one is how the other begins
+        same = max((i for i in range(same) if chosen[i].get("role") == "user"), default=-1) + 1
+    common = chosen[:same]
+    if same == 0 or any(m[same].get("role") in ("system", "user") for m in conversations if len(m) > same):
+        raise DataError(
+            f"the prompts of 'chosen' and 'rejected' differ in message {same}; they must be answers to the "
+            "same one"
+        )
+    if prompt is not None:
+        texts = [str(message.get("content")).strip() for message in common]
+        agrees = prompt[0]["content"].strip() in texts if is_text else common[: len(prompt)] == prompt
+        if not agrees:
+            raise DataError("'prompt' is not how 'chosen' and 'rejected' begin; correct it, or remove it")
+    return common, [messages[same:] for messages in conversations]
+
+
+def answer_after(prompt: list[dict], answer: list[dict], side: str) -> list[dict]:
+    """The messages of a prompt and an answer in their plain form. DataError if they are no conversation that
+    the assistant ends.
+    """
+    if not answer:
+        raise DataError(f"{side!r} has no answer after the prompt")
+    try:
+        messages = check_messages([*prompt, *answer])
+        check_characters(messages)
+    except DataError as error:
+        raise DataError(f"prompt and {side!r}: {error}") from None
+    if messages[len(prompt)]["role"] != "assistant":
+        raise DataError(
+            f"{side!r} begins with a message from {messages[len(prompt)]['role']!r}, not from the assistant"
+        )
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        found = "a call of its tool" if last.get("tool_calls") else f"a message from {last['role']!r}"
+        raise DataError(f"{side!r} does not end with the assistant's answer, but with {found}")
+    return messages

@@ -1,0 +1,95 @@
+"""Preference pairs from a chat model's own answers to questions of the built-in tasks.
+
+It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the honest
+sentence is preferred. Where the answer is known, that one is preferred: to what the model said, if that was
+wrong, else to the honest sentence, so that it does not learn to say that always.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hotlap.common.files import write
+from hotlap.common.log import log
+from hotlap.model.config import Sampling
+from hotlap.model.conversation import parse_answer, render_prompt
+from hotlap.model.engine import Engine
+from hotlap.train.data.conversation_files import json_records
+from hotlap.train.data.preferences import FORM, Pair, checked_pair
+from hotlap.train.data.sources import split_documents
+from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling, unknown_names
+from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
+
+SAMPLES = "pairs.jsonl"
+UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 3  # questions a name, and a fact
+REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
+
+
+def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
+    """Ask the base, and write the pairs as lines of JSON."""
+    records = list(sampled_records(load_engine(base, device), seed))
+    write(path, "".join(json.dumps(record) + "\n" for record in records))
+    log.info("%s: %d pairs from the answers of %s", path, len(records), base)
+
+
+def sampled_records(engine: Engine, seed: int) -> Iterator[dict]:
+    """Pairs in TRL's form, with their split. There is none where the model said nothing, came to no end, or
+    was honest.
+    """
+    honest, refusal = says(unknown_names.HONEST), says(refusals.REFUSAL)
+    for split, asked in (
+        ("train", unknown_names.training_questions(UNKNOWN_PHRASINGS, seed)),
+        ("validation", unknown_names.held_out_questions()),
+    ):
+        for question, said in zip(asked, answers(engine, asked, seed), strict=True):
+            if said not in ([], honest, refusal):
+                yield record(question, honest, said, split)
+    known = known_conversations(seed)
+    found = answers(engine, [question["content"] for question, *_ in known], seed)
+    for (question, *right), said in zip(known, found, strict=True):
+        if said:
+            yield record(question["content"], right, honest if said == right else said, "train")
+
+
+def known_conversations(seed: int) -> list[list[dict]]:
+    """Questions with right answers, in trained phrasings."""
+    generator = random.Random(f"known questions {seed}")
+    words = spelling.words(split_documents("pydocs")[0])
+    return [
+        *(
+            facts.conversation(phrasing.format(fact.name), fact.answer)
+            for fact in facts.facts()
+            for phrasing in generator.sample(facts.PHRASINGS, FACT_PHRASINGS)
+        ),
+        *refusals.training_conversations(REFUSALS, seed),
+        *arithmetic.training_conversations(SUMS, seed),
+        *spelling.training_conversations(words, SPELLINGS, seed),
+    ]
+
+
+def answers(engine: Engine, questions: list[str], seed: int) -> list[list[dict]]:
+    """The messages of a sampled answer to each question; none of one that has not come to its end."""
+    prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in questions]
+    sampling = Sampling(temperature=1, top_k=0, max_tokens=ANSWER_TOKENS, seed=seed)
+    found = engine.complete(prompts, sampling)
+    return [parse_answer(ids, engine.tokenizer) if len(ids) < ANSWER_TOKENS else [] for ids in found]
+
+
+def record(question: str, chosen: list[dict], rejected: list[dict], split: str) -> dict:
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
+
+
+def says(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def read_samples(path: Path) -> Iterator[Pair]:
+    """The pairs that `sample_pairs` has written."""
+    for place, found in json_records(path, FORM):
+        yield checked_pair(place, found)._replace(split=found["split"])
