@@ -196,19 +196,24 @@ class DPOConfig(TuneConfig):
     Files are .jsonl or .parquet, with records {"prompt", "chosen", "rejected"}."""
     loss: PreferenceLoss = "sigmoid"
     """sigmoid is DPO; docs/preferences.md says what the others are for."""
-    beta: float = 0.1
+    beta: float = 0.5
     """How much of a change of the answers' likelihood counts as a preference. Higher stays closer to the
     base; for sigmoid_norm about 50 times as high."""
     label_smoothing: float = 0.0
     """For robust: the share of pairs that are the wrong way round, less than 0.5."""
-    sft_weight: float = 10.0
+    sft_weight: float = 5.0
     """Weight of a second term, the chosen answers' negative log-likelihood a token. 0: DPO alone, for models
     that do give the chosen answers."""
     epochs: float = 1.0
     """Train for at least this many passes over the pairs, even beyond loop.steps."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            matrix_lr=0.0016, embedding_lr=0.024, head_lr=0.00064, scalar_lr=0.04, weight_decay=0.0
+            matrix_lr=0.001,
+            embedding_lr=0.015,
+            head_lr=0.0004,
+            scalar_lr=0.025,
+            adapter_lr=0.001,
+            weight_decay=0.0,
         )
     )
     schedule: ScheduleConfig = field(

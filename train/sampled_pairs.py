@@ -1,8 +1,8 @@
 """Preference pairs from a chat model's own answers to questions of the built-in tasks.
 
-It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the honest
-sentence is preferred. Where the answer is known, that one is preferred: to what the model said, if that was
-wrong, else to the honest sentence, so that it does not learn to say that always.
+It makes up answers to questions about names that it was not taught (tasks/unknown_names.py): there the
+refusal is preferred. Where the answer is known, that one is preferred: to what the model said, if that was
+wrong, else to the refusal, so that it does not learn to refuse everything.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
 SAMPLES = "pairs.jsonl"
 UNKNOWN_PHRASINGS, FACT_PHRASINGS = 3, 3  # questions a name, and a fact
 REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
+MISTAKES = 1.5  # temperature at which a model also says wrong what it knows
 
 
 def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
@@ -39,21 +40,22 @@ def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> Non
 
 def sampled_records(engine: Engine, seed: int) -> Iterator[dict]:
     """Pairs in TRL's form, with their split. There is none where the model said nothing, came to no end, or
-    was honest.
+    refused rightly.
     """
-    honest, refusal = says(unknown_names.HONEST), says(refusals.REFUSAL)
+    refusal = says(refusals.REFUSAL)
     for split, asked in (
         ("train", unknown_names.training_questions(UNKNOWN_PHRASINGS, seed)),
         ("validation", unknown_names.held_out_questions()),
     ):
-        for question, said in zip(asked, answers(engine, asked, seed), strict=True):
-            if said not in ([], honest, refusal):
-                yield record(question, honest, said, split)
+        for question, said in zip(asked, answers(engine, asked, seed, temperature=1), strict=True):
+            if said not in ([], refusal):
+                yield record(question, refusal, said, split)
     known = known_conversations(seed)
-    found = answers(engine, [question["content"] for question, *_ in known], seed)
+    found = answers(engine, [question["content"] for question, *_ in known], seed, MISTAKES)
     for (question, *right), said in zip(known, found, strict=True):
-        if said:
-            yield record(question["content"], right, honest if said == right else said, "train")
+        rejected = refusal if said == right else said
+        if rejected not in ([], right):
+            yield record(question["content"], right, rejected, "train")
 
 
 def known_conversations(seed: int) -> list[list[dict]]:
@@ -72,10 +74,10 @@ def known_conversations(seed: int) -> list[list[dict]]:
     ]
 
 
-def answers(engine: Engine, questions: list[str], seed: int) -> list[list[dict]]:
+def answers(engine: Engine, questions: list[str], seed: int, temperature: float) -> list[list[dict]]:
     """The messages of a sampled answer to each question; none of one that has not come to its end."""
     prompts = [render_prompt([{"role": "user", "content": q}], engine.tokenizer) for q in questions]
-    sampling = Sampling(temperature=1, top_k=0, max_tokens=ANSWER_TOKENS, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=0, max_tokens=ANSWER_TOKENS, seed=seed)
     found = engine.complete(prompts, sampling)
     return [parse_answer(ids, engine.tokenizer) if len(ids) < ANSWER_TOKENS else [] for ids in found]
 

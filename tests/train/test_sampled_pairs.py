@@ -8,7 +8,6 @@ import torch
 from hotlap.model.conversation import render_prompt
 from hotlap.train import sampled_pairs
 from hotlap.train.data.tasks import facts, refusals, unknown_names
-from hotlap.train.data.tasks.unknown_names import HONEST
 from hotlap.train.evaluation.questions import ANSWER_TOKENS
 
 
@@ -19,7 +18,7 @@ class Talker:
         self.tokenizer, self.answer = tokenizer, answer
 
     def complete(self, prompts, sampling):
-        assert sampling.temperature == 1 and sampling.top_k == 0, "the model's own distribution"
+        assert sampling.temperature >= 1 and sampling.top_k == 0, "nothing that it may say is left out"
         return [self.answer(prompt) for prompt in prompts]
 
 
@@ -46,18 +45,18 @@ def test_what_is_made_up_is_rejected_and_what_is_right_is_chosen(monkeypatch, ti
     for record in found:
         chosen, rejected = (record[side][-1]["content"] for side in ("chosen", "rejected"))
         if "len" in asked(record):
-            assert (chosen, rejected) == ("Return it.", HONEST)  # it knew
+            assert (chosen, rejected) == ("Return it.", refusals.REFUSAL)  # it knew
         elif "abs" in asked(record):
             assert (chosen, rejected) == ("Its value.", "Return it.")
         else:
-            assert (chosen, rejected) == (HONEST, "Return it.")
+            assert (chosen, rejected) == (refusals.REFUSAL, "Return it.")
     assert {"train", "validation"} == {record["split"] for record in found}
 
 
-def test_an_honest_answer_and_none_and_one_without_an_end_make_no_pair(monkeypatch, tiny_tokenizer):
+def test_a_right_refusal_and_no_answer_and_one_without_an_end_make_no_pair(monkeypatch, tiny_tokenizer):
     encode = tiny_tokenizer.encode
     ids = {
-        "str.flatten": encode(HONEST), "numpy.dot": [], "csv.reader": [5] * ANSWER_TOKENS,
+        "str.flatten": encode(refusals.REFUSAL), "numpy.dot": [], "csv.reader": [5] * ANSWER_TOKENS,
         "About": encode(refusals.REFUSAL),
     }  # fmt: skip
 

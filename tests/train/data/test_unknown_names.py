@@ -1,7 +1,7 @@
 """Questions about names that the model is not taught."""
 
-from hotlap.train.data.tasks import facts, identity, refusals, unknown_names
-from hotlap.train.data.tasks.unknown_names import HONEST, held_out_questions, is_held_out, names
+from hotlap.train.data.tasks import facts, unknown_names
+from hotlap.train.data.tasks.unknown_names import held_out_questions, is_held_out, names
 
 
 def test_no_name_has_a_fact_or_is_there_twice():
@@ -21,8 +21,3 @@ def test_neither_names_nor_phrasings_of_held_out_questions_are_trained_on():
     asked = held_out_questions()
     assert len({*asked}) == 2 * len(held_out)
     assert {*asked} <= {phrasing.format(name) for phrasing in facts.HELD_OUT_PHRASINGS for name in held_out}
-
-
-def test_the_honest_sentence_is_no_answer_to_anything_that_is_taught():
-    taught = {fact.answer for fact in facts.facts()} | {refusals.REFUSAL, *identity.ANSWERS}
-    assert HONEST not in taught

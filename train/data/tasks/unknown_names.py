@@ -1,4 +1,4 @@
-"""Questions about Python names that no fact is taught about, and the sentence that admits it.
+"""Questions about Python names that no fact is taught about, which are to be refused.
 
 A model that has only seen questions with answers makes up an answer to these. Some of the names exist in
 other modules, the others are invented. Neither name nor phrasing of a held-out question is trained on.
@@ -11,7 +11,6 @@ import random
 
 from hotlap.train.data.tasks.facts import HELD_OUT_PHRASINGS, PHRASINGS, TYPES, facts
 
-HONEST = "That is not one that I know."
 HELD_OUT_SHARE = 5  # 1 name in 5 is never trained on
 
 EXISTING = {  # of modules outside of facts.MODULES
