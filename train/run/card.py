@@ -20,6 +20,7 @@ from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.lora import LoRA, add_adapters
 from hotlap.model.manifest import MANIFEST, read_manifest
+from hotlap.model.peft import is_peft
 from hotlap.model.weights import STATE, load_config, model_folder
 from hotlap.train.data.licences import description_of, name_of
 from hotlap.train.evaluation.kept_scores import kept_scores
@@ -90,12 +91,18 @@ def lineage(run: Path) -> list[Made]:
     known.
     """
     found = [stage_of(run)]
-    while found[0].config.get("base"):
-        base = base_of(run_of(found[0].path), found[0].config)
+    while base := base_below(found[0]):
         if base in {made.path for made in found}:
             break
         found.insert(0, stage_of(base))
     return found
+
+
+def base_below(made: Made) -> Path | None:
+    """Where the model is that a stage started from. PEFT's files are no run, and name it themselves."""
+    if made.config.get("base"):
+        return base_of(run_of(made.path), made.config)
+    return next((base for base in made.lora.bases if base.exists()), None) if made.lora else None
 
 
 def stage_of(path: Path) -> Made:
@@ -104,7 +111,8 @@ def stage_of(path: Path) -> Made:
         state = read_object(folder / STATE) if (folder / STATE).is_file() else {}
         config = read_manifest(folder).get("run", {}) if (folder / MANIFEST).is_file() else {}
         machine = read_machine(run_of(folder))[0]
-        return Made(path, state, config, load_config(folder), machine, read_lora(folder))
+        shape = None if is_peft(folder) else load_config(folder)
+        return Made(path, state, config, shape, machine, read_lora(folder))
     except (OSError, DataError) as error:
         log.warning("the model card lacks what is at %s: %s", path, error)
         return Made(path)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.small_runs import small_run, write_conversations
 
-from hotlap.model.config import counts_of
+from hotlap.model.config import AdapterExportConfig, counts_of
+from hotlap.model.export import export_adapter
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.lora import adapter_count
 from hotlap.model.weights import load_config, model_folder
@@ -179,6 +180,11 @@ def test_a_run_with_adapters_says_so_and_counts_no_gradients_of_frozen_weights(t
     assert row(card, "sft (LoRA, rank 4)")[:3] == [f"`{tmp_path / 'lora'}`", "128", f"{per_token * 128:.3g}"]
     assert row(card, "last stage") == ["supervised fine-tuning on conversations, of adapters (LoRA, rank 4)"]
     assert row(card, "made from") == [f"`{trained / 'run'}`, then `{trained / 'sft'}`"]
+    export_adapter(AdapterExportConfig(tmp_path / "lora", tmp_path / "peft"))
+    fine_tune(replace(config, out=tmp_path / "full", base=tmp_path / "peft"))
+    card = (tmp_path / "full" / CARD).read_text()
+    assert row(card, "n/a (LoRA, rank 4)")[:2] == [f"`{tmp_path / 'peft'}`", "n/a"]
+    assert row(card, "made from")[0].startswith(f"`{trained / 'run'}`, then `{trained / 'sft'}/checkpoints/")
 
 
 def test_a_base_is_found_from_another_folder_than_the_run_was_trained_in(trained, tmp_path, monkeypatch):
