@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Iterator
 
 import torch
@@ -112,4 +113,4 @@ def held_out(model: GPT, rows: PairRows, loss: Loss, at_once: int, world: World)
 def main(config: DPOConfig) -> None:
     """`hotlap dpo`."""
     optimize_preferences(config)
-    print(printable(f"chat with it: python chat.py {config.out}"))
+    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shlex
 import statistics
 from pathlib import Path
 
@@ -99,4 +100,4 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 def main(config: SFTConfig) -> None:
     """`hotlap sft`."""
     fine_tune(config)
-    print(printable(f"chat with it: python chat.py {config.out}"))
+    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))

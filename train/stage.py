@@ -51,6 +51,7 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import check_origin, continued
+from hotlap.train.run.checkpoint import mark_needed
 from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
 from hotlap.train.run.metrics import METRICS
 from hotlap.train.run.report import write_report
@@ -184,6 +185,8 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     def record() -> None:
         if world.is_main:
             write_config(config.out, current)
+            if model.lora:
+                mark_needed(model.lora.bases[0], config.out)
             if not state.finished:  # what was measured earlier keeps its device and date
                 write_machine(config.out, world.device, world.size)
 

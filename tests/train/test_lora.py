@@ -16,6 +16,7 @@ from hotlap.model.lora import adapter_shapes
 from hotlap.model.tensors import stored_tensors
 from hotlap.model.weights import load_config, load_model, run_checkpoints
 from hotlap.train.loop import LoopConfig
+from hotlap.train.run.checkpoint import NEEDED, mark_needed
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -55,7 +56,8 @@ def differences(run: Path, reference: Path) -> list[float]:
 def test_a_checkpoint_has_adapters_and_nothing_of_the_base(folder):
     before = files_of(folder / "base")
     run_ranks(1, tuning, str(folder), "other", "base")
-    assert files_of(folder / "base") == before
+    after = files_of(folder / "base")
+    assert all(after[path] == before[path] for path in before if not path.endswith(NEEDED))
     newest = run_checkpoints(folder / "other")[-1]
     shapes = adapter_shapes(load_config(newest), 4)
     weights, states = stored_tensors(newest), stored_tensors(newest / "optimizer")
@@ -140,6 +142,28 @@ def test_another_rank_is_not_resumed(folder, fields, says):
     with pytest.raises(ValueError, match=says):
         tuning(str(folder), "refused", "base", **longer(folder), **fields)
     assert not (folder / "refused").exists()
+    here = partial(tuning, str(folder), "tuned", "base", resume="auto")
+    with pytest.raises(ValueError, match="start a new run with another --out"):
+        here(**fields)
+
+
+def test_a_base_that_is_trained_on_keeps_the_checkpoint_that_adapters_need(folder):
+    run_ranks(1, partial(fine_tuning, loop=LoopConfig(4, 4, 4)), str(folder), "going", "pretrained")
+    run_ranks(1, tuning, str(folder), "beside", "going")
+    before = load_model(folder / "beside", CPU, torch.float32)[0]
+    more = partial(fine_tuning, loop=LoopConfig(10, 2, 2), resume="auto")
+    run_ranks(1, more, str(folder), "going", "pretrained")
+    names = [path.name for path in run_checkpoints(folder / "going")]
+    assert names == ["step-000004", "step-000008", "step-000010"]
+    after = load_model(folder / "beside", CPU, torch.float32)[0]
+    assert all(map(torch.equal, before.parameters(), after.parameters()))
+
+
+def test_a_base_that_cannot_be_marked_is_said_to_be_in_danger(tmp_path, caplog):
+    base = tmp_path / "run" / "checkpoints" / "step-000001"
+    (base / NEEDED).mkdir(parents=True)
+    mark_needed(base, tmp_path)
+    assert f"{base} cannot be marked as needed" in caplog.text
 
 
 def test_another_base_is_not_resumed(folder):
@@ -150,5 +174,7 @@ def test_another_base_is_not_resumed(folder):
     weights["head.weight"][0, 0] += 1
     path.unlink()
     save_file(weights, folder / "changed" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"sha256 of the base: saved .*, current"):
+    with pytest.raises(
+        ValueError, match=r"saved sha256 .*, current .*; --base must be what .*/base/checkpoints/step-"
+    ):
         tuning(str(folder), "refused", "changed", **longer(folder))

@@ -13,8 +13,9 @@ import numpy as np
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.model.tokenizer import SPECIAL_TOKENS, Tokenizer
-from hotlap.train.data.conversation_tokens import LeftOut, Tokens, rendered
+from hotlap.train.data.conversation_tokens import Tokens, rendered
 from hotlap.train.data.conversations import Conversation
+from hotlap.train.data.left_out import LeftOut
 from hotlap.train.data.mixtures import Part
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.data.shards import Documents
@@ -33,7 +34,7 @@ def conversation_rows(
     Conversations that are longer than a row, or have characters that the tokenizer lacks, are left out, and
     their number is logged. Text that spells a special token stays text.
     """
-    kept, left_out = Tokens(tokenizer.vocab_size, parts, seed), LeftOut()
+    kept, left_out = Tokens(tokenizer.vocab_size, parts, seed), LeftOut("conversations")
     spelled_special = 0
     for conversation, ids, loss_mask in rendered(conversations, tokenizer, T, left_out):
         kept.add(conversation, ids, loss_mask)

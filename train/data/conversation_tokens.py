@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from hotlap.common.errors import DataError
@@ -13,6 +12,7 @@ from hotlap.model.conversation import render
 from hotlap.model.messages import tool_expression
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.conversations import Conversation
+from hotlap.train.data.left_out import LeftOut
 from hotlap.train.data.mixtures import Part
 from hotlap.train.data.shards import CHARACTERS_AT_ONCE, TOKEN_TYPES, version
 from hotlap.train.data.sources import SPLITS
@@ -36,24 +36,6 @@ class EncodedTexts:
         return self.ids[text]
 
 
-class LeftOut:
-    """Conversations that cannot be used, counted by reason."""
-
-    def __init__(self):
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, reason: str, conversation: Conversation, detail: str) -> None:
-        self.counts[reason] += 1
-        self.first.setdefault(reason, f"{conversation.place}: {detail}")
-
-    def reasons(self, kept: int) -> list[str]:
-        total = kept + self.counts.total()
-        return [
-            f"{n:,} of {total:,} conversations {why} ({self.first[why]})" for why, n in self.counts.items()
-        ]
-
-
 def rendered(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, T: int, left_out: LeftOut
 ) -> Iterator[tuple[Conversation, list[int], list[bool]]]:
@@ -73,17 +55,19 @@ def rendered(
             try:
                 ids, loss_mask = render(conversation.messages, texts)
             except DataError as error:
-                left_out.add("have characters that the model's tokenizer lacks", conversation, str(error))
+                left_out.add(
+                    "have characters that the model's tokenizer lacks", f"{conversation.place}: {error}"
+                )
                 continue
             if len(ids) > T:
-                left_out.add(too_long, conversation, f"{len(ids):,} tokens")
+                left_out.add(too_long, f"{conversation.place}: {len(ids):,} tokens")
             else:
                 yield conversation, ids, loss_mask
 
     for conversation in conversations:
         size = sum(len(message["content"]) for message in conversation.messages)
         if size > most:  # encoding it would take much memory
-            left_out.add(too_long, conversation, f"{size:,} characters")
+            left_out.add(too_long, f"{conversation.place}: {size:,} characters")
             continue
         batch.append(conversation)
         characters += size

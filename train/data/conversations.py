@@ -103,7 +103,7 @@ def check_parts(parts: Sequence[Part]) -> None:
     """Raise FileNotFoundError for a part that is no data set and no file, DataError for a folder, ValueError
     for one that is there twice.
     """
-    seen = set()
+    seen: dict[str, str] = {}
     for part in parts:
         path = named_path(part.name)
         if part.name in SOURCES:
@@ -119,11 +119,12 @@ def check_parts(parts: Sequence[Part]) -> None:
             hint = f"did you mean {near[0]}? Else " if near else ""
             names = f"a .jsonl or .parquet file, or {', '.join(SOURCES)}"
             raise FileNotFoundError(f"no conversations at {part.name}; {hint}name {names}")
-        if identity in seen:
+        if first := seen.get(identity):
+            again = "there twice" if part.name == first else f"{first} under another name"
             raise ValueError(
-                f"the data {part.name} is there twice; name it once, with a weight, such as {part.name}:2"
+                f"the data {part.name} is {again}; name it once, with a weight, such as {part.name}:2"
             )
-        seen.add(identity)
+        seen[identity] = part.name
 
 
 def check_conversations(parts: Sequence[Part]) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.conversation import render
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.conversation_rows import held_out, shortest
+from hotlap.train.data.left_out import LeftOut
 from hotlap.train.data.preferences import SIDES, Pair
 from hotlap.train.data.rows import Batch, pack
 from hotlap.train.data.shards import TOKEN_TYPES, version
@@ -178,7 +178,7 @@ def pair_rows(
     Pairs are left out, and counted in the log, if a side is longer than the context of T tokens (nothing is
     cut), if both answers are the same, or if the tokenizer lacks a character.
     """
-    kept, left_out, first = PairTokens(tokenizer.vocab_size), Counter(), {}
+    kept, left_out = PairTokens(tokenizer.vocab_size), LeftOut("pairs")
     for pair in pairs:
         reason = ""
         if pair.chosen == pair.rejected:
@@ -191,12 +191,10 @@ def pair_rows(
             except DataError:
                 reason = "have characters that the model's tokenizer lacks"
         if reason:
-            left_out[reason] += 1
-            first.setdefault(reason, pair.place)
+            left_out.add(reason, pair.place)
         else:
             kept.add(pair, sides)
-    total = len(kept.places) + left_out.total()
-    reasons = [f"{n:,} of {total:,} pairs {why} ({first[why]})" for why, n in left_out.items()]
+    reasons = left_out.reasons(len(kept.places))
     if not kept.places:
         raise DataError(
             f"no pair can be learned from: {'; '.join(reasons)}; change them, or take another --base"

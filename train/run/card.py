@@ -15,11 +15,14 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
+from hotlap.model.adapter_files import read_lora
 from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.lora import LoRA, add_adapters
 from hotlap.model.manifest import MANIFEST, read_manifest
+from hotlap.model.peft import is_peft
 from hotlap.model.weights import STATE, load_config, model_folder
-from hotlap.train.data.licences import name_of, source_of
+from hotlap.train.data.licences import description_of, name_of
 from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.run.folder import base_of, read_machine, run_of
 from hotlap.train.run.metrics import number, shown
@@ -43,6 +46,7 @@ class Made:
     config: dict = field(default_factory=dict)
     shape: GPTConfig | None = None
     machine: str = ""
+    lora: LoRA | None = None
 
     @property
     def stage(self) -> str:
@@ -57,7 +61,16 @@ class Made:
     def flops(self) -> float | None:
         """Of training, by nanochat's formula."""
         tokens = number(self.state, "tokens")
-        return None if None in (tokens, self.shape) else nanochat_flops(meta_model(self.shape)) * tokens
+        if tokens is None or self.shape is None:
+            return None
+        model = meta_model(self.shape)
+        if self.lora:
+            add_adapters(model, self.lora)
+        return nanochat_flops(model) * tokens
+
+    @property
+    def adapters(self) -> str:
+        return f"LoRA, rank {self.lora.rank}" if self.lora else ""
 
 
 def write_card(run: Path) -> Path:
@@ -78,12 +91,18 @@ def lineage(run: Path) -> list[Made]:
     known.
     """
     found = [stage_of(run)]
-    while found[0].config.get("base"):
-        base = base_of(run_of(found[0].path), found[0].config)
+    while base := base_below(found[0]):
         if base in {made.path for made in found}:
             break
         found.insert(0, stage_of(base))
     return found
+
+
+def base_below(made: Made) -> Path | None:
+    """Where the model is that a stage started from. PEFT's files are no run, and name it themselves."""
+    if made.config.get("base"):
+        return base_of(run_of(made.path), made.config)
+    return next((base for base in made.lora.bases if base.exists()), None) if made.lora else None
 
 
 def stage_of(path: Path) -> Made:
@@ -91,7 +110,9 @@ def stage_of(path: Path) -> Made:
         folder = model_folder(path)
         state = read_object(folder / STATE) if (folder / STATE).is_file() else {}
         config = read_manifest(folder).get("run", {}) if (folder / MANIFEST).is_file() else {}
-        return Made(path, state, config, load_config(folder), read_machine(run_of(folder))[0])
+        machine = read_machine(run_of(folder))[0]
+        shape = None if is_peft(folder) else load_config(folder)
+        return Made(path, state, config, shape, machine, read_lora(folder))
     except (OSError, DataError) as error:
         log.warning("the model card lacks what is at %s: %s", path, error)
         return Made(path)
@@ -112,7 +133,8 @@ def size(made: Made) -> str:
 
 def what_it_is(stages: list[Made]) -> list[str]:
     made, shape = stages[-1], stages[-1].shape
-    rows = {"last stage": STAGES.get(made.stage, code(made.stage) if made.stage else MISSING)}
+    last = STAGES.get(made.stage, code(made.stage) if made.stage else MISSING)
+    rows = {"last stage": f"{last}, of adapters ({made.adapters})" if made.lora else last}
     if shape is None:
         rows |= dict.fromkeys(("parameters", "shape"), MISSING)
     else:
@@ -130,9 +152,9 @@ def what_it_is(stages: list[Made]) -> list[str]:
 def how_it_was_made(stages: list[Made]) -> list[str]:
     rows = [
         (
-            made.stage or MISSING, code(str(made.path)), shown(number(made.state, "tokens"), ",.0f"),
-            shown(made.flops, ".3g"), shown(number(made.state, "seconds"), ",.0f", " s"),
-            plain(made.machine) or MISSING,
+            f"{made.stage or MISSING}{made.adapters and f' ({made.adapters})'}", code(str(made.path)),
+            shown(number(made.state, "tokens"), ",.0f"), shown(made.flops, ".3g"),
+            shown(number(made.state, "seconds"), ",.0f", " s"), plain(made.machine) or MISSING,
         )
         for made in stages
     ]  # fmt: skip
@@ -144,8 +166,8 @@ def data_of(stages: list[Made]) -> list[str]:
     rows = []
     for made in stages:
         for entry in made.data or [MISSING]:
-            source = source_of(entry, made.stage)
-            known = made.data and (code(entry), source.about, source.licence)
+            found = description_of(entry, made.stage)
+            known = made.data and (code(entry), found.about, found.licence)
             rows.append((made.stage or MISSING, *(known or (MISSING,) * 3)))
     return ["## Data and licences", "", *table(("stage", "data", "what it is", "licence"), rows), ""]
 

@@ -48,7 +48,8 @@ from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
 CHECKPOINTS, OPTIMIZER = "checkpoints", "optimizer"
-KEEP = 2  # checkpoints of a run
+KEEP = 2  # checkpoints of a run, beside those that adapters need
+NEEDED = "needed_by.txt"  # in a checkpoint: runs with adapters for it
 SAVE_TIMEOUT = timedelta(minutes=10)  # how long ranks wait for each other while saving
 
 
@@ -239,6 +240,8 @@ class Saver:
         sync(folder)
         fault("checkpoint-renamed", 0, step)
         for old in run_checkpoints(self.run)[:-KEEP]:
+            if (old / NEEDED).exists():
+                continue
             gone = old.rename(
                 folder / f".tmp-{old.name}-{secrets.token_hex(4)}"
             )  # a half-deleted one is none
@@ -256,6 +259,23 @@ class Saver:
             "tokenizer": snapshot.tokenizer.sha256,
             "data": snapshot.state.get("data"),
         }
+
+
+def mark_needed(base: Path, run: Path) -> None:
+    """Note in a checkpoint that the adapters of a run need it: its own run, trained on, would delete it."""
+    path, line = base / NEEDED, f"{run.resolve()}\n"
+    if base.parent.name != CHECKPOINTS:
+        return
+    try:
+        with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
+    except OSError as error:
+        log.warning(
+            "%s cannot be marked as needed (%s): train that run on into another --out, or it deletes it",
+            base, error.strerror,
+        )  # fmt: skip
 
 
 def random_file(rank: int) -> str:

@@ -21,7 +21,7 @@ from hotlap.common.machine import circumstances
 from hotlap.common.options import to_json
 from hotlap.model.tensors import listed
 from hotlap.model.weights import CONFIG, TOKENIZER, run_checkpoints
-from hotlap.train.run.changes import LENGTH, changes
+from hotlap.train.run.changes import ADAPTERS, LENGTH, ORDER, changes
 from hotlap.train.run.metrics import METRICS
 
 LOCK = "run.lock"
@@ -87,9 +87,11 @@ def open_run(run: Path, config: Any, resume: bool) -> None:
     changed = changes(saved, config)
     if resume and started:
         if texts := [text for name, text in changed.items() if name not in LENGTH]:
+            fixed = (ADAPTERS | ORDER) & set(changed)  # no checkpoint goes on with others
+            instead = "start a new run with another --out" if fixed else in_new_folder(run)
             raise ValueError(
                 f"{run} was started with another configuration: {listed(texts)}; restore the original "
-                f"values, or {in_new_folder(run)}"
+                f"values, or {instead}"
             )
     elif changed or not resume:
         for made in (*run.glob("data/*.bin"), run / "data" / TOKENIZER, *(run / name for name in MADE)):

@@ -121,7 +121,7 @@ def adapter_facts(lora: LoRA | None) -> dict:
     """What must be the same of the adapters of a checkpoint and of the run that resumes from it."""
     if lora is None:
         return {"lora_rank": 0}
-    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "sha256 of the base": lora.base_sha256}
+    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
 
 
 def restore_random_state(path: Path) -> None:
@@ -142,9 +142,16 @@ def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAda
     def fill() -> None:
         weights, states = trained_weights(model), optimizer_tensors(optimizer)
         saved, current = dataclasses.asdict(load_config(folder)), dataclasses.asdict(model.config)
+        lora = read_lora(folder)
+        if lora and model.lora and lora.base_sha256 != model.lora.base_sha256:
+            raise DataError(
+                f"{folder} has adapters for other weights than {model.lora.bases[0]} has: saved sha256 "
+                f"{lora.base_sha256[:12]}..., current {model.lora.base_sha256[:12]}...; --base must be what "
+                f"they were trained beside, {lora.bases[0]}"
+            )
         found = (
             differences(saved, current, "model.")
-            or differences(adapter_facts(read_lora(folder)), adapter_facts(model.lora))
+            or differences(adapter_facts(lora), adapter_facts(model.lora))
             or tensor_differences(folder, weights) + tensor_differences(folder / OPTIMIZER, states)
         )
         if found:

@@ -8,7 +8,8 @@ from helpers.talks import named, rows_of, with_a_sum
 
 from hotlap.model.conversation import render
 from hotlap.train.data.conversation_rows import conversation_digests
-from hotlap.train.data.conversation_tokens import LeftOut, rendered
+from hotlap.train.data.conversation_tokens import rendered
+from hotlap.train.data.left_out import LeftOut
 
 
 def test_text_that_cannot_fit_is_not_encoded(tiny_tokenizer, monkeypatch):
@@ -31,7 +32,7 @@ def test_texts_that_are_encoded_together_are_what_they_are_alone(tiny_tokenizer,
         *[conversation(f"{i}", "b") for i in range(9)],
     ]
     monkeypatch.setattr("hotlap.train.data.conversation_tokens.CHARACTERS_AT_ONCE", 5)
-    found = list(rendered(named(talks), tiny_tokenizer, 1000, LeftOut()))
+    found = list(rendered(named(talks), tiny_tokenizer, 1000, LeftOut("conversations")))
     assert found == [(talk, *render(talk.messages, tiny_tokenizer)) for talk in named(talks)]
 
 

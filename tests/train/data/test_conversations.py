@@ -49,9 +49,13 @@ def test_a_part_that_is_nothing_or_there_twice_is_refused(tmp_path, monkeypatch)
     }.items():
         with pytest.raises(FileNotFoundError, match=match):
             check_parts(parts_of(["tasks", name]))
-    for names in (["tasks", "tasks:2"], ["a.jsonl", "./a.jsonl:2"]):
-        with pytest.raises(ValueError, match=r"is there twice; name it once, with a weight, such as .*:2"):
-            check_parts(parts_of(names))
+    for again, match in {
+        "a.jsonl:2": r"a.jsonl is there twice; name it once, with a weight, such as a.jsonl:2",
+        "./a.jsonl:2": r"./a.jsonl is a.jsonl under another name; name it once",
+        "tasks:2": r"tasks is there twice",
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            check_parts(parts_of(["tasks", "a.jsonl", again]))
     with pytest.raises(ValueError, match="the name of the data is empty"):
         check_parts(parts_of(" "))
 

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from helpers.small_runs import small_run, write_conversations
 
-from hotlap.model.config import counts_of
+from hotlap.model.config import AdapterExportConfig, counts_of
+from hotlap.model.export import export_adapter
 from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.lora import adapter_count
 from hotlap.model.weights import load_config, model_folder
 from hotlap.train.config import LoopConfig, SFTConfig
+from hotlap.train.data.conversations import SOURCES
+from hotlap.train.data.licences import UNKNOWN, description_of
+from hotlap.train.data.preferences import DOWNLOADED, SAMPLED
+from hotlap.train.data.sources import DATASETS, TEXTS
 from hotlap.train.evaluation.kept_scores import KEPT
 from hotlap.train.pretrain import pretrain
 from hotlap.train.run.card import CARD, Made, data_of, not_for, write_card
@@ -141,12 +147,44 @@ def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
     assert "| sft | `tasks:0.5` | built-in facts" in card
 
 
+def test_every_name_that_a_stage_knows_has_a_description():
+    named = {"pretrain": (*TEXTS, *DATASETS), "sft": SOURCES, "dpo": (DOWNLOADED, SAMPLED)}
+    for stage, names in named.items():
+        assert [name for name in names if description_of(name, stage) is UNKNOWN] == []
+
+
 def test_data_of_one_name_are_what_they_are_in_their_stage():
     stages = [Made(Path("a"), {"stage": "sft"}, {"data": ["tasks", "bigbench:0.02", "tasks.jsonl:2"]})]
     stages.append(Made(Path("b"), {"stage": "dpo"}, {"data": ["tasks"], "base": "a"}))
     facts, bigbench, own, pairs = data_of(stages)[4:-1]
     assert "built-in facts" in facts and "Natural Instructions" in bigbench and "unknown" in own
     assert "the base's own answers" in pairs and "must not be scored on it" in "".join(not_for(stages))
+
+
+@pytest.mark.parametrize("weight", ["", ":2", ":0.5", ":.5", ":2e-1", ":1E2", ": 3"])
+def test_a_benchmark_in_the_data_is_named_however_its_weight_is_written(weight):
+    stages = [Made(Path("a"), {"stage": "sft"}, {"data": [f"bigbench{weight}"]})]
+    assert "Natural Instructions" in data_of(stages)[4] and "must not be scored on it" in "".join(
+        not_for(stages)
+    )
+
+
+def test_a_run_with_adapters_says_so_and_counts_no_gradients_of_frozen_weights(trained, tmp_path):
+    data = (str(trained / "talks.jsonl"),)
+    config = SFTConfig(tmp_path / "lora", batch_rows=4, base=trained / "sft", data=data, loop=LoopConfig(1))
+    fine_tune(replace(config, lora_rank=4))
+    card = (tmp_path / "lora" / CARD).read_text()
+    shape = load_config(model_folder(tmp_path / "lora"))
+    counts, attention = counts_of(shape), 12 * shape.width * sum(shape.windows)
+    per_token = 4 * counts["matmul"] + 6 * adapter_count(shape, 4) + attention
+    assert row(card, "sft (LoRA, rank 4)")[:3] == [f"`{tmp_path / 'lora'}`", "128", f"{per_token * 128:.3g}"]
+    assert row(card, "last stage") == ["supervised fine-tuning on conversations, of adapters (LoRA, rank 4)"]
+    assert row(card, "made from") == [f"`{trained / 'run'}`, then `{trained / 'sft'}`"]
+    export_adapter(AdapterExportConfig(tmp_path / "lora", tmp_path / "peft"))
+    fine_tune(replace(config, out=tmp_path / "full", base=tmp_path / "peft"))
+    card = (tmp_path / "full" / CARD).read_text()
+    assert row(card, "n/a (LoRA, rank 4)")[:2] == [f"`{tmp_path / 'peft'}`", "n/a"]
+    assert row(card, "made from")[0].startswith(f"`{trained / 'run'}`, then `{trained / 'sft'}/checkpoints/")
 
 
 def test_a_base_is_found_from_another_folder_than_the_run_was_trained_in(trained, tmp_path, monkeypatch):
