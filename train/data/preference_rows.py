@@ -198,9 +198,8 @@ def pair_rows(
     total = len(kept.places) + left_out.total()
     reasons = [f"{n:,} of {total:,} pairs {why} ({first[why]})" for why, n in left_out.items()]
     if not kept.places:
-        raise DataError(
-            f"no pair can be learned from: {'; '.join(reasons)}; change them, or take another --base"
-        )
+        reason = "; ".join(reasons) or "the data have none"
+        raise DataError(f"no pair can be learned from: {reason}; change them, or take another --base")
     for reason in reasons:
         log.info("left out: %s", reason)
     kept.finish()

@@ -15,8 +15,10 @@ from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
+from hotlap.model.adapter_files import read_lora
 from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.model.lora import LoRA, adapter_count
 from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import STATE, load_config, model_folder
 from hotlap.train.data.licences import name_of, source_of
@@ -43,6 +45,7 @@ class Made:
     config: dict = field(default_factory=dict)
     shape: GPTConfig | None = None
     machine: str = ""
+    lora: LoRA | None = None
 
     @property
     def stage(self) -> str:
@@ -57,7 +60,9 @@ class Made:
     def flops(self) -> float | None:
         """Of training, by nanochat's formula."""
         tokens = number(self.state, "tokens")
-        return None if None in (tokens, self.shape) else nanochat_flops(meta_model(self.shape)) * tokens
+        if tokens is None or self.shape is None:
+            return None
+        return nanochat_flops(meta_model(self.shape, self.lora)) * tokens
 
 
 def write_card(run: Path) -> Path:
@@ -91,7 +96,8 @@ def stage_of(path: Path) -> Made:
         folder = model_folder(path)
         state = read_object(folder / STATE) if (folder / STATE).is_file() else {}
         config = read_manifest(folder).get("run", {}) if (folder / MANIFEST).is_file() else {}
-        return Made(path, state, config, load_config(folder), read_machine(run_of(folder))[0])
+        machine = read_machine(run_of(folder))[0]
+        return Made(path, state, config, load_config(folder), machine, read_lora(folder))
     except (OSError, DataError) as error:
         log.warning("the model card lacks what is at %s: %s", path, error)
         return Made(path)
@@ -124,6 +130,11 @@ def what_it_is(stages: list[Made]) -> list[str]:
         )
     bases = [code(str(made.path)) for made in stages[:-1]]
     rows["made from"] = ", then ".join(bases) or "random weights" if made.config else MISSING
+    if made.lora and shape:
+        rows["adapters"] = (
+            f"{adapter_count(shape, made.lora.rank):,} parameters (LoRA of rank {made.lora.rank}), which are "
+            f"all that the last stage trained; they need {code(str(made.lora.bases[0]))}"
+        )
     return ["## What it is", "", *table(("", ""), rows.items()), ""]
 
 
