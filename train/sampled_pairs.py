@@ -33,8 +33,13 @@ REFUSALS, SUMS, SPELLINGS = 200, 150, 150  # questions of these tasks
 
 
 def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
-    """Ask the base, and write the pairs as lines of JSON."""
-    records = list(sampled_records(load_engine(base, device), seed))
+    """Ask the base questions, and write the pairs as lines of JSON. DataError if it cannot read one."""
+    try:
+        records = list(sampled_records(load_engine(base, device), seed))
+    except DataError as error:
+        raise DataError(
+            f"{base} cannot be asked the questions of `tasks`: {error}; name files with --data"
+        ) from None
     write(path, "".join(json.dumps(record) + "\n" for record in records))
     log.info("%s: %d pairs from the answers of %s", path, len(records), base)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hotlap.train.config import DPOConfig
 from hotlap.train.data.splits import SPLITS
 from hotlap.train.dpo import optimize_preferences, warn_of_failure
 from hotlap.train.loop import LoopConfig
+from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.reference import REFERENCE
 from hotlap.train.sampled_pairs import SAMPLES
 
@@ -143,6 +145,19 @@ def test_a_run_in_a_new_folder_takes_the_sampled_pairs_with_it(base, tmp_path, m
     fields = {"out": tmp_path / "new", "resume": str(config.out), "loop": LoopConfig(6, 6, 2)}
     optimize_preferences(dataclasses.replace(config, **fields))
     assert (tmp_path / "new" / SAMPLES).read_bytes() == (config.out / SAMPLES).read_bytes()
+
+
+def test_a_base_that_cannot_read_the_built_in_questions_is_refused_with_a_way_out(base, tmp_path):
+    with pytest.raises(DataError, match=r"cannot be asked the questions of `tasks`: character .*--data"):
+        optimize_preferences(config_of(tmp_path, "run", base, data=("tasks",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_by_the_clock_does_not_promise_its_epochs(base, tmp_path, caplog):
+    caplog.set_level("INFO")
+    loop = LoopConfig(5, 5, 5, minutes=0.0001)
+    optimize_preferences(config_of(tmp_path, "run", base, loop=loop, schedule=ScheduleConfig(warmup_steps=0)))
+    assert re.search(r"rows, at most \d+\.\d epochs, \d+ to validate", caplog.text)
 
 
 def test_pairs_that_are_held_out_and_trained_on_are_counted(base, tmp_path, caplog):
