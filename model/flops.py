@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from hotlap.model.config import MLP_RATIO, GPTConfig
 from hotlap.model.gpt import GPT, Linear
-from hotlap.model.lora import adapter_count, is_adapter
+from hotlap.model.lora import LoRA, adapter_count, add_adapters, is_adapter
 
 # Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
@@ -86,10 +86,13 @@ def matmul_flops(model: GPT) -> int:
     return (6 - frozen) * parameter_counts(model)["matmul"] + 6 * adapters_of(model)
 
 
-def meta_model(config: GPTConfig) -> GPT:
+def meta_model(config: GPTConfig, lora: LoRA | None = None) -> GPT:
     """The model on the meta device, to count with."""
     with torch.device("meta"):
-        return GPT(config)
+        model = GPT(config)
+    if lora:
+        add_adapters(model, lora)
+    return model
 
 
 def nanochat_flops(model: GPT, T: int | None = None) -> int:

@@ -9,28 +9,30 @@ from collections.abc import Iterator
 
 import torch
 
+from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.adapter_files import weights_sha256
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import TOKENIZER, lineage, open_model, stage
+from hotlap.model.weights import TOKENIZER, lineage, model_folder, open_model, stage
 from hotlap.train.config import DPOConfig
 from hotlap.train.data.preference_rows import PairRows, PairTokens, pair_digests, pair_rows
-from hotlap.train.data.preferences import SAMPLED, Pair, download_pairs, pairs_of
+from hotlap.train.data.preferences import SAMPLED, Pair, check_data, download_pairs, pairs_of
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.losses import Loss
-from hotlap.train.optim.schedule import rows_in_all
 from hotlap.train.preference_losses import preference_loss
 from hotlap.train.reference import fill_reference
+from hotlap.train.run.folder import origin, run_of
 from hotlap.train.sampled_pairs import SAMPLES, read_samples, sample_pairs
-from hotlap.train.sft import check_tokenizer, epoch_steps
+from hotlap.train.sft import check_tokenizer, epoch_steps, passes
 from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
 
 
 def optimize_preferences(config: DPOConfig) -> dict[str, float]:
     """Train on all ranks, and return the last metrics."""
     config = config.validate()
+    check_data(config.data)
     with joined() as world:
         base, shape, tokenizer = open_model(config.base)
         if stage(base) == "pretrain":
@@ -51,26 +53,26 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
 
         with opened(config, world, prepare) as (tokens, rows):
             digests = {split: pair_digests(tokens, rows[split].numbers) for split in rows}
-            if same := len(set(digests["train"]) & set(digests["validation"])):
-                log.info("%d pairs are in both the training and the validation split", same)
+            trained = set(digests["train"])
+            if same := sum(digest in trained for digest in digests["validation"]):
+                log.info("%d of the pairs to validate are trained on, too", same)
             data = hashlib.sha256(b"".join(digests["train"])).hexdigest()
             steps = max(config.loop.steps, epoch_steps(config, rows["train"]))
-            epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows["train"].epoch_rows()
             loss = preference_loss(config)
             facts = {
                 "base": world.together(lambda: weights_sha256(lineage(base)) if world.is_main else "")[0],
                 "data": hashlib.sha256(b"".join(digests["train"] + digests["validation"])).hexdigest(),
                 "dtype": config.dtype, "context": str(shape.context),
             }  # fmt: skip
-            return train(
+            last = train(
                 config,
                 Stage(
                     "dpo", shape, tokenizer, loss,
                     batches=row_batches(rows["train"], config, steps, world),
                     evaluate=lambda model, at_once: held_out(model, rows["validation"], loss, at_once, world),
                     data=data, source=", ".join(config.data),
-                    about=f"{len(digests['train'])} pairs in {rows['train'].epoch_rows()} rows, {epochs:.1f} "
-                    f"epochs, {len(digests['validation'])} to validate",
+                    about=f"{len(digests['train'])} pairs in {rows['train'].epoch_rows()} rows, "
+                    f"{passes(config, rows['train'], steps)}, {len(digests['validation'])} to validate",
                     loop=dataclasses.replace(config.loop, steps=steps), base=base,
                     prepare=lambda model, at_once: fill_reference(
                         model, rows, at_once, config.out, facts, world
@@ -78,17 +80,44 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
                 ),
                 world,
             )  # fmt: skip
+    warn_of_failure(last, config)
+    return last
+
+
+def warn_of_failure(last: dict[str, float], config: DPOConfig) -> None:
+    """Warn of what often goes wrong though the loss falls. last: metrics, also of the held-out pairs."""
+    margin, chosen = (last.get(f"validation_{name}", 0.0) for name in ("margin", "chosen_reward"))
+    if margin < 0 or last.get("validation_accuracy", 1.0) <= 0.5:
+        log.warning(
+            "the held-out pairs are not preferred as they should be (margin %.3g): try more pairs, more "
+            "--epochs, or higher --optim rates, and see whether some pairs are the wrong way round",
+            margin,
+        )  # fmt: skip
+    if chosen < 0:
+        log.warning(
+            "the chosen answers of the held-out pairs have become less likely than they were for the base "
+            "(reward %.3g), so what the model says instead may be neither answer; try a higher --sft-weight "
+            "than %g, or lower --optim rates",
+            chosen, config.sft_weight,
+        )  # fmt: skip
 
 
 def all_pairs(config: DPOConfig, world: World) -> Iterator[Pair]:
-    """The pairs of all that `data` names. What the base is to be asked for is sampled last, by rank 0."""
+    """The pairs of all that `data` names. What the base is to be asked for is sampled last, by rank 0, unless
+    the run that is gone on from in a new folder has it.
+    """
     for name in config.data:
         if name != SAMPLED:
             yield from pairs_of(name)
     if SAMPLED in config.data:
-        if world.is_main and not (config.out / SAMPLES).exists():
-            sample_pairs(config.base, config.out / SAMPLES, config.seed, world.device)
-        yield from read_samples(config.out / SAMPLES)
+        path = config.out / SAMPLES
+        if world.is_main and not path.exists():
+            start = origin(config.out, config.resume)
+            if start not in ("no", "auto") and (earlier := run_of(model_folder(start)) / SAMPLES).exists():
+                write(path, earlier.read_text(encoding="utf-8"))
+            else:
+                sample_pairs(config.base, path, config.seed, world.device)
+        yield from read_samples(path)
 
 
 @torch.no_grad()

@@ -89,8 +89,8 @@ def read_reference(path: Path, tokens: PairTokens, facts: dict[str, str]) -> boo
     try:
         with np.load(path) as file:  # which unpickles nothing
             saved, found = json.loads(str(file["facts"])), file["reference"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s cannot be read (%s); computing it again from the base", path, error)
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+        log.warning("%s is damaged; computing it again from the base", path)
         return False
     if saved.get("base", facts["base"]) != facts["base"]:
         raise DataError(

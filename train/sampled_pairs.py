@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from hotlap.common.errors import DataError
 from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.model.config import Sampling
@@ -22,6 +23,7 @@ from hotlap.model.engine import Engine
 from hotlap.train.data.conversation_files import json_records
 from hotlap.train.data.preferences import FORM, Pair, checked_pair
 from hotlap.train.data.sources import split_documents
+from hotlap.train.data.splits import SPLITS
 from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling, unknown_names
 from hotlap.train.evaluation.questions import ANSWER_TOKENS, load_engine
 
@@ -32,8 +34,13 @@ MISTAKES = 1.5  # temperature at which a model also says wrong what it knows
 
 
 def sample_pairs(base: Path, path: Path, seed: int, device: torch.device) -> None:
-    """Ask the base, and write the pairs as lines of JSON."""
-    records = list(sampled_records(load_engine(base, device), seed))
+    """Ask the base questions, and write the pairs as lines of JSON. DataError if it cannot read one."""
+    try:
+        records = list(sampled_records(load_engine(base, device), seed))
+    except DataError as error:
+        raise DataError(
+            f"{base} cannot be asked the questions of `tasks`: {error}; name files with --data"
+        ) from None
     write(path, "".join(json.dumps(record) + "\n" for record in records))
     log.info("%s: %d pairs from the answers of %s", path, len(records), base)
 
@@ -92,6 +99,12 @@ def says(text: str) -> list[dict]:
 
 
 def read_samples(path: Path) -> Iterator[Pair]:
-    """The pairs that `sample_pairs` has written."""
-    for place, found in json_records(path, FORM):
-        yield checked_pair(place, found)._replace(split=found["split"])
+    """The pairs that `sample_pairs` has written. DataError if the file is damaged."""
+    try:
+        for place, found in json_records(path, FORM):
+            pair = checked_pair(place, found)
+            if found.get("split") not in SPLITS:
+                raise DataError(f"{place} has no split")
+            yield pair._replace(split=found["split"])
+    except DataError as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, and the base is asked again") from None

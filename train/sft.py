@@ -15,10 +15,11 @@ from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.model.weights import stage as stage_of
-from hotlap.train.config import SFTConfig
+from hotlap.train.config import DPOConfig, SFTConfig
 from hotlap.train.data.conversation_rows import conversation_digests, conversation_rows
 from hotlap.train.data.conversations import check_parts, conversations_of, download_conversations
 from hotlap.train.data.mixtures import parts_of
+from hotlap.train.data.preference_rows import PairRows
 from hotlap.train.data.rows import PackedRows
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
@@ -50,13 +51,12 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
             log.info("%d conversations are in both the training and the validation split", same)
         rows.batch(0, 1)  # find errors in the data before creating the run
         steps = max(config.loop.steps, epoch_steps(config, rows))
-        epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows.epoch_rows()
         stage = Stage(
             "sft", shape, tokenizer, next_token_loss,
             batches=row_batches(rows, config, steps, world),
             evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
             data=hashlib.sha256(b"".join(trained)).hexdigest(), source=" ".join(config.data),
-            about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {epochs:.1f} epochs, "
+            about=f"{len(trained)} conversations in {rows.epoch_rows()} rows, {passes(config, rows, steps)}, "
             f"{len(validated)} to validate",
             loop=dataclasses.replace(config.loop, steps=steps), base=base,
         )  # fmt: skip
@@ -77,13 +77,19 @@ def read_rows(config: SFTConfig, tokenizer: Tokenizer, T: int, world: World) -> 
     return rows["train"], rows["validation"]
 
 
-def epoch_steps(config: SFTConfig, rows: PackedRows) -> int:
+def epoch_steps(config: SFTConfig | DPOConfig, rows: PackedRows | PairRows) -> int:
     """Steps that cover every row config.epochs times, given the batch size of each schedule stage."""
     rows_a_step = statistics.fmean(stage_rows(config.schedule, config.batch_rows))
     steps = config.epochs * rows.epoch_rows() / rows_a_step
     if steps >= TOO_LARGE:
         raise ValueError(f"epochs={config.epochs:g} are {steps:g} steps, and at most 2^63 can be counted")
     return math.ceil(steps)
+
+
+def passes(config: SFTConfig | DPOConfig, rows: PackedRows | PairRows, steps: int) -> str:
+    """The epochs that a run of so many steps makes, in words."""
+    epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows.epoch_rows()
+    return f"{'at most ' if config.loop.minutes else ''}{epochs:.1f} epochs"
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:

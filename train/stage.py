@@ -237,7 +237,7 @@ def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -
         )  # fmt: skip
     parts = rank_bytes(model, world, micro_rows)
     log.info(
-        "estimated memory: %.2f of %.1f GB per rank with micro-batches of %d rows: %s",
+        "estimated memory: %.2f of %.1f GB per rank with micro-batches of %d sequences: %s",
         sum(parts.values()) / 1e9, device_bytes(world) / 1e9, micro_rows,
         ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
     )  # fmt: skip

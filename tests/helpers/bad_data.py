@@ -146,6 +146,9 @@ ROWS: list[Row] = [
     # dpo: pairs
     (DPO, None, NO_INPUT, r"no pairs at a\.jsonl; name a \.jsonl or \.parquet file, `ultrafeedback`, or `tasks`"),
     (f"{DPO} --data .", None, BAD_DATA, r"\. is a folder; name a file in it"),
+    (f"{DPO} --data tasks:2", None, USAGE, r"the data tasks:2 has a weight, which only `hotlap sft` knows; write tasks"),
+    (f"{DPO} --data gsm8k", None, USAGE, r"the data gsm8k are conversations, for `hotlap sft`; name a"),
+    (f"{DPO} --data a.jsonl ./a.jsonl", lines("a.jsonl", PAIR), USAGE, r"the data \./a\.jsonl is there twice; name it once"),
     (DPO, lines("a.jsonl"), BAD_DATA, r"a\.jsonl holds no pair; each line or row must be \{\"prompt\""),
     (DPO, lines("a.jsonl", "[1"), BAD_DATA, r"a\.jsonl:1: a JSON array; each line must be \{\"prompt\""),
     (DPO, lines("a.jsonl", PAIR, {"prompt": "a", "chosen": "b"}), BAD_DATA, r"a\.jsonl:2: no 'rejected', but an object with the keys 'prompt', 'chosen'; it must be"),

@@ -48,10 +48,13 @@ def config_of(folder: Path, name: str, base: Path, **fields) -> DPOConfig:
     return DPOConfig(out=folder / name, base=base, **fields)
 
 
-def preferring(folder: str, name: str, base: str, micro_batch: str, dtype: str = "float32") -> list[dict]:
+def preferring(
+    folder: str, name: str, base: str, micro_batch: str, dtype: str = "float32", lora_rank: int = 0
+) -> list[dict]:
     """Train on all ranks; the lines of metrics.jsonl."""
     torch.set_num_threads(1)
-    config = config_of(Path(folder), name, Path(base), micro_batch=micro_batch, dtype=dtype)
+    fields = {"micro_batch": micro_batch, "dtype": dtype, "lora_rank": lora_rank}
+    config = config_of(Path(folder), name, Path(base), **fields)
     with joined(30):
         optimize_preferences(config)
     return metrics(Path(folder) / name)

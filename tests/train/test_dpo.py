@@ -1,7 +1,9 @@
 """`hotlap dpo` on a tiny chat model."""
 
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from helpers.run_functions import losses, metrics, state_of
 from hotlap.common.errors import DataError
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
 from hotlap.train import preference_losses
-from hotlap.train.dpo import optimize_preferences
+from hotlap.train.config import DPOConfig
+from hotlap.train.data.splits import SPLITS
+from hotlap.train.dpo import optimize_preferences, warn_of_failure
 from hotlap.train.loop import LoopConfig
+from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.reference import REFERENCE
+from hotlap.train.sampled_pairs import SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,9 @@ def assert_starts_at_the_reference(first: dict) -> None:
 
 @pytest.mark.parametrize("micro_batch", ["1", "2", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_step_finds_exactly_the_reference(dtype, micro_batch, base, tmp_path):
-    lines = preferring(str(tmp_path), "run", str(base), micro_batch, dtype)
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_first_step_finds_exactly_the_reference(lora_rank, dtype, micro_batch, base, tmp_path):
+    lines = preferring(str(tmp_path), "run", str(base), micro_batch, dtype, lora_rank)
     assert_starts_at_the_reference(lines[0])
     assert lines[1]["margin"] != 0 and lines[-1]["loss"] < lines[0]["loss"]
 
@@ -123,6 +130,57 @@ def test_another_base_or_tokenizer_or_other_pairs_do_not_resume_a_run(base, tmp_
     np.savez(config.out / REFERENCE, **content)
     with pytest.raises(DataError, match=r"of another base: the weights that --base names have changed"):
         optimize_preferences(longer)
+
+
+def test_a_run_in_a_new_folder_takes_the_sampled_pairs_with_it(base, tmp_path, monkeypatch):
+    def sample(base, path, seed, device):
+        records = [json.loads(line) for line in write_pairs(tmp_path / "made.jsonl").read_text().splitlines()]
+        lines = [json.dumps(r | {"split": SPLITS[i % 8 == 0]}) + "\n" for i, r in enumerate(records)]
+        path.write_text("".join(lines))
+
+    monkeypatch.setattr("hotlap.train.dpo.sample_pairs", sample)
+    config = config_of(tmp_path, "run", base, data=("tasks",))
+    optimize_preferences(config)
+    monkeypatch.setattr("hotlap.train.dpo.sample_pairs", lambda *_: 1 / 0)
+    fields = {"out": tmp_path / "new", "resume": str(config.out), "loop": LoopConfig(6, 6, 2)}
+    optimize_preferences(dataclasses.replace(config, **fields))
+    assert (tmp_path / "new" / SAMPLES).read_bytes() == (config.out / SAMPLES).read_bytes()
+
+
+def test_a_base_that_cannot_read_the_built_in_questions_is_refused_with_a_way_out(base, tmp_path):
+    with pytest.raises(DataError, match=r"cannot be asked the questions of `tasks`: character .*--data"):
+        optimize_preferences(config_of(tmp_path, "run", base, data=("tasks",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_by_the_clock_does_not_promise_its_epochs(base, tmp_path, caplog):
+    caplog.set_level("INFO")
+    loop = LoopConfig(5, 5, 5, minutes=0.0001)
+    optimize_preferences(config_of(tmp_path, "run", base, loop=loop, schedule=ScheduleConfig(warmup_steps=0)))
+    assert re.search(r"rows, at most \d+\.\d epochs, \d+ to validate", caplog.text)
+
+
+def test_pairs_that_are_held_out_and_trained_on_are_counted(base, tmp_path, caplog):
+    caplog.set_level("INFO")
+    data = tmp_path / "one.jsonl"
+    data.write_text(6 * (json.dumps({"prompt": "square", "chosen": "is so", "rejected": "on"}) + "\n"))
+    optimize_preferences(config_of(tmp_path, "run", base, data=(str(data),), loop=LoopConfig(1)))
+    assert "6 of the pairs to validate are trained on, too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"validation_margin": -0.1, "validation_accuracy": 0.6}, "are not preferred as they should be"),
+        ({"validation_margin": 0.0, "validation_accuracy": 0.5}, "are not preferred as they should be"),
+        ({"validation_margin": 2.0, "validation_chosen_reward": -3.0}, "less likely than they were"),
+        ({"validation_margin": 2.0, "validation_accuracy": 0.9, "validation_chosen_reward": 0.5}, ""),
+        ({}, ""),
+    ],
+)
+def test_answers_that_go_the_wrong_way_are_warned_of(metrics, said, caplog):
+    warn_of_failure(metrics, DPOConfig())
+    assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 def test_a_base_model_that_does_not_converse_is_refused_by_name(base, tmp_path):

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from hotlap.common.errors import DataError
 from hotlap.model.conversation import render_prompt
 from hotlap.train import sampled_pairs
 from hotlap.train.data.tasks import facts, refusals, unknown_names
@@ -83,6 +85,16 @@ def test_samples_are_read_as_they_were_written_with_their_split(monkeypatch, tin
     assert [(pair.prompt, pair.chosen, pair.rejected, pair.split) for pair in read] == [
         (record["prompt"], record["chosen"], record["rejected"], record["split"]) for record in made
     ]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a", "cho', '{"prompt": "a", "chosen": "b", "rejected": "c"}', "{}"]
+)
+def test_a_damaged_file_of_samples_is_named_with_a_way_out(line, tmp_path):
+    path = tmp_path / sampled_pairs.SAMPLES
+    path.write_text(line)
+    with pytest.raises(DataError, match=r"pairs\.jsonl is damaged \(.*\); remove it, and the base is asked"):
+        list(sampled_pairs.read_samples(path))
 
 
 def test_known_questions_are_of_every_task_in_trained_phrasings(monkeypatch):

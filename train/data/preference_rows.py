@@ -196,9 +196,8 @@ def pair_rows(
             kept.add(pair, sides)
     reasons = left_out.reasons(len(kept.places))
     if not kept.places:
-        raise DataError(
-            f"no pair can be learned from: {'; '.join(reasons)}; change them, or take another --base"
-        )
+        reason = "; ".join(reasons) or "the data have none"
+        raise DataError(f"no pair can be learned from: {reason}; change them, or take another --base")
     for reason in reasons:
         log.info("left out: %s", reason)
     kept.finish()

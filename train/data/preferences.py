@@ -7,8 +7,9 @@ with the same messages. `ultrafeedback` is a download.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +18,16 @@ from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown
 from hotlap.train.data import hub
 from hotlap.train.data.conversation_files import SPOKEN, check_characters, json_records
+from hotlap.train.data.conversations import SOURCES
 from hotlap.train.data.datasets import ULTRAFEEDBACK
 from hotlap.train.data.file_documents import parquet_rows
-from hotlap.train.data.sources import is_named
 from hotlap.train.data.text_files import named_path, require_file
 
 FORM = '{"prompt": "...", "chosen": "...", "rejected": "..."}, as strings or lists of messages'
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
-DOWNLOADED, SAMPLED = "ultrafeedback", "tasks"  # names in `--data`; anything else is a file
+NAMES = DOWNLOADED, SAMPLED = "ultrafeedback", "tasks"  # in `--data`; anything else is a file
+NEEDED = f"name a .jsonl or .parquet file, `{DOWNLOADED}`, or `{SAMPLED}`"
 
 
 class Pair(NamedTuple):
@@ -39,11 +41,41 @@ class Pair(NamedTuple):
     split: str | None = None
 
 
+def check_data(data: Sequence[str]) -> None:
+    """Raise FileNotFoundError or ValueError for what is no data set of pairs and no file, or is there
+    twice.
+    """
+    seen = set()
+    for name in data:
+        path = named_path(name)
+        if name in NAMES:
+            identity = name
+            if path.exists():
+                log.info("%s: hotlap's own data set, not your file, which is ./%s", name, name)
+        elif os.path.lexists(path):
+            identity = os.path.realpath(path)
+        else:
+            raise no_pairs(name)
+        if identity in seen:
+            raise ValueError(f"the data {name} is there twice; name it once (--epochs 2 is two passes)")
+        seen.add(identity)
+
+
+def no_pairs(name: str) -> Exception:
+    """What is wrong with a name of `--data` that is no data set of pairs and no file."""
+    before, _, _ = name.rpartition(":")
+    if before in NAMES or (before and os.path.lexists(named_path(before))):
+        return ValueError(f"the data {name} has a weight, which only `hotlap sft` knows; write {before}")
+    if name in SOURCES:
+        return ValueError(f"the data {name} are conversations, for `hotlap sft`; {NEEDED}")
+    return FileNotFoundError(f"no pairs at {name}; {NEEDED}")
+
+
 def pairs_of(name: str) -> Iterator[Pair]:
     """The pairs that one name of `--data` means, unless it is `tasks`. UltraFeedback must have been
     downloaded (`download_pairs`).
     """
-    if not is_named(name, (DOWNLOADED,)):
+    if name != DOWNLOADED:
         yield from read_pairs(named_path(name))
         return
     for split, files in ULTRAFEEDBACK.files.items():
@@ -93,9 +125,7 @@ def accepted_pairs(path: Path, split: str) -> Iterator[Pair]:
 def pair_records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file, after its place."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"no pairs at {path}; name a .jsonl or .parquet file, `{DOWNLOADED}`, or `{SAMPLED}`"
-        )
+        raise FileNotFoundError(f"no pairs at {path}; {NEEDED}")
     if path.suffix.lower() != ".parquet" or path.is_dir():
         yield from json_records(path, FORM)
         return

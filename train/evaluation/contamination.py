@@ -23,10 +23,12 @@ from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.weights import model_folder, stage
 from hotlap.train.data.conversations import conversations_of
 from hotlap.train.data.mixtures import parts_of
+from hotlap.train.data.preferences import SAMPLED, pairs_of
 from hotlap.train.evaluation.chat_tasks import Asked
 from hotlap.train.evaluation.core import candidates
 from hotlap.train.evaluation.core_bundle import Task
 from hotlap.train.run.folder import base_of, run_of
+from hotlap.train.sampled_pairs import SAMPLES, read_samples
 
 IN_A_ROW = 13  # words
 SHARED = 10  # records of a task
@@ -135,8 +137,8 @@ def scored_records(
 
 def mark_seen(scores: dict[str, dict], records: dict[str, list[str]], folder: Path) -> None:
     """Add `in_training`, how many of its records the model was fine-tuned on, to the score of each task, and
-    warn where there are some. Reads the conversations again. If they are not on this machine, that is logged
-    and nothing is added or downloaded.
+    warn where there are some. Reads conversations and pairs again. If they are not on this machine, that is
+    logged and nothing is added or downloaded.
     """
     if not records or stage(folder) == "pretrain":
         return
@@ -155,7 +157,8 @@ def mark_seen(scores: dict[str, dict], records: dict[str, list[str]], folder: Pa
 
 
 def fine_tuning_texts(folder: Path) -> Iterator[str]:
-    """The messages of all conversations that a model, and the models it was made from, were fine-tuned on.
+    """The messages of all conversations and pairs that a model, and those it was made from, were fine-tuned
+    on.
 
     DataError or OSError: a checkpoint does not say what they are, or they cannot be read.
     """
@@ -164,7 +167,7 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
     while (trained_for := stage(folder)) != "pretrain":
         config = read_manifest(folder).get("run") if (folder / MANIFEST).is_file() else None
         if config is None:  # an exported model, or an older checkpoint
-            raise DataError(f"{folder} does not say which conversations it was fine-tuned on")
+            raise DataError(f"{folder} does not say what it was fine-tuned on")
         if trained_for == "sft":
             conversations = conversations_of(parts_of(config["data"]), config["seed"])
             for conversation in tqdm(
@@ -172,6 +175,12 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
             ):
                 for message in conversation.messages:
                     yield message["content"]
+        elif trained_for == "dpo":
+            for name in config["data"]:
+                pairs = read_samples(run_of(folder) / SAMPLES) if name == SAMPLED else pairs_of(name)
+                for pair in pairs:
+                    for message in (*pair.prompt, *pair.chosen, *pair.rejected):
+                        yield message["content"]
         else:
             log.info("the data of the stage %s, which made %s, are not compared", trained_for, folder)
         base = base_of(run_of(folder), config)

@@ -25,6 +25,8 @@ def kept_scores(run: Path) -> dict[str, dict]:
         scores = read_object(path).get("scores")
     except FileNotFoundError:
         return {}
+    except DataError as error:
+        raise DataError(f"{error}; move it away") from None
     if not isinstance(scores, dict) or not all(isinstance(score, dict) for score in scores.values()):
         raise DataError(f"{path} has no scores by task; move it away")
     return scores

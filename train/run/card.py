@@ -18,7 +18,7 @@ from hotlap.common.terminal import printable
 from hotlap.model.adapter_files import read_lora
 from hotlap.model.config import GPTConfig, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
-from hotlap.model.lora import LoRA, add_adapters
+from hotlap.model.lora import LoRA, adapter_count
 from hotlap.model.manifest import MANIFEST, read_manifest
 from hotlap.model.peft import is_peft
 from hotlap.model.weights import STATE, load_config, model_folder
@@ -63,10 +63,7 @@ class Made:
         tokens = number(self.state, "tokens")
         if tokens is None or self.shape is None:
             return None
-        model = meta_model(self.shape)
-        if self.lora:
-            add_adapters(model, self.lora)
-        return nanochat_flops(model) * tokens
+        return nanochat_flops(meta_model(self.shape, self.lora)) * tokens
 
     @property
     def adapters(self) -> str:
@@ -146,6 +143,11 @@ def what_it_is(stages: list[Made]) -> list[str]:
         )
     bases = [code(str(made.path)) for made in stages[:-1]]
     rows["made from"] = ", then ".join(bases) or "random weights" if made.config else MISSING
+    if made.lora and shape:
+        rows["adapters"] = (
+            f"{adapter_count(shape, made.lora.rank):,} parameters (LoRA of rank {made.lora.rank}), which are "
+            f"all that the last stage trained; they need {code(str(made.lora.bases[0]))}"
+        )
     return ["## What it is", "", *table(("", ""), rows.items()), ""]
 
 

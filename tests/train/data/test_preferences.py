@@ -12,6 +12,7 @@ from hotlap.serve.saved_conversations import Answer, Conversation, Turn, pairs
 from hotlap.train.data.datasets import ULTRAFEEDBACK
 from hotlap.train.data.preferences import (
     Pair,
+    check_data,
     download_pairs,
     pairs_of,
     read_pairs,
@@ -102,6 +103,25 @@ def test_a_file_without_pairs_and_ignored_keys_are_named(tmp_path, caplog):
         list(read_pairs(tmp_path / "none.jsonl"))
     read(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c", "score": 1})
     assert "ignored keys beside those of a pair, with the lines that have them: 'score' (1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (("tasks:2",), "has a weight, which only `hotlap sft` knows; write tasks"),
+        (("mine.jsonl:0.5",), r"has a weight, .*; write mine\.jsonl"),
+        (("gsm8k",), "gsm8k are conversations, for `hotlap sft`; name a"),
+        (("ultrafedback",), "no pairs at ultrafedback; name a .jsonl or .parquet file, `ultrafeedback`"),
+        (("tasks", "tasks"), "tasks is there twice"),
+        (("mine.jsonl", "./mine.jsonl"), r"mine\.jsonl is there twice; name it once \(--epochs 2"),
+    ],
+)
+def test_names_that_are_no_pairs_say_what_to_name(data, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("")
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        check_data(data)
+    check_data(("tasks", "ultrafeedback", "mine.jsonl"))
 
 
 def test_ultrafeedback_is_downloaded_once_with_its_own_splits(hub_server, tmp_path, monkeypatch, caplog):

@@ -6,10 +6,14 @@ import random
 
 import pytest
 from helpers.core_bundles import mixed_tasks, write_bundle
+from helpers.preference_runs import config_of, write_pairs
 from helpers.small_runs import small_run, write_conversations
 
 from hotlap.train.config import LoopConfig, SFTConfig
+from hotlap.train.data.conversations import conversations_of
+from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.tasks.built_in import TASKS, built_in
+from hotlap.train.dpo import optimize_preferences
 from hotlap.train.evaluation import contamination, questions
 from hotlap.train.evaluation.command import evaluate_model
 from hotlap.train.evaluation.config import EvalConfig
@@ -138,13 +142,16 @@ def test_a_base_model_s_scores_are_not_marked(runs, caplog):
     assert scores == {"facts": {}} and not caplog.text
 
 
-def test_what_another_stage_learned_is_named_and_its_base_s_conversations_are_compared(
-    runs, monkeypatch, caplog
-):
-    folder = contamination.model_folder(runs / "sft")
-    stages = iter(("dpo", "sft", "pretrain"))
-    monkeypatch.setattr(contamination, "stage", lambda path: next(stages))
-    monkeypatch.setattr(contamination, "model_folder", lambda path: folder)
-    with caplog.at_level(logging.INFO, "hotlap"):
-        assert "square of 3" in list(contamination.fine_tuning_texts(folder))
-    assert "the data of the stage dpo" in caplog.text
+def test_pairs_are_compared_and_the_conversations_of_their_base(runs, tmp_path):
+    made = write_pairs(tmp_path / "pairs.jsonl", 30)
+    config = config_of(tmp_path, "dpo", runs / "sft", data=(str(made),), loop=LoopConfig(1))
+    optimize_preferences(config)
+    texts = set(contamination.fine_tuning_texts(contamination.model_folder(config.out)))
+    assert {"square of 29", "is 841.", "so 29, on."} <= texts, "prompts and both answers"
+    assert texts > {
+        m for talk in conversations_of(parts_of(str(runs / "talks.jsonl")), 0) for m in texts_of(talk)
+    }
+
+
+def texts_of(talk) -> list[str]:
+    return [message["content"] for message in talk.messages]

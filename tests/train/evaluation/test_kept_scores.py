@@ -70,7 +70,7 @@ def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(run, monkeypa
 def test_a_damaged_file_is_refused_before_the_model_is_loaded(run, text, monkeypatch):
     monkeypatch.setattr(questions, "load_model", lambda *given: pytest.fail("loaded"))
     (run / KEPT).write_text(text)
-    with pytest.raises(DataError, match=KEPT):
+    with pytest.raises(DataError, match=rf"{KEPT}.*; move it away"):
         evaluate_model(EvalConfig(run, ("facts",)))
     assert (run / KEPT).read_text() == text
 

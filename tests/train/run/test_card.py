@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.small_runs import small_run, write_conversations
 
+from hotlap.model.adapter_files import read_lora
 from hotlap.model.config import AdapterExportConfig, counts_of
 from hotlap.model.export import export_adapter
 from hotlap.model.flops import meta_model, nanochat_flops
@@ -84,6 +85,18 @@ def test_its_numbers_are_those_of_the_checkpoints(trained):
     ]
     assert row(card, "made from") == [f"`{trained / 'run'}`"]
     assert "1 layers, width 32" in card and "context 32" in card and f"hotlap chat {trained / 'sft'}" in card
+
+
+def test_adapters_are_said_to_need_their_base_and_cost_what_they_cost(trained):
+    data, base = (str(trained / "talks.jsonl"),), trained / "sft"
+    fine_tune(SFTConfig(trained / "lora", 4, base=base, data=data, loop=LoopConfig(1), lora_rank=2))
+    card, folder = (trained / "lora" / CARD).read_text(), model_folder(trained / "lora")
+    lora, shape = read_lora(folder), load_config(folder)
+    assert row(card, "adapters")[0].startswith(f"{adapter_count(shape, 2):,} parameters (LoRA of rank 2)")
+    assert f"they need `{model_folder(base)}`" in card
+    tokens = json.loads((folder / "state.json").read_text())["tokens"]
+    assert f"| {nanochat_flops(meta_model(shape, lora)) * tokens:.3g} |" in card
+    assert nanochat_flops(meta_model(shape, lora)) < nanochat_flops(meta_model(shape))
 
 
 def test_a_base_model_is_not_said_to_converse(trained):
