@@ -186,7 +186,7 @@ class DPOConfig(TuneConfig):
 
     sequences: ClassVar[int] = 2
     out: Path = Path("runs/dpo")
-    batch_rows: int = 4
+    batch_rows: int = 16
     """Rows per step over all ranks; a row is as many pairs as fit in two sides of the model's context."""
     model_field: ClassVar[str] = "base"
     base: Path = Path("runs/sft")

@@ -130,8 +130,7 @@ def size(made: Made) -> str:
 
 def what_it_is(stages: list[Made]) -> list[str]:
     made, shape = stages[-1], stages[-1].shape
-    last = STAGES.get(made.stage, code(made.stage) if made.stage else MISSING)
-    rows = {"last stage": f"{last}, of adapters ({made.adapters})" if made.lora else last}
+    rows = {"last stage": STAGES.get(made.stage, code(made.stage) if made.stage else MISSING)}
     if shape is None:
         rows |= dict.fromkeys(("parameters", "shape"), MISSING)
     else:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers.small_runs import small_run, write_conversations
 
-from hotlap.model.adapter_files import read_lora
 from hotlap.model.config import AdapterExportConfig, counts_of
 from hotlap.model.export import export_adapter
 from hotlap.model.flops import meta_model, nanochat_flops
@@ -85,18 +84,6 @@ def test_its_numbers_are_those_of_the_checkpoints(trained):
     ]
     assert row(card, "made from") == [f"`{trained / 'run'}`"]
     assert "1 layers, width 32" in card and "context 32" in card and f"hotlap chat {trained / 'sft'}" in card
-
-
-def test_adapters_are_said_to_need_their_base_and_cost_what_they_cost(trained):
-    data, base = (str(trained / "talks.jsonl"),), trained / "sft"
-    fine_tune(SFTConfig(trained / "lora", 4, base=base, data=data, loop=LoopConfig(1), lora_rank=2))
-    card, folder = (trained / "lora" / CARD).read_text(), model_folder(trained / "lora")
-    lora, shape = read_lora(folder), load_config(folder)
-    assert row(card, "adapters")[0].startswith(f"{adapter_count(shape, 2):,} parameters (LoRA of rank 2)")
-    assert f"they need `{model_folder(base)}`" in card
-    tokens = json.loads((folder / "state.json").read_text())["tokens"]
-    assert f"| {nanochat_flops(meta_model(shape, lora)) * tokens:.3g} |" in card
-    assert nanochat_flops(meta_model(shape, lora)) < nanochat_flops(meta_model(shape))
 
 
 def test_a_base_model_is_not_said_to_converse(trained):
@@ -191,7 +178,8 @@ def test_a_run_with_adapters_says_so_and_counts_no_gradients_of_frozen_weights(t
     counts, attention = counts_of(shape), 12 * shape.width * sum(shape.windows)
     per_token = 4 * counts["matmul"] + 6 * adapter_count(shape, 4) + attention
     assert row(card, "sft (LoRA, rank 4)")[:3] == [f"`{tmp_path / 'lora'}`", "128", f"{per_token * 128:.3g}"]
-    assert row(card, "last stage") == ["supervised fine-tuning on conversations, of adapters (LoRA, rank 4)"]
+    assert row(card, "adapters")[0].startswith(f"{adapter_count(shape, 4):,} parameters (LoRA of rank 4)")
+    assert f"they need `{model_folder(trained / 'sft')}`" in card
     assert row(card, "made from") == [f"`{trained / 'run'}`, then `{trained / 'sft'}`"]
     export_adapter(AdapterExportConfig(tmp_path / "lora", tmp_path / "peft"))
     fine_tune(replace(config, out=tmp_path / "full", base=tmp_path / "peft"))
