@@ -62,6 +62,10 @@ def demo(field: str, form: str = ".0f", scale: float = 1) -> tuple:
     return (f"{ZEN4}/tiny.json", "make demo", "hotlap", field, form, scale)
 
 
+def preferences(field: str, form: str = ".0f", scale: float = 1, provider: str = "seed 0") -> tuple:
+    return (f"{ZEN4}/dpo.json", "base 0", provider, field, form, scale)
+
+
 def minutes(field: str, form: str) -> tuple:
     return (f"{XEON}/minutes.json", "minutes --data pydocs", "hotlap", field, form)
 
@@ -95,6 +99,17 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
             demo("words_of_100", scale=100),
             demo("refused_of_245", scale=245),
             demo("wrongly_refused_of_854", scale=854),
+        ],
+    ),
+    (
+        "README.md",
+        "preferred the refusal in {} % of held-out pairs, and refused {} instead of {} of 198 questions "
+        "about other unknown names; it answered {} of 534 facts",
+        [
+            preferences("held_out_pairs", ".1f", 100),
+            preferences("unknown_refused_of_198", scale=198),
+            preferences("unknown_refused_of_198", scale=198, provider="before"),
+            preferences("facts_of_534", scale=534),
         ],
     ),
     (
@@ -274,3 +289,12 @@ def test_the_table_of_ablations_is_that_of_its_result_file():
     for row in rows[1:]:
         change = f"{row['difference']:+.3f} ± {row['difference_error']:.3f}"
         assert f"| {row['provider']} | {row['steps']} | {change} | {row['p']:.2g} |" in document
+
+
+def test_the_table_of_preferences_is_that_of_its_result_file():
+    document = (ROOT / "docs/preferences.md").read_text(encoding="utf-8")
+    for row in json.loads((RESULTS / ZEN4 / "dpo.json").read_text(encoding="utf-8"))["rows"]:
+        shares = " | ".join(f"{100 * row[name]:.1f} %" for name in row if "_of_" in name)
+        pairs = f"{100 * row['held_out_pairs']:.1f} %"
+        line = f"| {row['case'].removeprefix('base ')} | {row['provider']} | {pairs} | {shares} |"
+        assert line in document

@@ -198,7 +198,7 @@ class DPOConfig(TuneConfig):
     """sigmoid is DPO; docs/preferences.md says what the others are for."""
     beta: float = 0.5
     """How much of a change of the answers' likelihood counts as a preference. Higher stays closer to the
-    base; for sigmoid_norm about 50 times as high."""
+    base; for sigmoid_norm about 10 times as high."""
     label_smoothing: float = 0.0
     """For robust: the share of pairs that are the wrong way round, less than 0.5."""
     sft_weight: float = 5.0

@@ -41,7 +41,7 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
                 "sft`"
             )
         check_machine(config, world, shape)
-        with world.main_first(f"download {config.data}"):
+        with world.main_first("download the pairs"):
             if world.is_main:
                 download_pairs(config.data)
 
