@@ -117,7 +117,7 @@ ROWS: list[Row] = [
     # sft: mixtures
     (f"{SFT} --data smaltalk", None, NO_INPUT, r"no conversations at smaltalk; did you mean smoltalk\? Else name a \.jsonl"),
     (f"{SFT} --data talks.jsonl none.jsonl:2", None, NO_INPUT, r"no conversations at none\.jsonl; name a \.jsonl .*, or tasks, facts"),
-    (f"{SFT} --data talks.jsonl ./talks.jsonl:2", None, USAGE, r"the data \./talks\.jsonl is there twice; name it once, with a weight"),
+    (f"{SFT} --data talks.jsonl ./talks.jsonl:2", None, USAGE, r"the data \./talks\.jsonl is talks\.jsonl under another name; name it once, with a weight"),
     (f"{SFT} --data tasks tasks:2", None, USAGE, r"the data tasks is there twice.*such as tasks:2"),
     (f"{SFT} --data talks.jsonl:0", None, USAGE, r"the weight in the data 'talks\.jsonl:0' must be above 0, and at most 1000"),
     (f"{SFT} --data talks.jsonl:-1", None, USAGE, r"the weight in the data 'talks\.jsonl:-1' must be above 0"),
