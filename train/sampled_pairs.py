@@ -102,9 +102,9 @@ def read_samples(path: Path) -> Iterator[Pair]:
     """The pairs that `sample_pairs` has written. DataError if the file is damaged."""
     try:
         for place, found in json_records(path, FORM):
-            pair = checked_pair(place, found)
+            pair = checked_pair(found)
             if found.get("split") not in SPLITS:
                 raise DataError(f"{place} has no split")
-            yield pair._replace(split=found["split"])
+            yield pair._replace(place=place, split=found["split"])
     except DataError as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and the base is asked again") from None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import unique
@@ -15,6 +16,7 @@ from hotlap.model.messages import check_messages, shown, tool_expression
 from hotlap.train.data.file_documents import parquet_rows, text_parts
 from hotlap.train.data.text_files import require_file
 
+T = TypeVar("T")
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 SPOKEN = ("system", "system_prompt", "tools", "functions")  # beside `messages`, these would be lost
 ONLY_MESSAGES = "write what the model is to read into `messages`, a system message first, and remove it"
@@ -33,36 +35,60 @@ def read_conversations(path: Path) -> Iterator[tuple[str, list[dict]]]:
     """The conversations of a user's file, each after its place: path:line or path:row. DataError names the
     place of an invalid one. Keys beside `messages` are ignored, which is logged.
     """
-    ignored: Counter[str] = Counter()
-    empty = True
-    for place, record in records(path):
-        try:
-            messages = checked(record)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        ignored.update(key for key, value in record.items() if key != "messages" and value is not None)
-        yield place, messages
-        empty = False
-    if empty:
-        raise DataError(f"{path} holds no conversation; each line or row must be {RECORD}")
-    if ignored:
-        counts = ", ".join(f"{key!r} ({count:,})" for key, count in ignored.items())
-        log.info("%s: ignored keys beside `messages`, with the lines that have them: %s", path, counts)
+    lacking = f"no conversation; each line or row must be {RECORD}"
+    return every_record(path, records(path), checked, ("messages",), lacking)
 
 
 def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
     """The valid conversations of a public file. How many others are skipped is logged."""
+    return valid_records(path, records(path), checked, "conversations")
+
+
+def every_record(
+    path: Path,
+    found: Iterable[tuple[str, object]],
+    check: Callable[[object], T],
+    keys: tuple[str, ...],
+    lacking: str,
+) -> Iterator[tuple[str, T]]:
+    """What `check` makes of each record of a user's file, after its place. DataError names the place of an
+    invalid one, or says that the file holds none. Other keys than these are ignored, which is logged.
+    """
+    ignored: Counter[str] = Counter()
+    empty = True
+    for place, record in found:
+        try:
+            value = check(record)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        ignored.update(key for key, given in record.items() if key not in keys and given is not None)
+        yield place, value
+        empty = False
+    if empty:
+        raise DataError(f"{path} holds {lacking}")
+    if ignored:
+        counts = ", ".join(f"{key!r} ({count:,})" for key, count in ignored.items())
+        beside = ", ".join(f"`{key}`" for key in keys)
+        log.info("%s: ignored keys beside %s, with the lines that have them: %s", path, beside, counts)
+
+
+def valid_records(
+    path: Path, found: Iterable[tuple[str, object]], check: Callable[[object], T], kind: str
+) -> Iterator[tuple[str, T]]:
+    """What `check` makes of the valid records of a public file, each after its place. How many others are
+    skipped is logged. kind: what they are, in the plural.
+    """
     total, refused, first = 0, 0, ""
-    for place, record in records(path):
+    for place, record in found:
         total += 1
         try:
-            messages = checked(record)
+            value = check(record)
         except DataError as error:
             refused, first = refused + 1, first or f"{place}: {error}"
         else:
-            yield place, messages
+            yield place, value
     if refused:
-        log.info("%s: skipped %d of %d conversations, the first: %s", path.name, refused, total, first)
+        log.info("%s: skipped %d of %d %s, the first: %s", path.name, refused, total, kind, first)
 
 
 def records(path: Path) -> Iterator[tuple[str, object]]:

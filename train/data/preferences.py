@@ -8,7 +8,6 @@ with the same messages. `ultrafeedback` is a download.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,13 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.model.messages import check_messages, shown
 from hotlap.train.data import hub
-from hotlap.train.data.conversation_files import SPOKEN, check_characters, json_records
+from hotlap.train.data.conversation_files import (
+    SPOKEN,
+    check_characters,
+    every_record,
+    json_records,
+    valid_records,
+)
 from hotlap.train.data.conversations import SOURCES
 from hotlap.train.data.datasets import ULTRAFEEDBACK
 from hotlap.train.data.file_documents import parquet_rows
@@ -93,33 +98,15 @@ def read_pairs(path: Path) -> Iterator[Pair]:
     """The pairs of a user's file. DataError names the place of an invalid one. Other keys are ignored, which
     is logged.
     """
-    ignored: Counter[str] = Counter()
-    empty = True
-    for place, record in pair_records(path):
-        try:
-            yield checked_pair(place, record)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        ignored.update(key for key, value in record.items() if key not in COLUMNS and value is not None)
-        empty = False
-    if empty:
-        raise DataError(f"{path} holds no pair; each line or row must be {FORM}")
-    if ignored:
-        counts = ", ".join(f"{key!r} ({count:,})" for key, count in ignored.items())
-        log.info("%s: ignored keys beside those of a pair, with the lines that have them: %s", path, counts)
+    lacking = f"no pair; each line or row must be {FORM}"
+    for place, pair in every_record(path, pair_records(path), checked_pair, COLUMNS, lacking):
+        yield pair._replace(place=place)
 
 
 def accepted_pairs(path: Path, split: str) -> Iterator[Pair]:
     """The valid pairs of a public file. How many others are skipped is logged."""
-    total, refused, first = 0, 0, ""
-    for place, record in pair_records(path):
-        total += 1
-        try:
-            yield checked_pair(place, record)._replace(split=split)
-        except DataError as error:
-            refused, first = refused + 1, first or f"{place}: {error}"
-    if refused:
-        log.info("%s: skipped %d of %d pairs, the first: %s", path.name, refused, total, first)
+    for place, pair in valid_records(path, pair_records(path), checked_pair, "pairs"):
+        yield pair._replace(place=place, split=split)
 
 
 def pair_records(path: Path) -> Iterator[tuple[str, object]]:
@@ -147,8 +134,8 @@ def parquet_columns(path: Path) -> list[str]:
     return [name for name in COLUMNS if name in names or name in SIDES]
 
 
-def checked_pair(place: str, record: object) -> Pair:
-    """The pair of a record in its plain form; DataError says what is wrong with it."""
+def checked_pair(record: object) -> Pair:
+    """The pair of a record in its plain form, without its place. DataError says what is wrong with it."""
     if not isinstance(record, dict):
         raise DataError(f"{shown(record)}; each line must be {FORM}")
     for side in SIDES:
@@ -165,7 +152,7 @@ def checked_pair(place: str, record: object) -> Pair:
     elif prompt is None:
         raise DataError(f"no 'prompt', but {shown(record)}; it must be {FORM}")
     plain = [answer_after(prompt, answer, side) for answer, side in zip(answers, SIDES, strict=True)]
-    return Pair(place, plain[0][: len(prompt)], *(messages[len(prompt) :] for messages in plain))
+    return Pair("", plain[0][: len(prompt)], *(messages[len(prompt) :] for messages in plain))
 
 
 def spoken_by(role: str, value: object, key: str) -> list[dict]:

@@ -102,7 +102,10 @@ def test_a_file_without_pairs_and_ignored_keys_are_named(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"no pairs at .*`ultrafeedback`, or `tasks`"):
         list(read_pairs(tmp_path / "none.jsonl"))
     read(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c", "score": 1})
-    assert "ignored keys beside those of a pair, with the lines that have them: 'score' (1)" in caplog.text
+    assert (
+        "ignored keys beside `prompt`, `chosen`, `rejected`, with the lines that have them: 'score' (1)"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
