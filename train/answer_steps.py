@@ -137,8 +137,12 @@ class AnswerSteps:
         return [number for start in starts for number in range(start, start + micro_rows)]
 
     def batches(self, model: GPT, found: AnswerSet, micro_rows: int) -> list[AnswerBatch]:
-        """This rank's, without `reference`. Rows are as long in every step."""
-        longest = max(len(question.ids) for question in self.questions) + self.config.max_tokens
+        """This rank's, without `reference`. On a GPU, rows are as long in every step, so that its passes are
+        captured once.
+        """
+        longest = max(len(answer.ids) for answer in found.answers) - 1
+        if self.world.device.type == "cuda":
+            longest = max(len(question.ids) for question in self.questions) + self.config.max_tokens
         T = min(-(-longest // MULTIPLE) * MULTIPLE, model.config.context)
         mine = self.numbers(self.world.rank, micro_rows)
         return [
