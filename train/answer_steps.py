@@ -46,6 +46,8 @@ class AnswerSteps:
         check_rows(config.batch_rows, micro_rows, world.size)
         shown = RolloutLog(self.run, state.step) if world.is_main else None
         found = AnswerSet.from_json(state.carried) if state.carried else None
+        if found and len(found.answers) != config.batch_rows:  # of a run with other settings
+            found = None
         for number in itertools.count(state.step):
             drawn, update = divmod(number, config.updates)
             if update == 0 or found is None:
