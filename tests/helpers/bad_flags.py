@@ -116,6 +116,13 @@ ROWS: list[Row] = [
     ("lm-eval sft --tasks a --include-path none", None, NO_INPUT, r"no folder none; --include-path takes one"),
     ("lm-eval sft --tasks a --out text.txt", None, CANNOT_CREATE, r"text\.txt exists"),
     ("lm-eval nowhere --tasks a", None, NO_INPUT, r"no model at nowhere"),
+    # tools
+    ("chat sft -p a --tools", None, USAGE, r"no --tools; known: calculator, python"),
+    ("chat sft -p a --tools calculator shell", None, USAGE, r"unknown tool: 'shell'; known: calculator, python"),
+    ("chat --tools pyton -p a", None, USAGE, r"unknown tool: 'pyton'; did you mean 'python'\?"),
+    ("serve sft --port 0 --tools calculater", None, USAGE, r"unknown tool: 'calculater'; did you mean 'calculator'\?"),
+    ("web sft --port 0 --tools shell", None, USAGE, r"unknown tool: 'shell'; known"),
+    ("web --url http://127.0.0.1:8000 --tools python", None, USAGE, r"--url names a server, which has its tools"),
     # the server
     ("serve sft --host 0.0.0.0", None, USAGE, r"--host 0\.0\.0\.0 can be reached by other machines, so it needs an API key.*--api-key-file"),
     ("serve sft --host models.example", None, USAGE, r"--host models\.example can be reached by other machines"),
