@@ -106,7 +106,6 @@ ROWS: list[Row] = [
     ("eval --model sft --max-per-task -1", None, USAGE, r"--max-per-task -1 must be 0 \(all\) or more"),
     ("eval sft --tasks", None, USAGE, r"no --tasks; known: bpb, core"),
     ("eval sft --tasks facts mmlo", None, USAGE, r"unknown task 'mmlo'; known: bpb, core, samples, arc-easy, arc-challenge, mmlu, gsm8k"),
-    ("eval sft --tasks gsm8k humaneval", None, USAGE, r"humaneval runs what the model writes, and needs a sandbox.*leave it out"),
     ("eval sft --suite chat --tasks mmlu", None, USAGE, r"--suite chat is a list of tasks itself; give --suite or --tasks"),
     ("eval base --suite chat", None, USAGE, r"base is a base model, and arc-easy, .* need a chat model"),
     ("eval sft --tasks facts --out text.txt", None, CANNOT_CREATE, r"text\.txt exists; choose another file with --out"),
