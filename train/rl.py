@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.kernels.dispatch import batch_invariant, batch_invariant_works
+from hotlap.kernels.batch_invariant import batch_invariant, batch_invariant_works
 from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import check_tools, named_tools

@@ -64,3 +64,7 @@ def reinforcing(folder: str, name: str, base: str, **fields) -> list[dict]:
     with joined(30):
         reinforce(config_of(Path(folder), name, Path(base), **fields))
     return metrics(Path(folder) / name)
+
+
+def reinforcing_in_parts(folder: str, name: str, base: str, micro_batch: str) -> list[dict]:
+    return reinforcing(folder, name, base, micro_batch=micro_batch)

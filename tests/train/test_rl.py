@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.preference_runs import make_base
 from helpers.ranks import run_ranks
-from helpers.rl_runs import config_of, reinforcing, write_prompts
+from helpers.rl_runs import config_of, reinforcing, reinforcing_in_parts, write_prompts
 from helpers.run_functions import losses, metrics, state_of
 
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
@@ -46,7 +46,7 @@ def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
     """The answers are the same, and so are their rewards."""
     one = run_ranks(1, reinforcing, str(tmp_path), "one", str(base))[0]
     for name, ranks, micro_batch in (("two", 2, "all"), ("parts", 2, "2"), ("singly", 1, "1")):
-        found = run_ranks(ranks, reinforcing_with, str(tmp_path), name, str(base), micro_batch)[0]
+        found = run_ranks(ranks, reinforcing_in_parts, str(tmp_path), name, str(base), micro_batch)[0]
         assert [line["reward"] for line in found] == pytest.approx([line["reward"] for line in one]), name
         assert [line["engine_kl"] for line in found] == [0.0] * len(one), name
         for metric in ("loss", "gradient_norm", "entropy", "answer_tokens"):
@@ -54,10 +54,6 @@ def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, metric)
         for metric in (name for name in one[-1] if name.startswith("validation")):
             assert found[-1][metric] == pytest.approx(one[-1][metric], rel=1e-4), (name, metric)
-
-
-def reinforcing_with(folder: str, name: str, base: str, micro_batch: str) -> list[dict]:
-    return reinforcing(folder, name, base, micro_batch=micro_batch)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -68,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop_after, updates, base, tmp_p
     reinforce(config_of(tmp_path, "whole", base, **fields))
     stopped = config_of(tmp_path, "run", base, **fields)
     with monkeypatch.context() as patch:
-        stop_at_pass(patch, stop_after + 1)
+        stop_at_pass(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
             reinforce(stopped)
     assert run_checkpoints(stopped.out)[-1].name == f"step-{stop_after:06}"
