@@ -1,10 +1,11 @@
-"""Python code that a model wrote runs here: in a process of its own, without network, files or other processes.
+"""Python code that a model wrote runs here: in a process of its own, without network, files or other
+processes.
 
-There are two tiers. `bubblewrap` gives the process namespaces of its own, so that it sees no file, network and
-process of the machine. `landlock` lets it open nothing but Python's own files; it needs no package and no user
-namespace, which containers often forbid. In both, a seccomp filter allows few system calls, limits bound memory and
-time, and this process watches what is written and how many threads there are. `docs/tools.md` says what that does
-not protect from. Without a tier that passes the self-test, code does not run.
+There are two tiers. `bubblewrap` gives the process namespaces of its own, so that it sees no file, network
+and process of the machine. `landlock` lets it open nothing but Python's own files; it needs no package and no
+user namespace, which containers often forbid. In both, a seccomp filter allows few system calls, limits bound
+memory and time, and this process watches what is written and how many threads there are. `docs/tools.md` says
+what that does not protect from. Without a tier that passes the self-test, code does not run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,8 +40,8 @@ FOLDER = "/sandbox"  # the program's, within bubblewrap's namespace
 
 class Outcome(NamedTuple):
     """What a program did: its output (standard output and error in the order written, cut at OUTPUT_BYTES),
-    whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory", "files",
-    "threads", "exit code 1", "signal 11".
+    whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory",
+    "files", "threads", "exit code 1", "signal 11".
     """
 
     text: str
@@ -64,28 +65,23 @@ class Sandbox:
             OSError: if this machine cannot start a process.
         """
         end = time.monotonic() + seconds
-        with ExitStack() as stack:
-            folder = None
-            if not self.bwrap:
-                made = tempfile.TemporaryDirectory(prefix="hotlap-code-", ignore_cleanup_errors=True)
-                folder = stack.enter_context(made)
-            request = stack.enter_context(_file(marshal.dumps(self._request(code, seconds, folder))))
-            given = stack.enter_context(_file(stdin.encode("utf-8", "surrogatepass")))
-            process = stack.enter_context(
-                subprocess.Popen(
-                    self._command(request.fileno()), cwd=folder or "/", env={}, stdin=given,
+        with tempfile.TemporaryDirectory(prefix="hotlap-code-", ignore_cleanup_errors=True) as made:
+            folder = Path(made)
+            (folder / "files").mkdir()
+            (folder / "stdin").write_bytes(stdin.encode("utf-8", "surrogatepass"))
+            (folder / "request").write_bytes(marshal.dumps(self._request(code, seconds, folder / "files")))
+            with open(folder / "request", "rb") as request, open(folder / "stdin", "rb") as given:
+                process = subprocess.Popen(
+                    self._command(request.fileno()), cwd=folder / "files", env={}, stdin=given,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(request.fileno(),),
                     start_new_session=True,
-                )
-            )  # fmt: skip
-            program = _Program(process, folder)
-            try:
+                )  # fmt: skip
+            with process, _Program(process, bool(self.bwrap), folder / "files") as program:
                 output, reason = program.watch(end)
-            finally:
-                program.kill()
-            return self._outcome(output, reason, process.returncode)
+        return self._outcome(output, reason, process.returncode)
 
-    def _request(self, code: str, seconds: float, folder: str | None) -> dict:
+    def _request(self, code: str, seconds: float, folder: Path) -> dict:
+        """What the process is told: see `sandbox_child.py`."""
         limits = {
             "AS": MEMORY_BYTES,
             "CPU": int(seconds) + 2,  # in case this process cannot watch
@@ -98,9 +94,7 @@ class Sandbox:
             "code": code.encode("utf-8", "surrogatepass"),
             "limits": limits,
             "filter": syscall_filter(),
-            "parent": 0 if self.bwrap else os.getpid(),
-            "readable": _readable(),
-            "writable": folder,
+            "landlock": None if self.bwrap else (os.getpid(), _readable(), str(folder)),
         }
 
     def _command(self, request: int) -> list[str]:
@@ -117,7 +111,7 @@ class Sandbox:
         if self.bwrap and status > 128:
             status = 128 - status  # bubblewrap ends as a shell does: with 128 and the number of the signal
         if not reason and status < 0:
-            reason = "timeout" if -status == signal.SIGXCPU else f"signal {-status}"
+            reason = f"signal {-status}"
         elif not reason and status:
             reason = "memory" if status == OUT_OF_MEMORY else f"exit code {status}"
         text = output[:OUTPUT_BYTES].decode("utf-8", "replace")
@@ -127,16 +121,30 @@ class Sandbox:
 
 
 class _Program:
-    """The process of a program while it runs, from its parent's side."""
+    """The process of a program, from its parent's side. It is gone when the context ends."""
 
-    def __init__(self, process: subprocess.Popen, folder: str | None) -> None:
-        self.process, self.folder = process, folder
-        self.id, self.handle = None, None  # of the process that runs Python
-        if folder:
-            self._found(process.pid)
+    def __init__(self, process: subprocess.Popen, bwrap: bool, folder: Path) -> None:
+        self.process, self.bwrap, self.folder = process, bwrap, folder
+        self.id = None if bwrap else process.pid  # of the process that runs Python
 
-    def _found(self, id: int) -> None:
-        self.id, self.handle = id, os.pidfd_open(id)
+    def __enter__(self) -> _Program:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with suppress(OSError, ValueError):
+            if self.process.poll() is None:
+                os.kill(self._find(), signal.SIGKILL)  # bubblewrap waits for it, and ends then
+                self.process.wait(timeout=1)
+        with suppress(ProcessLookupError):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _find(self) -> int:
+        """The process id. ValueError or OSError if it is not there yet, or not any more."""
+        if self.id is None:
+            parent = self.process.pid
+            self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
+        return self.id
 
     def watch(self, end: float) -> tuple[bytes, str]:
         """Read output until the process ends or breaks a limit. What was read, and which limit."""
@@ -154,7 +162,7 @@ class _Program:
                     return bytes(output), reason
                 look = now + WATCH_SECONDS
             if not is_open:
-                time.sleep(min(0.001, end - now))
+                time.sleep(0.001)
             elif waiting.poll(1000 * min(WATCH_SECONDS, end - now)):
                 part = os.read(pipe, OUTPUT_BYTES)
                 output += part
@@ -164,35 +172,19 @@ class _Program:
         return bytes(output), ""
 
     def _broken_limit(self) -> str:
-        with suppress(OSError, ValueError):  # it is not there yet, or has ended
-            if self.id is None:  # bubblewrap's child, which becomes Python
-                parent = self.process.pid
-                self._found(int(Path(f"/proc/{parent}/task/{parent}/children").read_text()))
-            counts = dict(line.split(":") for line in Path(f"/proc/{self.id}/io").read_text().splitlines())
+        with suppress(OSError, ValueError):
+            process = Path(f"/proc/{self._find()}")
+            counts = dict(line.split(":") for line in (process / "io").read_text().splitlines())
             if int(counts["wchar"]) > WRITTEN_BYTES:
                 return "files"
-            if os.stat(f"/proc/{self.id}/task").st_nlink - 2 > MAX_THREADS:
+            if (process / "task").stat().st_nlink - 2 > MAX_THREADS:
                 return "threads"
-            if _has_more_files(self.folder or f"/proc/{self.id}/root{FOLDER}"):
+            if _has_more_files(f"{process}/root{FOLDER}" if self.bwrap else self.folder):
                 return "files"
         return ""
 
-    def kill(self) -> None:
-        """End all processes, and wait until they are gone."""
-        if self.handle is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        if self.handle is not None:
-            ended = select.poll()
-            ended.register(self.handle, select.POLLIN)
-            ended.poll(1000)
-            os.close(self.handle)
 
-
-def _has_more_files(folder: str) -> bool:
+def _has_more_files(folder: str | Path) -> bool:
     """Than MAX_FILES, in all folders. There are no symbolic links: the filter refuses to make them."""
     left = MAX_FILES
     for _, folders, files in os.walk(folder):
@@ -200,18 +192,6 @@ def _has_more_files(folder: str) -> bool:
         if left < 0:
             return True
     return False
-
-
-def _file(data: bytes):
-    """An open file in memory that holds data, from its start. Who inherits it cannot change it."""
-    import fcntl  # which Windows has not
-
-    file = open(os.memfd_create("hotlap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
-    file.write(data)
-    file.seek(0)
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-    return file
 
 
 @cache
@@ -236,9 +216,7 @@ def _readable() -> tuple[str, ...]:
 
 
 def find_sandbox() -> Sandbox | None:
-    """The strongest tier that isolates on this machine, tried once; None if there is none. The first call logs
-    which.
-    """
+    """The strongest tier that isolates on this machine, or None. The first call tries, and logs which."""
     return _search()[0]
 
 

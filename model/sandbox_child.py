@@ -1,8 +1,8 @@
 """What runs in the sandbox's process: it takes its own rights away, then runs a program.
 
-`model/sandbox.py` starts it as `python -I -S -c SOURCE DESCRIPTOR`, so it imports the standard library alone. The
-descriptor is a file with the marshalled request: the program and what it may use. If a right cannot be taken away,
-this ends before the program starts.
+`model/sandbox.py` starts it as `python -I -S -c SOURCE DESCRIPTOR`, so it imports the standard library alone.
+The descriptor is a file with the marshalled request: the program and what it may use. If a right cannot be
+taken away, this ends before the program starts.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class PathRule(ctypes.Structure):
 def main() -> None:
     with open(int(sys.argv[1]), "rb") as file:
         request = marshal.load(file)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3, 1024)  # the parent passes none, and bubblewrap should leave none
     libc = ctypes.CDLL(None, use_errno=True)
-    if request["parent"]:  # bubblewrap sees to it otherwise
-        _end_with(request["parent"], libc)
-        _drop_capabilities(libc)
     _check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no new privileges")
-    if request["writable"]:
-        _confine_files(request["readable"], request["writable"], libc)
+    if request["landlock"]:  # otherwise bubblewrap has done the like
+        parent, readable, writable = request["landlock"]
+        _end_with(parent, libc)
+        _drop_capabilities(libc)
+        _confine_files(readable, writable, libc)
     _set_limits(request["limits"])
     _prepare_streams()
     program = _program(request["code"])
@@ -84,7 +84,7 @@ def landlock_version(libc: ctypes.CDLL) -> int:
     return _check(libc.syscall(CREATE_RULESET, None, 0, VERSION_FLAG), "Landlock")
 
 
-def _confine_files(readable: list[str], writable: str, libc: ctypes.CDLL) -> None:
+def _confine_files(readable: tuple[str, ...], writable: str, libc: ctypes.CDLL) -> None:
     version = landlock_version(libc)
     handled = (1 << RIGHTS.get(version, 16)) - 1
     network = 3 if version >= NETWORK_SINCE else 0
