@@ -23,6 +23,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ class Sandbox:
         }
 
     def _command(self, request: int) -> list[str]:
-        python = [_python(), "-I", "-S", "-B", "-X", "utf8", "-c", _source(), str(request)]
+        python = [_python(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _source(), str(request)]
         if not self.bwrap:
             return python
         namespaces = ["--unshare-all", "--unshare-user", "--as-pid-1", "--die-with-parent", "--new-session"]
@@ -179,19 +180,11 @@ class _Program:
                 return "files"
             if (process / "task").stat().st_nlink - 2 > MAX_THREADS:
                 return "threads"
-            if _has_more_files(f"{process}/root{FOLDER}" if self.bwrap else self.folder):
-                return "files"
+            # the filter lets it make no folder and no link, so that there are no others
+            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as files:
+                if len(list(islice(files, MAX_FILES + 1))) > MAX_FILES:
+                    return "files"
         return ""
-
-
-def _has_more_files(folder: str | Path) -> bool:
-    """Than MAX_FILES, in all folders. There are no symbolic links: the filter refuses to make them."""
-    left = MAX_FILES
-    for _, folders, files in os.walk(folder):
-        left -= len(folders) + len(files)
-        if left < 0:
-            return True
-    return False
 
 
 @cache

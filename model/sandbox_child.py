@@ -26,8 +26,7 @@ CAPABILITIES_3 = 0x20080522
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 VERSION_FLAG, PATH_BENEATH = 1, 1
 WRITE_FILE, READ_FILE, READ_FOLDER = 1 << 1, 1 << 2, 1 << 3
-REMOVE_FOLDER, REMOVE_FILE, MAKE_FOLDER, MAKE_FILE = 1 << 4, 1 << 5, 1 << 7, 1 << 8
-REFER, TRUNCATE = 1 << 13, 1 << 14
+REMOVE_FILE, MAKE_FILE, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of rights by version; later ones have 16
 NETWORK_SINCE, SCOPES_SINCE = 4, 6
 
@@ -54,7 +53,6 @@ def main() -> None:
         _drop_capabilities(libc)
         _confine_files(readable, writable, libc)
     _set_limits(request["limits"])
-    _prepare_streams()
     program = _program(request["code"])
     _filter_system_calls(request["filter"], libc)
     program()
@@ -92,9 +90,9 @@ def _confine_files(readable: tuple[str, ...], writable: str, libc: ctypes.CDLL) 
     attributes = (ctypes.c_uint64 * 3)(handled, network, scopes)
     size = 8 * (1 + (version >= NETWORK_SINCE) + (version >= SCOPES_SINCE))
     rules = _check(libc.syscall(CREATE_RULESET, attributes, size, 0), "Landlock's rules")
-    own = READ_FILE | READ_FOLDER | WRITE_FILE | REMOVE_FILE | REMOVE_FOLDER | MAKE_FILE | MAKE_FOLDER
+    own = READ_FILE | READ_FOLDER | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE
     allowed = dict.fromkeys(readable, READ_FILE | READ_FOLDER)
-    allowed |= {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE, writable: own | REFER | TRUNCATE}
+    allowed |= {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE, writable: own}
     for path, rights in allowed.items():
         if not os.path.exists(path):
             continue
@@ -125,12 +123,6 @@ def _filter_system_calls(program: bytes, libc: ctypes.CDLL) -> None:
     _check(libc.prctl(SECCOMP, FILTER, ctypes.byref(rows), 0, 0), "seccomp")
 
 
-def _prepare_streams() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        # each write at once: both keep their order, and nothing is lost when the process is killed
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", write_through=True)
-
-
 def _program(code: bytes) -> types.FunctionType:
     """A function that runs the code as Python runs a file."""
     text = code.decode("utf-8", "replace")
@@ -138,6 +130,7 @@ def _program(code: bytes) -> types.FunctionType:
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, [NAME]
     sys.excepthook = _show
+    sys.stdout.reconfigure(errors="backslashreplace")  # as of standard error
     os.environ.clear()
     return lambda: exec(compile(code, NAME, "exec", dont_inherit=True), module.__dict__)
 

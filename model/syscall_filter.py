@@ -37,8 +37,8 @@ ALLOWED: Numbers = {
     "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None),
     "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78),
     "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
-    "fchdir": (81, 50), "umask": (95, 166), "creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34),
-    "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
+    "fchdir": (81, 50), "umask": (95, 166), "creat": (85, None), "unlink": (87, None),
+    "unlinkat": (263, 35), "rename": (82, None),
     "renameat": (264, 38), "renameat2": (316, 276),
     # waiting for them
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
