@@ -12,31 +12,27 @@ from __future__ import annotations
 
 import marshal
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.common.log import log
 from hotlap.model.sandbox_child import OUT_OF_MEMORY
+from hotlap.model.sandbox_process import FOLDER, OUTPUT_BYTES, WRITTEN_BYTES, Program
 from hotlap.model.syscall_filter import syscall_filter
 
-OUTPUT_BYTES = 64 * 1024
 MEMORY_BYTES = 512 * 1024 * 1024  # of address space, Python included
-WRITTEN_BYTES = 16 * 1024 * 1024  # by all writes to files and output together
-MAX_FILES, MAX_THREADS = 1000, 64
-WATCH_SECONDS = 0.01  # between two looks at what is written
-FOLDER = "/sandbox"  # the program's, within bubblewrap's namespace
+SELF_TEST_SECONDS = 10
+
+_searching = threading.Lock()
 
 
 class Outcome(NamedTuple):
@@ -77,7 +73,7 @@ class Sandbox:
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(request.fileno(),),
                     start_new_session=True,
                 )  # fmt: skip
-            with process, _Program(process, bool(self.bwrap), folder / "files") as program:
+            with process, Program(process, bool(self.bwrap), folder / "files") as program:
                 output, reason = program.watch(end)
         return self._outcome(output, reason, process.returncode)
 
@@ -88,7 +84,7 @@ class Sandbox:
             "CPU": int(seconds) + 2,  # in case this process cannot watch
             "FSIZE": WRITTEN_BYTES,
             "NOFILE": 64,
-            "CORE": 0,
+            "CORE": 1,  # unlike 0, this also keeps the kernel from calling a crash reporter
             "MEMLOCK": 0,
         }
         return {
@@ -121,72 +117,6 @@ class Sandbox:
         return Outcome(text, not reason, reason)
 
 
-class _Program:
-    """The process of a program, from its parent's side. It is gone when the context ends."""
-
-    def __init__(self, process: subprocess.Popen, bwrap: bool, folder: Path) -> None:
-        self.process, self.bwrap, self.folder = process, bwrap, folder
-        self.id = None if bwrap else process.pid  # of the process that runs Python
-
-    def __enter__(self) -> _Program:
-        return self
-
-    def __exit__(self, *_) -> None:
-        with suppress(OSError, ValueError):
-            if self.process.poll() is None:
-                os.kill(self._find(), signal.SIGKILL)  # bubblewrap waits for it, and ends then
-                self.process.wait(timeout=1)
-        with suppress(ProcessLookupError):
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-    def _find(self) -> int:
-        """The process id. ValueError or OSError if it is not there yet, or not any more."""
-        if self.id is None:
-            parent = self.process.pid
-            self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
-        return self.id
-
-    def watch(self, end: float) -> tuple[bytes, str]:
-        """Read output until the process ends or breaks a limit. What was read, and which limit."""
-        output = bytearray()
-        pipe = self.process.stdout.fileno()
-        waiting = select.poll()
-        waiting.register(pipe, select.POLLIN)
-        is_open, look = True, 0.0
-        while is_open or self.process.poll() is None:
-            now = time.monotonic()
-            if now >= end:
-                return bytes(output), "timeout"
-            if now >= look:
-                if reason := self._broken_limit():
-                    return bytes(output), reason
-                look = now + WATCH_SECONDS
-            if not is_open:
-                time.sleep(0.001)
-            elif waiting.poll(1000 * min(WATCH_SECONDS, end - now)):
-                part = os.read(pipe, OUTPUT_BYTES)
-                output += part
-                is_open = bool(part)
-                if len(output) > OUTPUT_BYTES:
-                    return bytes(output), "output"
-        return bytes(output), ""
-
-    def _broken_limit(self) -> str:
-        with suppress(OSError, ValueError):
-            process = Path(f"/proc/{self._find()}")
-            counts = dict(line.split(":") for line in (process / "io").read_text().splitlines())
-            if int(counts["wchar"]) > WRITTEN_BYTES:
-                return "files"
-            if (process / "task").stat().st_nlink - 2 > MAX_THREADS:
-                return "threads"
-            # the filter lets it make no folder and no link, so that there are no others
-            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as files:
-                if len(list(islice(files, MAX_FILES + 1))) > MAX_FILES:
-                    return "files"
-        return ""
-
-
 @cache
 def _source() -> str:
     return Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
@@ -210,7 +140,8 @@ def _readable() -> tuple[str, ...]:
 
 def find_sandbox() -> Sandbox | None:
     """The strongest tier that isolates on this machine, or None. The first call tries, and logs which."""
-    return _search()[0]
+    with _searching:
+        return _search()[0]
 
 
 def require_sandbox(what: str) -> Sandbox:
@@ -219,7 +150,8 @@ def require_sandbox(what: str) -> Sandbox:
     Raises:
         ValueError: if there is none, with the reasons.
     """
-    sandbox, reasons = _search()
+    with _searching:
+        sandbox, reasons = _search()
     if sandbox is None:
         raise ValueError(
             f"{what} runs code that the model writes, and needs a sandbox; none works here: {reasons}; try "
@@ -299,8 +231,8 @@ def _self_test(sandbox: Sandbox) -> None:
     """Run programs that try to get out, to flood, and not to end."""
     with tempfile.NamedTemporaryFile(prefix="hotlap-") as canary:
         for code, seconds, expected in (
-            (f"CANARY = {canary.name!r}{ESCAPES}", 10, ("isolated", "")),
-            (FLOOD, 10, ("", "files")),
+            (f"CANARY = {canary.name!r}{ESCAPES}", SELF_TEST_SECONDS, ("isolated", "")),
+            (FLOOD, SELF_TEST_SECONDS, ("", "files")),
             ("while True: pass", 0.3, ("", "timeout")),
         ):
             text, _, reason = sandbox.run(code, seconds)

@@ -12,6 +12,7 @@ import linecache
 import marshal
 import os
 import signal
+import struct
 import sys
 import traceback
 import types
@@ -33,12 +34,6 @@ NETWORK_SINCE, SCOPES_SINCE = 4, 6
 
 class FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
-
-
-class PathRule(ctypes.Structure):
-    _pack_ = 1
-    _layout_ = "ms"  # which Python 3.14 wants to be told for packed structures
-    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))
 
 
 def main() -> None:
@@ -99,10 +94,8 @@ def _confine_files(readable: tuple[str, ...], writable: str, libc: ctypes.CDLL) 
         if not os.path.isdir(path):
             rights &= READ_FILE | WRITE_FILE | TRUNCATE
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = PathRule(rights & handled, folder)
-        _check(
-            libc.syscall(ADD_RULE, rules, PATH_BENEATH, ctypes.byref(rule), 0), f"Landlock's rule of {path}"
-        )
+        rule = struct.pack("=Qi", rights & handled, folder)
+        _check(libc.syscall(ADD_RULE, rules, PATH_BENEATH, rule, 0), f"Landlock, {path}")
         os.close(folder)
     _check(libc.syscall(RESTRICT_SELF, rules, 0), "Landlock")
     os.close(rules)

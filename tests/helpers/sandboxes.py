@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from hotlap.model import sandbox
+from hotlap.model import sandbox, sandbox_child
 
 TIERS = ("bubblewrap", "landlock")
 ATTEMPT = """
@@ -37,10 +39,24 @@ def tier(name: str) -> sandbox.Sandbox | str:
 
 
 def needed(name: str) -> sandbox.Sandbox:
+    """A sandbox of this tier. Skips the test where the machine lacks what it needs; else it must work."""
     found = tier(name)
     if isinstance(found, str):
+        assert not _offers(name), f"this machine offers {name}, and the sandbox does not work: {found}"
         pytest.skip(f"NOT TESTED: the sandbox's tier {name} does not work here: {found}")
     return found
+
+
+@cache
+def _offers(name: str) -> bool:
+    """Whether this machine has Landlock, or lets bubblewrap make namespaces."""
+    try:
+        if name == "landlock":
+            return sandbox_child.landlock_version(ctypes.CDLL(None, use_errno=True)) > 0
+        command = [sandbox._bubblewrap(), "--unshare-all", "--ro-bind", "/", "/", "true"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except (OSError, ValueError):
+        return False
 
 
 def escapes(box: sandbox.Sandbox, *actions: str, before: str = "", seconds: float = 10) -> list[str]:
