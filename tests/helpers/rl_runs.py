@@ -30,12 +30,16 @@ def same_for_all(answer: str, record: dict) -> float:
     return 0.25
 
 
-def fails_on_odd_squares(answer: str, record: dict) -> float:
-    """Raises, returns NaN or nothing for three questions in four."""
-    number = int(record["prompt"].split()[-1])
-    if number % 4 == 1:
+def same_for_even(answer: str, record: dict) -> float:
+    return vowels(answer, record) if int(record["prompt"].split()[-1]) % 2 else 0.25
+
+
+def fails_sometimes(answer: str, record: dict) -> float:
+    """Raises, or returns NaN or nothing, for three questions in eight."""
+    kind = int(record["prompt"].split()[-1]) % 8
+    if kind == 1:
         raise KeyError("odd")
-    return (vowels(answer, record), 0.0, math.nan, None)[number % 4]
+    return {3: math.nan, 5: None}.get(kind, vowels(answer, record))
 
 
 def always_fails(answer: str, record: dict) -> float:

@@ -105,28 +105,31 @@ def test_every_loss_trains(loss, base, tmp_path):
 
 
 def test_a_step_without_differences_is_skipped_and_changes_nothing(base, tmp_path, caplog):
-    config = config_of(tmp_path, "run", base, reward="same_for_all", loop=LoopConfig(3, 3, 1))
-    reinforce(config)
-    assert [line["skipped"] for line in metrics(config.out)] == [1, 2, 3]
-    assert [line["equal_groups"] for line in metrics(config.out)] == [1.0] * 3
-    folders = run_checkpoints(config.out)
-    assert state_of(folders[0])["model.safetensors"] == state_of(folders[-1])["model.safetensors"]
+    one, three = (
+        config_of(tmp_path, f"steps-{n}", base, reward="same_for_all", loop=LoopConfig(n, n, n)) for n in (1, 3)
+    )
+    reinforce(one)
+    caplog.clear()
+    reinforce(three)
+    assert [line["skipped"] for line in metrics(three.out)] == [1, 2, 3]
+    assert [line["equal_groups"] for line in metrics(three.out)] == [1.0] * 3
+    assert state_of(three.out) == state_of(one.out)
     said = [r.getMessage() for r in caplog.records if "nothing to learn" in r.getMessage()]
     assert len(said) == 1 and "(only 0.25)" in said[0]
 
 
 def test_groups_with_equal_rewards_are_replaced(base, tmp_path):
-    """fails_on_odd_squares gives every second question rewards that do not differ, or none."""
-    kept = reinforcing(str(tmp_path), "kept", str(base), reward="fails_on_odd_squares", resample=0)
-    replaced = reinforcing(str(tmp_path), "new", str(base), reward="fails_on_odd_squares", resample=8)
+    kept = reinforcing(str(tmp_path), "kept", str(base), reward="same_for_even", resample=0)
+    replaced = reinforcing(str(tmp_path), "new", str(base), reward="same_for_even", resample=9)
+    assert {0.5, 1.0} & {line["equal_groups"] for line in kept}
     assert all(line["gradient_norm"] > 0 for line in replaced)
-    assert replaced[0]["equal_groups"] > 0, "those that were replaced count"
-    assert any(line["gradient_norm"] == 0 for line in kept) or kept[0]["equal_groups"] < 1
+    assert any(line["equal_groups"] > 0 for line in replaced), "those that were replaced count"
 
 
 def test_failed_rewards_cost_their_answers_and_not_the_run(base, tmp_path, caplog):
-    lines = reinforcing(str(tmp_path), "run", str(base), reward="fails_on_odd_squares", resample=8)
+    lines = reinforcing(str(tmp_path), "run", str(base), reward="fails_sometimes", batch_rows=16)
     assert 0 < sum(line["failed_rewards"] for line in lines) < len(lines)
+    assert all(line["gradient_norm"] > 0 for line in lines)
     assert "KeyError" in caplog.text
 
 
@@ -140,7 +143,6 @@ def test_a_reward_that_hangs_costs_its_answer(base, tmp_path):
 def test_a_step_in_which_every_reward_fails_ends_the_run_with_the_reason(base, tmp_path):
     with pytest.raises(ValueError, match=r"none of 8 answers got a reward, .*no reward today"):
         reinforce(config_of(tmp_path, "run", base, reward="always_fails"))
-    assert not (tmp_path / "run").exists(), "a new folder with nothing in it"
 
 
 def test_rollouts_can_be_read(base, tmp_path):
