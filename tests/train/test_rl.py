@@ -92,7 +92,7 @@ def test_an_update_starts_at_a_ratio_of_exactly_one_and_moves_away(base, tmp_pat
         reinforcing(str(tmp_path), f"updates-{updates}", str(base), updates=updates, kl=0.1)
         for updates in (1, 2)
     )
-    assert (twice[0]["loss"], twice[0]["kl"]) == (once[0]["loss"], once[0]["kl"]) == (twice[0]["loss"], 0.0)
+    assert twice[0]["loss"] == once[0]["loss"] and twice[0]["kl"] == once[0]["kl"] == 0
     assert twice[1]["reward"] == twice[0]["reward"], "the second update has the same answers"
     assert twice[1]["engine_kl"] > 0 == twice[2]["engine_kl"], "by which the weights have moved"
     assert once[-1]["kl"] > 0
@@ -106,7 +106,8 @@ def test_every_loss_trains(loss, base, tmp_path):
 
 def test_a_step_without_differences_is_skipped_and_changes_nothing(base, tmp_path, caplog):
     one, three = (
-        config_of(tmp_path, f"steps-{n}", base, reward="same_for_all", loop=LoopConfig(n, n, n)) for n in (1, 3)
+        config_of(tmp_path, f"steps-{n}", base, reward="same_for_all", loop=LoopConfig(n, n, n))
+        for n in (1, 3)
     )
     reinforce(one)
     caplog.clear()
