@@ -41,7 +41,8 @@ def reinforce(config: RLConfig) -> dict[str, float]:
     """Train on all ranks, and return the last metrics."""
     config = config.validate()
     check_prompt_data(config.data, config.reward)
-    check_tools(config.tools)
+    if config.tools:
+        check_tools(config.tools)
     rewards = rewards_of(config.data, config.reward)
     with joined() as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
         base, shape, tokenizer = open_model(config.base)
@@ -95,9 +96,8 @@ def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConf
     if split == "validation":
         count = min(config.validation_questions, len(prompts))
         prompts = random.Random(0).sample(prompts, count)
-    tools = {
-        name: named_tools(tools_of(name, config.tools)) for name in {prompt.source for prompt in prompts}
-    }
+    names = {prompt.source: tools_of(prompt.source, config.tools) for prompt in prompts}
+    tools = {source: named_tools(own) if own else {} for source, own in names.items()}
     found, left_out = questions_of(prompts, tools, tokenizer, shape.context)
     if left_out:
         log.warning(
