@@ -1,46 +1,53 @@
-"""Tests of code: how many pass, in a sandbox that is stood in for."""
-
-from types import SimpleNamespace
+"""Code and its tests in the sandbox: what passes, and what only ends well."""
 
 import pytest
-from helpers.fake_sandbox import Outcome
 
+from hotlap.model.sandbox import find_sandbox
 from hotlap.train.rewards.unit_tests import count_passed, run_tests
 
-CODE = "def half(x):\n    print('half of', x)\n    return x / 2"
-TESTS = ["assert half(2) == 1", "assert half(2) == 2", "half()", "assert half(0) == 0"]
+TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0\n"
+GOOD = "def add(a, b):\n    return a + b\n"
 
 
-def sandbox(capfd, **changed):
-    """Runs trusted code here."""
-
-    def run(program: str, seconds: float) -> Outcome:
-        try:
-            exec(program, {})
-        except BaseException as error:
-            return Outcome(capfd.readouterr().out + repr(error), False, "exit code 1")
-        return Outcome(capfd.readouterr().out, True, "")._replace(**changed)
-
-    return SimpleNamespace(run=run)
-
-
-def test_tests_are_counted_one_by_one_whatever_is_printed(capfd):
-    assert count_passed(sandbox(capfd), CODE, TESTS) == 2
-    assert run_tests(sandbox(capfd), CODE, TESTS[0])
-    assert not run_tests(sandbox(capfd), CODE, "\n".join(TESTS))
+@pytest.fixture(scope="module")
+def sandbox():
+    found = find_sandbox()
+    if found is None:
+        pytest.skip("no sandbox works on this machine")
+    return found
 
 
 @pytest.mark.parametrize(
-    "code", ["def half(:", "raise SystemExit", "half = exit", "def half(x): raise SystemExit"]
-)
-def test_code_that_ends_early_passes_nothing(code, capfd):
-    assert count_passed(sandbox(capfd), code, TESTS) == 0
+    "code",
+    [
+        GOOD, "from operator import add", GOOD + "print('done')", GOOD + "print('no newline', end='')",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass P:\n    x: int\n"
+        "def add(a: int, b: int) -> int:\n    return P(a).x + b\n",
+        GOOD + "if __name__ == '__main__':\n    input()\n", GOOD + "s = 'é \\u2028 \"\"\"'\n",
+    ],
+)  # fmt: skip
+def test_right_code_passes(sandbox, code):
+    assert run_tests(sandbox, code, TESTS)
 
 
-def test_code_that_breaks_a_limit_passes_nothing(capfd):
-    assert count_passed(sandbox(capfd, ok=False, reason="timeout"), CODE, TESTS) == 0
+@pytest.mark.parametrize(
+    "code",
+    [
+        "", "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return 5\n", "def add(a, b:",
+        "return 5",
+        "import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit", "quit()",
+        GOOD + "import sys\nsys.stdout = None\nsys.__stdout__.close()",
+        "def add(a, b):\n    while True: pass\n",
+        "print('ok' * 10**6)", "def add(a, b):\n    raise SystemExit(0)\n",
+    ],
+)  # fmt: skip
+def test_code_that_is_wrong_or_ends_before_its_tests_fails(sandbox, code):
+    assert not run_tests(sandbox, code, TESTS, seconds=2)
 
 
-def test_code_cannot_print_that_its_tests_passed(capfd):
-    said = "print('passed 4'); print(sorted(globals()))"
-    assert count_passed(sandbox(capfd), said, TESTS) == 0
+def test_tests_are_counted_one_by_one(sandbox):
+    tests = ["assert add(1, 1) == 2", "assert add(1, 1) == 3", "add()", "assert add(0, 0) == 0", "x ="]
+    assert count_passed(sandbox, GOOD + "print('passed 5')\n", tests) == 2
+    assert count_passed(sandbox, GOOD, [*tests, "raise SystemExit"]) == 0
+    assert count_passed(sandbox, "def add(", tests) == 0
