@@ -2,26 +2,25 @@
 
 `model/sandbox.py` starts it as `python -I -S -c SOURCE DESCRIPTOR`, so it imports the standard library alone.
 The descriptor is a file with the marshalled request: the program and what it may use. If a right cannot be
-taken away, this ends before the program starts.
+taken away, this ends before the program starts. What takes long to import is imported when it is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import linecache
 import marshal
 import os
-import signal
 import struct
 import sys
-import traceback
 import types
 
 NAME = "program.py"  # of the program, in tracebacks
 OUT_OF_MEMORY = 71  # the exit code; as in common/errors.py
+SPARE_MEMORY = 32 * 1024 * 1024  # bytes to show the error with
 
 # of prctl, seccomp, and capset
 PARENT_DEATH_SIGNAL, SECCOMP, FILTER, NO_NEW_PRIVILEGES = 1, 22, 2, 38
+KILL = 9
 CAPABILITIES_3 = 0x20080522
 # Landlock: system calls, which have these numbers on all architectures, and access rights by the bit of each
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
@@ -61,7 +60,7 @@ def _check(result: int, what: str) -> int:
 
 
 def _end_with(parent: int, libc: ctypes.CDLL) -> None:
-    _check(libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "end with the parent")
+    _check(libc.prctl(PARENT_DEATH_SIGNAL, KILL, 0, 0, 0), "end with the parent")
     if os.getppid() != parent:  # it has ended before we asked
         os._exit(1)
 
@@ -107,8 +106,9 @@ def _set_limits(limits: dict[str, int]) -> None:
     for name, limit in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+        hard = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        soft = hard - SPARE_MEMORY if name == "AS" else hard
+        resource.setrlimit(kind, (soft, hard))
 
 
 def _filter_system_calls(program: bytes, libc: ctypes.CDLL) -> None:
@@ -118,18 +118,26 @@ def _filter_system_calls(program: bytes, libc: ctypes.CDLL) -> None:
 
 def _program(code: bytes) -> types.FunctionType:
     """A function that runs the code as Python runs a file."""
-    text = code.decode("utf-8", "replace")
-    linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, [NAME]
-    sys.excepthook = _show
+    sys.excepthook = lambda *error: _show(code, *error)
     sys.stdout.reconfigure(errors="backslashreplace")  # as of standard error
     os.environ.clear()
     return lambda: exec(compile(code, NAME, "exec", dont_inherit=True), module.__dict__)
 
 
-def _show(kind: type[BaseException], error: BaseException, place: types.TracebackType | None) -> None:
+def _show(code: bytes, kind: type, error: BaseException, place: types.TracebackType | None) -> None:
     """Print the traceback from the program's first line on."""
+    if isinstance(error, MemoryError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    import linecache
+    import traceback
+
+    text = code.decode("utf-8", "replace")
+    linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
     while place and place.tb_frame.f_code.co_filename != NAME:
         place = place.tb_next
     traceback.print_exception(kind, error, place)

@@ -46,8 +46,7 @@ def test_code_that_is_wrong_or_ends_before_its_tests_fails(sandbox, code):
     assert not run_tests(sandbox, code, TESTS, seconds=2)
 
 
-def test_tests_are_counted_one_by_one(sandbox):
-    tests = ["assert add(1, 1) == 2", "assert add(1, 1) == 3", "add()", "assert add(0, 0) == 0", "x ="]
-    assert count_passed(sandbox, GOOD + "print('passed 5')\n", tests) == 2
-    assert count_passed(sandbox, GOOD, [*tests, "raise SystemExit"]) == 0
-    assert count_passed(sandbox, "def add(", tests) == 0
+def test_tests_are_counted_one_by_one_whatever_is_printed(sandbox):
+    tests = ["assert add(2, 3) == 5", "assert add(2, 3) == 6", "add()", "assert add(0, 0) == 0"]
+    assert count_passed(sandbox, "def add(a, b):\n    print('sum')\n    return a + b", tests) == 2
+    assert count_passed(sandbox, "print('passed 4'); print(sorted(globals()))", tests) == 0
