@@ -13,6 +13,7 @@ from helpers.bad_files import (
     MANY,
     PDF,
     PRETRAIN,
+    RL,
     SFT,
     ZIP,
     Row,
@@ -32,6 +33,7 @@ USER, ASSISTANT, SYSTEM = ("user", "a"), ("assistant", "b"), ("system", "c")
 CALL = {"role": "assistant", "content": [{"type": "python", "text": "1"}]}
 SHARDS = PRETRAIN.replace("characters", "tokenizer.json") + " --data bad"
 TALKS = f"{SFT} --data a.jsonl"
+ASK = "rl --base sft --out new"
 
 PAIR = {"prompt": "square of 2", "chosen": "is 4.", "rejected": "is 5."}
 ROWS: list[Row] = [
@@ -158,4 +160,20 @@ ROWS: list[Row] = [
     (DPO, lines("a.jsonl", PAIR | {"chosen": "is 4" * 40}), BAD_DATA, r"no pair can be learned from: 1 of 1 pairs are longer than the model's context of 32 tokens"),
     (DPO, lines("a.jsonl", {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}), BAD_DATA, r"a\.jsonl:1: the prompts of 'chosen' and 'rejected' differ in message 0"),
     ("dpo --base base --data a.jsonl --out new", lines("a.jsonl", PAIR), USAGE, r"--base base is a base model, which does not converse; fine-tune it with `hotlap sft`"),
+    # prompts for reinforcement learning, and their rewards
+    (f"{ASK} --data speling", None, NO_INPUT, r"no prompts at speling; did you mean spelling\?"),
+    (f"{ASK} --data none.jsonl", None, NO_INPUT, r"no prompts at none\.jsonl; name a \.jsonl"),
+    (f"{ASK} --data sums sums", None, USAGE, r"the data sums is there twice"),
+    (f"{ASK} --data sums:2", None, USAGE, r"sums:2 has a weight.*write sums"),
+    (f"{ASK} --data a", folder("a"), BAD_DATA, r"a is a folder; name a file in it"),
+    (f"{ASK} --data a.jsonl", lines("a.jsonl", {"prompt": "a"}), USAGE, r"a\.jsonl is a file, which needs --reward"),
+    (RL, text("a.jsonl", "\n"), BAD_DATA, r"a\.jsonl holds no prompt; each line"),
+    (RL, lines("a.jsonl", {"prompt": "a"}, {"answer": "b"}), BAD_DATA, r"a\.jsonl:2: no 'prompt'"),
+    (RL, lines("a.jsonl", {"question": "a"}), BAD_DATA, r"a\.jsonl:1: .*rename 'question' to 'prompt'"),
+    (RL, lines("a.jsonl", {"prompt": [{"role": "system", "content": "a"}]}), BAD_DATA, r"a\.jsonl:1: .*ends with a message from 'system'"),
+    (f"{ASK} --data sums --reward length", None, USAGE, r"'length' must be package\.module:function"),
+    (f"{ASK} --data sums --reward no_such_module:f", None, USAGE, r"no module no_such_module"),
+    (f"{ASK} --data sums --reward operator:eqq", None, USAGE, r"operator has no function eqq; did you mean eq\?"),
+    (f"{ASK} --data sums --reward operator:neg", None, USAGE, r"operator:neg takes .*must take an answer"),
+    (f"{ASK} --data sums --reward math:pi", None, USAGE, r"math:pi is float, not a function"),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.common.errors import DataError
@@ -130,9 +131,9 @@ def names(split: str, seed: int) -> Iterator[tuple[str, dict]]:
     return answered(asked)
 
 
-def word_problems(path) -> Iterator[tuple[str, dict]]:
-    for _, (problem, *_, solution) in gsm8k.conversations_of(path):
-        yield problem["content"], {"answer": gsm8k.answer_of(solution["content"])}
+def word_problems(path: Path) -> Iterator[tuple[str, dict]]:
+    for _, problem, solution in gsm8k.problems_of(path):
+        yield problem, {"answer": gsm8k.answer_of(solution)}
 
 
 SOURCES = {

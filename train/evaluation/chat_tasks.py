@@ -74,8 +74,8 @@ def choices_in(path: Path) -> Iterator[Question]:
 
 
 def problems_in(path: Path) -> Iterator[Question]:
-    for _, (problem, *_, solution) in gsm8k.conversations_of(path):
-        yield Question(problem["content"], gsm8k.answer_of(solution["content"]))
+    for _, problem, solution in gsm8k.problems_of(path):
+        yield Question(problem, gsm8k.answer_of(solution))
 
 
 def is_solved(answer: str, expected: str) -> bool:

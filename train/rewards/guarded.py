@@ -130,6 +130,7 @@ class Guarded:
         """The reward of each sample, or why it has none. The first failure of a kind is logged, then every
         tenth, hundredth, and so on.
         """
+        assert self.processes, "closed"
         found: dict[int, float | Failure] = {}
         waiting = deque(range(len(samples)))
         grow_at = time.monotonic() + GROW

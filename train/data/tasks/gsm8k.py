@@ -28,20 +28,26 @@ def conversations_of(path: Path) -> Iterator[tuple[str, list[dict]]]:
     are no calls is logged. DataError names the place of a row without question or answer.
     """
     calls = left = 0
-    for number, row in enumerate(parquet_rows(path), 1):
-        question, solution = row.get("question"), row.get("answer")
-        if not isinstance(question, str) or not isinstance(solution, str) or answer_of(solution) is None:
-            raise DataError(f"{path}:{number}: needs a question, and a solution with #### and a number, "
-                            f"not {shown(row)}")  # fmt: skip
+    for place, question, solution in problems_of(path):
         messages = conversation(question, solution)
         made = sum("tool_calls" in message for message in messages)
         calls, left = calls + made, left + len(MARK.findall(solution)) - made
-        yield f"{path}:{number}", messages
+        yield place, messages
     if left:
         log.info(
             "%s: %d calls of the calculator; %d other marks are left out, whose result it does not confirm",
             path.name, calls, left,
         )  # fmt: skip
+
+
+def problems_of(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Place, question and solution of each problem in a parquet file of GSM8K."""
+    for number, row in enumerate(parquet_rows(path), 1):
+        question, solution = row.get("question"), row.get("answer")
+        if not isinstance(question, str) or not isinstance(solution, str) or answer_of(solution) is None:
+            raise DataError(f"{path}:{number}: needs a question, and a solution with #### and a number, "
+                            f"not {shown(row)}")  # fmt: skip
+        yield f"{path}:{number}", question.strip(), solution
 
 
 def conversation(question: str, solution: str) -> list[dict]:
