@@ -133,7 +133,7 @@ def test_the_first_note_says_whether_answers_are_filtered(workplace, tmp_path):
 def test_python_without_a_sandbox_is_refused_before_the_model_is_loaded(workplace, monkeypatch):
     FakeSandbox(None).install(monkeypatch)
     monkeypatch.setattr("hotlap.model.weights.load_model", lambda *given: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="the tool python runs code .* and needs a sandbox"):
+    with pytest.raises(ValueError, match=r"the tool python runs code .* and needs a sandbox"):
         program.open_session(ChatConfig(model=workplace / "runs" / "talker", prompt="hi", tools=("python",)))
 
 

@@ -144,7 +144,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 def test_python_without_a_sandbox_is_refused_before_the_model_is_loaded(run, monkeypatch):
     FakeSandbox(None).install(monkeypatch)
     monkeypatch.setattr(command, "load", lambda *given: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="the tool python runs code .* and needs a sandbox"):
+    with pytest.raises(ValueError, match=r"the tool python runs code .* and needs a sandbox"):
         command.main(ServeConfig(model=run, port=0, tools=("python",)))
 
 
