@@ -27,9 +27,7 @@ def prompt(text: str = "What is 2 + 3?") -> Prompt:
     return Prompt([{"role": "user", "content": text}], {"answer": "5"}, "a", "a:1")
 
 
-def answer_of(
-    t, said: list[int], tools: tuple[str, ...] = ("calculator",), reward=lambda text: 1.0, **limits
-):
+def answer_of(t, said: list[int], tools=("calculator",), reward=lambda text: 1.0, max_tokens: int = 40):
     """The answer of a model that says these ids, and the length of its prompt."""
     offered = {"a": named_tools(tools) if tools else {}}
     (question,), _ = questions_of([prompt()], offered, t, 64)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
+from hotlap.train.data.tasks.humaneval import code_blocks
 from hotlap.train.rewards.unit_tests import count_passed
 from hotlap.train.rewards.verifiers import PARTIAL
-
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def passing(answer: str, record: dict) -> float:
@@ -24,5 +21,5 @@ def passing(answer: str, record: dict) -> float:
 
 def code_of(answer: str) -> str:
     """The last block of Python in an answer, or all of an answer without one."""
-    blocks = BLOCK.findall(answer)
+    blocks = code_blocks(answer)
     return blocks[-1] if blocks else answer

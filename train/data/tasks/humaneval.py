@@ -53,13 +53,18 @@ class Problem(NamedTuple):
         other functions of the prompt stay.
         """
         whole = re.compile(rf"^def {re.escape(self.entry_point)}\b", re.MULTILINE)
-        blocks = BLOCK.findall(answer)
+        blocks = code_blocks(answer)
         code = next(filter(whole.search, blocks), blocks[0] if blocks else answer)
         if not whole.search(code):
             lines = code.strip("\n")
             # answers lose the spaces at their beginning, where a body has some
             code = lines if lines.startswith((" ", "\t")) else as_body(lines)
         return f"{self.prompt.rstrip()}\n{code}\n"
+
+
+def code_blocks(answer: str) -> list[str]:
+    """The blocks of Python in an answer."""
+    return BLOCK.findall(answer)
 
 
 def as_body(code: str) -> str:
