@@ -1,7 +1,8 @@
 """Generation: requests that share forward passes.
 
 Each request has its own random numbers and tools. Its answer does not depend on the other requests in the
-batch, except that matmuls of different shapes may round differently.
+batch, except that matmuls of different shapes may round differently: not so in `batch_invariant()`, where a
+training pass also gives the same log-probabilities to the last bit.
 """
 # B requests that get a token, E prompt tokens that are scored, N tokens of a pass, V vocab
 

@@ -6,14 +6,9 @@
 #define SUMS 24 /* at most, at once */
 #define COLUMNS_AT_ONCE 8 /* sums of one row, of which none waits for its last addition */
 #define ROWS_AT_ONCE 48 /* that a cache keeps, while the columns are read once */
-#if LANES < 16
-#define TALL 4 /* rows of a block of four columns: as many sums as there are registers for */
-#elif PARTS > 2
-#define TALL 2
-#elif PARTS > 1
-#define TALL 4
-#else
-#define TALL 6
+#undef TALL
+#if (defined(__AVX512F__) || defined(__aarch64__)) && PARTS <= 2
+#define TALL (8 - 2 * PARTS) /* rows of a block of four columns, which 32 registers hold */
 #endif
 
 /* A row of x (D,) as floats in the order in which w is widened, times scale, and zeros up to a multiple of SPAN. */
@@ -72,7 +67,9 @@ static void NAME(products)(const float *x, int64_t depth, const WEIGHT *w, int64
             NAME(block)(x + r * depth, depth, w + n * w_n, w_n, D, ROWS, COLUMNS, y + r * COLUMNS_AT_ONCE + n);
     int64_t r = 0;
     if (columns == COLUMNS_AT_ONCE) {
+#ifdef TALL
         ALL(TALL, 4)
+#endif
         ALL(4, 2)
         ALL(2, 4)
         ALL(1, 8)

@@ -120,3 +120,39 @@ def test_without_the_mode_they_differ_in_the_last_bits(random_model, tiny_tokeni
     (row,) = rows_of([request])
     expected, given = training_logprobs(model, [row])[0][3:], [token.logprob for token in request.tokens]
     assert expected != given and given == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+@pytest.mark.parametrize("shape", ["every extra", "grouped heads"])
+def test_gradients_are_those_without_the_mode(shape, lora, random_model):
+    model = random_model(tiny_config(**SHAPES[shape]))
+    model = adapted(model) if lora else model
+    ids = torch.randint(320, (3, 41), generator=torch.Generator().manual_seed(0))
+    factors = torch.randn(120, generator=torch.Generator().manual_seed(1))  # as of a policy gradient
+    starts = torch.tensor([[0] * 40, [0] * 15 + [15] * 25, [0] * 40])
+    parameters, found = [p for p in model.parameters() if p.requires_grad], []
+    for on in (True, False):
+        with batch_invariant(on):
+            losses = model(ids[:, :-1], ids[:, 1:], reduction="none", document_start=starts)
+            found.append(torch.autograd.grad(losses @ factors, parameters))
+    largest = max(float(plain.norm()) for plain in found[1])  # some gradients nearly cancel
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() < 1e-4 * plain.norm() + 1e-6 * largest
+    assert not all(map(torch.equal, *found))  # the mode was on
+
+
+def test_bfloat16_has_equal_bits_too(random_model, tiny_tokenizer):
+    model = random_model(tiny_config(), compute_dtype=torch.bfloat16)
+    requests = answered(model, tiny_tokenizer, random.Random(0), 20, 50)
+    assert_equal_bits(requests, training_logprobs(model, rows_of(requests)))
+
+
+def test_each_row_of_a_batch_has_the_bits_that_it_has_alone(random_model):
+    """Logits, wherever the row stands, and whatever follows."""
+    model = random_model(tiny_config())
+    ids = torch.randint(320, (5, 33), generator=torch.Generator().manual_seed(0))
+    with batch_invariant():
+        logits = model(ids)
+        for row in range(5):
+            for length in (1, 20, 33):
+                assert torch.equal(model(ids[row : row + 1, :length])[0], logits[row, :length])
