@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from hotlap.common.checks import between, positive
 from hotlap.train.config import Dtype
@@ -91,3 +92,12 @@ class GradeConfig:
         check_depth(self.depth)
         parts_of(self.talks)
         return self
+
+
+@dataclass(frozen=True)
+class ReportCardConfig:
+    """Write the scores after each stage that made a run's model, beside nanochat's, into the run's directory."""
+
+    model_field: ClassVar[str] = "run"
+    run: Path = Path("runs/tiny/sft")
+    """Run directory. The stages before it are found through its configuration."""
