@@ -90,7 +90,8 @@ def fit(
             done = clock.is_last(step, elapsed)
             with explain_out_of_memory(world, len(micro[0].inputs)):
                 outcome = take_step(passes, micro, weight, config.clip, world, step)
-                accepted = checker.accepts(world, step, outcome, model, micro)
+                # a step without a gradient has nothing to teach, and momentum alone would move the weights
+                accepted = checker.accepts(world, step, outcome, model, micro) and outcome.norm > 0
                 if accepted:
                     optimizer.step()
             optimizer.zero_grad()

@@ -25,6 +25,9 @@ class RunState:
     last: dict[str, float] = field(default_factory=dict)
     """Metrics of the last step."""
     finished: bool = False
+    carried: dict = field(default_factory=dict)
+    """What the next steps need of earlier ones, if a resumed run could not make it again: the stage's
+    iterator of batches fills it, in place."""
 
     def advance(self, tokens: int, seconds: float, skipped: bool, finished: bool) -> None:
         """Count one more step."""

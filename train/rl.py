@@ -1,0 +1,105 @@
+"""Reinforcement learning: a chat model learns from rewards for its own answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from contextlib import nullcontext
+
+from hotlap.common.log import log
+from hotlap.common.terminal import printable
+from hotlap.kernels.dispatch import batch_invariant, batch_invariant_works
+from hotlap.model.config import GPTConfig
+from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.tools import named_tools
+from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
+from hotlap.train.answer_batches import AnswerBatches
+from hotlap.train.config import RLConfig
+from hotlap.train.data.prompts import check_prompt_data, download_prompts, prompts_of, tools_of
+from hotlap.train.data.sources import SPLITS
+from hotlap.train.distributed.sharding import compute_dtype
+from hotlap.train.distributed.world import joined
+from hotlap.train.evaluation.held_out_answers import HeldOut
+from hotlap.train.policy_losses import policy_loss
+from hotlap.train.rewards.guarded import Rewards
+from hotlap.train.rollouts import Question, Sampler, questions_of
+from hotlap.train.sft import check_tokenizer
+from hotlap.train.stage import Stage, check_machine, opened, train
+
+
+def reinforce(config: RLConfig) -> dict[str, float]:
+    """Train on all ranks, and return the last metrics."""
+    config = config.validate()
+    check_prompt_data(config.data, config.reward)
+    with joined() as world, Rewards(config.reward, config.reward_seconds) as rewards:
+        base, shape, tokenizer = open_model(config.base)
+        if stage(base) == "pretrain":
+            raise ValueError(
+                f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap "
+                "sft`"
+            )
+        check_machine(config, world, shape)
+        with world.main_first("download the questions"):
+            if world.is_main:
+                download_prompts(config.data)
+
+        def prepare() -> dict[str, list[Question]]:
+            """Everything that is read, so that its errors show before anything is sampled."""
+            check_tokenizer(config.out / TOKENIZER, tokenizer)
+            return {split: questions(config, split, tokenizer, shape) for split in SPLITS}
+
+        with opened(config, world, prepare) as asked:
+            sampler = Sampler(tokenizer, rewards, config.max_tokens, world)
+            reference = None
+            if config.kl:
+                reference, _ = load_model(config.base, world.device)
+                reference.for_inference()
+            dtype = compute_dtype(config.dtype, world, shape.width)
+            exact = batch_invariant_works(world.device, dtype)
+            held_out = HeldOut(sampler, asked["validation"], config.samples, config.seed)
+            groups = config.batch_rows // config.samples
+            with batch_invariant() if exact else nullcontext():
+                return train(
+                    config,
+                    Stage(
+                        "rl", shape, tokenizer, policy_loss(config),
+                        batches=AnswerBatches(config, asked["train"], sampler, reference, config.out),
+                        evaluate=held_out.scores if asked["validation"] else None,
+                        data=digest(asked["train"]), source=" ".join(config.data),
+                        about=f"{len(asked['train'])} questions, {groups} x {config.samples} answers a step, "
+                        f"{config.loop.steps * groups / len(asked['train']):.1f} epochs, "
+                        f"{len(asked['validation'])} questions to validate",
+                        loop=config.loop, base=base,
+                    ),
+                    world,
+                )  # fmt: skip
+
+
+def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConfig) -> list[Question]:
+    """A split's questions as tokens: those that fit in the context. ValueError if none is left to train on."""
+    prompts = prompts_of(config.data, split, config.seed)
+    if split == "validation":
+        prompts = prompts[: config.validation_questions]
+    tools = {name: named_tools(tools_of(name, config.tools)) for name in {prompt.source for prompt in prompts}}
+    found, left_out = questions_of(prompts, tools, tokenizer, shape.context)
+    if left_out:
+        log.warning(
+            "%d of %d questions do not fit in the context of %d tokens, and are left out",
+            left_out, len(prompts), shape.context,
+        )  # fmt: skip
+    if split == "train" and not found:
+        raise ValueError(f"{' '.join(config.data)}: no question is left to train on")
+    return found
+
+
+def digest(asked: list[Question]) -> str:
+    """The fingerprint of questions and what their rewards depend on."""
+    records = [(question.prompt.messages, question.prompt.record) for question in asked]
+    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def main(config: RLConfig) -> None:
+    """`hotlap rl`."""
+    reinforce(config)
+    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))
