@@ -96,7 +96,9 @@ class AnswerBatches:
         replace them, as often as `resample` says. ValueError if every reward fails.
         """
         config = self.config
-        asked = self.in_order(number * config.batch_rows // config.samples, config.batch_rows // config.samples)
+        asked = self.in_order(
+            number * config.batch_rows // config.samples, config.batch_rows // config.samples
+        )
         groups = self.answered(model, asked, number, 0)
         if all(answer.reward is None for group in groups for answer in group):
             raise ValueError(f"every reward of a step failed: {groups[0][0].problem}")
@@ -155,7 +157,11 @@ class AnswerBatches:
         for rank, of_rank in enumerate(self.world.gather(rows)):
             found |= dict(zip(self.rows_of(rank, micro_rows), of_rank, strict=True))
         for i, answer in enumerate(itertools.chain(*step.groups)):
-            answer.old = [p for p, is_sampled in zip(found[i][answer.start - 1 :], answer.sampled, strict=False) if is_sampled]
+            answer.old = [
+                p
+                for p, is_sampled in zip(found[i][answer.start - 1 :], answer.sampled, strict=False)
+                if is_sampled
+            ]
 
     def rows_of(self, rank: int, micro_rows: int) -> list[int]:
         """Which of a step's answers a rank trains on, micro-batch after micro-batch."""

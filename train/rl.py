@@ -81,7 +81,9 @@ def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConf
     prompts = prompts_of(config.data, split, config.seed)
     if split == "validation":
         prompts = prompts[: config.validation_questions]
-    tools = {name: named_tools(tools_of(name, config.tools)) for name in {prompt.source for prompt in prompts}}
+    tools = {
+        name: named_tools(tools_of(name, config.tools)) for name in {prompt.source for prompt in prompts}
+    }
     found, left_out = questions_of(prompts, tools, tokenizer, shape.context)
     if left_out:
         log.warning(

@@ -27,10 +27,16 @@ class RolloutLog:
         """Write a group: the last message of its question, the answers, and their rewards."""
         prompt = questions[group[0].question].prompt
         answers = [
-            {"reward": answer.reward, "text": answer.text} | ({"problem": answer.problem} if answer.problem else {})
+            {"reward": answer.reward, "text": answer.text}
+            | ({"problem": answer.problem} if answer.problem else {})
             for answer in group
         ]
-        line = {"step": step, "question": prompt.messages[-1]["content"], "place": prompt.place, "answers": answers}
+        line = {
+            "step": step,
+            "question": prompt.messages[-1]["content"],
+            "place": prompt.place,
+            "answers": answers,
+        }
         with files.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

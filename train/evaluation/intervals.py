@@ -33,9 +33,9 @@ def centred_mean(scores: list[dict]) -> tuple[float, list[float]]:
 def difference(
     later: tuple[float, list[float]], earlier: tuple[float, list[float]]
 ) -> tuple[float, list[float]]:
-    """What a score has gained over an earlier one, each with its interval, and the interval of that (Newcombe,
-    1998, method 10), as if both were independent. Scores of the same questions are not: their difference is
-    known better than this says.
+    """What a score has gained over an earlier one, each given with its interval, and the interval of the gain
+    (Newcombe, 1998, method 10), as if both were independent. Scores of the same questions are not: their
+    difference is known better than this says.
     """
     (score, (low, high)), (before, (before_low, before_high)) = later, earlier
     gain = score - before

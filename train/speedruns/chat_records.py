@@ -1,7 +1,7 @@
 """What nanochat's models scored after each stage, as published, with sources.
 
-Names of tasks are those of `hotlap eval`. `spelling` is nanochat's SpellingBee, whose questions are others than
-ours. ChatCORE is the mean over five tasks, or over six where SpellingBee is one of them: these are two scores.
+Names of tasks are those of `hotlap eval`. `spelling` is nanochat's SpellingBee, whose questions are others
+than ours. ChatCORE is the mean over five tasks, or over six where SpellingBee is one: these are two scores.
 """
 
 from __future__ import annotations

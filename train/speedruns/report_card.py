@@ -1,13 +1,14 @@
 """The report card of a run: the scores after each stage that made its model, what each stage has gained, and
 nanochat's published scores beside them.
 
-The scores are those that `hotlap eval` has left in the stages' runs (evaluation.json). ChatCORE is computed from
-them again, as tasks may have been scored one at a time.
+The scores are those that `hotlap eval` has left in the stages' runs (evaluation.json). ChatCORE is computed
+from them again, as tasks may have been scored one at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -40,15 +41,14 @@ class Graded(NamedTuple):
     scores: dict[str, dict]
 
 
-def write_report_card(run: Path) -> list[str]:
-    """Write report_card.json, .png and .md into a run's directory, and return the last one's lines.
-
-    ValueError if no stage has scores.
+def write_report_card(run: Path, seen_from: str = "") -> list[str]:
+    """Write report_card.json, .png and .md into a run's directory, and return the lines of the last one for a
+    file from which the run's directory is `seen_from`, such as "sft/". ValueError if no stage has scores.
     """
     stages = graded(run)
     if not any(stage.scores for stage in stages):
-        raise ValueError(f"no stage of {run} has scores; let `hotlap eval` leave some in its runs")
-    gains = [gain(*pair) for pair in zip(stages, stages[1:], strict=False)]
+        raise ValueError(f"no stage of {run} has scores; leave some there with `hotlap eval {run}`")
+    gains = [gain(*pair) for pair in itertools.pairwise(stages)]
     ours = {task for stage in stages for task in stage.scores}
     published = CHAT_RECORDS if ours & SHARED else ()
     content = {
@@ -61,11 +61,11 @@ def write_report_card(run: Path) -> list[str]:
     }  # fmt: skip
     files.write(run / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
     drawn = draw(run / f"{NAME}.png", {s.name: s.scores for s in stages}, published, ORDER, *facts(stages))
-    lines = card_lines(stages, gains, f"{NAME}.png" if drawn else "")
-    if published:
-        lines += published_lines()
+    figure = f"{NAME}.png" if drawn else ""
+    rest = published_lines() if published else []
+    lines = [*card_lines(stages, gains, figure), *rest]
     files.write(run / f"{NAME}.md", "\n".join([f"# Report card: {code(run.name)}", "", *lines]))
-    return lines
+    return [*card_lines(stages, gains, figure and seen_from + figure), *rest]
 
 
 def graded(run: Path) -> list[Graded]:
@@ -169,9 +169,7 @@ def gain_cell(found: dict | None) -> str:
 
 def notes(stages: list[Graded], compared: bool) -> list[str]:
     """What a reader of the table must know."""
-    lines = [
-        "`bpb` is bits per byte of text, where less is better; all else are shares of right answers, or means."
-    ]
+    lines = ["`bpb` is bits per byte of text, where less is better; all else are shares of right answers."]
     scores = [(stage.name, task, score) for stage in stages for task, score in stage.scores.items()]
     for name, task, score in scores:
         if task == FIVE and score["missing"]:
@@ -179,8 +177,8 @@ def notes(stages: list[Graded], compared: bool) -> list[str]:
             lines.append(f"After {name}, ChatCORE is over {of} of {len(CHANCE)} tasks, without {without}.")
         if number(score, "in_training"):
             lines.append(
-                f"After {name}, {score['in_training']:,} of the {score['n']:,} questions of {plain(task)} had "
-                "been trained on."
+                f"After {name}, {score['in_training']:,} of the {score['n']:,} questions of {plain(task)} "
+                "had been trained on."
             )
     if compared:
         lines.append(
