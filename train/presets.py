@@ -150,7 +150,7 @@ def gpt2_grade_sft(base: PretrainConfig, talks: tuple[str, ...] = TALKS) -> SFTC
 
 PAIRS = ("ultrafeedback",)
 PROMPTS = ("gsm8k",)
-GSM8K_STEPS = 467  # one pass over its 7,473 questions, 16 a step
+GSM8K_STEPS = 7473 // 16  # one pass over its questions
 
 
 def gpt2_grade_dpo(sft: SFTConfig, pairs: tuple[str, ...] = PAIRS) -> DPOConfig:

@@ -40,6 +40,12 @@ ROWS: list[Row] = [
     ("speedrun minutes --minutes 0 --out new", None, USAGE, r"--minutes 0(\.0)? must be positive"),
     ("speedrun gpt2-124m --runs 0 --out new", None, USAGE, r"--runs 0 must be a number from 1"),
     ("speedrun gpt2-grade --talks smoltalk mmlu:0 --out new", None, USAGE, r"the weight in the data 'mmlu:0' must be above 0"),
+    ("speedrun gpt2-grade --finish dppo --out new", None, USAGE, r"--finish"),
+    ("speedrun gpt2-grade --pairs tasks --out new", None, USAGE, r"--pairs tasks, but --finish sft; add --finish dpo"),
+    ("speedrun gpt2-grade --prompts sums --finish dpo --out new", None, USAGE, r"--prompts sums, but --finish dpo; add --finish rl"),
+    ("speedrun gpt2-grade --finish dpo --pairs smoltalk --out new", None, USAGE, r"the data smoltalk are conversations, for `hotlap sft`"),
+    ("report-card none", None, NO_INPUT, r"no model at none"),
+    ("report-card sft", None, USAGE, r"no stage of sft has scores; leave some there with `hotlap eval sft`"),
     ("speedrun gpt2-grade --depth 0 --out new", None, USAGE, r"--depth 0 must be from 1 to 1000"),
     # benchmarks
     ("bench kernels --rows -1 --out new", None, USAGE, r"--rows -1 must be 0"),

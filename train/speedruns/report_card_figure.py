@@ -48,11 +48,18 @@ def draw(
         if chance := CHANCE.get(task):
             axes.plot([chance] * 2, [row - 0.4, row + 0.4], ":", color="0.6", lw=1)
     axes.set(
-        xlabel="score (dotted: chance)", xlim=(min(0, axes.get_xlim()[0]), 1.02), ylim=(0.6 - len(tasks), 0.6)
+        xlabel="score (dotted: chance)",
+        xlim=(min(-0.02, axes.get_xlim()[0]), 1.02),
+        ylim=(0.6 - len(tasks), 0.6),
     )
     axes.set_yticks([*rows.values()], [*rows])
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    for row in list(rows.values())[1:]:
+        axes.axhline(row + 0.5, color="0.9", lw=0.8)
+    named = sorted(
+        zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] not in stages
+    )
+    axes.legend(*zip(*named, strict=True), fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     caption(figure, *facts)
     save_figure(figure, path)
     return True
