@@ -138,6 +138,10 @@ COMMANDS: Table = {
         "train a chat model on preferred and other answers",
         "train.config:DPOConfig", "train.dpo:main",
     ),
+    "rl": Command(
+        "train a chat model by rewards for its own answers",
+        "train.config:RLConfig", "train.rl:main",
+    ),
     "eval": Command(
         "evaluate a model: bits per byte, CORE, ChatCORE, samples, questions",
         "train.evaluation.config:EvalConfig", "train.evaluation.command:main",

@@ -1,17 +1,16 @@
 """Policy-gradient losses of sampled answers, whose rewards are compared within groups.
 
-A is an answer's advantage: its reward minus the mean of its group, the answers to the same question. rho is the
-ratio of a token's probability to what the policy that sampled it gave it, pi / pi_old; of its gradient, which
-is that of log pi, the loss is made:
+A is an answer's advantage: its reward minus the mean of its group, the answers to the same question. rho is
+the ratio of a token's probability to that under the policy that sampled it, pi / pi_old. The loss of a token:
 
     dapo, dr_grpo    -min(rho A, clip(rho) A)
     gspo             the same, with one rho an answer: exp(mean over its tokens of log pi - log pi_old)
     cispo            -min(rho, 1 + clip_high) A log pi, without a gradient through the ratio
 
-clip(rho) keeps it from 1 - clip_low to 1 + clip_high. With one update for each set of answers, rho is 1 to the
-last bit, and all of them are the plain policy gradient. They differ in how tokens add up, too: dapo and cispo
-divide the sum over all tokens of a step by their number, dr_grpo by the answers and the longest one allowed,
-and gspo takes the mean over each answer first.
+clip(rho) keeps it from 1 - clip_low to 1 + clip_high. With one update for each set of answers, rho is exactly
+1, and all of them are the plain policy gradient. They differ in how tokens add up, too: dapo and cispo divide
+the sum over all tokens of a step by their number, dr_grpo by the number of answers times max_tokens, and gspo
+takes the mean over each answer first.
 
 DAPO: Yu et al. 2025, arXiv:2503.14476. Dr. GRPO: Liu et al. 2025, arXiv:2503.20783. GSPO: Zheng et al. 2025,
 arXiv:2507.18071. CISPO: MiniMax 2025, arXiv:2506.13585. The divergence from the reference is Schulman's k3,
@@ -39,8 +38,8 @@ FACTS = ("reward", "answer_tokens", "cut_off", "tool_calls", "failed_rewards", "
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """Rows of one sampled answer each, after its prompt. targets: the sampled tokens; not the prompt, nor what
-    tools said. weight: the number of answers.
+    """Rows of one sampled answer each, after its prompt. targets: the sampled tokens; neither the prompt nor
+    what tools said. weight: the number of answers.
     """
 
     advantage: Tensor
@@ -87,7 +86,7 @@ def answer_loss(model: GPT, batch: AnswerBatch, config: RLConfig) -> tuple[Tenso
         return (values * share[:, None]).where(active, 0.0).sum(dtype=torch.float64)
 
     with torch.no_grad():
-        # float64: in float32, what rounds to 1 - 0 - 1 hides differences up to 3e-4
+        # float64: half the square of the small differences that are looked for is nothing in float32
         mismatch = k3((logprobs - batch.sampler).double())
         metrics = {name: batch.facts[:, i].sum() for i, name in enumerate(FACTS)} | {
             "entropy": total(-logprobs, batch.token_share),
@@ -118,6 +117,7 @@ def token_losses(
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """exp(x) - x - 1: an estimate of the divergence of p from q, where x = log q - log p of samples of p, that
-    is never negative (http://joschu.net/blog/kl-approx.html)."""
-    return log_ratio.exp() - log_ratio - 1
+    """exp(x) - x - 1, which is never negative: of x = log q - log p for samples of p, the mean is the
+    divergence of p from q (http://joschu.net/blog/kl-approx.html).
+    """
+    return log_ratio.expm1() - log_ratio

@@ -14,7 +14,7 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import named_tools
 from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
-from hotlap.train.answer_batches import AnswerBatches
+from hotlap.train.answer_steps import AnswerSteps
 from hotlap.train.config import RLConfig
 from hotlap.train.data.prompts import check_prompt_data, download_prompts, prompts_of, tools_of
 from hotlap.train.data.sources import SPLITS
@@ -64,7 +64,7 @@ def reinforce(config: RLConfig) -> dict[str, float]:
                     config,
                     Stage(
                         "rl", shape, tokenizer, policy_loss(config),
-                        batches=AnswerBatches(config, asked["train"], sampler, reference, config.out),
+                        batches=AnswerSteps(config, asked["train"], sampler, reference, config.out),
                         evaluate=held_out.scores if asked["validation"] else None,
                         data=digest(asked["train"]), source=" ".join(config.data),
                         about=f"{len(asked['train'])} questions, {groups} x {config.samples} answers a step, "
@@ -77,7 +77,7 @@ def reinforce(config: RLConfig) -> dict[str, float]:
 
 
 def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConfig) -> list[Question]:
-    """A split's questions as tokens: those that fit in the context. ValueError if none is left to train on."""
+    """A split's questions that fit in the context. ValueError if none is left to train on."""
     prompts = prompts_of(config.data, split, config.seed)
     if split == "validation":
         prompts = prompts[: config.validation_questions]

@@ -26,17 +26,10 @@ class RolloutLog:
     def write(self, step: int, questions: list[Question], group: list[Answer]) -> None:
         """Write a group: the last message of its question, the answers, and their rewards."""
         prompt = questions[group[0].question].prompt
-        answers = [
-            {"reward": answer.reward, "text": answer.text}
-            | ({"problem": answer.problem} if answer.problem else {})
-            for answer in group
-        ]
         line = {
-            "step": step,
-            "question": prompt.messages[-1]["content"],
-            "place": prompt.place,
-            "answers": answers,
-        }
+            "step": step, "place": prompt.place, "question": prompt.messages[-1]["content"],
+            "answers": [{"reward": a.reward, "text": a.text, "problem": a.problem} for a in group],
+        }  # fmt: skip
         with files.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

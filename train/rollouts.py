@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from hotlap.common.errors import DataError
@@ -18,8 +19,10 @@ from hotlap.model.request import Request
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import Tools
-from hotlap.train.data.prompts import Prompt
 from hotlap.train.distributed.world import World
+
+if TYPE_CHECKING:
+    from hotlap.train.data.prompts import Prompt
 
 MOST_AT_ONCE = 256  # answers that a rank's engine samples at once
 
@@ -55,13 +58,13 @@ class Answer:
     old: list[float] = field(default_factory=list)  # of the sampled tokens, by a training pass
 
     @property
-    def start(self) -> int:
-        """Length of the prompt."""
-        return len(self.ids) - len(self.sampled)
+    def places(self) -> np.ndarray:
+        """Where in a row the sampled tokens are targets: each is predicted from the token before it."""
+        return np.flatnonzero(self.sampled) + len(self.ids) - len(self.sampled) - 1
 
 
 # The rewards of answers to prompts, or why there is none.
-Scorer = Callable[[list[tuple[Prompt, str]]], list["float | str"]]
+Scorer = Callable[[list[tuple["Prompt", str]]], list["float | str"]]
 
 
 class Sampler:

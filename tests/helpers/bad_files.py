@@ -30,6 +30,10 @@ DATA = "data --source text.txt --tokenizer tokenizer.json --out new"
 PRETRAIN = "pretrain --data text.txt --tokenizer characters --out new " + " ".join(SMALL)
 SFT = "sft --base base --data talks.jsonl --out new --loop.steps 2 --batch-rows 4"
 DPO = "dpo --base sft --data a.jsonl --out new --loop.steps 2 --batch-rows 4"
+RL = (
+    "rl --base sft --data a.jsonl --reward operator:eq --out new --loop.steps 2 --batch-rows 4 --samples 2 "
+    "--max-tokens 4"
+)
 CHAT = "chat bad -p square --max-tokens 2"
 MANY = 10**12
 FAR = 10**30

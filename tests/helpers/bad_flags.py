@@ -1,7 +1,7 @@
 """Rows of bad input: commands, flags and their values, configuration files, and what cannot fit in memory."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import DPO, FAR, MANY, PRETRAIN, SFT, Row, text
+from helpers.bad_files import DPO, FAR, MANY, PRETRAIN, RL, SFT, Row, text
 from helpers.commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
 
 ROWS: list[Row] = [
@@ -91,6 +91,21 @@ ROWS: list[Row] = [
     (f"{DPO} --sft-weight -1", None, USAGE, r"--sft-weight -1(\.0)? must be 0 \(none\) or more"),
     (f"{DPO} --epochs nan", None, USAGE, r"--epochs nan must be 0 .*or more"),
     ("dpo --base sft --out new --data", None, USAGE, r"no --data; name tasks, ultrafeedback or files"),
+    (f"{RL} --temperature 0.7", None, USAGE, r"--temperature 0\.7 must be 1: answers drawn in another way are not the policy's"),
+    (f"{RL} --temperature nan", None, USAGE, r"--temperature nan must be 1"),
+    (f"{RL} --top-k 50", None, USAGE, r"--top-k 50 must be 0: answers drawn in another way"),
+    (f"{RL} --top-p 0.9", None, USAGE, r"--top-p 0\.9 must be 1: answers drawn in another way"),
+    (f"{RL} --min-p 0.1", None, USAGE, r"--min-p 0\.1 must be 0: answers drawn in another way"),
+    (f"{RL} --samples 1", None, USAGE, r"--samples 1 must be at least 2"),
+    (f"{RL} --samples 3", None, USAGE, r"--batch-rows 4 must be a multiple of --samples 3|batch_rows=4 must be a multiple of --samples 3"),
+    (f"{RL} --updates 0", None, USAGE, r"--updates 0 must be at least 1"),
+    (f"{RL} --max-tokens 0", None, USAGE, r"--max-tokens 0 must be at least 1"),
+    (f"{RL} --kl -1", None, USAGE, r"--kl -1(\.0)? must be at least 0"),
+    (f"{RL} --clip-high nan", None, USAGE, r"--clip-high nan must be 0 \(off\) or more"),
+    (f"{RL} --reward-seconds 0", None, USAGE, r"--reward-seconds 0(\.0)? must be positive"),
+    (f"{RL} --loss ppo", None, USAGE, r"'ppo'.*'--loss'.*dapo"),
+    ("rl --base sft --out new --data", None, USAGE, r"no --data; name what to ask"),
+    (f"{RL} --micro-batch 3", None, USAGE, r"a batch of 4 rows is not a multiple of 1 ranks x 3 rows"),
     ("chat sft -p a --temperature nan", None, USAGE, r"--temperature nan must be a number from 0 to 10"),
     ("chat sft -p a --temperature -1", None, USAGE, r"--temperature -1(\.0)? must be a number from 0 to 10"),
     ("chat sft -p a --temperature 20", None, USAGE, r"--temperature 20(\.0)? must be a number from 0 to 10"),

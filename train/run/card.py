@@ -33,6 +33,7 @@ STAGES = {
     "pretrain": "pretraining on text",
     "sft": "supervised fine-tuning on conversations",
     "dpo": "preference training (DPO) on pairs of answers",
+    "rl": "reinforcement learning by rewards for its own answers",
 }
 MISSING = "n/a"
 

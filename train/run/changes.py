@@ -21,7 +21,7 @@ from hotlap.train.run.state import RunState
 # Where and how a run is computed, watched and saved.
 FREE = {
     "resume", "compile", "out", "micro_batch", "recompute", "profile",
-    "loop.evaluate_every", "loop.save_every", "loop.bad_steps",
+    "loop.evaluate_every", "loop.save_every", "loop.bad_steps", "validation_questions",
 }  # fmt: skip
 LENGTH = {"loop.steps", "loop.minutes", "epochs"}
 ADAPTERS = {"lora_rank", "lora_alpha"}  # what a checkpoint's weights are
@@ -101,7 +101,7 @@ def check_data(folder: Path, state: RunState, found: dict[str, str], stage: Any)
     found: what has changed, by field.
     """
     if state.stage != stage.name:
-        use = {"sft": "to fine-tune it", "dpo": "to start from it"}.get(stage.name)
+        use = {"sft": "to fine-tune it", "dpo": "to start from it", "rl": "to start from it"}.get(stage.name)
         hint = f"; {use}, give --base {folder}" if use else ""
         raise ValueError(f"{folder} is a checkpoint of {state.stage}, which {stage.name} cannot resume{hint}")
     if state.data != stage.data:

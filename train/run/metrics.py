@@ -93,7 +93,8 @@ class Progress:
         """Log a step's metrics and those of the validation after it. over: completed fraction of the run."""
         if not self.metrics:
             return
-        line = f"{self.name}: step {values['step'] + 1}{self.of}  loss {values['loss']:.4f}"
+        goal = "reward" if "reward" in values else "loss"
+        line = f"{self.name}: step {values['step'] + 1}{self.of}  {goal} {values[goal]:.4f}"
         new, self.twentieth = int(20 * over) > self.twentieth, int(20 * over)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s"
         if evaluated:
@@ -103,7 +104,7 @@ class Progress:
         elif self.bar.disable and new:
             log.info("%s  %s", line, speed)
         self.metrics.write(values | evaluated)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
+        self.bar.set_postfix_str(f"{goal} {values[goal]:.3f}, {speed}", refresh=False)
         self.bar.update()
 
 

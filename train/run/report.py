@@ -70,11 +70,16 @@ def write_report(run: Path) -> Path:
 
 
 def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
-    """Plot loss and tokens/s over the tokens seen, with the facts below, and for pairs, in how many the
-    preferred answer has the higher reward. Returns False, and logs why, without matplotlib.
+    """Plot loss and tokens/s over the tokens seen, with the facts below, and what else tells how training
+    goes: for pairs, in how many the preferred answer has the higher reward; for rewards, their mean. Returns
+    False, and logs why, without matplotlib.
     """
-    of_pairs = any("accuracy" in m for m in metrics)
-    figure = new_figure(figsize=(13 if of_pairs else 9, 3.4))
+    unit, further = "", ()
+    if any("accuracy" in m for m in metrics):
+        unit, further = "pair", ("accuracy", "preferences met (share of pairs)")
+    if any("reward" in m for m in metrics):
+        unit, further = "token, by its advantage", ("reward", "mean reward of an answer")
+    figure = new_figure(figsize=(13 if further else 9, 3.4))
     if figure is None:
         return False
 
@@ -93,10 +98,10 @@ def draw_curves(metrics: list[dict], path: Path, *facts: str) -> bool:
         axes.set(xlabel="tokens (millions)", ylabel=label)
         axes.legend()
 
-    loss, *middle, speed = panels = figure.subplots(1, 3 if of_pairs else 2)
-    draw(loss, "loss", "loss (per pair)" if of_pairs else "loss (nats per token)")
+    loss, *middle, speed = panels = figure.subplots(1, 3 if further else 2)
+    draw(loss, "loss", f"loss (per {unit})" if further else "loss (nats per token)")
     for axes in middle:
-        draw(axes, "accuracy", "preferences met (share of pairs)")
+        draw(axes, *further)
     speed.plot(*points("tokens_per_second", 1e3), lw=0.8)
     speed.set(xlabel="tokens (millions)", ylabel="thousand tokens/s", ylim=(0, None))
     for axes in panels:

@@ -1,0 +1,167 @@
+"""`hotlap rl` on a tiny chat model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from helpers.preference_runs import make_base
+from helpers.ranks import run_ranks
+from helpers.rl_runs import config_of, reinforcing, write_prompts
+from helpers.run_functions import losses, metrics, state_of
+
+from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
+from hotlap.train import policy_losses
+from hotlap.train.config import CLIPS
+from hotlap.train.loop import LoopConfig
+from hotlap.train.rl import reinforce
+from hotlap.train.rollout_log import ROLLOUTS
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_in_float32_on_a_cpu_engine_and_trainer_agree_to_the_last_bit(lora_rank, base, tmp_path):
+    lines = reinforcing(str(tmp_path), "run", str(base), lora_rank=lora_rank, loop=LoopConfig(6, 6, 6))
+    assert [line["engine_kl"] for line in lines] == [0.0] * 6
+    assert all(line["gradient_norm"] > 0 for line in lines), "the weights change, and they agree again"
+
+
+def test_a_run_earns_more_and_is_a_chat_model(base, tmp_path):
+    config = config_of(tmp_path, "run", base, batch_rows=32, samples=8, loop=LoopConfig(40, 40, 40))
+    last = reinforce(config)
+    rewards = [line["reward"] for line in metrics(config.out)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert last["validation_reward"] > rewards[0]
+    folder, _, tokenizer = open_model(config.out)
+    assert stage(folder) == "rl" and tokenizer.sha256 == open_model(base)[2].sha256
+    assert not is_model(config.out)
+    assert "| validation reward |" in (config.out / "report.md").read_text()
+
+
+def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
+    """The answers are the same, and so are their rewards."""
+    one = run_ranks(1, reinforcing, str(tmp_path), "one", str(base))[0]
+    for name, ranks, micro_batch in (("two", 2, "all"), ("parts", 2, "2"), ("singly", 1, "1")):
+        found = run_ranks(ranks, reinforcing_with, str(tmp_path), name, str(base), micro_batch)[0]
+        assert [line["reward"] for line in found] == pytest.approx([line["reward"] for line in one]), name
+        assert [line["engine_kl"] for line in found] == [0.0] * len(one), name
+        for metric in ("loss", "gradient_norm", "entropy", "answer_tokens"):
+            mine, theirs = ([line[metric] for line in lines] for lines in (found, one))
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, metric)
+        for metric in (name for name in one[-1] if name.startswith("validation")):
+            assert found[-1][metric] == pytest.approx(one[-1][metric], rel=1e-4), (name, metric)
+
+
+def reinforcing_with(folder: str, name: str, base: str, micro_batch: str) -> list[dict]:
+    return reinforcing(folder, name, base, micro_batch=micro_batch)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("stop_after", [2, 4])
+def test_a_resumed_run_is_the_uninterrupted_one(stop_after, updates, base, tmp_path, monkeypatch):
+    """Also where it stops between the updates with one set of answers."""
+    fields = {"updates": updates, "loop": LoopConfig(7, 7, 1), "resample": 1}
+    reinforce(config_of(tmp_path, "whole", base, **fields))
+    stopped = config_of(tmp_path, "run", base, **fields)
+    with monkeypatch.context() as patch:
+        stop_at_pass(patch, stop_after + 1)
+        with pytest.raises(KeyboardInterrupt):
+            reinforce(stopped)
+    assert run_checkpoints(stopped.out)[-1].name == f"step-{stop_after:06}"
+    reinforce(dataclasses.replace(stopped, resume="auto"))
+    assert losses(stopped.out) == losses(tmp_path / "whole")
+    assert state_of(stopped.out) == state_of(tmp_path / "whole")
+    assert (stopped.out / ROLLOUTS).read_text() == (tmp_path / "whole" / ROLLOUTS).read_text()
+
+
+def stop_at_pass(monkeypatch, number: int) -> None:
+    """Make training stop in its n-th pass of `answer_loss`, as if it had been killed."""
+    passes, real = iter(range(number)), policy_losses.answer_loss
+
+    def loss(model, batch, config):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return real(model, batch, config)
+
+    monkeypatch.setattr(policy_losses, "answer_loss", loss)
+
+
+def test_an_update_starts_at_a_ratio_of_exactly_one_and_moves_away(base, tmp_path):
+    """With stored log-probabilities, too: the first of several updates is the only one of a run with one."""
+    once, twice = (
+        reinforcing(str(tmp_path), f"updates-{updates}", str(base), updates=updates, kl=0.1)
+        for updates in (1, 2)
+    )
+    assert (twice[0]["loss"], twice[0]["kl"]) == (once[0]["loss"], once[0]["kl"]) == (twice[0]["loss"], 0.0)
+    assert twice[1]["reward"] == twice[0]["reward"], "the second update has the same answers"
+    assert twice[1]["engine_kl"] > 0 == twice[2]["engine_kl"], "by which the weights have moved"
+    assert once[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize("loss", CLIPS)
+def test_every_loss_trains(loss, base, tmp_path):
+    lines = reinforcing(str(tmp_path), loss, str(base), loss=loss, updates=2)
+    assert all(line["gradient_norm"] > 0 for line in lines)
+
+
+def test_a_step_without_differences_is_skipped_and_changes_nothing(base, tmp_path, caplog):
+    config = config_of(tmp_path, "run", base, reward="same_for_all", loop=LoopConfig(3, 3, 1))
+    reinforce(config)
+    assert [line["skipped"] for line in metrics(config.out)] == [1, 2, 3]
+    assert [line["equal_groups"] for line in metrics(config.out)] == [1.0] * 3
+    folders = run_checkpoints(config.out)
+    assert state_of(folders[0])["model.safetensors"] == state_of(folders[-1])["model.safetensors"]
+    said = [r.getMessage() for r in caplog.records if "nothing to learn" in r.getMessage()]
+    assert len(said) == 1 and "(only 0.25)" in said[0]
+
+
+def test_groups_with_equal_rewards_are_replaced(base, tmp_path):
+    """fails_on_odd_squares gives every second question rewards that do not differ, or none."""
+    kept = reinforcing(str(tmp_path), "kept", str(base), reward="fails_on_odd_squares", resample=0)
+    replaced = reinforcing(str(tmp_path), "new", str(base), reward="fails_on_odd_squares", resample=8)
+    assert all(line["gradient_norm"] > 0 for line in replaced)
+    assert replaced[0]["equal_groups"] > 0, "those that were replaced count"
+    assert any(line["gradient_norm"] == 0 for line in kept) or kept[0]["equal_groups"] < 1
+
+
+def test_failed_rewards_cost_their_answers_and_not_the_run(base, tmp_path, caplog):
+    lines = reinforcing(str(tmp_path), "run", str(base), reward="fails_on_odd_squares", resample=8)
+    assert 0 < sum(line["failed_rewards"] for line in lines) < len(lines)
+    assert "KeyError" in caplog.text
+
+
+def test_a_reward_that_hangs_costs_its_answer(base, tmp_path):
+    fields = {"reward_seconds": 0.5, "loop": LoopConfig(1, 1, 1), "validation_questions": 0}
+    write_prompts(tmp_path / "prompts.jsonl")
+    (line,) = reinforcing(str(tmp_path), "run", str(base), reward="hangs_on_zero", batch_rows=40, **fields)
+    assert 0 <= line["failed_rewards"] < 1 and line["gradient_norm"] > 0
+
+
+def test_a_step_in_which_every_reward_fails_ends_the_run_with_the_reason(base, tmp_path):
+    with pytest.raises(ValueError, match=r"every reward of a step failed: .*no reward today"):
+        reinforce(config_of(tmp_path, "run", base, reward="always_fails"))
+    assert not (tmp_path / "run").exists(), "a new folder with nothing in it"
+
+
+def test_rollouts_can_be_read(base, tmp_path):
+    config = config_of(tmp_path, "run", base)
+    reinforce(config)
+    lines = [json.loads(line) for line in (config.out / ROLLOUTS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["question"].startswith("square of ") for line in lines)
+    assert all(len(line["answers"]) == 4 and type(line["answers"][0]["reward"]) is float for line in lines)
+
+
+def test_other_questions_or_another_stage_do_not_resume_a_run(base, tmp_path):
+    config = config_of(tmp_path, "run", base)
+    reinforce(config)
+    longer = dataclasses.replace(config, resume="auto", loop=LoopConfig(6, 6, 2))
+    write_prompts(tmp_path / "prompts.jsonl", 41)
+    with pytest.raises(ValueError, match="was started on other data"):
+        reinforce(longer)
+    with pytest.raises(ValueError, match=r"is a checkpoint of sft, which rl cannot resume; to start from it"):
+        reinforce(config_of(tmp_path, "new", base, resume=str(base)))
