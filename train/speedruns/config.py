@@ -100,7 +100,7 @@ class GradeConfig:
         for name, stage, default in (("pairs", "dpo", PAIRS), ("prompts", "rl", PROMPTS)):
             found = getattr(self, name)
             if found != default and self.finish != stage:
-                raise ValueError(f"{name}={' '.join(found)} is not used with finish={self.finish}; add --finish {stage}")
+                raise ValueError(f"--{name} {' '.join(found)} is for --finish {stage}; add it")
         return self
 
 
