@@ -9,7 +9,9 @@ import shutil
 import pytest
 from helpers.commands import BAD_DATA, INTERRUPTED, NO_INPUT, USAGE, assert_error
 from helpers.core_bundles import mixed_tasks, write_bundle
+from helpers.graded_runs import scored_twice, write_run
 from helpers.preference_runs import write_pairs
+from helpers.ranks import in_world, run_ranks
 from helpers.small_runs import conversation
 from helpers.tools import tiny_config
 
@@ -196,6 +198,16 @@ def test_another_finish_leaves_the_first_one_and_its_report_card(small_grade, tm
     assert (tmp_path / "grade/sft/report_card.json").read_text() == card
     stages = json.loads((tmp_path / "grade/dpo/report_card.json").read_text())["stages"]
     assert stages[1] == json.loads(card)["stages"][1]
+
+
+def test_ranks_agree_about_what_is_scored_already(tmp_path):
+    run = write_run(
+        tmp_path / "run", "sft", tmp_path / "gone", facts={"accuracy": 0.5, "interval": [0.1, 0.9], "n": 2}
+    )
+    found = run_ranks(2, in_world, scored_twice, str(run), ("facts", "spelling"))
+    (first, second), other = found
+    assert first == second and [first, second] == other
+    assert first["scores"]["facts"]["device"] == "a GPU" != first["scores"]["spelling"]["device"]
 
 
 @pytest.mark.parametrize("finish", ["sft", "dpo"])

@@ -5,39 +5,14 @@ import math
 import sys
 
 import pytest
-from helpers.chat_questions import random_engine
+from helpers.graded_runs import keep, write_run
 
 from hotlap.cli import main
 from hotlap.common.errors import DataError
-from hotlap.common.files import file_sha256
-from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text
-from hotlap.model.weights import STATE, save_model
 from hotlap.train.evaluation.chatcore import CHANCE, chatcore
 from hotlap.train.evaluation.intervals import counted, difference
 from hotlap.train.speedruns.chat_records import CHAT_RECORDS, FIVE, SIX
 from hotlap.train.speedruns.report_card import write_report_card
-
-
-def write_run(run, stage: str, base=None, **scores: dict):
-    """A run of this stage with a checkpoint, from a base, and with these kept scores of it."""
-    engine, folder = random_engine(), run / "checkpoints" / "step-000007"
-    folder.mkdir(parents=True)
-    save_model(folder, engine.model.float(), engine.tokenizer)
-    (folder / STATE).write_text(json.dumps({"stage": stage, "tokens": 100, "seconds": 2.0}))
-    files = {p.name: {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in folder.iterdir()}
-    config = {"out": str(run), "data": ["tasks"]} | ({"base": str(base)} if base else {})
-    (folder / MANIFEST).write_text(
-        manifest_text({"format": FORMAT, "ranks": 1, "files": files, "run": config})
-    )
-    if scores:
-        keep(run, **scores)
-    return run
-
-
-def keep(run, checkpoint: str = "step-000007", **scores: dict) -> None:
-    about = {"date": "2026-11-27 12:00 UTC", "device": "a GPU", "checkpoint": checkpoint}
-    kept = {name.replace("_", "-"): score | about for name, score in scores.items()}
-    (run / "evaluation.json").write_text(json.dumps({"scores": kept}))
 
 
 @pytest.fixture
