@@ -26,6 +26,7 @@ from hotlap.common.errors import BAD_DATA
 from hotlap.common.log import log
 from hotlap.common.terminal import lenient, printable
 from hotlap.model.config import Sampling
+from hotlap.model.tools import DEFAULT_TOOLS, check_tools, described, named_tools
 from hotlap.serve.moderation import load_moderation
 from hotlap.serve.terminal.conversation import Chat, Continuation
 from hotlap.serve.terminal.printing import note
@@ -57,6 +58,8 @@ class ChatConfig:
     """Maximum length of an answer in tokens."""
     seed: int | None = None
     """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
+    tools: tuple[str, ...] = DEFAULT_TOOLS
+    """What the model may call: calculator, and python, which runs its code in a sandbox."""
     moderation: str | None = None
     """Filter for questions and answers: a file of words, or package.module:function. By default none."""
 
@@ -73,6 +76,7 @@ class ChatConfig:
     def validate(self) -> ChatConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         self.sampling(base=False)
+        check_tools(self.tools)
         return self
 
 
@@ -96,7 +100,8 @@ def load(folder: Path, moderation: str | None) -> Model:
 
 def open_session(config: ChatConfig) -> Session:
     """Load the model that the flags ask for. What is wrong with them or the question is said before."""
-    config.sampling(base=False)
+    config.validate()
+    tools = named_tools(config.tools)
     moderate = load_moderation(config.moderation) if config.moderation else None
     with cli.importing():
         import hotlap.model.engine  # noqa: F401  torch takes seconds to import
@@ -109,9 +114,11 @@ def open_session(config: ChatConfig) -> Session:
     if config.prompt is not None and not config.prompt.strip() and not base:
         raise ValueError("the question of -p is empty")
     model = load(folder, config.moderation)
+    if "python" in tools:
+        note(f"tools: {described(config.tools)}")
     if config.prompt is None:
         model.engine.choose_kernels()  # now, so that the first answer need not wait for it
-    chat = (Continuation if base else Chat)(model.engine, config.sampling(base), config.seed, moderate)
+    chat = (Continuation if base else Chat)(model.engine, config.sampling(base), config.seed, moderate, tools)
     return Session(chat, folder, partial(load, moderation=config.moderation))
 
 

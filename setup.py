@@ -21,6 +21,7 @@ FOLDERS = (
     "train.distributed",
     "train.evaluation",
     "train.optim",
+    "train.rewards",
     "train.run",
     "train.speedruns",
     "train.studies",

@@ -1,11 +1,13 @@
 """Render conversations to token ids and a loss mask, and parse answers back to messages.
 
-A conversation is a list of messages (messages.py). An assistant's call of the calculator, the result and what
-the assistant says then are one turn:
+A conversation is a list of messages (messages.py). An assistant's call of a tool, the result and what the
+assistant says then are one turn:
 
     <|bos|> <|user_start|> What is 2 + 3? <|user_end|>
     <|assistant_start|> <|tool_start|> 2+3 <|tool_end|> <|result_start|> 5 <|result_end|> 2 + 3 is 5.
     <|assistant_end|>
+
+A call of Python is `python: ` and the code; a call that names no tool is the calculator's.
 
 Prompts are built from ids, not text, so text can never become one of these special tokens.
 """
@@ -16,7 +18,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hotlap.common.errors import DataError
-from hotlap.model.messages import TOOL, check_messages, tool_expression
+from hotlap.model.messages import call_text, check_messages, split_call, tool_call
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
@@ -56,7 +58,7 @@ def render(messages: list[dict], tokenizer: Tokenizer, silence: bool = False) ->
             text(content, by_assistant=True)
             if message.get("tool_calls"):
                 mark("tool_start", by_assistant=True)
-                text(tool_expression(message), by_assistant=True)
+                text(call_text(message), by_assistant=True)
                 mark("tool_end", by_assistant=True)
             else:
                 mark("assistant_end", by_assistant=True)
@@ -115,7 +117,7 @@ def spoken(ids: Iterable[int], tokenizer: Tokenizer) -> str:
 
 
 def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
-    """A generated answer as messages: text, calculator calls and their results.
+    """A generated answer as messages: text, calls of tools and their results.
 
     A truncated answer is kept; an incomplete call at its end is dropped.
     """
@@ -125,8 +127,7 @@ def parse_answer(ids: list[int], tokenizer: Tokenizer) -> list[dict]:
         if parts.push(token) != "text":
             continue
         if before == "result":
-            arguments = {"expression": tokenizer.decode(parts.call)}
-            call = {"type": "function", "function": {"name": TOOL, "arguments": arguments}}
+            call = tool_call(*split_call(tokenizer.decode(parts.call)))
             messages += [
                 {"role": "assistant", "content": tokenizer.decode(text), "tool_calls": [call]},
                 {"role": "tool", "content": tokenizer.decode(parts.result)},

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hotlap.common.errors import DataError
 from hotlap.common.gpu import to_device
-from hotlap.common.log import log
 from hotlap.kernels.attention import attention
 from hotlap.kernels.cpu.threads import threads_for
 from hotlap.kernels.decode_linear import most_rows
@@ -30,7 +28,8 @@ from hotlap.model.next_tokens import next_tokens
 from hotlap.model.request import FinishReason, Request, Token
 from hotlap.model.sampling import Sampling
 from hotlap.model.slots import Slots
-from hotlap.model.tools import TOOLS, Tools, run_tool
+from hotlap.model.tool_calls import ToolCalls
+from hotlap.model.tools import TOOLS, Tools
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
@@ -39,6 +38,7 @@ CHUNK = 256  # tokens of prompts in a pass: a decoding step beside them takes a 
 # Larger passes are padded to a multiple of this many tokens. oneDNN builds code for each number of rows that
 # it meets, and keeps it: 0.5 GB for all numbers up to 272, of the demo's model in bfloat16 (Xeon, AMX).
 MULTIPLE = 16
+CALL_WAIT = 0.05  # seconds that a step waits for a tool, if all requests wait for theirs
 
 
 class Chunk(NamedTuple):
@@ -92,12 +92,9 @@ class Engine:
         self.sequences = Slots(self.cache)
         self.reading: list[Request] = []  # whose prompts are not read to the end, in the order they came
         self.waiting: deque[Request] = deque()
-        special = tokenizer.special
-        self.stops = {special["<|assistant_end|>"], tokenizer.bos}
-        self.unspelt = False  # whether the tokenizer could not spell a tool's result
+        self.stops = {tokenizer.special["<|assistant_end|>"], tokenizer.bos}
+        self.calls = ToolCalls(tokenizer)
         self.token_flops = 2 * parameter_counts(model)["matmul"]
-        self.tool_end = special["<|tool_end|>"]
-        self.result_start, self.result_end = special["<|result_start|>"], special["<|result_end|>"]
 
     def choose_kernels(self) -> None:
         """Choose, and log, the kernels for prompts of any length now instead of when one is read first."""
@@ -132,7 +129,8 @@ class Engine:
         """Queue a prompt. ValueError if it is empty, or leaves the context no room for a token of answer.
 
         When the model ends a tool call, `run_tool` runs it, and the tokens of its result are forced to
-        follow; none if the tokenizer lacks a character of it. If `tools` is empty, nothing is run, forced or
+        follow; none if the tokenizer lacks a character of it. While a tool that takes long runs, the request
+        keeps its slot and gets no token, and others go on. If `tools` is empty, nothing is run, forced or
         hidden from the text. logprobs: how many alternatives of each token to list with their
         log-probabilities; 0 is the token's own log-probability alone. echo: score the prompt's tokens too.
         """
@@ -158,22 +156,25 @@ class Engine:
 
     @torch.no_grad()  # not inference_mode: FSDP2 keeps gathered weights for training
     def step(self) -> list[tuple[Request, Token]]:
-        """One forward pass. Returns the next token of each request that got one.
+        """One forward pass. Returns the next token of each request that got one: none of those that wait for
+        a tool.
 
         After an exception, including Ctrl-C, requests can only be cancelled.
         """
         self._admit()
-        answering, chunks = [request for request in self.slots if request and request.tokens], self._chunks()
+        running = [request for request in self.slots if request]
+        self.calls.take_results(running, CALL_WAIT if all(request.call for request in running) else 0)
+        answering = [request for request in running if request.tokens and not request.call]
+        chunks = self._chunks()
         tokens = len(answering) + sum(chunk.end - chunk.start for chunk in chunks)
         with threads_for(tokens * self.token_flops):
             logits = self._read(answering, chunks) if chunks else self._decode(answering)
         if not tokens:  # other ranks wait for this forward pass
             return []
-        held = self.sequences.held
         for request in answering:
-            held[request.slot].append(request.tokens[-1].id)
+            self.sequences.hold(self._row(request))
         for request, start, end in chunks:
-            held[request.slot] += request.prompt[start:end]
+            self.sequences.held[request.slot] += request.prompt[start:end]
         read = [chunk.request for chunk in chunks if chunk.is_last]
         self.reading = [request for request in self.reading if request not in read]
         return self._answer(answering + read, chunks, logits)
@@ -208,10 +209,20 @@ class Engine:
         """Logits (B, V) after the last token of each request."""
         rows = [self._row(request) for request in requests]
         padding = self.decoder.batch_size(len(rows)) - len(rows) if rows else 1
-        if padding:  # in a free slot, where it changes nothing
-            self.cache.reserve(1)
-            rows += [Row(self.tokenizer.bos, -1, self.sequences.spare(), 0)] * padding
+        if padding:
+            rows += [self._padding()] * padding
         return self.decoder(rows)[: len(requests)]
+
+    def _padding(self) -> Row:
+        """A row that changes nothing: in a free slot, or the next one of a request that waits for a
+        tool, which will write the same again.
+        """
+        if self.sequences.free:
+            self.cache.reserve(1)
+            return Row(self.tokenizer.bos, -1, self.sequences.spare(), 0)
+        row = self._row(next(request for request in self.slots if request and request.call))
+        self.sequences.hold(row)
+        return row
 
     def _row(self, request: Request) -> Row:
         """The last token of an answer."""
@@ -262,36 +273,25 @@ class Engine:
         return [pair for pair in zip(requests, tokens, strict=True) if pair[0].room]
 
     def _append(self, request: Request, token: Token) -> None:
-        """Append a token to an answer, if it has room for one. If it ends a tool call, run the tool; if it
-        ends the answer, free the slot.
+        """Append a token to an answer, if it has room for one. If it ends the answer, free the slot; if it
+        ends a tool call, run the tool.
         """
         if not request.room:
             return self._end(request, "length")
-        ends_call = token.id == self.tool_end and request.parts.part == "call"
+        ends_call = token.id == self.calls.call_end and request.parts.part == "call"
         request.push(token)
-        if ends_call and request.tools:
-            result = run_tool(self.tokenizer.decode(request.parts.call), request.tools)
-            request.forced.extend([self.result_start, *self._spelt(result), self.result_end])
         if token.id in self.stops or request.said.stopped:
             self._end(request, "stop")
         elif len(request.tokens) == request.room:
             self._end(request, "length")
-
-    def _spelt(self, result: str) -> list[int]:
-        """Ids of a tool's result. None if the tokenizer lacks a character of it: the rest could be another
-        number.
-        """
-        try:
-            return self.tokenizer.encode(result)
-        except DataError as error:
-            if not self.unspelt:
-                log.warning("warning: a tool's result stays empty, here and where this recurs: %s", error)
-            self.unspelt = True
-            return []
+        elif ends_call and request.tools:
+            self.calls.begin(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
         request.said.finish()
+        if request.call:
+            request.call.cancel()
         if request.slot is None:
             self.waiting.remove(request)
             return

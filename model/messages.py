@@ -1,8 +1,9 @@
 """Check the messages of a conversation, and bring them to one form.
 
 They are TRL's `messages`, which are OpenAI's: dicts with a `role` of system, user, assistant or tool, and a
-`content`. An assistant message may have one `tool_calls` entry (name `calculator`, argument `expression`); a
-`tool` message with the result follows, then the assistant continues.
+`content`. An assistant message may have one `tool_calls` entry, which calls `calculator` (argument
+`expression`) or `python` (argument `code`); a `tool` message with the result follows, then the assistant
+continues.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from hotlap.common.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 TOOL = "calculator"
+ARGUMENTS = {TOOL: "expression", "python": "code"}  # of each tool
 FOLLOWS = {  # who may speak after whom; after a call of the assistant, its tool
     None: ("system", "user"),
     "system": ("user",),
@@ -129,8 +131,9 @@ def plain_call(calls: list) -> dict:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise DataError(f"a call needs {CALL}, not {shown(call)}")
-    if function.get("name") != TOOL:
-        raise DataError(f"calls {shown(function.get('name'))}; the only tool is {TOOL!r}")
+    name = function.get("name")
+    if not isinstance(name, str) or name not in ARGUMENTS:
+        raise DataError(f"calls {shown(name)}; the tools are {' and '.join(map(repr, ARGUMENTS))}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # as OpenAI writes them
         try:
@@ -139,11 +142,15 @@ def plain_call(calls: list) -> dict:
             raise DataError(f"the call's `arguments` are not JSON: {shown(arguments)}") from None
     if isinstance(arguments, dict):
         arguments = {key: value for key, value in arguments.items() if value is not None}
-    if not isinstance(arguments, dict) or [*arguments] != ["expression"]:
-        raise DataError(f"the call's `arguments` must be an `expression`, not {shown(arguments)}")
-    if not isinstance(arguments["expression"], str):
-        raise DataError(f"the call's `expression` must be a string, not {shown(arguments['expression'])}")
-    return {"type": "function", "function": {"name": TOOL, "arguments": arguments}}
+    wanted = ARGUMENTS[name]
+    if not isinstance(arguments, dict) or [*arguments] != [wanted]:
+        raise DataError(f"the call's `arguments` must be `{wanted}` alone, not {shown(arguments)}")
+    text = arguments[wanted]
+    if not isinstance(text, str):
+        raise DataError(f"the call's `{wanted}` must be a string, not {shown(text)}")
+    if name == TOOL and split_call(text)[0] != TOOL:
+        raise DataError(f"the call's `expression` is {shown(text)}, which would be a call of another tool")
+    return tool_call(name, text)
 
 
 def shown(value: object) -> str:
@@ -158,7 +165,25 @@ def shown(value: object) -> str:
     return "null" if value is None else repr(value)[:SHOWN]
 
 
-def tool_expression(message: dict) -> str:
-    """The expression of the calculator call of a message in its plain form."""
-    (call,) = message["tool_calls"]
-    return call["function"]["arguments"]["expression"]
+def tool_call(name: str, text: str) -> dict:
+    """A call of a tool in its plain form."""
+    return {"type": "function", "function": {"name": name, "arguments": {ARGUMENTS[name]: text}}}
+
+
+def called(message: dict) -> tuple[str, str]:
+    """The tool that a message in its plain form calls, and the text that it gets."""
+    function = message["tool_calls"][0]["function"]
+    return function["name"], function["arguments"][ARGUMENTS[function["name"]]]
+
+
+def call_text(message: dict) -> str:
+    """The call of a message in its plain form as the model writes it: `split_call` is the inverse."""
+    name, text = called(message)
+    return text if name == TOOL else f"{name}: {text}"
+
+
+def split_call(call: str) -> tuple[str, str]:
+    """The tool that a call names, and the text that it gets. A call that names none is the calculator's."""
+    name, _, text = call.partition(":")
+    name = name.strip()
+    return (name, text.removeprefix(" ")) if name in ARGUMENTS and name != TOOL else (TOOL, call)

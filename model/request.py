@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -52,6 +53,8 @@ class Request:
     echoed: list[Token] = field(default_factory=list)
     """With `echo`, the tokens of the prompt as far as it is read; the first has no log-probability."""
     forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
+    call: Future[str] | None = None
+    """Of a tool that is running; until it is done, there is no next token."""
     finish_reason: FinishReason | None = None
     """stop: the model ended its answer, or it has a stop string. length: `max_tokens` or the context was
     reached."""

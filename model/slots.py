@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hotlap.model.decoding import Row
 from hotlap.model.kv_cache import KVCache
 
 BLOCK = 16  # tokens; prefixes are shared in whole blocks, because a few tokens are read faster than copied
@@ -54,6 +55,10 @@ class Slots:
         self.held[slot] = prompt[: prefix.length] if prefix else []
         self.prompts[slot] = prompt
         return slot
+
+    def hold(self, row: Row) -> None:
+        """Note the token that a pass has written, or written again."""
+        self.held[row.slot][row.length :] = [row.token]
 
     def give_back(self, slot: int) -> None:
         self.prompts[slot] = []

@@ -1,133 +1,91 @@
-"""Tools that a model may call: a calculator, which walks the syntax tree and never calls eval.
+"""Tools that a model may call: a calculator, and Python in a sandbox.
 
-A tool is a function from text to text. It does not raise: it returns `error: ...` instead.
+A tool is a function from text to text, or to a Future of it if it takes long. It does not raise: its text is
+`error: ...` instead.
 """
 
 from __future__ import annotations
 
-import ast
-import math
-import operator
-from collections.abc import Callable, Mapping
-from decimal import Context, Decimal, Overflow
-from fractions import Fraction
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-Tools = Mapping[str, Callable[[str], str]]
+from hotlap.common.errors import known
+from hotlap.model.calculator import calculate
+from hotlap.model.messages import ARGUMENTS, split_call
 
-MAX_LENGTH = 200  # characters of an expression
-MAX_DEPTH = 30
-MAX_DIGITS = 300  # before the decimal point, of any intermediate result
-MAX_PLACES = 600  # after it; what is smaller is 0
-MAX_BITS = 100_000  # of an exact power
-EXACT_DIGITS = 100  # a result with more is rounded
-ROUNDED_DIGITS, PLACES = 10, 2  # to this many digits, or decimal places if they are more
-CHARACTERS = set("0123456789.eE+-*/%() ")
-# for powers that are not rational, or too long
-APPROXIMATE = Context(prec=MAX_DIGITS + 20, Emax=MAX_DIGITS + 1, Emin=-MAX_PLACES - 1)
+if TYPE_CHECKING:
+    from hotlap.model.sandbox import Sandbox
 
-_BINARY = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
-_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-
-def calculate(expression: str) -> str:
-    """Result of an arithmetic expression as text, or `error: ...`. Numbers and + - * / // % ** ( ) only.
-
-    Calculates with fractions, so only powers such as 2**0.5 are approximate. All digits are shown if they
-    end: 0.1+0.2 is 0.3, and 1/3 is 0.3333333333.
-    """
-    if len(expression) > MAX_LENGTH:
-        return "error: too long"
-    if not set(expression) <= CHARACTERS:  # keeps words from Python's parser
-        return "error: not arithmetic"
-    expression = expression.strip()
-    try:
-        return shown(_evaluate(ast.parse(expression, mode="eval").body, expression, 0))
-    except (ZeroDivisionError, OverflowError, Overflow):
-        return "error: no finite result"
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return "error: not arithmetic"
-
-
-def shown(value: Fraction) -> str:
-    """A number in decimal; in scientific notation below 0.0001."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    numerator, denominator = Decimal(value.numerator), Decimal(value.denominator)
-    context = Context(prec=EXACT_DIGITS)
-    number = context.divide(numerator, denominator)
-    if Fraction(number) != value:
-        context = Context(prec=max(ROUNDED_DIGITS, number.adjusted() + 1 + PLACES))
-        number = context.divide(numerator, denominator)
-    number = number.normalize(context)  # no zeros at the end
-    exponent = number.adjusted()
-    if exponent < -4:
-        return f"{number.scaleb(-exponent, context):f}e{exponent:+03}"
-    return f"{number:f}"
-
+Tools = Mapping[str, Callable[[str], str | Future[str]]]
 
 TOOLS: Tools = {"calculator": calculate}
+DEFAULT_TOOLS = (*TOOLS,)
+
+SECONDS = 5.0  # that a call of python may take
+MOST_CHARACTERS = 1000  # of its result: a model's context is small
 
 
-def run_tool(call: str, tools: Tools) -> str:
-    """Run a call: `name: text` calls the tool of that name, any other text the first tool."""
-    name, colon, text = call.partition(":")
-    if colon and name.strip() in tools:
-        return tools[name.strip()](text.strip())
-    return next(iter(tools.values()))(call)
+def check_tools(names: Sequence[str]) -> None:
+    """ValueError unless these are names of tools, and at least one."""
+    if not names:
+        raise ValueError(f"no --tools; known: {', '.join(ARGUMENTS)}")
+    for name in names:
+        known(name, ARGUMENTS, "tool")
 
 
-def _evaluate(node: ast.AST, expression: str, depth: int) -> Fraction:
-    if depth > MAX_DEPTH:
-        raise ValueError("too deep")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(_number(node, expression))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        return _UNARY[type(node.op)](_evaluate(node.operand, expression, depth + 1))
-    if isinstance(node, ast.BinOp):
-        left, right = (_evaluate(side, expression, depth + 1) for side in (node.left, node.right))
-        if isinstance(node.op, ast.Pow):
-            return _bounded(_power(left, right))
-        if type(node.op) in _BINARY:
-            return _bounded(Fraction(_BINARY[type(node.op)](left, right)))
-    raise ValueError("not arithmetic")
+def named_tools(names: Sequence[str]) -> Tools:
+    """The tools of these names. ValueError if one is not known, or needs a sandbox and none works here."""
+    check_tools(names)
+    tools = {"calculator": lambda: calculate, "python": python_tool}
+    return {name: tools[name]() for name in dict.fromkeys(names)}
 
 
-def _number(node: ast.Constant, expression: str) -> Fraction:
-    """A number as it is written: its float may have fewer digits."""
-    if isinstance(node.value, int) or node.value == 0 or math.isinf(node.value):
-        return Fraction(node.value)  # OverflowError if infinite
-    return Fraction(Decimal(expression[node.col_offset : node.end_col_offset]))
+def described(names: Iterable[str]) -> str:
+    """The tools of these names for people, with the sandbox in which Python runs."""
+    names = dict.fromkeys(names)
+    return ", ".join(f"python (sandbox: {sandbox().tier})" if name == "python" else name for name in names)
 
 
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    whole = exponent.denominator == 1
-    if base == 0:
-        if exponent < 0:
-            raise ZeroDivisionError
-        return Fraction(exponent == 0)
-    if base < 0 and not whole:
-        raise ValueError("not real")
-    digits = float(exponent) * (math.log10(abs(base.numerator)) - math.log10(base.denominator))
-    if digits > MAX_DIGITS + 1:
-        raise OverflowError
-    if digits < -MAX_PLACES - 1:
-        return Fraction(0)
-    if whole and abs(exponent) * max(abs(base.numerator), base.denominator).bit_length() <= MAX_BITS:
-        return base**exponent.numerator
-    base, exponent = (
-        APPROXIMATE.divide(Decimal(n.numerator), Decimal(n.denominator)) for n in (base, exponent)
-    )
-    return Fraction(APPROXIMATE.power(base, exponent))
+def sandbox() -> Sandbox:
+    """Where Python runs. ValueError if no sandbox works on this machine."""
+    from hotlap.model.sandbox import require_sandbox
+
+    return require_sandbox("the tool python")
 
 
-def _bounded(value: Fraction) -> Fraction:
-    if abs(value) >= 10**MAX_DIGITS:
-        raise OverflowError
-    return value if value.denominator <= 10**MAX_PLACES else round(value, MAX_PLACES)
+def run_tool(call: str, tools: Tools) -> str | Future[str]:
+    """Run a call as the model writes it: `python: CODE`, or an expression for the calculator."""
+    name, text = split_call(call)
+    return tools[name](text) if name in tools else f"error: there is no tool {name}"
+
+
+def python_tool() -> Callable[[str], Future[str]]:
+    """A tool that runs code in a sandbox, as many calls at once as there are cores."""
+    isolated = sandbox()
+    pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="python-tool")  # starts threads when needed
+    return lambda code: pool.submit(run_python, isolated, code)
+
+
+def run_python(isolated: Sandbox, code: str) -> str:
+    """What the code prints; where it fails, with `error: ` and the reason after it."""
+    try:
+        outcome = isolated.run(code, SECONDS)
+    except OSError as error:
+        return f"error: the code could not be run: {error}"
+    text = outcome.text.strip("\n")
+    return shortened(text if outcome.ok else f"{text}\nerror: {outcome.reason}".lstrip("\n"))
+
+
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The text, or about `most` characters of it: its beginning and its end, and how much is left out."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n[{len(text) - 2 * half:,} characters left out]\n{text[-half:]}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

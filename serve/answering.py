@@ -11,7 +11,7 @@ import openai
 
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.model.messages import TOOL
+from hotlap.model.messages import ARGUMENTS, tool_call
 from hotlap.serve.saved_conversations import Answer, Changed, changing, load
 
 TOO_LONG = "context_length_exceeded"
@@ -144,14 +144,15 @@ def stop_all() -> None:
 
 
 def is_call(tool: object) -> bool:
-    """Whether it is a call of the calculator, with its result, as our API lists them."""
-    if not isinstance(tool, dict) or tool.get("type") != TOOL or not isinstance(tool.get("output"), str):
+    """Whether it is a call of a tool, with its result, as our API lists them."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("output"), str):
         return False
     try:
+        wanted = ARGUMENTS[tool["type"]]
         arguments = json.loads(tool["arguments"])
     except (KeyError, TypeError, ValueError):
         return False
-    return isinstance(arguments, dict) and [*arguments] == ["expression"]
+    return isinstance(arguments, dict) and [*arguments] == [wanted]
 
 
 def messages_of(parts: list[str | dict]) -> list[dict]:
@@ -161,8 +162,8 @@ def messages_of(parts: list[str | dict]) -> list[dict]:
         if isinstance(part, str):
             text += part
             continue
-        arguments = {key: printable(str(value)) for key, value in json.loads(part["arguments"]).items()}
-        call = {"type": "function", "function": {"name": TOOL, "arguments": arguments}}
+        (argument,) = json.loads(part["arguments"]).values()
+        call = tool_call(part["type"], printable(str(argument)))
         messages += [
             {"role": "assistant", "content": printable(text), "tool_calls": [call]},
             {"role": "tool", "content": printable(part["output"])},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotlap.common.terminal import printable
+from hotlap.model.tools import TOOLS, Tools, described, named_tools
 from hotlap.serve.config import Limits, ServeConfig
 from hotlap.serve.moderation import Moderation, load_moderation
 
@@ -38,9 +39,10 @@ def main(config: ServeConfig) -> int:
             f"host={config.host} can be reached by other machines, so it needs an API key: name a file with "
             f"--api-key-file, or set {KEY_VARIABLE}"
         )
+    tools = named_tools(config.tools)
     moderate = load_moderation(config.moderation) if config.moderation else None
     with bound(config.host, config.port) as listener:
-        engine, served = load(config)
+        engine, served = load(config, tools)
         listener.listen(BACKLOG)
         return asyncio.run(serve(config, engine, served, key, moderate, listener))
 
@@ -92,7 +94,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def load(config: ServeConfig) -> tuple[Engine, Served]:
+def load(config: ServeConfig, tools: Tools = TOOLS) -> tuple[Engine, Served]:
     """The engine with its slots, and what requests are checked against."""
     from hotlap.common.memory import require_memory
     from hotlap.kernels.dispatch import default_device, kernel_choice
@@ -121,7 +123,7 @@ def load(config: ServeConfig) -> tuple[Engine, Served]:
     engine.choose_kernels()
     name = config.name or model_name(folder)
     chat = stage(folder) != "pretrain"
-    return engine, Served(name, ALIAS, tokenizer, shape.context, chat, int(time.time()), Limits())
+    return engine, Served(name, ALIAS, tokenizer, shape.context, chat, int(time.time()), Limits(), tools)
 
 
 def model_name(folder: Path) -> str:
@@ -155,6 +157,7 @@ def announcement(
         f"slots    {slots} of {served.context} tokens, {memory}",
         f"address  {url}/v1",
         f"key      {'needed' if key else 'not needed; only this machine can connect'}",
+        f"tools    {described(served.tools) if served.chat else 'none: for chats only'}",
         f"filter   {moderation or 'none: neither questions nor answers are checked'}",
         "",
         f"  curl {url}{route} -H 'Content-Type: application/json' "

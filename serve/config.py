@@ -9,6 +9,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from hotlap.common.checks import at_least, between, refuse
+from hotlap.model.tools import DEFAULT_TOOLS, check_tools
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a model, for clients
 LONGEST = 7 * 24 * 3600  # seconds
@@ -66,6 +67,8 @@ class ServeConfig:
     """Seconds that a request may take, with its time in the queue."""
     grace: float = 30
     """Seconds that running requests get to finish when the server is stopped."""
+    tools: tuple[str, ...] = DEFAULT_TOOLS
+    """What the model may call in a chat: calculator, and python, which runs its code in a sandbox here."""
     moderation: str | None = None
     """Filter for questions and answers: a file of words, or package.module:function. By default none."""
     api_key_file: Path | None = None
@@ -81,6 +84,7 @@ class ServeConfig:
         at_least(self, 1, "queue")
         between(self, 1, LONGEST, "timeout")
         between(self, 0, LONGEST, "grace")
+        check_tools(self.tools)
         return self
 
 
@@ -97,13 +101,18 @@ class WebConfig:
     """Port of the page, on this machine alone; 0: any free one."""
     folder: Path | None = None
     """Where conversations are kept; by default ~/.local/state/hotlap/conversations."""
+    tools: tuple[str, ...] = DEFAULT_TOOLS
+    """What the model may call: calculator, and python, which runs its code in a sandbox."""
     moderation: str | None = None
     """Filter for questions and answers: a file of words, or package.module:function. By default none."""
 
     def validate(self) -> WebConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         between(self, 0, 65535, "port")
+        check_tools(self.tools)
         if self.url is not None:
+            if self.tools != DEFAULT_TOOLS:
+                raise ValueError("--url names a server, which has its tools; leave out --tools, or --url")
             if self.model is not None:
                 raise ValueError("--url names a server, which has its model; leave out the model, or --url")
             if self.moderation is not None:

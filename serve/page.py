@@ -14,7 +14,7 @@ import openai
 import streamlit as st
 
 from hotlap.common.errors import DataError
-from hotlap.model.messages import tool_expression
+from hotlap.model.messages import TOOL, called
 from hotlap.serve import answering, page_sidebar
 from hotlap.serve import saved_conversations as saved
 from hotlap.serve.page_text import guarded, plain, show, trouble
@@ -153,8 +153,10 @@ def show_messages(messages: list[dict]) -> None:
         if message["role"] == "assistant":
             show(message["content"])
         if message.get("tool_calls"):
-            with st.expander("calculator", icon=":material/calculate:"):
-                st.code(tool_expression(message), language=None, wrap_lines=True)
+            tool, text = called(message)
+            icon = ":material/calculate:" if tool == TOOL else ":material/terminal:"
+            with st.expander(tool, icon=icon):
+                st.code(text, language=None if tool == TOOL else "python", wrap_lines=True)
                 plain(result["content"])
 
 

@@ -10,13 +10,13 @@ import itertools
 import json
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hotlap.common.errors import DataError
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import render_prompt
-from hotlap.model.messages import check_messages, shown, tool_expression
+from hotlap.model.messages import call_text, check_messages, shown
 from hotlap.model.tools import TOOLS, Tools
 from hotlap.serve.config import Limits
 from hotlap.serve.errors import APIError, refused
@@ -57,6 +57,8 @@ class Served:
     created: int
     """Unix time in seconds."""
     limits: Limits
+    tools: Tools = field(default_factory=lambda: TOOLS)
+    """What the model may call in a chat, here on the server."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def conversation_ids(body: dict, served: Served) -> list[int]:
         ]
     try:
         messages, most = check_messages(messages, silence=True), served.limits.characters
-        texts = [m["content"] + (tool_expression(m) if m.get("tool_calls") else "") for m in messages]
+        texts = [m["content"] + (call_text(m) if m.get("tool_calls") else "") for m in messages]
         if (length := sum(map(len, texts))) > most:
             raise refused(f"`messages` have {length} characters; at most {most} are read", "messages")
         for i, text in enumerate(texts):
@@ -229,7 +231,7 @@ def call_without_prompts(
         prompts=[],
         n=n,
         sampling=sampling(body, served, longest),
-        tools=TOOLS if chat else {},
+        tools=served.tools if chat else {},
         logprobs=logprobs,
         echo=echo,
         stream=stream,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotlap.model.conversation import AnswerParts
-from hotlap.model.messages import TOOL
+from hotlap.model.messages import ARGUMENTS, split_call
 from hotlap.serve.logprobs import ChatLogprobs, CompletionLogprobs
 
 if TYPE_CHECKING:  # the engine imports torch
@@ -70,11 +70,11 @@ class Choice:
         for token in tokens if self.parts else []:
             before = self.parts.part
             if self.parts.push(token.id) == "text" and before == "result":
-                arguments = {"expression": self.tokenizer.decode(self.parts.call)}
+                name, text = split_call(self.tokenizer.decode(self.parts.call))
                 found.append({
                     "index": len(self.executed) + len(found),
-                    "type": TOOL,
-                    "arguments": json.dumps(arguments),
+                    "type": name,
+                    "arguments": json.dumps({ARGUMENTS[name]: text}),
                     "output": self.tokenizer.decode(self.parts.result),
                 })  # fmt: skip
         self.executed += found

@@ -65,19 +65,20 @@ def main(config: WebConfig) -> int:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with bound("127.0.0.1", config.port) as listener, contextlib.ExitStack() as stack:
         url = config.url.rstrip("/").removesuffix("/v1") if config.url else None
-        url = url or stack.enter_context(server(config.model, config.moderation))
+        url = url or stack.enter_context(server(config))
         listener.listen(BACKLOG)
         return asyncio.run(serve(listener, {"url": url, "key": key or "", "folder": str(folder)}))
 
 
 @contextlib.contextmanager
-def server(model: Path | None, moderation: str | None) -> Iterator[str]:
+def server(config: WebConfig) -> Iterator[str]:
     """The address of a server of the model, a process that ends with the block. If it does not start, raises
     its error.
     """
     command = [sys.executable, "-m", "hotlap.cli", "serve", "--port", "0"]
-    command += ["--model", str(model)] if model else []
-    command += ["--moderation", moderation] if moderation else []
+    command += ["--model", str(config.model)] if config.model else []
+    command += ["--tools", *config.tools]
+    command += ["--moderation", config.moderation] if config.moderation else []
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent,

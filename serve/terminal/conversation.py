@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import AnswerParts, parse_answer, render, render_prompt
 from hotlap.model.streaming import StreamDecoder
+from hotlap.model.tools import TOOLS, Tools
 from hotlap.serve.moderation import Blocked, Moderation, moderated, require_allowed
 from hotlap.serve.terminal.printing import note
 
@@ -43,7 +44,7 @@ class Stats:
 
 
 class Answers:
-    """What conversations and continuations share: an engine, how it samples, and the filter."""
+    """What conversations and continuations share: an engine, how it samples, the filter and the tools."""
 
     def __init__(
         self,
@@ -51,9 +52,10 @@ class Answers:
         sampling: Sampling,
         seed: int | None = None,
         moderate: Moderation | None = None,
+        tools: Tools = TOOLS,
     ):
         """seed: of the first answer; sampling's own is not used. moderate: the filter."""
-        self.engine, self.sampling, self.moderate = engine, sampling, moderate
+        self.engine, self.sampling, self.moderate, self.tools = engine, sampling, moderate, tools
         self.stats: Stats | None = None  # of the last answer
         self.start_seeds(seed)
 
@@ -66,7 +68,8 @@ class Answers:
         begin = time.perf_counter()
         tokens, first, last = 0, 0.0, 0.0
         try:
-            for token in self.engine.generate(prompt, replace(self.sampling, seed=next(self.seeds))):
+            sampling = replace(self.sampling, seed=next(self.seeds))
+            for token in self.engine.generate(prompt, sampling, self.tools):
                 last = time.perf_counter() - begin
                 first = first or last
                 tokens += 1

@@ -52,7 +52,7 @@ class Session:
         if type(old) is kind:
             old.engine, old.stats = model.engine, None
         else:
-            self.chat = kind(model.engine, old.sampling, old.seed, old.moderate)
+            self.chat = kind(model.engine, old.sampling, old.seed, old.moderate, old.tools)
         self.folder = model.folder
 
 

@@ -231,7 +231,7 @@ WRONG = [
     (CHAT, {"messages": [SYSTEM]}, "messages", "must end with a message from the user"),
     (CHAT, {"messages": conversation("Hi", "Hello.")}, "messages", "must end with a message from the user"),
     (CHAT, {"messages": [user("Hi"), {"role": "tool", "content": "5"}]}, "messages", "from 'tool' after 'user'"),
-    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [TOOL]}]}, "messages", "the only tool is 'calculator'"),
+    (CHAT, {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [TOOL]}]}, "messages", "the tools are 'calculator' and 'python'"),
     (CHAT, {"messages": [user("a\udc00")]}, "messages", "udc00' at character 1, which is half of a surrogate pair"),
     (CHAT, {"messages": [user("x" * 300_000)]}, "messages", "have 300000 characters; at most 262144"),
     # prompts

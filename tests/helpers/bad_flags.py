@@ -121,7 +121,6 @@ ROWS: list[Row] = [
     ("eval --model sft --max-per-task -1", None, USAGE, r"--max-per-task -1 must be 0 \(all\) or more"),
     ("eval sft --tasks", None, USAGE, r"no --tasks; known: bpb, core"),
     ("eval sft --tasks facts mmlo", None, USAGE, r"unknown task 'mmlo'; known: bpb, core, samples, arc-easy, arc-challenge, mmlu, gsm8k"),
-    ("eval sft --tasks gsm8k humaneval", None, USAGE, r"humaneval runs what the model writes, and needs a sandbox.*leave it out"),
     ("eval sft --suite chat --tasks mmlu", None, USAGE, r"--suite chat is a list of tasks itself; give --suite or --tasks"),
     ("eval base --suite chat", None, USAGE, r"base is a base model, and arc-easy, .* need a chat model"),
     ("eval sft --tasks facts --out text.txt", None, CANNOT_CREATE, r"text\.txt exists; choose another file with --out"),
@@ -131,6 +130,13 @@ ROWS: list[Row] = [
     ("lm-eval sft --tasks a --include-path none", None, NO_INPUT, r"no folder none; --include-path takes one"),
     ("lm-eval sft --tasks a --out text.txt", None, CANNOT_CREATE, r"text\.txt exists"),
     ("lm-eval nowhere --tasks a", None, NO_INPUT, r"no model at nowhere"),
+    # tools
+    ("chat sft -p a --tools", None, USAGE, r"no --tools; known: calculator, python"),
+    ("chat sft -p a --tools calculator shell", None, USAGE, r"unknown tool: 'shell'; known: calculator, python"),
+    ("chat --tools pyton -p a", None, USAGE, r"unknown tool: 'pyton'; did you mean 'python'\?"),
+    ("serve sft --port 0 --tools calculater", None, USAGE, r"unknown tool: 'calculater'; did you mean 'calculator'\?"),
+    ("web sft --port 0 --tools shell", None, USAGE, r"unknown tool: 'shell'; known"),
+    ("web --url http://127.0.0.1:8000 --tools python", None, USAGE, r"--url names a server, which has its tools"),
     # the server
     ("serve sft --host 0.0.0.0", None, USAGE, r"--host 0\.0\.0\.0 can be reached by other machines, so it needs an API key.*--api-key-file"),
     ("serve sft --host models.example", None, USAGE, r"--host models\.example can be reached by other machines"),

@@ -137,3 +137,24 @@ def add_conversations(server: HubServer, folder: Path, monkeypatch, count: int =
     ]
     for split in datasets.GSM8K.files:
         add_split(server, monkeypatch, datasets.GSM8K, split, problems)
+
+
+def mbpp_rows(split: str, count: int = 3) -> list[dict]:
+    """Rows with MBPP's columns (sanitized)."""
+    return [
+        {
+            "source_file": "Benchmark Questions Verification V2.ipynb",
+            "task_id": i,
+            "prompt": f"Write a function to add {i} to a number ({split}).",
+            "code": f"def add(x):\n  return x + {i}",
+            "test_imports": ["import math"] * (i % 2),
+            "test_list": [f"assert add(1) == {1 + i}", f"assert add(2) == {2 + i}"],
+        }
+        for i in range(count)
+    ]
+
+
+def add_mbpp(server: HubServer, monkeypatch) -> None:
+    """MBPP's splits, with a few rows each."""
+    for split in datasets.MBPP.files:
+        add_split(server, monkeypatch, datasets.MBPP, split, mbpp_rows(split))

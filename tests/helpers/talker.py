@@ -22,11 +22,11 @@ def talker(tokenizer, *answers: str, context: int = 64, max_tokens: int = 8) -> 
     chat.replies = iter(answers)
 
     class Replying(Engine):
-        def generate(self, prompt, sampling):
+        def generate(self, prompt, sampling, tools):
             end = self.tokenizer.special["<|assistant_end|>"]
             self.model.scripts = [script(len(prompt), self.tokenizer.encode(next(chat.replies)))]
             self.model.fed, self.model.otherwise = [[]], end
-            return super().generate(prompt, sampling)
+            return super().generate(prompt, sampling, tools)
 
     chat.engine = Replying(ScriptedModel(tiny_config(context=context), [], 0), tokenizer, slots=1)
     return chat

@@ -215,7 +215,7 @@ def test_each_request_has_its_own_tools(tiny_tokenizer):
     call = [t.special["<|tool_start|>"], *t.encode("9*9"), t.special["<|tool_end|>"]]
     model = ScriptedModel(tiny_config(), [script(1, call)] * 3, otherwise=t.special["<|assistant_end|>"])
     engine, asked = Engine(model, t), []
-    tools = ({}, {"echo": lambda text: f"{text}!"}, {"first": str.title, "echo": asked.append})
+    tools = ({}, {"calculator": lambda text: f"{text}!"}, {"calculator": str.title, "python": asked.append})
     requests = [engine.add([t.bos], GREEDY, table) for table in tools]
     while engine.busy:
         engine.step()

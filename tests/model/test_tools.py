@@ -1,149 +1,91 @@
-"""The calculator: right on arithmetic, and safe on anything else."""
+"""The table of tools: their names, which of them a call is for, and what a model reads of Python's output."""
 
-import random
 import threading
-from fractions import Fraction
 
 import pytest
 
-from hotlap.model.tools import TOOLS, calculate, run_tool
+from hotlap.model import tools
+from hotlap.model.tools import TOOLS, check_tools, described, named_tools, run_python, run_tool, shortened
 
-
-def random_sum(dice: random.Random, depth: int) -> str:
-    if depth == 0:
-        return str(dice.randint(0, 99))
-    left, right = random_sum(dice, depth - 1), random_sum(dice, dice.randrange(depth))
-    return f"({left} {dice.choice('+-*')} {right})"
-
-
-def test_whole_numbers_are_exact():
-    dice = random.Random(0)
-    for _ in range(200):
-        expression = random_sum(dice, dice.randint(1, 4))
-        assert calculate(expression) == str(eval(expression.replace(" ", "")))
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("2+3", "5"), (" 12 * 12 ", "144"), ("7/2", "3.5"), ("6/2", "3"), ("0.1+0.2", "0.3"), ("7//2", "3"),
-        ("-7%3", "2"), ("2**10", "1024"), ("-(3-5)", "2"), ("+4", "4"), ("2**-1", "0.5"), ("1e3", "1000"),
-        ("123456789*987654321", "121932631112635269"), ("10**299", "1" + "0" * 299), ("7.5%2", "1.5"),
-        ("-7//2", "-4"), ("-7.5%2", "0.5"), ("0**0", "1"), ("-0.0", "0"), ("(-2)**3", "-8"), ("4**0.5", "2"),
-        ("(-1)**1000001", "-1"), ("8**(1/3)", "2"),
-    ],
-)  # fmt: skip
-def test_arithmetic(expression, result):
-    assert calculate(expression) == result
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("98765432100/4", "24691358025"), ("1234567.25*10000", "12345672500"), ("1/1024", "0.0009765625"),
-        ("19.99*3", "59.97"), ("0.1+0.7", "0.8"), ("1e20+1", "100000000000000000001"), ("0.1**3", "0.001"),
-        ("0.12345678901234567890123*1", "0.12345678901234567890123"), ("1/3*3", "1"), ("2//(2/3)", "3"),
-        ("(2**0.5)**2", "2"), ("1/8e9", "1.25e-10"), ("1e-5", "1e-05"),
-    ],
-)  # fmt: skip
-def test_a_result_that_ends_keeps_all_its_digits(expression, result):
-    assert calculate(expression) == result
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("1/3", "0.3333333333"), ("-2/3", "-0.6666666667"), ("100/3", "33.33333333"),
-        ("2**0.5", "1.414213562"),
-        ("12345678901/7", "1763668414.43"), ("10**40/7", "1" + "428571" * 6 + "428.57"),
-        ("1/7e8", "1.428571429e-09"), ("0.5**1000", "9.332636185e-302"),
-        ("10**200/3", "3" * 200 + ".33"), ("(10**200-1)/3", "3" * 200), ("1e250+0.5", "1" + "0" * 250 + ".5"),
-    ],
-)  # fmt: skip
-def test_a_result_that_does_not_end_is_rounded_after_its_whole_digits(expression, result):
-    assert calculate(expression) == result
-
-
-def test_what_is_too_small_is_zero():
-    assert {calculate(e) for e in ("1e-300*1e-301", "1e-99999999999999999999", "2**-10**6")} == {"0"}
-
-
-@pytest.mark.parametrize(
-    "expression, result",
-    [
-        ("*".join(["(1+1e-299)**999"] * 12), "1"),
-        ("(((1+1e-299)**999)**999)**999", "1"),
-        ("+".join(["2**0.5"] * 28), "39.59797975"),
-        ("1.0000001**1000000000", "26881037012649238105056003014775037465638377.75"),
-        ("(1+1e-20)**1e299", "error: no finite result"),
-        ("1e9999999999999999999", "error: no finite result"),
-    ],
-)
-def test_long_fractions_and_odd_powers_are_bounded(expression, result):
-    assert calculate(expression) == result  # unbounded, it would take hours
-
-
-def test_division_is_right_to_ten_digits():
-    dice = random.Random(0)
-    for _ in range(100):
-        a, b = dice.randint(1, 10**6), dice.randint(1, 10**6)
-        assert abs(Fraction(calculate(f"{a}/{b}")) / Fraction(a, b) - 1) < 1e-9
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "x", "pi", "abs(1)", "(1).real", "'a'", "'a'*3", "b'a'", "True", "None", "...", "1j", "[1]",
-        "1,000", "(1, 2)", "{1: 2}", "1 if 1 else 2", "1 < 2", "1 and 2", "not 1", "~1", "1 << 2",
-        "1 | 2", "lambda: 1", "x := 1", "f'{1}'", "__import__('os')", "1; 2", "import os", "", " ", "2+",
-        ")", "1\n2", "\0", "1\0", "\ud800", "(-8)**0.5", "٣+٤", "\uff11\uff0b\uff11", "\uff11", "²",
-        "@", "await 1", "yield",
-    ],
-)  # fmt: skip
-def test_anything_else_is_not_arithmetic(expression):
-    assert calculate(expression) == "error: not arithmetic"
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "1/0", "1//0", "1%0", "0**-1", "9**9**9", "10**1000", "10**300", "2**1001", "1e308*10", "1e999",
-        "1e999-1e999", "10**299*10**299", "(10**30)**1000", "10.0**999", "((9**99)**99)**99",
-        "10**299*1e200",
-    ],
-)  # fmt: skip
-def test_what_has_no_result_of_a_bearable_size_says_so(expression):
-    assert calculate(expression) == "error: no finite result"
-
-
-@pytest.mark.parametrize(
-    "expression", ["(" * 100 + "1" + ")" * 99, "-" * 199 + "1", "(" * 200, "1" + "+1" * 99]
-)
-def test_depth_is_bounded(expression):
-    assert calculate(expression) == "error: not arithmetic"
-
-
-def test_length_is_bounded():
-    assert calculate("1" * 201) == calculate("(" * 10**7) == "error: too long"
-    assert calculate("1" * 200) == "1" * 200
-
-
-def test_it_works_in_a_thread():
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(calculate("9**9**9 + 1"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == ["error: no finite result"] * 4
+from helpers.fake_sandbox import FakeSandbox, Outcome  # isort: skip
 
 
 @pytest.mark.parametrize(
     "call, result",
     [
-        ("2+3", "5"), ("calculator: 2+3", "5"), ("upper: abc", "ABC"), ("upper:a: b", "A: B"),
-        ("abc", "error: not arithmetic"), ("lower: abc", "error: not arithmetic"),
+        ("2+3", "5"), ("python: print(1)", "PRINT(1)"), ("python:a: b", "A: B"), (" python : x", "X"),
+        ("python:\nprint(1)\n", "\nPRINT(1)\n"), ("python: if x:\n  y", "IF X:\n  Y"),
+        ("abc", "error: not arithmetic"), ("Python: 1", "error: not arithmetic"),
+        ("calculator: 2+3", "error: not arithmetic"), ("", "error: not arithmetic"),
     ],
 )  # fmt: skip
-def test_a_call_goes_to_the_tool_that_it_names_or_else_to_the_first(call, result):
-    assert run_tool(call, {**TOOLS, "upper": str.upper}) == result
+def test_a_call_goes_to_python_if_it_says_so_and_else_to_the_calculator(call, result):
+    assert run_tool(call, {**TOOLS, "python": str.upper}) == result
+
+
+def test_a_tool_that_is_not_there_is_an_error_text():
+    assert run_tool("python: 1", TOOLS) == "error: there is no tool python"
+    assert run_tool("1+1", {"python": str.upper}) == "error: there is no tool calculator"
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ([], "no --tools; known: calculator, python"), (["pyton"], "'pyton'; did you mean 'python'"),
+        (["calculator", "shell"], "unknown tool: 'shell'; known: calculator, python"),
+    ],
+)  # fmt: skip
+def test_names_of_tools_are_checked(names, said):
+    for check in (check_tools, named_tools):
+        with pytest.raises(ValueError, match=said):
+            check(names)
+
+
+def test_python_runs_in_the_sandbox_and_calls_run_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(tools, "usable_cores", lambda: 3)
+    together = threading.Barrier(3, timeout=20)
+    sandbox = FakeSandbox(lambda code: together.wait() is not None and Outcome(code.upper(), True, ""))
+    sandbox.install(monkeypatch)
+    table = named_tools(["python", "calculator", "python"])
+    assert [*table] == ["python", "calculator"] and described(
+        [*table]
+    ) == "python (sandbox: fake), calculator"
+    found = [run_tool(f"python: {code}", table) for code in "abc"]
+    assert [future.result(20) for future in found] == ["A", "B", "C"]
+    assert run_tool("1+1", table) == "2"
+
+
+def test_the_calculator_needs_no_sandbox(monkeypatch):
+    FakeSandbox(None).install(monkeypatch)
+    assert named_tools(["calculator"]) == TOOLS and described(["calculator"]) == "calculator"
+    with pytest.raises(
+        ValueError, match="the tool python runs code that the model writes, and needs a sandbox"
+    ):
+        named_tools(["calculator", "python"])
+
+
+@pytest.mark.parametrize(
+    "outcome, text",
+    [
+        (Outcome("5\n", True, ""), "5"), (Outcome("", True, ""), ""),
+        (Outcome("", False, "timeout"), "error: timeout"),
+        (Outcome("1\n2\n", False, "memory"), "1\n2\nerror: memory"),
+        (Outcome("KeyError: 1\n", False, "exit code 1"), "KeyError: 1\nerror: exit code 1"),
+    ],
+)  # fmt: skip
+def test_what_a_model_reads_of_an_outcome(outcome, text):
+    assert run_python(FakeSandbox(lambda code: outcome), "code") == text
+
+
+def test_a_sandbox_that_cannot_start_is_an_error_text():
+    def fails(code):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    assert run_python(FakeSandbox(fails), "1").startswith("error: the code could not be run: ")
+
+
+def test_a_long_result_keeps_its_beginning_and_its_end_and_says_what_is_gone():
+    text = run_python(FakeSandbox(lambda code: Outcome("a" * 5000 + "b" * 5000, False, "exit code 1")), "1")
+    assert len(text) < 1100 and text.startswith("aaa") and text.endswith("bbb\nerror: exit code 1")
+    assert "[9,019 characters left out]" in text
+    assert shortened("x" * 1000) == "x" * 1000

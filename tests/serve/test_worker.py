@@ -1,18 +1,24 @@
 """The engine's thread: order, the bounded queue, cancellation, deadlines and the end, without HTTP."""
 
 import asyncio
+import threading
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("prometheus_client")
 
 from helpers.fake_engine import FakeEngine
-from helpers.running_server import served
+from helpers.running_server import chat, served
+from helpers.tools import ScriptedModel, script, tiny_config
 
+from hotlap.model.conversation import render_prompt
+from hotlap.model.engine import Engine
 from hotlap.serve.errors import APIError
 from hotlap.serve.metrics import Metrics
-from hotlap.serve.protocol import completion_call
+from hotlap.serve.protocol import chat_call, completion_call
 from hotlap.serve.responses import Piece
 from hotlap.serve.worker import Worker
 
@@ -269,4 +275,27 @@ def test_a_step_that_hangs_keeps_no_caller(engine, call, monkeypatch):
         engine.gate.set()
         await until(lambda: not worker.alive)
 
+    with_worker(engine, scenario)
+
+
+def test_other_answers_go_on_while_a_tool_runs(tiny_tokenizer):
+    """A real engine with a scripted model: the first chat calls Python, the second says the alphabet."""
+    t, pending = tiny_tokenizer, Future()
+    special, prompt = t.special, render_prompt([{"role": "user", "content": "hello"}], t)
+    code = [special["<|tool_start|>"], *t.encode("python: f()"), special["<|tool_end|>"]]
+    scripts = [script(len(prompt), said) for said in (code, t.encode("abcdefgh"))]
+    model = ScriptedModel(tiny_config(), scripts, special["<|assistant_end|>"])
+    offered = replace(served(t), tools={"python": lambda code: pending})
+
+    async def scenario(worker):
+        body = chat("hello", max_tokens=40, temperature=0)
+        caller, other = (worker.submit(chat_call(body, offered)) for _ in range(2))
+        assert await read(other) == ["abcdefgh"]
+        assert not caller.ended and worker.ready
+        pending.set_result("7")
+        pieces = await pieces_of(caller)
+        assert t.decode(token.id for piece in pieces for token in piece.tokens) == "python: f()7"
+
+    engine = Engine(model, t, slots=2)
+    engine.gate = threading.Event()  # that a fake engine has
     with_worker(engine, scenario)

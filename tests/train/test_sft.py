@@ -13,7 +13,7 @@ from hotlap.common.options import to_json
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.conversation import parse_answer, render_prompt, spoken
 from hotlap.model.engine import Engine
-from hotlap.model.messages import tool_expression
+from hotlap.model.messages import call_text
 from hotlap.model.sampling import Sampling
 from hotlap.model.weights import load_model
 from hotlap.train.config import LoopConfig, SFTConfig
@@ -57,7 +57,7 @@ def test_a_model_learns_to_follow_the_system_message_and_to_call_its_tool(base, 
     prompts = [render_prompt(talk[:2], tokenizer) for talk in (with_a_sum(), LOUD)]
     brief, loud = engine.complete(prompts, Sampling(temperature=0, max_tokens=20))
     call, result, said = parse_answer(brief, tokenizer)
-    assert (tool_expression(call), result["content"], said["content"]) == ("2+3", "5", "five")
+    assert (call_text(call), result["content"], said["content"]) == ("2+3", "5", "five")
     assert spoken(loud, tokenizer) == "FIVE"
 
 

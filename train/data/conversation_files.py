@@ -12,7 +12,7 @@ from typing import TypeVar
 from hotlap.common.errors import DataError
 from hotlap.common.files import unique
 from hotlap.common.log import log
-from hotlap.model.messages import check_messages, shown, tool_expression
+from hotlap.model.messages import call_text, check_messages, shown
 from hotlap.train.data.file_documents import parquet_rows, text_parts
 from hotlap.train.data.text_files import require_file
 
@@ -172,7 +172,7 @@ def check_characters(messages: list[dict]) -> None:
     """Raise DataError if a message holds half of a character, which no tokenizer reads."""
     for i, message in enumerate(messages):
         try:
-            (message["content"] + (tool_expression(message) if message.get("tool_calls") else "")).encode()
+            (message["content"] + (call_text(message) if message.get("tool_calls") else "")).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise DataError(f"message {i}: {half!a} is half of a character; was the text cut off?") from None

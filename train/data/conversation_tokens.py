@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from hotlap.common.errors import DataError
 from hotlap.model.conversation import render
-from hotlap.model.messages import tool_expression
+from hotlap.model.messages import call_text
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.train.data.conversations import Conversation
 from hotlap.train.data.left_out import LeftOut
@@ -25,7 +25,7 @@ class EncodedTexts:
         self.bos, self.special = tokenizer.bos, tokenizer.special
         texts = {message["content"] for messages in conversations for message in messages}
         texts |= {
-            tool_expression(message)
+            call_text(message)
             for messages in conversations
             for message in messages
             if message.get("tool_calls")

@@ -143,6 +143,15 @@ GSM8K = Dataset(
         ),
     },
 )
+# MBPP, sanitized: 120 problems to train on and 43 to validate on, Python functions with tests (0.1 MB).
+MBPP = Dataset(
+    name="mbpp",
+    repo="google-research-datasets/mbpp",
+    revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+    files=splits("sanitized", "train", "validation", "test"),
+    check=partial(check_parquet, columns=("test_list",)),
+    pinned={},
+)
 # MMLU: 14,042 multiple-choice questions of 57 subjects to test on, 1,531 to validate on, and 99,842 of other
 # exams to train on (51 MB), each of which is nested in a column `train`.
 MMLU = Dataset(

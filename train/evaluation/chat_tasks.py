@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,27 +14,35 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.model.conversation import spoken
 from hotlap.model.engine import Engine
+from hotlap.model.sandbox import require_sandbox
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.tools import usable_cores
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import ARC_CHALLENGE, ARC_EASY, GSM8K, MMLU, Dataset
-from hotlap.train.data.tasks import gsm8k, multiple_choice
+from hotlap.train.data.tasks import gsm8k, humaneval, multiple_choice
 from hotlap.train.distributed.world import World
 from hotlap.train.evaluation import questions
 from hotlap.train.evaluation.batching import failing_as, progress, shared
 from hotlap.train.evaluation.choices import letter_ids, likeliest_letters
+from hotlap.train.evaluation.config import HUMANEVAL
 from hotlap.train.evaluation.intervals import counted
 from hotlap.train.evaluation.questions import same_words
+from hotlap.train.rewards.unit_tests import run_tests
 
 SUBSET_SEED = 0  # which examples are asked if not all are
 SOLUTION_TOKENS = 256  # of an answer to a word problem, with the calls of the calculator
+CODE_TOKENS = 512  # of an answer to a problem of HumanEval
 
 
 class Question(NamedTuple):
-    """text: what the user says. letters: those that the answer is one of; empty if the model writes it."""
+    """text: what the user says. letters: those that the answer is one of; empty if the model writes it.
+    problem: whose tests the answer must pass.
+    """
 
     text: str
     answer: str
     letters: str = ""
+    problem: humaneval.Problem | None = None
 
 
 class PublicTask(NamedTuple):
@@ -84,7 +93,9 @@ PUBLIC = {
 def download(tasks: list[str]) -> None:
     """Download the test splits of the public ones of these tasks to the cache, and check them."""
     for task in tasks:
-        if task in PUBLIC:
+        if task == HUMANEVAL:
+            humaneval.download_problems()
+        elif task in PUBLIC:
             dataset = PUBLIC[task].dataset
             hub.download(dataset, dataset.folder, list(dataset.files["test"]))
 
@@ -97,6 +108,8 @@ def plans(tasks: list[str]) -> list[hub.DownloadPlan]:
 
 def questions_of(task: str) -> list[Question]:
     """All questions of a task. A public one must have been downloaded."""
+    if task == HUMANEVAL:
+        return [Question(p.prompt, p.prompt + p.solution, problem=p) for p in humaneval.problems()]
     if task not in PUBLIC:
         return [Question(text, answer) for text, answer in questions.TASKS[task]()]
     public = PUBLIC[task]
@@ -139,15 +152,15 @@ def examine(engine: Engine, asked: Asked, world: World) -> tuple[dict, list[tupl
     """The accuracy on a task with its interval and n, and (question, expected, answer) of each wrong answer;
     collective. FloatingPointError names the task if a logit is not finite.
     """
-    public = PUBLIC.get(asked.task)
-    is_right = public.is_right if public else same_words
     pairs = list(zip(asked.questions, asked.prompts, strict=True))
     with failing_as(asked.task):
         answers = shared(world, pairs, partial(answers_to, engine, asked.task, world))
+    answered = list(zip(asked.questions, answers, strict=True))
+    right = shared(world, answered, partial(are_right, asked.task, world))
     wrong = [
         (item.text, item.answer, answer)
-        for item, answer in zip(asked.questions, answers, strict=True)
-        if not is_right(answer, item.answer)
+        for (item, answer), passes in zip(answered, right, strict=True)
+        if not passes
     ]
     score = counted(len(answers) - len(wrong), len(answers))
     log.info("%s: %.1f %% of %d correct", asked.task, 100 * score["accuracy"], score["n"])
@@ -160,6 +173,27 @@ def answers_to(engine: Engine, task: str, world: World, pairs: list[tuple[Questi
     with progress(world, task, len(pairs)) as bar:
         if any(letters):
             return likeliest_letters(engine.model, engine.tokenizer, prompts, letters, bar)
-        max_tokens = PUBLIC[task].max_tokens if task in PUBLIC else None
+        max_tokens = CODE_TOKENS if task == HUMANEVAL else None
+        max_tokens = PUBLIC[task].max_tokens if task in PUBLIC else max_tokens
         ids = questions.greedy(engine, prompts, max_tokens, bar)
         return [spoken(answer, engine.tokenizer) for answer in ids]
+
+
+def are_right(task: str, world: World, answered: list[tuple[Question, str]]) -> list[bool]:
+    """Whether each question of a task has a right answer. Code is tested, as much at once as there are cores."""
+    if task != HUMANEVAL:
+        is_right = PUBLIC[task].is_right if task in PUBLIC else same_words
+        return [is_right(answer, item.answer) for item, answer in answered]
+    sandbox = require_sandbox(HUMANEVAL)
+
+    def passes(pair: tuple[Question, str]) -> bool:
+        item, answer = pair
+        return run_tests(sandbox, item.problem.program(answer), item.problem.tests)
+
+    at_once = max(1, usable_cores() // world.size)
+    with progress(world, f"{task}'s tests", len(answered)) as bar, ThreadPoolExecutor(at_once) as pool:
+        found = []
+        for right in pool.map(passes, answered):
+            found.append(right)
+            bar.update()
+    return found

@@ -12,6 +12,7 @@ from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
 from hotlap.model.conversation import spoken
 from hotlap.model.engine import Engine
+from hotlap.model.sandbox import require_sandbox
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
@@ -19,7 +20,7 @@ from hotlap.train.evaluation import chat_tasks
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
 from hotlap.train.evaluation.chat_tasks import ask, examine
 from hotlap.train.evaluation.chatcore import chatcore
-from hotlap.train.evaluation.config import ANY_MODEL, BUILT_IN, PUBLIC, WAIT, EvalConfig, check_out
+from hotlap.train.evaluation.config import ANY_MODEL, BUILT_IN, HUMANEVAL, PUBLIC, WAIT, EvalConfig, check_out
 from hotlap.train.evaluation.contamination import mark_seen, scored_records
 from hotlap.train.evaluation.core import evaluate_core
 from hotlap.train.evaluation.core_bundle import Task, core_bundle, read_bundle
@@ -45,17 +46,14 @@ def sample_prompts(tokenizer: Tokenizer, converses: bool) -> dict[str, list[int]
 
 ASKED = (*PUBLIC, *BUILT_IN)  # of chat models alone
 KNOWN = (*ANY_MODEL, *ASKED)
-NO_SANDBOX = "humaneval runs what the model writes, and needs a sandbox, which hotlap does not have yet"
 
 
-def check(config: EvalConfig) -> None:
-    """Raise what is wrong with the config itself."""
+def check(config: EvalConfig) -> tuple[str, ...]:
+    """Raise what is wrong with the config itself, else return the tasks that can be scored here."""
     config.validate()
     tasks = config.chosen
     if not tasks:
         raise ValueError(f"no --tasks; known: {', '.join(KNOWN)}")
-    if "humaneval" in tasks:
-        raise ValueError(f"{NO_SANDBOX}; leave it out of --tasks")
     if unknown := [task for task in tasks if task not in KNOWN]:
         if os.path.exists(unknown[0]):
             raise ValueError(f"{unknown[0]} is a path, not a task; put the model before --tasks")
@@ -63,6 +61,15 @@ def check(config: EvalConfig) -> None:
     check_out(config.out)
     if "bpb" in tasks and config.data is None:
         raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
+    if HUMANEVAL in tasks:
+        try:
+            require_sandbox(HUMANEVAL)
+        except ValueError as error:
+            if config.tasks is not None:
+                raise
+            log.info("left out: %s", error)
+            tasks = tuple(task for task in tasks if task != HUMANEVAL)
+    return tasks
 
 
 def check_stage(config: EvalConfig, trained_for: str | None) -> None:
@@ -82,15 +89,12 @@ def evaluate_model(config: EvalConfig) -> dict:
     samples.
     """
     began = time.perf_counter()
-    check(config)
+    tasks = check(config)
     folder, shape, tokenizer = open_model(config.model)
     trained_for = stage(folder)
     converses = trained_for != "pretrain"
     check_stage(config, trained_for)
     kept_scores(config.model)  # a damaged file shows now
-    if config.suite == "chat":
-        log.info("%s; it is left out", NO_SANDBOX)
-    tasks = config.chosen
     with joined(WAIT) as world:
         rows = (
             held_out_rows(config.data, tokenizer, shape.context, config.validation_tokens)

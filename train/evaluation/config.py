@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from hotlap.common.checks import at_least
 
 BUILT_IN = ("facts", "arithmetic", "spelling", "refusals")
-PUBLIC = ("arc-easy", "arc-challenge", "mmlu", "gsm8k")
-CHAT = (*PUBLIC, *BUILT_IN)  # and humaneval, which needs a sandbox
+HUMANEVAL = "humaneval"  # needs a sandbox
+PUBLIC = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", HUMANEVAL)
+CHAT = (*PUBLIC, *BUILT_IN)
 ANY_MODEL = ("bpb", "core", "samples")
 WAIT = 1800  # seconds that ranks wait for one that is slower with its share of a task
 SUITES = {"tasks": BUILT_IN, "chat": CHAT}
@@ -25,10 +26,11 @@ class EvalConfig:
     """Run or model directory."""
     tasks: tuple[str, ...] | None = None
     """What to score, instead of a suite: bpb, core and samples; and for chat models arc-easy, arc-challenge,
-    mmlu, gsm8k, facts, arithmetic, spelling and refusals."""
+    mmlu, gsm8k, humaneval, facts, arithmetic, spelling and refusals."""
     suite: Literal["tasks", "chat"] = "tasks"
     """The built-in tasks (facts, arithmetic, spelling, refusals), or all that are for chat models, with
-    ChatCORE; public questions are downloaded."""
+    ChatCORE; public questions are downloaded. humaneval runs what the model writes, and is left out where no
+    sandbox works."""
     data: str | None = None
     """For bpb: text, as for pretraining, or a folder of shards, of which the validation split is read."""
     validation_tokens: int = 0

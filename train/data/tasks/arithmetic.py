@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from hotlap.model.messages import TOOL
-from hotlap.model.tools import calculate
+from hotlap.model.calculator import calculate
+from hotlap.model.messages import TOOL, tool_call
 
 OPERATIONS = (("+", "plus"), ("-", "minus"), ("*", "times"))
 PHRASINGS = (
@@ -51,7 +51,7 @@ def conversation(generator: random.Random) -> list[dict]:
     question = generator.choice(PHRASINGS).format(a=a, b=b, sign=sign, word=word)
     expression = f"{a} {sign} {b}"
     result = calculate(expression)
-    call = {"type": "function", "function": {"name": TOOL, "arguments": {"expression": expression}}}
+    call = tool_call(TOOL, expression)
     return [
         {"role": "user", "content": question},
         {"role": "assistant", "content": "", "tool_calls": [call]},

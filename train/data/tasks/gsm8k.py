@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.model.messages import TOOL, shown
-from hotlap.model.tools import calculate
+from hotlap.model.calculator import calculate
+from hotlap.model.messages import TOOL, shown, tool_call
 from hotlap.train.data.file_documents import parquet_rows
 
 MARK = re.compile("<<(.*?)>>")
@@ -55,7 +55,7 @@ def conversation(question: str, solution: str) -> list[dict]:
         expression, _, result = mark.rpartition("=")
         found = calculate(expression)
         if is_right(found, result):
-            call = {"type": "function", "function": {"name": TOOL, "arguments": {"expression": expression}}}
+            call = tool_call(TOOL, expression)
             messages += [
                 {"role": "assistant", "content": said, "tool_calls": [call]},
                 {"role": "tool", "content": found},

@@ -4,7 +4,7 @@ import pytest
 
 from hotlap.common.errors import DataError
 from hotlap.model.conversation import parse_answer, render, spoken
-from hotlap.model.messages import check_messages, tool_expression
+from hotlap.model.messages import call_text, check_messages
 from hotlap.train.data.tasks.gsm8k import answer_of, conversation, conversations_of, is_right
 
 QUESTION = "Natalia sold clips to 48 friends in April, and half as many in May. How many in all?"
@@ -26,7 +26,7 @@ def test_each_mark_becomes_a_call_and_its_result_in_the_place_where_it_stood(tin
         "72",
         "72 clips altogether.\n#### 72",
     ]
-    assert [tool_expression(m) for m in messages if "tool_calls" in m] == ["48/2", "48+24"]
+    assert [call_text(m) for m in messages if "tool_calls" in m] == ["48/2", "48+24"]
     ids, loss_mask = render(messages, tiny_tokenizer)
     start = ids.index(tiny_tokenizer.special["<|assistant_start|>"]) + 1
     assert parse_answer(ids[start:-1], tiny_tokenizer) == messages[1:]
