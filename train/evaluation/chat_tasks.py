@@ -103,7 +103,8 @@ def download(tasks: list[str]) -> None:
 def plans(tasks: list[str]) -> list[hub.DownloadPlan]:
     """What `download` will download."""
     datasets = [PUBLIC[task].dataset for task in tasks if task in PUBLIC]
-    return [hub.plan_download(d, d.folder, d.files["test"]) for d in datasets]
+    found = [hub.plan_download(d, d.folder, d.files["test"]) for d in datasets]
+    return [*found, humaneval.problems_plan()] if HUMANEVAL in tasks else found
 
 
 def questions_of(task: str) -> list[Question]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hotlap.common.files import cache_folder
 from hotlap.common.log import log
+from hotlap.model.sandbox import find_sandbox
 from hotlap.model.weights import model_folder
 from hotlap.train.config import DPOConfig, PretrainConfig, RLConfig, SFTConfig
 from hotlap.train.data import hub
@@ -20,11 +21,12 @@ from hotlap.train.data.conversations import (
 )
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.preferences import DOWNLOADED, check_pairs, download_pairs, pair_plans
+from hotlap.train.data.prompts import check_prompt_data, download_prompts, prompt_plans
 from hotlap.train.distributed.world import World
 from hotlap.train.dpo import optimize_preferences
 from hotlap.train.evaluation import chat_tasks
 from hotlap.train.evaluation.command import evaluate_model
-from hotlap.train.evaluation.config import BUILT_IN, PUBLIC, EvalConfig
+from hotlap.train.evaluation.config import BUILT_IN, HUMANEVAL, PUBLIC, EvalConfig
 from hotlap.train.evaluation.core_bundle import core_bundle, read_bundle
 from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.presets import gpt2_grade_dpo, gpt2_grade_rl, gpt2_grade_sft
@@ -58,8 +60,6 @@ def check_stage(stage: ChatStage, recipe: PretrainConfig, world: World) -> None:
     elif isinstance(stage, DPOConfig):
         check_pairs(stage.data)
     else:
-        from hotlap.train.data.prompts import check_prompt_data
-
         check_prompt_data(stage.data, stage.reward)
     check_machine(stage, world, recipe.model)
 
@@ -93,12 +93,16 @@ def train_stage(stage: ChatStage) -> None:
         reinforce(stage)
 
 
-def asked_of(talks: Sequence[str]) -> list[str]:
+def asked_of(talks: Sequence[str], world: World) -> list[str]:
     """What chat models are scored on: the public tasks, spelling, and other built-in ones that the mixture
-    teaches.
+    teaches. Without HumanEval, which is logged, unless every rank has a sandbox.
     """
     taught = {part.name for part in parts_of(talks)}
-    return [*PUBLIC, *(task for task in BUILT_IN if task == "spelling" or taught & {task, "tasks"})]
+    found = [*PUBLIC, *(task for task in BUILT_IN if task == "spelling" or taught & {task, "tasks"})]
+    if not all(world.together(lambda: find_sandbox() is not None)):
+        log.info("%s is left out: it runs what the model writes, and no sandbox works here", HUMANEVAL)
+        found.remove(HUMANEVAL)
+    return found
 
 
 def score(run: Path, config: EvalConfig, world: World) -> None:
@@ -131,8 +135,6 @@ def download(stages: Sequence[ChatStage], tasks: list[str], bundle: Path | None)
         elif isinstance(stage, DPOConfig):
             download_pairs(stage.data)
         else:
-            from hotlap.train.data.prompts import download_prompts
-
             download_prompts(stage.data)
     chat_tasks.download(tasks)
     read_bundle(bundle or core_bundle(cache_folder()))
@@ -146,6 +148,8 @@ def download_plans(stages: Sequence[ChatStage], tasks: list[str]) -> dict[Path, 
             plans += conversation_plans(parts_of(stage.data))
         elif isinstance(stage, DPOConfig):
             plans += pair_plans(stage.data)
+        else:
+            plans += prompt_plans(stage.data)
     found: dict[Path, hub.DownloadPlan] = {}
     for plan in plans:
         missing = found[plan.folder].missing if plan.folder in found else {}

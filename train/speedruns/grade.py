@@ -43,8 +43,9 @@ def grade_speedrun(config: GradeConfig) -> dict:
         gpt2_grade(config.depth), out=config.out / "pretrain", data=str(config.data),
         micro_batch=config.micro_batch, dtype="fp8" if config.fp8 else "auto", resume="auto",
     ).validate()  # fmt: skip
-    stages, tasks = chat_stages(config, recipe), asked_of(config.talks)
+    stages = chat_stages(config, recipe)
     with joined() as world:
+        tasks = asked_of(config.talks, world)
         for stage in stages:
             check_stage(stage, recipe, world)
         check_core(config.core_bundle)

@@ -20,9 +20,10 @@ pytest.importorskip("huggingface_hub")
 from helpers.hub_data import add_climbmix, add_conversations, add_questions, add_ultrafeedback
 
 from hotlap.cli import main
+from hotlap.model.sandbox import find_sandbox
 from hotlap.train.data import prepare
 from hotlap.train.data.datasets import ARC_CHALLENGE, GSM8K, MMLU, SMOLTALK, ULTRAFEEDBACK
-from hotlap.train.data.tasks import built_in
+from hotlap.train.data.tasks import built_in, humaneval
 from hotlap.train.evaluation import chat_tasks, questions
 from hotlap.train.evaluation.chatcore import chatcore
 from hotlap.train.loop import LoopConfig
@@ -32,12 +33,14 @@ from hotlap.train.speedruns import chat_stages, grade
 CHAT = {"arc-easy", "arc-challenge", "mmlu", "gsm8k", "arithmetic", "spelling"}
 
 
-def on_cpu(preset):
+def on_cpu(preset, **fields):
     """A preset of a stage, of few rows in float32."""
 
     def small(base, data):
-        stage = preset(base, data)
-        return dataclasses.replace(stage, dtype="float32", compile="off", batch_rows=min(stage.batch_rows, 4))
+        rows = min(preset(base, data).batch_rows, 4)
+        return dataclasses.replace(
+            preset(base, data), dtype="float32", compile="off", batch_rows=rows, **fields
+        )
 
     return small
 
@@ -61,6 +64,9 @@ def small_grade(hub_server, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "gpt2_grade", lambda depth: recipe)
     monkeypatch.setattr(chat_stages, "gpt2_grade_sft", on_cpu(gpt2_grade_sft))
     monkeypatch.setattr(chat_stages, "gpt2_grade_dpo", on_cpu(gpt2_grade_dpo))
+    few = {"samples": 2, "max_tokens": 4, "loop": LoopConfig(2), "validation_questions": 2}
+    monkeypatch.setattr(chat_stages, "gpt2_grade_rl", on_cpu(gpt2_grade_rl, **few))
+    monkeypatch.setattr(chat_stages, "find_sandbox", lambda: None)
     monkeypatch.setattr(questions, "ANSWER_TOKENS", 4)
     monkeypatch.setitem(chat_tasks.PUBLIC, "gsm8k", chat_tasks.PUBLIC["gsm8k"]._replace(max_tokens=4))
     for task in questions.TASKS:
@@ -134,6 +140,34 @@ def test_the_grade_ends_with_preferences_and_a_report_card_of_all_stages(small_g
     report = (out / "report.md").read_text()
     assert "](dpo/report_card.png)" in report and "| core | " in report
     assert "ChatCORE is over 4 of 5 tasks, without humaneval" in report
+
+
+def test_the_grade_ends_with_rewards_and_scores_code_where_a_sandbox_works(
+    small_grade, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("hotlap.train.rl", exc_type=ImportError)
+    command, hub = small_grade
+    monkeypatch.setattr(chat_stages, "find_sandbox", find_sandbox)
+    monkeypatch.setattr(humaneval, "download_problems", lambda: None)
+    problem = humaneval.Problem(
+        "a", "def one():\n", "one", "def check(f):\n    assert f() == 1\n", "    return 1"
+    )
+    monkeypatch.setattr(humaneval, "problems", lambda: [problem] * 3)
+    assert main([*command, "--finish", "rl"]) == 0
+    plan = capsys.readouterr().out
+    assert re.search(r"^  rl +gsm8k, 2 steps of 4 answers of at most 4 tokens", plan, re.MULTILINE)
+    assert {*GSM8K.files["train"], *GSM8K.files["test"]} <= set(hub.fetched())
+    if find_sandbox():
+        assert f"; 1 files, 0.00 GB, to {tmp_path}/cache/hotlap" in plan
+        asked, missing = {*CHAT, "humaneval"}, []
+    else:
+        asked, missing = CHAT, ["humaneval"]
+    card = json.loads((tmp_path / "grade/rl/report_card.json").read_text())
+    assert [stage["stage"] for stage in card["stages"]] == ["pretrain", "sft", "rl"]
+    for stage in card["stages"][1:]:
+        assert set(stage["scores"]) == {*asked, "chatcore", "chatcore with spelling"}
+        assert stage["scores"]["chatcore"]["missing"] == missing
+    assert (tmp_path / "grade/report.md").read_text().count("](rl/report_card.png)") == 1
 
 
 def no_work(*arguments):
