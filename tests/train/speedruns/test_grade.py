@@ -24,11 +24,14 @@ from hotlap.model.sandbox import find_sandbox
 from hotlap.train.data import prepare
 from hotlap.train.data.datasets import ARC_CHALLENGE, GSM8K, MMLU, SMOLTALK, ULTRAFEEDBACK
 from hotlap.train.data.tasks import built_in, humaneval
+from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation import chat_tasks, questions
 from hotlap.train.evaluation.chatcore import chatcore
 from hotlap.train.loop import LoopConfig
 from hotlap.train.presets import gpt2_grade, gpt2_grade_dpo, gpt2_grade_rl, gpt2_grade_sft
 from hotlap.train.speedruns import chat_stages, grade
+from hotlap.train.speedruns import plan as plans
+from hotlap.train.speedruns.chat_stages import later
 
 CHAT = {"arc-easy", "arc-challenge", "mmlu", "gsm8k", "arithmetic", "spelling"}
 
@@ -232,6 +235,22 @@ def test_another_finish_leaves_the_first_one_and_its_report_card(small_grade, tm
     assert (tmp_path / "grade/sft/report_card.json").read_text() == card
     stages = json.loads((tmp_path / "grade/dpo/report_card.json").read_text())["stages"]
     assert stages[1] == json.loads(card)["stages"][1]
+
+
+def test_the_plan_counts_the_time_and_the_cost_of_all_stages(monkeypatch):
+    monkeypatch.setattr(plans, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    recipe = gpt2_grade()
+    sft = gpt2_grade_sft(recipe)
+    stages = [later(stage, recipe) for stage in (sft, gpt2_grade_dpo(sft))]
+    with joined() as world:
+        alone, all_ = (plans.plan(recipe, world, "nothing", later=found) for found in ([], stages))
+
+    def hours_and_dollars(lines: dict[str, str]) -> list[float]:
+        return [float(re.search(r"about \$?([\d.]+)", lines[name])[1]) for name in ("time", "cost")]
+
+    share = 1 + (500e6 + 60e6 * 4 / 3) / recipe.tokens
+    assert hours_and_dollars(all_) == pytest.approx([share * x for x in hours_and_dollars(alone)], rel=0.01)
+    assert "per stage" in all_["disk"] and {"sft", "dpo"} < set(all_)
 
 
 def test_ranks_agree_about_what_is_scored_already(tmp_path):
