@@ -69,7 +69,10 @@ class AnswerSteps:
         count = config.batch_rows // config.samples
         groups = self.answered(model, self.in_order(number * count, count), number, 0)
         if all(answer.reward is None for group in groups for answer in group):
-            raise ValueError(f"every reward of a step failed: {groups[0][0].problem}")
+            raise ValueError(
+                f"none of {config.batch_rows} answers got a reward, so there is nothing to learn from; the "
+                f"first: {groups[0][0].problem}"
+            )
         drawn = list(groups)
         for attempt in range(1, config.resample + 1):
             dull = [i for i, group in enumerate(groups) if not teaches(group)]

@@ -251,13 +251,13 @@ class RLConfig(TuneConfig):
     model_field: ClassVar[str] = "base"
     base: Path = Path("runs/sft")
     """Chat model to start from: a run or model directory."""
-    data: tuple[str, ...] = ("spelling",)
-    """What to ask: spelling, sums (without the calculator), arithmetic (with it), gsm8k, mbpp (downloads),
-    reasoning-gym:TASK; or .jsonl or .parquet files with records {"prompt": ...}, which need --reward."""
+    data: tuple[str, ...] = ("names",)
+    """What to ask: names (of Python, known or not), spelling, sums (without the calculator), arithmetic (with
+    it), gsm8k, mbpp (downloads), reasoning-gym:TASK; or .jsonl or .parquet files, which need --reward."""
     reward: str | None = None
     """package.module:function of your own, called with an answer and the record of its question."""
-    tools: tuple[str, ...] = ()
-    """Tools that answers to the questions of files may call: calculator, python."""
+    tools: tuple[str, ...] = ("calculator",)
+    """Tools that answers to the questions of files may call: calculator, python. Other data has its own."""
     batch_rows: int = 128
     """Answers per step over all ranks."""
     samples: int = 16
@@ -338,7 +338,7 @@ class RLConfig(TuneConfig):
                 "each question"
             )
         if not self.data:
-            raise ValueError("no --data; name what to ask, such as spelling")
+            raise ValueError("no --data; name what to ask, such as names")
         return self
 
 

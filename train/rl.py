@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shlex
 from contextlib import nullcontext
 
@@ -12,17 +13,24 @@ from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import batch_invariant, batch_invariant_works
 from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.tools import named_tools
+from hotlap.model.tools import check_tools, named_tools
 from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
 from hotlap.train.answer_steps import AnswerSteps
 from hotlap.train.config import RLConfig
-from hotlap.train.data.prompts import check_prompt_data, download_prompts, prompts_of, tools_of
+from hotlap.train.data.prompts import (
+    Prompt,
+    check_prompt_data,
+    download_prompts,
+    prompts_of,
+    rewards_of,
+    tools_of,
+)
 from hotlap.train.data.sources import SPLITS
 from hotlap.train.distributed.sharding import compute_dtype
 from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.held_out_answers import HeldOut
 from hotlap.train.policy_losses import policy_loss
-from hotlap.train.rewards.guarded import Rewards
+from hotlap.train.rewards.guarded import Failure, Guarded, Sample
 from hotlap.train.rollouts import Question, Sampler, questions_of
 from hotlap.train.sft import check_tokenizer
 from hotlap.train.stage import Stage, check_machine, opened, train
@@ -32,7 +40,9 @@ def reinforce(config: RLConfig) -> dict[str, float]:
     """Train on all ranks, and return the last metrics."""
     config = config.validate()
     check_prompt_data(config.data, config.reward)
-    with joined() as world, Rewards(config.reward, config.reward_seconds) as rewards:
+    check_tools(config.tools)
+    rewards = rewards_of(config.data, config.reward)
+    with joined() as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
         base, shape, tokenizer = open_model(config.base)
         if stage(base) == "pretrain":
             raise ValueError(
@@ -50,7 +60,11 @@ def reinforce(config: RLConfig) -> dict[str, float]:
             return {split: questions(config, split, tokenizer, shape) for split in SPLITS}
 
         with opened(config, world, prepare) as asked:
-            sampler = Sampler(tokenizer, rewards, config.max_tokens, world)
+
+            def score(answered: list[tuple[Prompt, str]]) -> list[float | Failure]:
+                return guarded.score([Sample(rewards[p.source], a, p.record, p.place) for p, a in answered])
+
+            sampler = Sampler(tokenizer, score, config.max_tokens, world)
             reference = None
             if config.kl:
                 reference, _ = load_model(config.base, world.device)
@@ -80,7 +94,8 @@ def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConf
     """A split's questions that fit in the context. ValueError if none is left to train on."""
     prompts = prompts_of(config.data, split, config.seed)
     if split == "validation":
-        prompts = prompts[: config.validation_questions]
+        count = min(config.validation_questions, len(prompts))
+        prompts = random.Random(0).sample(prompts, count)
     tools = {
         name: named_tools(tools_of(name, config.tools)) for name in {prompt.source for prompt in prompts}
     }

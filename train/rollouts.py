@@ -20,6 +20,7 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import Tools
 from hotlap.train.distributed.world import World
+from hotlap.train.rewards.guarded import Failure
 
 if TYPE_CHECKING:
     from hotlap.train.data.prompts import Prompt
@@ -63,8 +64,7 @@ class Answer:
         return np.flatnonzero(self.sampled) + len(self.ids) - len(self.sampled) - 1
 
 
-# The rewards of answers to prompts, or why there is none.
-Scorer = Callable[[list[tuple["Prompt", str]]], list["float | str"]]
+Scorer = Callable[[list[tuple["Prompt", str]]], list["float | Failure"]]  # rewards of answers to prompts
 
 
 class Sampler:
@@ -109,14 +109,14 @@ class Sampler:
         answers = []
         for draw, request, text, reward in zip(draws, requests, texts, rewards, strict=True):
             tokens = request.tokens
-            failed = isinstance(reward, str)
+            failed = isinstance(reward, Failure)
             answers.append(
                 Answer(
                     draw.question, request.prompt + [token.id for token in tokens],
                     [token.sampled for token in tokens], [token.logprob for token in tokens], text,
                     calls=sum(token.id == call for token in tokens) if request.tools else 0,
                     cut_off=request.finish_reason == "length",
-                    reward=None if failed else reward, problem=reward if failed else "",
+                    reward=None if failed else reward, problem=reward.reason if failed else "",
                 )
             )  # fmt: skip
         return answers

@@ -142,7 +142,7 @@ def test_a_reward_that_hangs_costs_its_answer(base, tmp_path):
 
 
 def test_a_step_in_which_every_reward_fails_ends_the_run_with_the_reason(base, tmp_path):
-    with pytest.raises(ValueError, match=r"every reward of a step failed: .*no reward today"):
+    with pytest.raises(ValueError, match=r"none of 8 answers got a reward, .*no reward today"):
         reinforce(config_of(tmp_path, "run", base, reward="always_fails"))
     assert not (tmp_path / "run").exists(), "a new folder with nothing in it"
 

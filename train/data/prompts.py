@@ -19,10 +19,22 @@ from hotlap.train.data import hub
 from hotlap.train.data.datasets import GSM8K, MBPP, Dataset
 from hotlap.train.data.prompt_files import read_prompts, split_prompts
 from hotlap.train.data.splits import SPLITS
-from hotlap.train.data.tasks import arithmetic, built_in, gsm8k, mbpp, reasoning_gym, spelling, sums
+from hotlap.train.data.tasks import (
+    arithmetic,
+    built_in,
+    facts,
+    gsm8k,
+    mbpp,
+    reasoning_gym,
+    refusals,
+    spelling,
+    sums,
+    unknown_names,
+)
 from hotlap.train.data.text_files import named_path
 
 SUMS, HELD_OUT = 4000, 200  # questions made by rules: to train on, and held out
+UNKNOWN_PHRASINGS = 2  # questions a name that is not taught
 CALCULATOR = ("calculator",)
 VERIFIERS = "hotlap.train.rewards.verifiers"
 
@@ -101,6 +113,22 @@ def result_of(sentence: str) -> str:
     return sentence.rpartition("= ")[2]
 
 
+def names(split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """As many Python names that are not taught, whose questions are to be refused, as names that are, in any
+    order.
+    """
+    generator = random.Random(f"names {seed}")
+    if split == "validation":
+        unknown, known = unknown_names.held_out_questions(), facts.held_out()
+    else:
+        unknown = unknown_names.training_questions(UNKNOWN_PHRASINGS, seed)
+        known = [(talk[0]["content"], talk[1]["content"]) for talk in facts.training_conversations()]
+    asked = generator.sample(known, min(len(unknown), len(known)))
+    asked += [(text, refusals.REFUSAL) for text in unknown]
+    generator.shuffle(asked)
+    return answered(asked)
+
+
 def word_problems(path) -> Iterator[tuple[str, dict]]:
     for _, (problem, *_, solution) in gsm8k.conversations_of(path):
         yield problem["content"], {"answer": gsm8k.answer_of(solution["content"])}
@@ -114,6 +142,7 @@ def check_sandbox() -> None:
 
 SOURCES = {
     "spelling": Source(spellings, f"{VERIFIERS}:spelling"),
+    "names": Source(names, f"{VERIFIERS}:same"),
     "sums": Source(head_sums, f"{VERIFIERS}:total"),
     "arithmetic": Source(calculations, f"{VERIFIERS}:result", CALCULATOR),
     "gsm8k": on_hub(GSM8K, "test", word_problems, f"{VERIFIERS}:solution", tools=CALCULATOR),
@@ -144,10 +173,10 @@ def source_of(name: str) -> Source | None:
     )
 
 
-def tools_of(name: str) -> tuple[str, ...]:
-    """The tools that the model may call when it answers prompts of this name: for a file, as in a chat."""
+def tools_of(name: str, of_files: tuple[str, ...]) -> tuple[str, ...]:
+    """The tools that the model may call when it answers prompts of this name."""
     source = source_of(name)
-    return source.tools if source else CALCULATOR
+    return source.tools if source else of_files
 
 
 def rewards_of(data: Sequence[str], reward: str | None) -> dict[str, str]:

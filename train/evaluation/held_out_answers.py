@@ -37,7 +37,7 @@ class HeldOut:
         ]
         scores = {"validation_reward": statistics.fmean(rewards)}
         for k in (1, self.samples):
-            value, (low, high) = mean_pass_at_k([(self.samples, count) for count in right], k)
-            scores |= {f"validation_pass_at_{k}": value, f"validation_pass_at_{k}_low": low,
-                       f"validation_pass_at_{k}_high": high}  # fmt: skip
+            found, name = mean_pass_at_k(right, self.samples, k), f"validation_pass_at_{k}"
+            low, high = found["interval"]
+            scores |= {name: found["accuracy"], f"{name}_low": low, f"{name}_high": high}
         return scores

@@ -201,13 +201,3 @@ class Guarded:
 def check_rewards(rewards: Sequence[str], seconds: float = REWARD_SECONDS) -> None:
     """Raise ValueError for what is no function of an answer and a record."""
     Guarded(rewards, seconds).close()
-
-
-def require_some(scores: Sequence[float | Failure]) -> None:
-    """Raise ValueError if none of a step's samples has a reward."""
-    failures = [score for score in scores if isinstance(score, Failure)]
-    if failures and len(failures) == len(scores):
-        raise ValueError(
-            f"none of {len(scores)} answers got a reward, so there is nothing to learn from; the first: "
-            f"{failures[0].reason}"
-        )

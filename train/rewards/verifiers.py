@@ -16,6 +16,11 @@ FORMAT = 0.1  # for a wrong number where one is asked for
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
 
 
+def same(answer: str, record: dict) -> float:
+    """1 for the expected words, however they are spaced, else 0."""
+    return float(answer.split() == record["answer"].split())
+
+
 def spelling(answer: str, record: dict) -> float:
     """1 for exactly the letters of a word, with spaces between; else the share of letters in their places."""
     said, expected = answer.split(), record["answer"].split()

@@ -60,8 +60,10 @@ def test_the_right_answers_of_built_in_prompts_get_the_whole_reward():
 
 
 def test_sums_are_asked_without_the_calculator_and_arithmetic_with_it():
-    assert tools_of("sums") == tools_of("spelling") == tools_of("mbpp") == ()
-    assert tools_of("arithmetic") == tools_of("gsm8k") == tools_of("a.jsonl") == ("calculator",)
+    own = ("python",)
+    assert tools_of("sums", own) == tools_of("spelling", own) == tools_of("mbpp", own) == ()
+    assert tools_of("arithmetic", own) == tools_of("gsm8k", own) == ("calculator",)
+    assert tools_of("a.jsonl", own) == own
     assert not set(texts("sums")) & set(texts("arithmetic"))
 
 
