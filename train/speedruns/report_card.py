@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.run.card import MISSING, Made, code, how_it_was_made, lineage, plain, size, table, value_of
 from hotlap.train.run.folder import run_of
 from hotlap.train.run.metrics import number
-from hotlap.train.speedruns.chat_records import CHAT_RECORDS, FIVE, SIX
+from hotlap.train.speedruns.chat_records import CHAT_RECORDS, FIVE, SIX, ChatRecord
 from hotlap.train.speedruns.config import ReportCardConfig
 from hotlap.train.speedruns.report_card_figure import draw
 
@@ -169,7 +168,10 @@ def gain_cell(found: dict | None) -> str:
 
 def notes(stages: list[Graded], compared: bool) -> list[str]:
     """What a reader of the table must know."""
-    lines = ["`bpb` is bits per byte of text, where less is better; all else are shares of right answers."]
+    lines = [
+        "`bpb` is bits per byte of text, where less is better. `core` and `chatcore` are means of how far tasks "
+        "are above chance, the others shares of right answers."
+    ]
     scores = [(stage.name, task, score) for stage in stages for task, score in stage.scores.items()]
     for name, task, score in scores:
         if task == FIVE and score["missing"]:
@@ -183,15 +185,15 @@ def notes(stages: list[Graded], compared: bool) -> list[str]:
     if compared:
         lines.append(
             "Differences in bold are larger than chance explains. Their intervals take the scores as "
-            "independent; they are of the same questions, so less than these would be clear, too."
+            "independent. As they are of the same questions, smaller differences may be real, too."
         )
-    return lines
+    return [f"* {line}" for line in lines]
 
 
 def published_lines() -> list[str]:
     tasks = sorted({task for record in CHAT_RECORDS for task in record.scores}, key=place)
     rows = [
-        (r.name, *(shown_score(r.scores.get(task)) for task in tasks), r.source) for r in CHAT_RECORDS
+        (r.name, *(published_score(r, task) for task in tasks), r.source) for r in CHAT_RECORDS
     ]  # fmt: skip
     return [
         "## nanochat's published scores", "",
@@ -202,8 +204,11 @@ def published_lines() -> list[str]:
     ]  # fmt: skip
 
 
-def shown_score(score: float | None) -> str:
-    return "" if score is None else re.sub(r"(\.\d{3})0$", r"\1", f"{score:.4f}")
+def published_score(record: ChatRecord, task: str) -> str:
+    if task not in record.scores:
+        return ""
+    score = record.scores[task]
+    return f"about {score:g}" if record.approximate else f"{score:g}"
 
 
 def main(config: ReportCardConfig) -> None:
