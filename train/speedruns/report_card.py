@@ -169,8 +169,8 @@ def gain_cell(found: dict | None) -> str:
 def notes(stages: list[Graded], compared: bool) -> list[str]:
     """What a reader of the table must know."""
     lines = [
-        "`bpb` is bits per byte of text, where less is better. `core` and `chatcore` are means of how far tasks "
-        "are above chance, the others shares of right answers."
+        "`bpb` is bits per byte of text, where less is better. `core` and `chatcore` are means of how far "
+        "tasks are above chance, the others shares of right answers."
     ]
     scores = [(stage.name, task, score) for stage in stages for task, score in stage.scores.items()]
     for name, task, score in scores:
