@@ -27,6 +27,7 @@ from hotlap.kernels.attention_backward import (
 from hotlap.kernels.attention_blockwise import attention_blockwise, masked_softmax, without_blind
 from hotlap.kernels.attention_forward import _attention_forward_tiles, attention_forward, tile_for
 from hotlap.kernels.attention_hopper import HEAD
+from hotlap.kernels.attention_in_order import attention_in_order
 from hotlap.kernels.attention_torch import (
     SDPA,
     attention_flash_attn,
@@ -34,6 +35,7 @@ from hotlap.kernels.attention_torch import (
     flash_attn_function,
     sdpa_takes,
 )
+from hotlap.kernels.batch_invariant import invariant
 from hotlap.kernels.cpu.measured import fastest
 from hotlap.kernels.dispatch import autocast, constant, device_facts, kernel_choice, kernel_op, use_triton
 from hotlap.kernels.tiles import next_power_of_2, tuned_choices
@@ -293,6 +295,8 @@ def attention(
     window = window if window is not None and window < S else 0
     softcap, scale = softcap or 0.0, C**-0.5 if scale is None else scale
     documents = document_start is not None
+    if backend == "auto" and T == S and invariant(q):
+        return attention_in_order(q, k, v, None, None, document_start, window, softcap, scale)
     plain = not documents and not window and not softcap and T == S
     case = (q.device, q.dtype, C, next_power_of_2(S), H != K, plain, documents)
     if backend == "auto":

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hotlap.kernels.batch_invariant import softcap as bounded
 from hotlap.kernels.dispatch import Device, device_facts, jit, kernel_op, tl, use_triton, wrap_triton
 from hotlap.kernels.tanh import tanh
 from hotlap.kernels.tiles import Case, Tile, as_rows, cdiv, pick_tile, type_name
@@ -28,7 +29,7 @@ IGNORE = -1  # default target of tokens without loss
 def softcap_logits(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32 or wider (Gemma 2); 0 only converts."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    return bounded(logits, softcap) if softcap else logits
 
 
 def cross_entropy_ref(

@@ -31,6 +31,8 @@ from hotlap.kernels.attention import attention
 from hotlap.kernels.attention_blocks import load_rows, similarity
 from hotlap.kernels.attention_blockwise import masked_softmax
 from hotlap.kernels.attention_forward import RESERVE, factors, tile_for
+from hotlap.kernels.attention_in_order import attention_in_order
+from hotlap.kernels.batch_invariant import invariant
 from hotlap.kernels.cpu import decode_attention as cpu
 from hotlap.kernels.dispatch import (
     Device,
@@ -334,11 +336,15 @@ def decode_attention(
             f"{B} sequences and a cache of {k_cache.shape[1]} tokens"
         )
     softcap = softcap or 0.0
-    in_c = T == 1 and use_c(q)
+    in_c = T == 1 and use_c(q) and not invariant(q)
     if not use_triton(q):
         _check_room(lengths, T, k_cache.shape[1], window)
     if not (in_c or use_triton(q)):
         append_ref(k, v, k_cache, v_cache, slots, lengths)
+        if invariant(q):
+            return attention_in_order(
+                q, k_cache, v_cache, slots, lengths, window=window or 0, softcap=softcap, scale=scale
+            )
         with no_autocast(q):
             return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
     window = window if window is not None and window <= k_cache.shape[1] else 0

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.batch_invariant import invariant
 from hotlap.kernels.cpu import decode_linear as cpu
 from hotlap.kernels.decode_linear_kernels import (
     ROWS,
@@ -161,7 +162,7 @@ def fusing_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether a block whose first product is of x (..., D) and weight is faster with the products of this
     file. On a CPU that is measured; they are the faster ones for int8, which the others have to convert.
     """
-    if not fuses(x, weight):
+    if invariant(x) or not fuses(x, weight):  # what is fused rounds otherwise
         return False
     on_cpu = use_c(x) and weight.dtype != torch.int8
     return not on_cpu or math.prod(x.shape[:-1]) <= most_rows(x.dtype, x.shape[-1])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.batch_invariant import product
 from hotlap.kernels.cpu.library import run
 from hotlap.kernels.cross_entropy import (
     IGNORE,
@@ -152,7 +153,7 @@ def _each(x: Tensor, head: Tensor, targets: Tensor, softcap: float, z_loss: floa
     weight, chunks = _chunks(x, head, targets)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for start, part, target in chunks:
-        some, _ = _losses_and_gradient(part @ weight.T, target, softcap, z_loss, ignore, None)
+        some, _ = _losses_and_gradient(product(part, weight), target, softcap, z_loss, ignore, None)
         losses[start : start + len(part)] = some
     return losses
 

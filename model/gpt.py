@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.kernels.attention import attention
+from hotlap.kernels.batch_invariant import product, sigmoid
 from hotlap.kernels.cross_entropy import softcap_logits
 from hotlap.kernels.decode_linear import fusing_pays, linear, linear_residual, norm_linear
 from hotlap.kernels.embedding import embedding, token_runs
@@ -72,7 +73,7 @@ class Linear(nn.Linear):
             return linear(x, self.weight, self.scales)
         if self.fp8 and torch.is_grad_enabled():
             return linear_fp8(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+        return product(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -391,5 +392,5 @@ class GPT(nn.Module):
         if document_start is not None:
             t = torch.arange(x.shape[1], device=x.device)
             previous = previous * (t > document_start).unsqueeze(-1)
-        gate = self.smear_scale.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        gate = self.smear_scale.to(x.dtype) * sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * previous

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.kernels.batch_invariant import product
 from hotlap.model.config import MLP_RATIO, GPTConfig
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.empty(sum(outputs), lora.rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.A.to(x.dtype)) * self.scale  # (..., P r)
+        hidden = product(x, self.A.to(x.dtype)) * self.scale  # (..., P r)
         parts = zip(hidden.chunk(len(self.outputs), -1), self.B.to(x.dtype).split(self.outputs), strict=True)
-        parts = [F.linear(part, B) for part, B in parts]
+        parts = [product(part, B) for part, B in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotlap.common.gpu import to_device
+from hotlap.kernels.batch_invariant import log_softmax
 from hotlap.model.request import Request, Token
 from hotlap.model.sampling import sample
 
@@ -35,7 +36,7 @@ def next_tokens(
     columns = [chosen[:, None], logits.sum(-1, keepdim=True)]  # a sum is finite if all logits are
     of_rows = requests + [request for request, _ in echoed]
     if scored := [request.logprobs or 0 for request in of_rows if request.scores]:
-        logprobs = logits.log_softmax(-1)
+        logprobs = log_softmax(logits)
         top = logprobs[:, :vocab_size].topk(min(max(scored), vocab_size))
         columns += [logprobs.gather(1, chosen[:, None]), top.indices, top.values]
     found = torch.cat([column.double() for column in columns], dim=1).tolist()  # float64 holds ids

@@ -8,7 +8,7 @@
 #define WIDEN widen
 #define PARTS ELEMENT_PARTS
 #define NAME(function) function
-#include "products.h"
+#include "decode_linear.h"
 
 #undef WEIGHT
 #undef WIDEN
@@ -18,4 +18,4 @@
 #define WIDEN widen_int8
 #define PARTS INT8_PARTS
 #define NAME(function) function##_int8
-#include "products.h"
+#include "decode_linear.h"

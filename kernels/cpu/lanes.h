@@ -12,7 +12,7 @@ typedef float unaligned_lanes __attribute__((vector_size(4 * LANES), aligned(4),
 typedef int32_t unaligned_words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL PRAGMA(GCC unroll 16)
+#define UNROLL PRAGMA(GCC unroll 32)
 
 /* a b + c: one instruction where there is one. */
 INLINE lanes multiply_add(lanes a, lanes b, lanes c) {

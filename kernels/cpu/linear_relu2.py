@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hotlap.kernels.batch_invariant import product
 from hotlap.kernels.cpu.library import run
 
 
 def forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """y (M, D) and a (M, N)."""
-    a = x @ w_in.T
+    a = product(x, w_in)
     run("relu2", a.dtype, a, a.numel())
-    return a @ w_out.T, a
+    return product(a, w_out), a
 
 
 def backward(dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,30 @@
-/* For weights of type WEIGHT, which WIDEN turns into PARTS vectors of floats: decode_linear.c includes this once for
-   each type. NAME: the function of this type. */
+/* Products with rows of type WEIGHT, which WIDEN turns into PARTS vectors of floats: files include this once for each
+   type. NAME: the function of this type. Each product is a sum over the depth in LANES parts, which are then added,
+   in an order that depends on nothing but the depth. */
 #undef SPAN
 #define SPAN (PARTS * LANES)
-#define SUMS 8 /* at once: none waits for its last addition */
-#define MOST_ROWS 16 /* as ../decode_linear.py */
-#define COLUMNS_AT_ONCE SUMS
+#define SUMS 24 /* at most, at once */
+#define COLUMNS_AT_ONCE 8 /* sums of one row, of which none waits for its last addition */
+#define ROWS_AT_ONCE 48 /* that a cache keeps, while the columns are read once */
+#if LANES < 16
+#define TALL 4 /* rows of a block of four columns: as many sums as there are registers for */
+#elif PARTS > 2
+#define TALL 2
+#elif PARTS > 1
+#define TALL 4
+#else
+#define TALL 6
+#endif
+
+/* A row of x (D,) as floats in the order in which w is widened, times scale, and zeros up to a multiple of SPAN. */
+INLINE void NAME(widened)(const element *row, float scale, int64_t D, float *out) {
+    for (int64_t d = 0; d < D; d += SPAN)
+        for (int64_t p = 0; p < PARTS; p++)
+            for (int64_t i = 0; i < LANES; i++, out++) {
+                int64_t at = d + PARTS * i + p;
+                *out = at < D ? scale * load(row[at]) : 0;
+            }
+}
 
 /* Add the products of one span of ROWS rows of x, `depth` apart, and COLUMNS rows of w, w_n apart. */
 INLINE void NAME(add_span)(lanes *sums, const float *x, int64_t depth, const WEIGHT *w, int64_t w_n,
@@ -42,7 +62,7 @@ INLINE void NAME(block)(const float *x, int64_t depth, const WEIGHT *w, int64_t 
         for (int n = 0; n < COLUMNS; n++) y[r * COLUMNS_AT_ONCE + n] = added[r * COLUMNS + n];
 }
 
-/* The same for R rows and up to COLUMNS_AT_ONCE columns, in blocks of SUMS products, or one by one at the edge. */
+/* The same for R rows and up to COLUMNS_AT_ONCE columns, in blocks, or one by one at the edge. */
 static void NAME(products)(const float *x, int64_t depth, const WEIGHT *w, int64_t w_n, int64_t R,
                            int64_t columns, int64_t D, float *y) {
 #undef ALL
@@ -52,62 +72,10 @@ static void NAME(products)(const float *x, int64_t depth, const WEIGHT *w, int64
             NAME(block)(x + r * depth, depth, w + n * w_n, w_n, D, ROWS, COLUMNS, y + r * COLUMNS_AT_ONCE + n);
     int64_t r = 0;
     if (columns == COLUMNS_AT_ONCE) {
-        ALL(4, SUMS / 4)
-        ALL(2, SUMS / 2)
-        ALL(1, SUMS)
+        ALL(TALL, 4)
+        ALL(4, 2)
+        ALL(2, 4)
+        ALL(1, 8)
     }
     ALL(1, 1)
-}
-
-/* y (R, N) of x (R, D), all contiguous but for rows of w, which are w_n apart. scales (N,): of the rows of w. With
-   scales a and b: of total = a x + b x0, which is written. norm: of the normalised row, and with a gate (K, G) also
-   gates (R, K). residual (R, N): added. What is not asked for is NULL. */
-void NAME(decode_linear)(const element *x, const element *a, const element *b, const element *x0, const WEIGHT *w,
-                         const float *scales, const element *gate, const element *residual, element *y,
-                         element *total, element *gates, int64_t w_n, int64_t R, int64_t N, int64_t D, int64_t K,
-                         int64_t G, int64_t norm, int64_t squared_relu, double eps) {
-    int64_t depth = (D + SPAN - 1) / SPAN * SPAN;
-    float *left = malloc(R * depth * sizeof(float)); /* rows of x, in the order in which w is widened */
-    for (int64_t r = 0; r < R; r++) {
-        const element *row = x + r * D;
-        float *out = left + r * depth, squares = 0, scale = 1;
-        if (x0) {
-            float of_x = load(*a), of_x0 = load(*b);
-            element *sum = total + r * D;
-            VECTOR
-            for (int64_t d = 0; d < D; d++) sum[d] = rounded(of_x * load(row[d]) + of_x0 * load(x0[r * D + d]));
-            row = sum;
-        }
-        if (norm) {
-            VECTOR_SUM(squares)
-            for (int64_t d = 0; d < D; d++) squares += load(row[d]) * load(row[d]);
-            scale = 1 / sqrtf(squares / D + (float)eps);
-        }
-        for (int64_t d = 0; d < depth; d += SPAN)
-            for (int64_t p = 0; p < PARTS; p++)
-                for (int64_t i = 0; i < LANES; i++, out++) {
-                    int64_t at = d + PARTS * i + p;
-                    *out = at < D ? scale * load(row[at]) : 0;
-                }
-        for (int64_t k = 0; gate && k < K; k++) {
-            float sum = 0;
-            VECTOR_SUM(sum)
-            for (int64_t g = 0; g < G; g++) sum += scale * load(row[g]) * load(gate[k * G + g]);
-            gates[r * K + k] = rounded(sum);
-        }
-    }
-    PARALLEL_PRODUCTS(R * N * D)
-    for (int64_t start = 0; start < N; start += COLUMNS_AT_ONCE) {
-        int64_t columns = N - start < COLUMNS_AT_ONCE ? N - start : COLUMNS_AT_ONCE;
-        float out[MOST_ROWS * COLUMNS_AT_ONCE];
-        NAME(products)(left, depth, w + start * w_n, w_n, R, columns, D, out);
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t n = 0; n < columns; n++) {
-                float value = out[r * COLUMNS_AT_ONCE + n] * (scales ? scales[start + n] : 1);
-                int64_t at = r * N + start + n;
-                if (squared_relu) value = value < 0 ? 0 : value * value; /* keeps NaN */
-                y[at] = rounded(residual ? load(residual[at]) + value : value);
-            }
-    }
-    free(left);
 }
