@@ -168,10 +168,12 @@ def gain_cell(found: dict | None) -> str:
 
 def notes(stages: list[Graded], compared: bool) -> list[str]:
     """What a reader of the table must know."""
-    lines = [
-        "`bpb` is bits per byte of text, where less is better. `core` and `chatcore` are means of how far "
-        "tasks are above chance, the others shares of right answers."
-    ]
+    tasks = {task for stage in stages for task in stage.scores}
+    lines = ["Scores are shares of right answers, unless another thing is said here."]
+    if tasks & {"core", FIVE}:
+        lines.append("`core` and `chatcore` are means of how far tasks are above chance.")
+    if "bpb" in tasks:
+        lines.append("`bpb` is bits per byte of text, where less is better.")
     scores = [(stage.name, task, score) for stage in stages for task, score in stage.scores.items()]
     for name, task, score in scores:
         if task == FIVE and score["missing"]:
