@@ -48,7 +48,7 @@ def draw(
         if chance := CHANCE.get(task):
             axes.plot([chance] * 2, [row - 0.4, row + 0.4], ":", color="0.6", lw=1)
     axes.set(
-        xlabel="score (dotted: chance)",
+        xlabel="score" + " (dotted: chance)" * any(task in CHANCE for task in tasks),
         xlim=(min(-0.02, axes.get_xlim()[0]), 1.02),
         ylim=(0.6 - len(tasks), 0.6),
     )
