@@ -1,25 +1,24 @@
-"""Python code that a model wrote runs here: in a process of its own, without network, files or other processes.
+"""Python code that a model wrote runs here: in a process of its own, without network, files or other
+processes.
 
-There are two tiers. `bubblewrap` gives the process namespaces of its own, so that it sees no file, network and
-process of the machine. `landlock` lets it open nothing but Python's own files; it needs no package and no user
-namespace, which containers often forbid. In both, a seccomp filter allows few system calls, limits bound memory and
-time, and this process watches what is written and how many threads there are. `docs/tools.md` says what that does
-not protect from. Without a tier that passes the self-test, code does not run.
+There are two tiers. `bubblewrap` gives the process namespaces of its own, so that it sees no file, network
+and process of the machine. `landlock` lets it open nothing but Python's own files; it needs no package and no
+user namespace, which containers often forbid. In both, a seccomp filter allows few system calls, limits bound
+memory and time, and this process watches what is written and how many threads there are. `docs/tools.md` says
+what that does not protect from. Without a tier that passes the self-test, code does not run.
 """
 
 from __future__ import annotations
 
 import marshal
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,20 +26,19 @@ from typing import NamedTuple
 
 from hotlap.common.log import log
 from hotlap.model.sandbox_child import OUT_OF_MEMORY
+from hotlap.model.sandbox_process import FOLDER, OUTPUT_BYTES, WRITTEN_BYTES, Program
 from hotlap.model.syscall_filter import syscall_filter
 
-OUTPUT_BYTES = 64 * 1024
 MEMORY_BYTES = 512 * 1024 * 1024  # of address space, Python included
-WRITTEN_BYTES = 16 * 1024 * 1024  # by all writes to files and output together
-MAX_FILES, MAX_THREADS = 1000, 64
-WATCH_SECONDS = 0.01  # between two looks at what is written
-FOLDER = "/sandbox"  # the program's, within bubblewrap's namespace
+SELF_TEST_SECONDS = 10
+
+_searching = threading.Lock()
 
 
 class Outcome(NamedTuple):
     """What a program did: its output (standard output and error in the order written, cut at OUTPUT_BYTES),
-    whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory", "files",
-    "threads", "exit code 1", "signal 11".
+    whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory",
+    "files", "threads", "exit code 1", "signal 11".
     """
 
     text: str
@@ -64,47 +62,40 @@ class Sandbox:
             OSError: if this machine cannot start a process.
         """
         end = time.monotonic() + seconds
-        with ExitStack() as stack:
-            folder = None
-            if not self.bwrap:
-                made = tempfile.TemporaryDirectory(prefix="hotlap-code-", ignore_cleanup_errors=True)
-                folder = stack.enter_context(made)
-            request = stack.enter_context(_file(marshal.dumps(self._request(code, seconds, folder))))
-            given = stack.enter_context(_file(stdin.encode("utf-8", "surrogatepass")))
-            process = stack.enter_context(
-                subprocess.Popen(
-                    self._command(request.fileno()), cwd=folder or "/", env={}, stdin=given,
+        with tempfile.TemporaryDirectory(prefix="hotlap-code-", ignore_cleanup_errors=True) as made:
+            folder = Path(made)
+            (folder / "files").mkdir()
+            (folder / "stdin").write_bytes(stdin.encode("utf-8", "surrogatepass"))
+            (folder / "request").write_bytes(marshal.dumps(self._request(code, seconds, folder / "files")))
+            with open(folder / "request", "rb") as request, open(folder / "stdin", "rb") as given:
+                process = subprocess.Popen(
+                    self._command(request.fileno()), cwd=folder / "files", env={}, stdin=given,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(request.fileno(),),
                     start_new_session=True,
-                )
-            )  # fmt: skip
-            program = _Program(process, folder)
-            try:
+                )  # fmt: skip
+            with process, Program(process, bool(self.bwrap), folder / "files") as program:
                 output, reason = program.watch(end)
-            finally:
-                program.kill()
-            return self._outcome(output, reason, process.returncode)
+        return self._outcome(output, reason, process.returncode)
 
-    def _request(self, code: str, seconds: float, folder: str | None) -> dict:
+    def _request(self, code: str, seconds: float, folder: Path) -> dict:
+        """What the process is told: see `sandbox_child.py`."""
         limits = {
             "AS": MEMORY_BYTES,
             "CPU": int(seconds) + 2,  # in case this process cannot watch
             "FSIZE": WRITTEN_BYTES,
             "NOFILE": 64,
-            "CORE": 0,
+            "CORE": 1,  # unlike 0, this also keeps the kernel from calling a crash reporter
             "MEMLOCK": 0,
         }
         return {
             "code": code.encode("utf-8", "surrogatepass"),
             "limits": limits,
             "filter": syscall_filter(),
-            "parent": 0 if self.bwrap else os.getpid(),
-            "readable": _readable(),
-            "writable": folder,
+            "landlock": None if self.bwrap else (os.getpid(), _readable(), str(folder)),
         }
 
     def _command(self, request: int) -> list[str]:
-        python = [_python(), "-I", "-S", "-B", "-X", "utf8", "-c", _source(), str(request)]
+        python = [_python(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _source(), str(request)]
         if not self.bwrap:
             return python
         namespaces = ["--unshare-all", "--unshare-user", "--as-pid-1", "--die-with-parent", "--new-session"]
@@ -117,101 +108,13 @@ class Sandbox:
         if self.bwrap and status > 128:
             status = 128 - status  # bubblewrap ends as a shell does: with 128 and the number of the signal
         if not reason and status < 0:
-            reason = "timeout" if -status == signal.SIGXCPU else f"signal {-status}"
+            reason = f"signal {-status}"
         elif not reason and status:
             reason = "memory" if status == OUT_OF_MEMORY else f"exit code {status}"
         text = output[:OUTPUT_BYTES].decode("utf-8", "replace")
         if len(output) > OUTPUT_BYTES:
             text += f"\n[the output was cut at {OUTPUT_BYTES} bytes]"
         return Outcome(text, not reason, reason)
-
-
-class _Program:
-    """The process of a program while it runs, from its parent's side."""
-
-    def __init__(self, process: subprocess.Popen, folder: str | None) -> None:
-        self.process, self.folder = process, folder
-        self.id, self.handle = None, None  # of the process that runs Python
-        if folder:
-            self._found(process.pid)
-
-    def _found(self, id: int) -> None:
-        self.id, self.handle = id, os.pidfd_open(id)
-
-    def watch(self, end: float) -> tuple[bytes, str]:
-        """Read output until the process ends or breaks a limit. What was read, and which limit."""
-        output = bytearray()
-        pipe = self.process.stdout.fileno()
-        waiting = select.poll()
-        waiting.register(pipe, select.POLLIN)
-        is_open, look = True, 0.0
-        while is_open or self.process.poll() is None:
-            now = time.monotonic()
-            if now >= end:
-                return bytes(output), "timeout"
-            if now >= look:
-                if reason := self._broken_limit():
-                    return bytes(output), reason
-                look = now + WATCH_SECONDS
-            if not is_open:
-                time.sleep(min(0.001, end - now))
-            elif waiting.poll(1000 * min(WATCH_SECONDS, end - now)):
-                part = os.read(pipe, OUTPUT_BYTES)
-                output += part
-                is_open = bool(part)
-                if len(output) > OUTPUT_BYTES:
-                    return bytes(output), "output"
-        return bytes(output), ""
-
-    def _broken_limit(self) -> str:
-        with suppress(OSError, ValueError):  # it is not there yet, or has ended
-            if self.id is None:  # bubblewrap's child, which becomes Python
-                parent = self.process.pid
-                self._found(int(Path(f"/proc/{parent}/task/{parent}/children").read_text()))
-            counts = dict(line.split(":") for line in Path(f"/proc/{self.id}/io").read_text().splitlines())
-            if int(counts["wchar"]) > WRITTEN_BYTES:
-                return "files"
-            if os.stat(f"/proc/{self.id}/task").st_nlink - 2 > MAX_THREADS:
-                return "threads"
-            if _has_more_files(self.folder or f"/proc/{self.id}/root{FOLDER}"):
-                return "files"
-        return ""
-
-    def kill(self) -> None:
-        """End all processes, and wait until they are gone."""
-        if self.handle is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        if self.handle is not None:
-            ended = select.poll()
-            ended.register(self.handle, select.POLLIN)
-            ended.poll(1000)
-            os.close(self.handle)
-
-
-def _has_more_files(folder: str) -> bool:
-    """Than MAX_FILES, in all folders. There are no symbolic links: the filter refuses to make them."""
-    left = MAX_FILES
-    for _, folders, files in os.walk(folder):
-        left -= len(folders) + len(files)
-        if left < 0:
-            return True
-    return False
-
-
-def _file(data: bytes):
-    """An open file in memory that holds data, from its start. Who inherits it cannot change it."""
-    import fcntl  # which Windows has not
-
-    file = open(os.memfd_create("hotlap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
-    file.write(data)
-    file.seek(0)
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-    return file
 
 
 @cache
@@ -236,10 +139,9 @@ def _readable() -> tuple[str, ...]:
 
 
 def find_sandbox() -> Sandbox | None:
-    """The strongest tier that isolates on this machine, tried once; None if there is none. The first call logs
-    which.
-    """
-    return _search()[0]
+    """The strongest tier that isolates on this machine, or None. The first call tries, and logs which."""
+    with _searching:
+        return _search()[0]
 
 
 def require_sandbox(what: str) -> Sandbox:
@@ -248,7 +150,8 @@ def require_sandbox(what: str) -> Sandbox:
     Raises:
         ValueError: if there is none, with the reasons.
     """
-    sandbox, reasons = _search()
+    with _searching:
+        sandbox, reasons = _search()
     if sandbox is None:
         raise ValueError(
             f"{what} runs code that the model writes, and needs a sandbox; none works here: {reasons}; try "
@@ -328,8 +231,8 @@ def _self_test(sandbox: Sandbox) -> None:
     """Run programs that try to get out, to flood, and not to end."""
     with tempfile.NamedTemporaryFile(prefix="hotlap-") as canary:
         for code, seconds, expected in (
-            (f"CANARY = {canary.name!r}{ESCAPES}", 10, ("isolated", "")),
-            (FLOOD, 10, ("", "files")),
+            (f"CANARY = {canary.name!r}{ESCAPES}", SELF_TEST_SECONDS, ("isolated", "")),
+            (FLOOD, SELF_TEST_SECONDS, ("", "files")),
             ("while True: pass", 0.3, ("", "timeout")),
         ):
             text, _, reason = sandbox.run(code, seconds)

@@ -1,13 +1,14 @@
 """A seccomp filter for a Python program that may compute, use threads, and use files that it can reach.
 
-It lists what is allowed, and refuses the rest: a kernel grows by several system calls a year, which a list of what
-is forbidden would let through. Refused calls fail with EPERM, so that programs see a PermissionError and go on.
-Calls that came with Linux 5.1 or later fail with ENOSYS, as on an older kernel, because C libraries then take the
-older call: threads start with clone, whose flags a filter can read, and not with clone3, whose flags it cannot.
+It lists what is allowed, and refuses the rest: a kernel grows by several system calls a year, which a list of
+what is forbidden would let through. Refused calls fail with EPERM, so that programs see a PermissionError and
+go on. Calls that came with Linux 5.1 or later fail with ENOSYS, as on an older kernel, because C libraries
+then take the older call: threads start with clone, whose flags a filter can read, and not with clone3, whose
+flags it cannot.
 
-Capabilities, Landlock and namespaces do not cover all that the allowed calls could do, so arguments are looked at:
-`fcntl` can have signals sent to other processes, `open` can truncate a file that is only readable, and shared
-mappings of files write without being counted.
+Capabilities, Landlock and namespaces do not cover all that the allowed calls could do, so arguments are
+looked at: `fcntl` can have signals sent to other processes, `open` can truncate a file that is only readable,
+and shared mappings of files write without being counted.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ ALLOWED: Numbers = {
     "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None),
     "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78),
     "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
-    "fchdir": (81, 50), "umask": (95, 166), "creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34),
-    "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
+    "fchdir": (81, 50), "umask": (95, 166), "creat": (85, None), "unlink": (87, None),
+    "unlinkat": (263, 35), "rename": (82, None),
     "renameat": (264, 38), "renameat2": (316, 276),
     # waiting for them
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
@@ -49,8 +50,9 @@ ALLOWED: Numbers = {
     "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214),
     "futex": (202, 98), "set_robust_list": (273, 99), "set_tid_address": (218, 96), "rseq": (334, 293),
     "sched_yield": (24, 124), "sched_getaffinity": (204, 123), "getcpu": (309, 168), "exit": (60, 93),
-    "exit_group": (231, 94), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
-    "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
+    "exit_group": (231, 94), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133),
     "sigaltstack": (131, 132), "restart_syscall": (219, 128), "alarm": (37, None), "pause": (34, None),
     "setitimer": (38, 103), "getitimer": (36, 102),
     # time, chance, and questions about itself
@@ -71,7 +73,7 @@ DUPLICATE, GET_LOCK, DUPLICATE_CLOEXEC = 0, 5, 1030  # commands of fcntl
 # of ioctl: is it a terminal (old and new), its size, bytes to read, blocking, inherited or not
 HARMLESS_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5451, 0x5450)
 
-# name, numbers, then tests of (argument, mask, values): all must hold, or none for those that are refused
+# name, numbers, then tests of (argument, mask, values), which all must hold
 ALLOWED_IF = (
     ("clone", (56, 220), ((0, THREAD | NEW_NAMESPACES, (THREAD,)),)),
     ("socketpair", (53, 199), ((0, 0xFFFFFFFF, (UNIX,)), (1, TYPE, (STREAM,)))),
@@ -121,7 +123,7 @@ def _instructions(machine: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _test(argument: int, mask: int, values: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
-    """Refuse unless the masked low word of an argument is one of values. All tested arguments have 32 bits."""
+    """Refuse unless an argument, masked, is one of values. What is tested is in the low word."""
     yield LOAD, 0, 0, ARGUMENTS_AT + 8 * argument
     yield AND, 0, 0, mask
     for i, value in enumerate(values):

@@ -32,6 +32,8 @@ def check_tools(names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"no --tools; known: {', '.join(ARGUMENTS)}")
     for name in names:
+        if name not in ARGUMENTS and os.path.exists(name):
+            raise ValueError(f"{name} is a path, not a tool; put the model before --tools")
         known(name, ARGUMENTS, "tool")
 
 

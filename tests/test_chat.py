@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from helpers.fake_sandbox import FakeSandbox
 from helpers.talker import save_models
 
 from hotlap import chat as program
@@ -127,3 +128,18 @@ def test_the_first_note_says_whether_answers_are_filtered(workplace, tmp_path):
     code, output, errors = run_chat(*arguments, folder=workplace)
     assert code == BAD_DATA and output == "" and "not filtered" not in errors
     assert errors.splitlines()[-1] == "error: the filter blocked this text (list.txt:1)"
+
+
+def test_python_without_a_sandbox_is_refused_before_the_model_is_loaded(workplace, monkeypatch):
+    FakeSandbox(None).install(monkeypatch)
+    monkeypatch.setattr("hotlap.model.weights.load_model", lambda *given: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="the tool python runs code .* and needs a sandbox"):
+        program.open_session(ChatConfig(model=workplace / "runs" / "talker", prompt="hi", tools=("python",)))
+
+
+def test_a_session_has_the_tools_of_its_flags_and_names_the_sandbox(workplace, monkeypatch, capsys):
+    FakeSandbox(lambda code: None).install(monkeypatch)
+    for tools in (("python", "calculator"), ("calculator",)):
+        config = ChatConfig(model=workplace / "runs" / "talker", prompt="hi", tools=tools)
+        assert tuple(program.open_session(config).chat.tools) == tools
+    assert capsys.readouterr().err.count("[tools: python (sandbox: fake), calculator]") == 1

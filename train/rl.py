@@ -6,11 +6,11 @@ import hashlib
 import json
 import random
 import shlex
-from contextlib import nullcontext
+import torch
 
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.kernels.dispatch import batch_invariant, batch_invariant_works
+from hotlap.kernels.batch_invariant import batch_invariant, batch_invariant_works
 from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import check_tools, named_tools
@@ -65,15 +65,13 @@ def reinforce(config: RLConfig) -> dict[str, float]:
                 return guarded.score([Sample(rewards[p.source], a, p.record, p.place) for p, a in answered])
 
             sampler = Sampler(tokenizer, score, config.max_tokens, world)
-            reference = None
+            dtype, reference = compute_dtype(config.dtype, world, shape.width), None
             if config.kl:
-                reference, _ = load_model(config.base, world.device)
-                reference.for_inference()
-            dtype = compute_dtype(config.dtype, world, shape.width)
-            exact = batch_invariant_works(world.device, dtype)
+                reference = load_model(config.base, world.device, dtype)[0].for_inference()
+            exact = dtype == torch.float32 and batch_invariant_works(world.device, dtype)
             held_out = HeldOut(sampler, asked["validation"], config.samples, config.seed)
             groups = config.batch_rows // config.samples
-            with batch_invariant() if exact else nullcontext():
+            with batch_invariant(exact):
                 return train(
                     config,
                     Stage(

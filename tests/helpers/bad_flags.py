@@ -133,6 +133,7 @@ ROWS: list[Row] = [
     # tools
     ("chat sft -p a --tools", None, USAGE, r"no --tools; known: calculator, python"),
     ("chat sft -p a --tools calculator shell", None, USAGE, r"unknown tool: 'shell'; known: calculator, python"),
+    ("chat --tools calculator sft -p a", None, USAGE, r"sft is a path, not a tool; put the model before --tools"),
     ("chat --tools pyton -p a", None, USAGE, r"unknown tool: 'pyton'; did you mean 'python'\?"),
     ("serve sft --port 0 --tools calculater", None, USAGE, r"unknown tool: 'calculater'; did you mean 'calculator'\?"),
     ("web sft --port 0 --tools shell", None, USAGE, r"unknown tool: 'shell'; known"),

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import hotlap.model.sandbox
-
-
-class Outcome(NamedTuple):
-    text: str
-    ok: bool
-    reason: str
+from hotlap.model.sandbox import Outcome
 
 
 class FakeSandbox:

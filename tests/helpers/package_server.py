@@ -8,6 +8,7 @@ import http.server
 import io
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 
 from hotlap.train.data import package_archive
@@ -23,6 +24,15 @@ def tar_archive(members: dict[str, str]) -> bytes:
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def zip_archive(members: dict[str, bytes]) -> bytes:
+    """A .zip, or wheel, of files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
     return buffer.getvalue()
 
 

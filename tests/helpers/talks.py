@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from hotlap.model.messages import TOOL
+from hotlap.model.messages import tool_call
 from hotlap.train.data.conversation_rows import conversation_rows
 from hotlap.train.data.conversations import Conversation
 from hotlap.train.data.mixtures import Part
@@ -13,11 +13,21 @@ ALONE = [Part("talks")]
 
 def with_a_sum() -> list[dict]:
     """A system message, and an answer with a call of the calculator."""
-    call = {"type": "function", "function": {"name": TOOL, "arguments": {"expression": "2+3"}}}
+    call = tool_call("calculator", "2+3")
     return [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "2 and 3?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "five"},
+    ]
+
+
+def with_python(code: str = "print(2 + 3)") -> list[dict]:
+    """A question, and an answer with a call of Python."""
+    return [
+        {"role": "user", "content": "2 and 3?"},
+        {"role": "assistant", "content": "So: ", "tool_calls": [tool_call("python", code)]},
         {"role": "tool", "content": "5"},
         {"role": "assistant", "content": "five"},
     ]

@@ -7,6 +7,7 @@ import pytest
 
 from hotlap.common.errors import DataError
 from hotlap.model.conversation import parse_answer, render, render_prompt, spoken
+from hotlap.model.messages import tool_call
 from hotlap.model.tokenizer import SPECIAL_TOKENS
 
 
@@ -33,6 +34,10 @@ def call(expression="2+3", content=""):
         "content": content,
         "tool_calls": [{"type": "function", "function": function}],
     }
+
+
+def python(code, content=""):
+    return {"role": "assistant", "content": content, "tool_calls": [tool_call("python", code)]}
 
 
 def spelled(tokenizer, *pieces: str) -> list[int]:
@@ -84,6 +89,18 @@ def test_the_assistant_says_its_calls_and_not_their_results(tiny_tokenizer):
         *last,
     )
     assert [i for i, s in zip(ids, said, strict=True) if s] == spelled(t, *first, *second, *last)
+
+
+def test_a_call_of_python_names_it_and_carries_loss_as_its_result_does_not(tiny_tokenizer):
+    t = tiny_tokenizer
+    ids, said = render([user("2+3?"), python("print(2 + 3)"), tool("5"), assistant("5.")], t)
+    code = ("tool_start", "'python: print(2 + 3)'", "tool_end")
+    expected = spelled(
+        t, "bos", "user_start", "'2+3?'", "user_end", "assistant_start", *code,
+        "result_start", "'5'", "result_end", "'5.'", "assistant_end",
+    )  # fmt: skip
+    assert ids == expected
+    assert [i for i, s in zip(ids, said, strict=True) if s] == spelled(t, *code, "'5.'", "assistant_end")
 
 
 def test_arguments_may_be_a_string_of_json(tiny_tokenizer):
@@ -138,6 +155,10 @@ ANSWERS = {
     "plain": [assistant("It is 5.")],
     "one call": [call("2+3"), tool("5"), assistant("It is 5.")],
     "a word before": [call("2+3", "Let me see: "), tool("5"), assistant("It is 5.")],
+    "python": [python("for i in 'a: b':\n    print(i)\n", "So: "), tool("5"), assistant("It is 5.")],
+    "python, spaces first": [python("  python: 1"), tool(""), assistant("It is 5.")],
+    "python, no code": [python(""), tool(""), assistant("Nothing.")],
+    "both": [call("2+3"), tool("5"), python("print(5)"), tool("5"), assistant("It is 5.")],
     "two calls": [call("2+3"), tool("5"), call("5*5", "So "), tool("25"), assistant("It is 25.")],
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tools import ScriptedModel, script, tiny_config
 
+from hotlap.model.decoding import Decoder
 from hotlap.model.engine import Engine
 from hotlap.model.sampling import Sampling
 from hotlap.model.tools import TOOLS
@@ -76,7 +77,7 @@ def test_every_step_is_one_forward_pass_even_if_all_slots_wait_for_tools(tiny_to
 @pytest.fixture
 def caller(random_model, tiny_tokenizer):
     """A random model with windows that often calls a tool, and seldom ends its answer."""
-    config = tiny_config(layers=3, context=128, window_pattern="SSL")
+    config = tiny_config(layers=3, context=256, window_pattern="SSL")
     model, special = random_model(config), tiny_tokenizer.special
     with torch.no_grad():
         model.head.weight[[special["<|assistant_end|>"], tiny_tokenizer.bos]] = 0
@@ -84,12 +85,16 @@ def caller(random_model, tiny_tokenizer):
     return model
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("slots", [1, 3, 8])
-def test_answers_are_those_of_tools_that_take_no_time(caller, tiny_tokenizer, slots):
+def test_answers_are_those_of_tools_that_take_no_time(caller, tiny_tokenizer, slots, padded, monkeypatch):
+    """Beginnings are shared, and windows are rings in the cache. padded: batches are filled, as on a GPU."""
+    if padded:
+        monkeypatch.setattr(Decoder, "batch_size", lambda self, sequences: self.cache.slots)
     t = tiny_tokenizer
-    prompts = [[t.bos, 5, *[7 + i] * (18 * (i % 3))] for i in range(6)]
-    sampling = Sampling(temperature=1.5, top_k=20, max_tokens=60)
-    expected = Engine(caller, t, slots).complete(prompts, sampling)
+    prompts = [[t.bos, 5, *[7 + i % 2] * (40 * (i % 3))] for i in range(6)]
+    sampling = Sampling(temperature=1.5, top_k=20, max_tokens=120)
+    expected = Engine(caller, t, slots, chunk=8).complete(prompts, sampling)
     lock, running, most = threading.Lock(), 0, 0
 
     def slow(text: str) -> str:
@@ -103,7 +108,7 @@ def test_answers_are_those_of_tools_that_take_no_time(caller, tiny_tokenizer, sl
 
     with ThreadPoolExecutor(4) as pool:
         tools = {"calculator": lambda text: pool.submit(slow, text)}
-        assert Engine(caller, t, slots).complete(prompts, sampling, tools) == expected
+        assert Engine(caller, t, slots, chunk=8).complete(prompts, sampling, tools) == expected
     assert sum(t.special["<|result_end|>"] in answer for answer in expected) > 2
     assert most > 1 or slots == 1
 

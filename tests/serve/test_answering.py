@@ -11,6 +11,7 @@ from helpers.openai_client import client_of
 from helpers.running_server import running_server, served, wait_until
 from helpers.scripted_engine import ScriptedEngine
 
+from hotlap.model.messages import tool_call
 from hotlap.serve import answering
 from hotlap.serve import saved_conversations as saved
 from hotlap.serve.blocklist import Blocklist
@@ -173,10 +174,16 @@ def test_one_answer_of_a_conversation_at_a_time(answered, engine, client, tmp_pa
     assert [answer.text for answer in conversation.turns[0].answers] == ["one"]
 
 
-def test_only_what_our_calculator_can_have_done_is_taken_from_a_server():
+def test_only_what_our_tools_can_have_done_is_taken_from_a_server():
     good = {"type": "calculator", "arguments": '{"expression": "2+3"}', "output": "5"}
     bad = [
         "x", {}, good | {"type": "search"}, good | {"output": 5}, good | {"arguments": "{"},
         good | {"arguments": None}, good | {"arguments": "[]"}, good | {"arguments": '{"other": 1}'},
+        good | {"type": "python"}, good | {"type": ["calculator"]},
+    ]  # fmt: skip
+    code = {"type": "python", "arguments": '{"code": "print(5)"}', "output": "5\x1b"}
+    assert answering.is_call(code) and answering.messages_of([code, "So 5."]) == [
+        {"role": "assistant", "content": "", "tool_calls": [tool_call("python", "print(5)")]},
+        {"role": "tool", "content": "5"}, {"role": "assistant", "content": "So 5."},
     ]  # fmt: skip
     assert answering.is_call(good) and not [tool for tool in bad if answering.is_call(tool)]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import pytest
 pytest.importorskip("fastapi")
 
 from helpers.commands import USAGE, assert_error
+from helpers.fake_sandbox import FakeSandbox
 from helpers.running_server import chat
 from helpers.tools import tiny_config
 
 from hotlap.cli import main
 from hotlap.model.gpt import GPT
+from hotlap.model.tools import named_tools
 from hotlap.model.weights import save_model
 from hotlap.serve import command
 from hotlap.serve.command import announcement, load, model_name
@@ -136,3 +139,18 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
     asyncio.run(signalled())
     assert codes == [130]
+
+
+def test_python_without_a_sandbox_is_refused_before_the_model_is_loaded(run, monkeypatch):
+    FakeSandbox(None).install(monkeypatch)
+    monkeypatch.setattr(command, "load", lambda *given: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="the tool python runs code .* and needs a sandbox"):
+        command.main(ServeConfig(model=run, port=0, tools=("python",)))
+
+
+def test_it_says_which_tools_are_offered_and_chats_get_them(run, monkeypatch):
+    FakeSandbox(lambda code: None).install(monkeypatch)
+    engine, served = load(ServeConfig(model=run, slots=1), tools := named_tools(["python"]))
+    assert served.tools is tools
+    assert "tools    python (sandbox: fake)" in announcement(engine, replace(served, chat=True), "url", None)
+    assert "tools    none" in announcement(engine, replace(served, chat=False), "url", None)

@@ -168,13 +168,13 @@ def test_executed_tools_are_listed_where_their_result_ends(reply, tiny_tokenizer
     used = [
         [special["<|tool_start|>"], *encode(sum), special["<|tool_end|>"], special["<|result_start|>"],
          *encode(result), special["<|result_end|>"]]
-        for sum, result in (("2+3", "5"), ("5*2", "10"))
+        for sum, result in (("2+3", "5"), ("python: print(5 * 2)", "10"))
     ]  # fmt: skip
     pieces = [Piece(0, "", tokens_of(ids), None) for ids in used]
     pieces += [Piece(0, "10", tokens_of(encode("10")), "stop")]
     tools = [
         {"index": 0, "type": "calculator", "arguments": '{"expression": "2+3"}', "output": "5"},
-        {"index": 1, "type": "calculator", "arguments": '{"expression": "5*2"}', "output": "10"},
+        {"index": 1, "type": "python", "arguments": '{"code": "print(5 * 2)"}', "output": "10"},
     ]
     assert whole(reply(), *pieces)["choices"][0]["message"]["executed_tools"] == tools
     deltas = [chunk["choices"][0]["delta"] for chunk in streamed(reply(), *pieces)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.preference_runs import make_base
 from helpers.ranks import run_ranks
-from helpers.rl_runs import config_of, reinforcing, write_prompts
+from helpers.rl_runs import config_of, reinforcing, reinforcing_in_parts, write_prompts
 from helpers.run_functions import losses, metrics, state_of
 
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
@@ -46,7 +46,7 @@ def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
     """The answers are the same, and so are their rewards."""
     one = run_ranks(1, reinforcing, str(tmp_path), "one", str(base))[0]
     for name, ranks, micro_batch in (("two", 2, "all"), ("parts", 2, "2"), ("singly", 1, "1")):
-        found = run_ranks(ranks, reinforcing_with, str(tmp_path), name, str(base), micro_batch)[0]
+        found = run_ranks(ranks, reinforcing_in_parts, str(tmp_path), name, str(base), micro_batch)[0]
         assert [line["reward"] for line in found] == pytest.approx([line["reward"] for line in one]), name
         assert [line["engine_kl"] for line in found] == [0.0] * len(one), name
         for metric in ("loss", "gradient_norm", "entropy", "answer_tokens"):
@@ -54,10 +54,6 @@ def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, metric)
         for metric in (name for name in one[-1] if name.startswith("validation")):
             assert found[-1][metric] == pytest.approx(one[-1][metric], rel=1e-4), (name, metric)
-
-
-def reinforcing_with(folder: str, name: str, base: str, micro_batch: str) -> list[dict]:
-    return reinforcing(folder, name, base, micro_batch=micro_batch)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -68,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop_after, updates, base, tmp_p
     reinforce(config_of(tmp_path, "whole", base, **fields))
     stopped = config_of(tmp_path, "run", base, **fields)
     with monkeypatch.context() as patch:
-        stop_at_pass(patch, stop_after + 1)
+        stop_at_pass(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
             reinforce(stopped)
     assert run_checkpoints(stopped.out)[-1].name == f"step-{stop_after:06}"
@@ -96,7 +92,7 @@ def test_an_update_starts_at_a_ratio_of_exactly_one_and_moves_away(base, tmp_pat
         reinforcing(str(tmp_path), f"updates-{updates}", str(base), updates=updates, kl=0.1)
         for updates in (1, 2)
     )
-    assert (twice[0]["loss"], twice[0]["kl"]) == (once[0]["loss"], once[0]["kl"]) == (twice[0]["loss"], 0.0)
+    assert twice[0]["loss"] == once[0]["loss"] and twice[0]["kl"] == once[0]["kl"] == 0
     assert twice[1]["reward"] == twice[0]["reward"], "the second update has the same answers"
     assert twice[1]["engine_kl"] > 0 == twice[2]["engine_kl"], "by which the weights have moved"
     assert once[-1]["kl"] > 0
@@ -109,28 +105,32 @@ def test_every_loss_trains(loss, base, tmp_path):
 
 
 def test_a_step_without_differences_is_skipped_and_changes_nothing(base, tmp_path, caplog):
-    config = config_of(tmp_path, "run", base, reward="same_for_all", loop=LoopConfig(3, 3, 1))
-    reinforce(config)
-    assert [line["skipped"] for line in metrics(config.out)] == [1, 2, 3]
-    assert [line["equal_groups"] for line in metrics(config.out)] == [1.0] * 3
-    folders = run_checkpoints(config.out)
-    assert state_of(folders[0])["model.safetensors"] == state_of(folders[-1])["model.safetensors"]
+    one, three = (
+        config_of(tmp_path, f"steps-{n}", base, reward="same_for_all", loop=LoopConfig(n, n, n))
+        for n in (1, 3)
+    )
+    reinforce(one)
+    caplog.clear()
+    reinforce(three)
+    assert [line["skipped"] for line in metrics(three.out)] == [1, 2, 3]
+    assert [line["equal_groups"] for line in metrics(three.out)] == [1.0] * 3
+    assert state_of(three.out) == state_of(one.out)
     said = [r.getMessage() for r in caplog.records if "nothing to learn" in r.getMessage()]
     assert len(said) == 1 and "(only 0.25)" in said[0]
 
 
 def test_groups_with_equal_rewards_are_replaced(base, tmp_path):
-    """fails_on_odd_squares gives every second question rewards that do not differ, or none."""
-    kept = reinforcing(str(tmp_path), "kept", str(base), reward="fails_on_odd_squares", resample=0)
-    replaced = reinforcing(str(tmp_path), "new", str(base), reward="fails_on_odd_squares", resample=8)
+    kept = reinforcing(str(tmp_path), "kept", str(base), reward="same_for_even", resample=0)
+    replaced = reinforcing(str(tmp_path), "new", str(base), reward="same_for_even", resample=9)
+    assert {0.5, 1.0} & {line["equal_groups"] for line in kept}
     assert all(line["gradient_norm"] > 0 for line in replaced)
-    assert replaced[0]["equal_groups"] > 0, "those that were replaced count"
-    assert any(line["gradient_norm"] == 0 for line in kept) or kept[0]["equal_groups"] < 1
+    assert any(line["equal_groups"] > 0 for line in replaced), "those that were replaced count"
 
 
 def test_failed_rewards_cost_their_answers_and_not_the_run(base, tmp_path, caplog):
-    lines = reinforcing(str(tmp_path), "run", str(base), reward="fails_on_odd_squares", resample=8)
+    lines = reinforcing(str(tmp_path), "run", str(base), reward="fails_sometimes", batch_rows=16)
     assert 0 < sum(line["failed_rewards"] for line in lines) < len(lines)
+    assert all(line["gradient_norm"] > 0 for line in lines)
     assert "KeyError" in caplog.text
 
 
@@ -144,7 +144,6 @@ def test_a_reward_that_hangs_costs_its_answer(base, tmp_path):
 def test_a_step_in_which_every_reward_fails_ends_the_run_with_the_reason(base, tmp_path):
     with pytest.raises(ValueError, match=r"none of 8 answers got a reward, .*no reward today"):
         reinforce(config_of(tmp_path, "run", base, reward="always_fails"))
-    assert not (tmp_path / "run").exists(), "a new folder with nothing in it"
 
 
 def test_rollouts_can_be_read(base, tmp_path):

@@ -65,7 +65,8 @@ def rendered(
                 yield conversation, ids, loss_mask
 
     for conversation in conversations:
-        size = sum(len(message["content"]) for message in conversation.messages)
+        said = conversation.messages
+        size = sum(len(m["content"]) + len(call_text(m) if m.get("tool_calls") else "") for m in said)
         if size > most:  # encoding it would take much memory
             left_out.add(too_long, f"{conversation.place}: {size:,} characters")
             continue

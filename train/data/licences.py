@@ -42,12 +42,20 @@ PREFERENCES = {  # names that `hotlap dpo` knows
     "tasks": Description("built-in questions, with the base's own answers and better ones", PYTHON_FACTS),
     "ultrafeedback": Description("UltraFeedback, answers of language models, rated by one", "MIT"),
 }
+PROMPTS = {  # names that `hotlap rl` knows
+    "names": Description("built-in questions about Python names, real and invented", PYTHON_FACTS),
+    "sums": Description("built-in sums to do without the calculator, made by rules", OWN),
+    "mbpp": Description("MBPP, Python functions to write, with tests", "CC BY 4.0"),
+    "reasoning-gym": Description("questions made by the package reasoning-gym", "Apache-2.0"),
+} | {name: DESCRIPTIONS[name] for name in ("spelling", "arithmetic", "gsm8k")}
 UNKNOWN = Description("the user's own data", "unknown")
 
 
 def description_of(entry: str, stage: str) -> Description:
     """What an entry of a stage's --data is, NAME or NAME:WEIGHT. A path is the user's own data."""
-    return (PREFERENCES if stage == "dpo" else DESCRIPTIONS).get(name_of(entry), UNKNOWN)
+    if stage == "rl" and entry.startswith("reasoning-gym:"):  # and a task
+        return PROMPTS["reasoning-gym"]
+    return {"dpo": PREFERENCES, "rl": PROMPTS}.get(stage, DESCRIPTIONS).get(name_of(entry), UNKNOWN)
 
 
 def name_of(entry: str) -> str:

@@ -52,8 +52,8 @@ class Prompt(NamedTuple):
 
 class Source(NamedTuple):
     """ask: questions and records of a split, for a seed. reward: `package.module:function`. tools: names of
-    those that the model may call. dataset: what is downloaded, and the split of it for each of ours. check:
-    raises ValueError or ImportError if it cannot be used here.
+    those that the model may call. dataset: what is downloaded, and its splits for ours. check: raises
+    ValueError or ImportError if it cannot be used.
     """
 
     ask: Callable[[str, int], Iterable[tuple[str, dict]]]
@@ -134,25 +134,13 @@ def word_problems(path) -> Iterator[tuple[str, dict]]:
         yield problem["content"], {"answer": gsm8k.answer_of(solution["content"])}
 
 
-def check_sandbox() -> None:
-    from hotlap.model.sandbox import require_sandbox
-
-    require_sandbox("the data mbpp")
-
-
 SOURCES = {
     "spelling": Source(spellings, f"{VERIFIERS}:spelling"),
     "names": Source(names, f"{VERIFIERS}:same"),
     "sums": Source(head_sums, f"{VERIFIERS}:total"),
     "arithmetic": Source(calculations, f"{VERIFIERS}:result", CALCULATOR),
     "gsm8k": on_hub(GSM8K, "test", word_problems, f"{VERIFIERS}:solution", tools=CALCULATOR),
-    "mbpp": on_hub(
-        MBPP,
-        "validation",
-        mbpp.problems_in,
-        "hotlap.train.rewards.code:passing",
-        check=check_sandbox,
-    ),
+    "mbpp": on_hub(MBPP, "validation", mbpp.problems_in, "hotlap.train.rewards.code:passing"),
 }
 NEEDED = f"name a .jsonl or .parquet file, {', '.join(SOURCES)}, or {reasoning_gym.PREFIX}TASK"
 
@@ -187,7 +175,7 @@ def rewards_of(data: Sequence[str], reward: str | None) -> dict[str, str]:
 def check_prompt_data(data: Sequence[str], reward: str | None) -> None:
     """Raise for what is no source and no file, is there twice, lacks a reward or cannot be used here:
     ValueError, FileNotFoundError, ImportError. Files are read to their ends (DataError). The function that
-    `--reward` names is not tried: `check_rewards` does.
+    `--reward` names is not tried: `Guarded` does.
     """
     if not data:
         raise ValueError(f"no data is named; {NEEDED}")
@@ -207,8 +195,12 @@ def check_prompt_data(data: Sequence[str], reward: str | None) -> None:
                 )
             for _ in read_prompts(named_path(name)):
                 pass
-        elif source.reward == rewards_of((name,), reward)[name] or name.startswith(reasoning_gym.PREFIX):
+        else:
             source.check()
+    if "mbpp" in data and not reward:
+        from hotlap.model.sandbox import require_sandbox
+
+        require_sandbox("the data mbpp")
 
 
 def identity_of(name: str) -> str:

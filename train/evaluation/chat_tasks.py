@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
+from hotlap.model import sandbox
 from hotlap.model.conversation import spoken
 from hotlap.model.engine import Engine
-from hotlap.model.sandbox import require_sandbox
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import usable_cores
 from hotlap.train.data import hub
@@ -181,15 +181,17 @@ def answers_to(engine: Engine, task: str, world: World, pairs: list[tuple[Questi
 
 
 def are_right(task: str, world: World, answered: list[tuple[Question, str]]) -> list[bool]:
-    """Whether each question of a task has a right answer. Code is tested, as much at once as there are cores."""
+    """Whether each question of a task has a right answer. Of code, as many as there are cores are tested at
+    once.
+    """
     if task != HUMANEVAL:
         is_right = PUBLIC[task].is_right if task in PUBLIC else same_words
         return [is_right(answer, item.answer) for item, answer in answered]
-    sandbox = require_sandbox(HUMANEVAL)
+    isolated = sandbox.require_sandbox(HUMANEVAL)
 
     def passes(pair: tuple[Question, str]) -> bool:
         item, answer = pair
-        return run_tests(sandbox, item.problem.program(answer), item.problem.tests)
+        return run_tests(isolated, item.problem.program(answer), item.problem.tests)
 
     at_once = max(1, usable_cores() // world.size)
     with progress(world, f"{task}'s tests", len(answered)) as bar, ThreadPoolExecutor(at_once) as pool:

@@ -10,9 +10,9 @@ from hotlap.common.files import cache_folder, write
 from hotlap.common.log import log
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
+from hotlap.model import sandbox
 from hotlap.model.conversation import spoken
 from hotlap.model.engine import Engine
-from hotlap.model.sandbox import require_sandbox
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import open_model, stage
 from hotlap.train.distributed.world import World, joined
@@ -63,7 +63,7 @@ def check(config: EvalConfig) -> tuple[str, ...]:
         raise ValueError("bpb needs text; give it, or a folder of shards, with --data")
     if HUMANEVAL in tasks:
         try:
-            require_sandbox(HUMANEVAL)
+            sandbox.require_sandbox(HUMANEVAL)
         except ValueError as error:
             if config.tasks is not None:
                 raise

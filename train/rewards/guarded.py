@@ -196,8 +196,3 @@ class Guarded:
             )  # fmt: skip
         elif set(str(times)[1:]) == {"0"} and str(times)[0] == "1":
             log.warning("warning: %d answers so far without a reward, as %s", times, kind)
-
-
-def check_rewards(rewards: Sequence[str], seconds: float = REWARD_SECONDS) -> None:
-    """Raise ValueError for what is no function of an answer and a record."""
-    Guarded(rewards, seconds).close()

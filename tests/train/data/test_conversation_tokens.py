@@ -4,7 +4,7 @@ import weakref
 
 import numpy as np
 from helpers.small_runs import conversation, special_text
-from helpers.talks import named, rows_of, with_a_sum
+from helpers.talks import named, rows_of, with_a_sum, with_python
 
 from hotlap.model.conversation import render
 from hotlap.train.data.conversation_rows import conversation_digests
@@ -21,13 +21,15 @@ def test_text_that_cannot_fit_is_not_encoded(tiny_tokenizer, monkeypatch):
         return encode_batch(texts)
 
     monkeypatch.setattr(tiny_tokenizer, "encode_batch", encode)
-    rows = rows_of([conversation(" " * 1_000_000, "a"), conversation("a", "b")], tiny_tokenizer)
+    long = [conversation(" " * 1_000_000, "a"), with_python("#" * 1_000_000)]
+    rows = rows_of([*long, conversation("a", "b")], tiny_tokenizer)
     assert len(conversation_digests(rows)) == 1
 
 
 def test_texts_that_are_encoded_together_are_what_they_are_alone(tiny_tokenizer, monkeypatch):
     talks = [
         with_a_sum(),
+        with_python(special_text()),
         conversation(special_text(), "é 5"),
         *[conversation(f"{i}", "b") for i in range(9)],
     ]

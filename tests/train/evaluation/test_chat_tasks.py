@@ -14,6 +14,7 @@ from helpers.chat_questions import (
     small_tasks,
     write_test_split,
 )
+from helpers.fake_sandbox import FakeSandbox
 from helpers.hub_data import add_split
 from helpers.ranks import in_world, run_ranks
 from helpers.tools import ScriptedModel, script, tiny_config
@@ -166,6 +167,7 @@ def test_the_suite_is_downloaded_once_and_gives_chatcore(
     engine, hub_server, monkeypatch, cache, tmp_path, caplog
 ):
     caplog.set_level("INFO", "hotlap")
+    FakeSandbox(None).install(monkeypatch)
     for dataset, rows in small_tasks():
         add_split(hub_server, monkeypatch, dataset, "test", rows)
     for task in questions.TASKS:
@@ -181,7 +183,7 @@ def test_the_suite_is_downloaded_once_and_gives_chatcore(
     }  # fmt: skip
     core = found["scores"]["chatcore"]
     assert core["missing"] == ["humaneval"] and [*core["tasks"]] == [*chat_tasks.PUBLIC]
-    assert "humaneval runs what the model writes, and needs a sandbox" in caplog.text
+    assert "left out: humaneval runs code that the model writes, and needs a sandbox" in caplog.text
     table = as_table(found)
     assert "4 tasks of 5, without humaneval" in table and "with spelling" in table
     assert json.loads(config.out.read_text())["scores"] == json.loads(json.dumps(found["scores"]))
@@ -243,8 +245,9 @@ def test_without_the_hub_the_missing_file_is_named_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize("tasks", [("humaneval",), ("facts", "humaneval")])
-def test_what_needs_a_sandbox_is_refused_by_name(tasks):
-    with pytest.raises(ValueError, match="humaneval runs what the model writes, and needs a sandbox"):
+def test_what_needs_a_sandbox_is_refused_by_name_where_none_works(tasks, monkeypatch):
+    FakeSandbox(None).install(monkeypatch)
+    with pytest.raises(ValueError, match="humaneval runs code that the model writes, and needs a sandbox"):
         evaluate_model(EvalConfig(tasks=tasks))
 
 

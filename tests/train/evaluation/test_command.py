@@ -255,7 +255,7 @@ def test_a_model_after_the_tasks_is_told_from_a_task(tmp_path):
 def test_an_unknown_task_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown task 'sums'; known: bpb, core, samples, arc-easy, arc-challenge, mmlu, gsm8k, facts",
+        match="unknown task 'sums'; known: bpb, core, samples, arc-easy, arc-challenge, mmlu, gsm8k, humaneval",
     ):
         evaluate_model(EvalConfig(tasks=("facts", "sums")))
 

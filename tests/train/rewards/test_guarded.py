@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlap.train.rewards.guarded import Failure, Guarded, Sample, check_rewards
+from hotlap.train.rewards.guarded import Failure, Guarded, Sample
 
 HERE = "helpers.reward_functions"
 BEHAVES = f"{HERE}:behaves"
@@ -137,7 +137,7 @@ def test_the_first_failure_of_a_kind_is_logged_and_the_others_are_counted(caplog
 )
 def test_what_is_no_reward_is_refused_before_anything_is_scored(reward, message):
     with pytest.raises(ValueError, match=message):
-        check_rewards([reward])
+        Guarded([reward])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_module_in_the_folder_that_cannot_be_imported_is_refused(code, message
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(code)
     with pytest.raises(ValueError, match=message):
-        check_rewards(["mime:score" if "mime" in message else "mine:score"])
+        Guarded(["mime:score" if "mime" in message else "mine:score"])
 
 
 def test_a_module_in_the_folder_is_found_without_installing_it(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from hotlap.train.config import LoopConfig, SFTConfig
 from hotlap.train.data.conversations import SOURCES
 from hotlap.train.data.licences import UNKNOWN, description_of
 from hotlap.train.data.preferences import DOWNLOADED, SAMPLED
+from hotlap.train.data.prompts import SOURCES as ASKED
 from hotlap.train.data.sources import DATASETS, TEXTS
 from hotlap.train.evaluation.kept_scores import KEPT
 from hotlap.train.pretrain import pretrain
@@ -149,6 +150,7 @@ def test_data_with_names_have_their_licences_whatever_their_weight(tmp_path):
 
 def test_every_name_that_a_stage_knows_has_a_description():
     named = {"pretrain": (*TEXTS, *DATASETS), "sft": SOURCES, "dpo": (DOWNLOADED, SAMPLED)}
+    named["rl"] = (*ASKED, "reasoning-gym:spell_backward")
     for stage, names in named.items():
         assert [name for name in names if description_of(name, stage) is UNKNOWN] == []
 

