@@ -30,6 +30,7 @@ from hotlap.train.evaluation.config import BUILT_IN, HUMANEVAL, PUBLIC, EvalConf
 from hotlap.train.evaluation.core_bundle import core_bundle, read_bundle
 from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.presets import gpt2_grade_dpo, gpt2_grade_rl, gpt2_grade_sft
+from hotlap.train.rl import reinforce
 from hotlap.train.sft import fine_tune
 from hotlap.train.speedruns.config import GradeConfig
 from hotlap.train.speedruns.plan import Later
@@ -88,8 +89,6 @@ def train_stage(stage: ChatStage) -> None:
     elif isinstance(stage, DPOConfig):
         optimize_preferences(stage)
     else:
-        from hotlap.train.rl import reinforce
-
         reinforce(stage)
 
 

@@ -148,7 +148,6 @@ def test_the_grade_ends_with_preferences_and_a_report_card_of_all_stages(small_g
 def test_the_grade_ends_with_rewards_and_scores_code_where_a_sandbox_works(
     small_grade, tmp_path, capsys, monkeypatch
 ):
-    pytest.importorskip("hotlap.train.rl", exc_type=ImportError)
     command, hub = small_grade
     monkeypatch.setattr(chat_stages, "find_sandbox", find_sandbox)
     monkeypatch.setattr(humaneval, "download_problems", lambda: None)
