@@ -44,6 +44,8 @@ ROWS: list[Row] = [
     ("speedrun gpt2-grade --pairs tasks --out new", None, USAGE, r"--pairs tasks is for --finish dpo; add it"),
     ("speedrun gpt2-grade --prompts sums --finish dpo --out new", None, USAGE, r"--prompts sums is for --finish rl; add it"),
     ("speedrun gpt2-grade --finish dpo --pairs smoltalk --out new", None, USAGE, r"the data smoltalk are conversations, for `hotlap sft`"),
+    ("speedrun gpt2-grade --finish rl --prompts text.txt --out new", None, USAGE, r"--prompts text\.txt is a file, which has no reward here.*`hotlap rl` with --reward"),
+    ("speedrun gpt2-grade --finish rl --prompts sumz --out new", None, NO_INPUT, r"sumz"),
     ("report-card none", None, NO_INPUT, r"no model at none"),
     ("report-card sft", None, USAGE, r"no stage of sft has scores; leave some there with `hotlap eval sft`"),
     ("speedrun gpt2-grade --depth 0 --out new", None, USAGE, r"--depth 0 must be from 1 to 1000"),

@@ -21,7 +21,13 @@ from hotlap.train.data.conversations import (
 )
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.preferences import DOWNLOADED, check_pairs, download_pairs, pair_plans
-from hotlap.train.data.prompts import check_prompt_data, download_prompts, prompt_plans
+from hotlap.train.data.prompts import (
+    check_prompt_data,
+    download_prompts,
+    identity_of,
+    prompt_plans,
+    source_of,
+)
 from hotlap.train.distributed.world import World
 from hotlap.train.dpo import optimize_preferences
 from hotlap.train.evaluation import chat_tasks
@@ -61,6 +67,13 @@ def check_stage(stage: ChatStage, recipe: PretrainConfig, world: World) -> None:
     elif isinstance(stage, DPOConfig):
         check_pairs(stage.data)
     else:
+        for name in stage.data:
+            identity_of(name)  # raises if it is nothing at all
+            if source_of(name) is None:
+                raise ValueError(
+                    f"--prompts {name} is a file, which has no reward here; end with --finish sft, and give the "
+                    "file to `hotlap rl` with --reward"
+                )
         check_prompt_data(stage.data, stage.reward)
     check_machine(stage, world, recipe.model)
 

@@ -83,7 +83,7 @@ class GradeConfig:
     pairs: tuple[str, ...] = PAIRS
     """For dpo: pairs of answers, as --data of `hotlap dpo` takes them. What is missing is downloaded."""
     prompts: tuple[str, ...] = PROMPTS
-    """For rl: questions, as --data of `hotlap rl` takes them. What is missing is downloaded."""
+    """For rl: questions, as --data of `hotlap rl` takes them, but no files. Missing ones are downloaded."""
     core_bundle: Path | None = None
     """nanochat's eval_bundle folder; downloaded by default."""
     micro_batch: str = "auto"
