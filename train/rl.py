@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shlex
+
 import torch
 
 from hotlap.common.log import log

@@ -46,6 +46,38 @@ print(datetime.date(2024, 2, 29), hashlib.sha256(b"").hexdigest()[:4], zlib.crc3
     )
 
 
+def test_modules_that_use_files_and_timers_work(box):
+    code = """
+import pickle, shutil, signal, sqlite3, time, unittest, zipfile
+
+class Pair(tuple):
+    pass
+
+def ring(number, frame):
+    print("rang", pickle.loads(pickle.dumps(Pair((1, 2)))))
+
+signal.signal(signal.SIGALRM, ring)
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+time.sleep(0.1)
+with zipfile.ZipFile("file.zip", "w") as archive:
+    archive.writestr("name", "text")
+shutil.copyfile("file.zip", "copy.zip")
+print(zipfile.ZipFile("copy.zip").namelist())
+with sqlite3.connect("database") as database:
+    database.execute("create table numbers (x)")
+    database.execute("insert into numbers values (3)")
+print(sqlite3.connect("database").execute("select x from numbers").fetchall())
+
+class Check(unittest.TestCase):
+    def test(self):
+        self.assertEqual(1 + 1, 2)
+
+unittest.main()
+"""
+    outcome = box.run(code, 20)
+    assert outcome.ok and outcome.text.startswith("rang (1, 2)\n['name']\n[(3,)]\n"), outcome
+
+
 def test_threads_work(box):
     code = """
 import threading
