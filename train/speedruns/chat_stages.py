@@ -71,8 +71,8 @@ def check_stage(stage: ChatStage, recipe: PretrainConfig, world: World) -> None:
             identity_of(name)  # raises if it is nothing at all
             if source_of(name) is None:
                 raise ValueError(
-                    f"--prompts {name} is a file, which has no reward here; end with --finish sft, and give the "
-                    "file to `hotlap rl` with --reward"
+                    f"--prompts {name} is a file, which has no reward here; end with --finish sft, and give "
+                    "the file to `hotlap rl` with --reward"
                 )
         check_prompt_data(stage.data, stage.reward)
     check_machine(stage, world, recipe.model)
