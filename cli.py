@@ -154,6 +154,10 @@ COMMANDS: Table = {
         "rewrite a run's report",
         "train.config:ReportConfig", "train.run.report:main",
     ),
+    "report-card": Command(
+        "the scores after each stage of a run, beside nanochat's",
+        "train.speedruns.config:ReportCardConfig", "train.speedruns.report_card:main",
+    ),
     "sweep": Command(
         "train variants of a recipe and compare them",
         "train.studies.config:SweepConfig", "train.studies.sweep:main",

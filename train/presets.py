@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hotlap.common.checks import TOO_LARGE
 from hotlap.model.config import GPTConfig, counts_of
-from hotlap.train.config import LoopConfig, OptimConfig, PretrainConfig, SFTConfig
+from hotlap.train.config import DPOConfig, LoopConfig, OptimConfig, PretrainConfig, RLConfig, SFTConfig
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig
 
@@ -145,6 +145,35 @@ def gpt2_grade_sft(base: PretrainConfig, talks: tuple[str, ...] = TALKS) -> SFTC
             warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum=(0.85, 0.95, 0.95), momentum_warmup_steps=300
         ),
         loop=dataclasses.replace(config.loop, steps=1),  # epochs=1 determines the steps
+    )  # fmt: skip
+
+
+PAIRS = ("ultrafeedback",)
+PROMPTS = ("gsm8k",)
+GSM8K_STEPS = 7473 // 16  # one pass over its questions
+
+
+def gpt2_grade_dpo(sft: SFTConfig, pairs: tuple[str, ...] = PAIRS) -> DPOConfig:
+    """Preference training after gpt2_grade_sft: one epoch of the pairs, of which UltraFeedback has about four
+    in a row of 2 x 2,048 tokens. nanochat has no such stage; the rates are a fiftieth of fine-tuning's.
+    """
+    return DPOConfig(
+        out=Path("runs/gpt2-grade/dpo"), base=sft.out, data=pairs, batch_rows=32, beta=0.5,
+        optim=scaled(sft.optim, 0.02, decay=0.0),
+        schedule=dataclasses.replace(sft.schedule, warmup_steps=20, warmdown=0.9),
+        loop=LoopConfig(1, evaluate_every=100, save_every=100),  # epochs=1 determines the steps
+    )  # fmt: skip
+
+
+def gpt2_grade_rl(sft: SFTConfig, prompts: tuple[str, ...] = PROMPTS) -> RLConfig:
+    """Reinforcement learning after gpt2_grade_sft, as in nanochat: 16 answers of at most 256 tokens to each
+    of 16 questions a step, at a twentieth of fine-tuning's rates, which fall to 0 from the first step on.
+    """
+    return RLConfig(
+        out=Path("runs/gpt2-grade/rl"), base=sft.out, data=prompts, batch_rows=256, samples=16,
+        max_tokens=256, resample=0, optim=scaled(sft.optim, 0.05, decay=0.0),
+        schedule=dataclasses.replace(sft.schedule, warmdown=1.0),
+        loop=LoopConfig(GSM8K_STEPS, evaluate_every=60, save_every=60),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from helpers.chat_questions import arc, problem
 from helpers.hub_server import HubServer
 
 from hotlap.model import tokenizer as tokenizers
@@ -112,6 +113,15 @@ def add_split(
     parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
     server.add(dataset, name, raw.getvalue().to_pybytes())
     monkeypatch.delitem(dataset.pinned, name, raising=False)
+
+
+def add_questions(server: HubServer, monkeypatch) -> None:
+    """ARC's test splits, of 6 questions each, and 20 training questions of GSM8K that its test split has not.
+    The other public questions are in `add_conversations`.
+    """
+    for dataset in (datasets.ARC_EASY, datasets.ARC_CHALLENGE):
+        add_split(server, monkeypatch, dataset, "test", [arc(i) for i in range(6)])
+    add_split(server, monkeypatch, datasets.GSM8K, "train", [problem(i, 12) for i in range(20)])
 
 
 def add_conversations(server: HubServer, folder: Path, monkeypatch, count: int = 20) -> None:

@@ -66,6 +66,15 @@ def check_data(data: Sequence[str]) -> None:
         seen.add(identity)
 
 
+def check_pairs(data: Sequence[str]) -> None:
+    """`check_data`, and read the files to their ends, so that their errors show before a long run."""
+    check_data(data)
+    for name in data:
+        if name not in NAMES:
+            for _ in read_pairs(named_path(name)):
+                pass
+
+
 def no_pairs(name: str) -> Exception:
     """What is wrong with a name of `--data` that is no data set of pairs and no file."""
     before, _, _ = name.rpartition(":")
@@ -92,6 +101,13 @@ def download_pairs(data: tuple[str, ...]) -> None:
     """Download and check what `data` names, if it is on the hub and not in the cache yet."""
     if DOWNLOADED in data:
         hub.download(ULTRAFEEDBACK, ULTRAFEEDBACK.folder, ULTRAFEEDBACK.names(1))
+
+
+def pair_plans(data: Sequence[str]) -> list[hub.DownloadPlan]:
+    """What `download_pairs` will download."""
+    if DOWNLOADED not in data:
+        return []
+    return [hub.plan_download(ULTRAFEEDBACK, ULTRAFEEDBACK.folder, ULTRAFEEDBACK.names(1))]
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:

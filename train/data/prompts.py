@@ -224,13 +224,22 @@ def identity_of(name: str) -> str:
     raise FileNotFoundError(f"no prompts at {name}; {hint}{NEEDED}")
 
 
+def prompt_plans(data: Sequence[str]) -> list[hub.DownloadPlan]:
+    """What `download_prompts` will download."""
+    sources = [source for name in data if (source := source_of(name)) and source.dataset]
+    return [hub.plan_download(s.dataset, s.dataset.folder, hub_files(s)) for s in sources]
+
+
+def hub_files(source: Source) -> list[str]:
+    return [file for split in source.hub_splits for file in source.dataset.files[split]]
+
+
 def download_prompts(data: Sequence[str]) -> None:
     """Download and check what `data` names on the hub and is not in the cache yet."""
     for name in data:
         source = source_of(name)
         if source and source.dataset:
-            files = [file for split in source.hub_splits for file in source.dataset.files[split]]
-            hub.download(source.dataset, source.dataset.folder, files)
+            hub.download(source.dataset, source.dataset.folder, hub_files(source))
 
 
 def prompts_of(data: Sequence[str], split: str, seed: int) -> list[Prompt]:

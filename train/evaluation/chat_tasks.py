@@ -100,6 +100,13 @@ def download(tasks: list[str]) -> None:
             hub.download(dataset, dataset.folder, list(dataset.files["test"]))
 
 
+def plans(tasks: list[str]) -> list[hub.DownloadPlan]:
+    """What `download` will download."""
+    datasets = [PUBLIC[task].dataset for task in tasks if task in PUBLIC]
+    found = [hub.plan_download(d, d.folder, d.files["test"]) for d in datasets]
+    return [*found, humaneval.problems_plan()] if HUMANEVAL in tasks else found
+
+
 def questions_of(task: str) -> list[Question]:
     """All questions of a task. A public one must have been downloaded."""
     if task == HUMANEVAL:

@@ -1,4 +1,4 @@
-"""Accuracies with 95 % intervals, and means of accuracies of which chance is taken off."""
+"""Accuracies with 95 % intervals, means of accuracies of which chance is taken off, and differences."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def centred_mean(scores: list[dict]) -> tuple[float, list[float]]:
     halves = [(s["interval"][1] - s["interval"][0]) / 2 / (1 - s["chance"]) for s in scores]
     half = math.hypot(*halves) / len(halves)
     return mean, [mean - half, mean + half]
+
+
+def difference(
+    later: tuple[float, list[float]], earlier: tuple[float, list[float]]
+) -> tuple[float, list[float]]:
+    """What a score has gained over an earlier one, each given with its interval, and the interval of the gain
+    (Newcombe, 1998, method 10), as if both were independent. Scores of the same questions are not: their
+    difference is known better than this says.
+    """
+    (score, (low, high)), (before, (before_low, before_high)) = later, earlier
+    gain = score - before
+    down, up = math.hypot(score - low, before_high - before), math.hypot(high - score, before - before_low)
+    return gain, [gain - down, gain + up]

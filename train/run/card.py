@@ -191,13 +191,19 @@ def scores_of(run: Path) -> list[str]:
     return lines
 
 
-def score_cells(score: dict) -> list[str]:
+def value_of(score: dict) -> tuple[float | None, list[float] | None]:
+    """The number of a task's score and its interval, as far as they are there."""
     value = next((v for name in SCORES if (v := number(score, name)) is not None), None)
     ends = score.get("interval")
     ends = dict(zip(("low", "high"), ends, strict=True)) if isinstance(ends, list) and len(ends) == 2 else {}
     low, high = number(ends, "low"), number(ends, "high")
+    return value, None if None in (low, high) else [low, high]
+
+
+def score_cells(score: dict) -> list[str]:
+    value, interval = value_of(score)
     return [
-        shown(value, ".4f"), MISSING if None in (low, high) else f"{low:.4f} to {high:.4f}",
+        shown(value, ".4f"), "{:.4f} to {:.4f}".format(*interval) if interval else MISSING,
         shown(number(score, "n"), ",.0f"), shown(number(score, "in_training"), ",.0f", missing="not checked"),
         *(plain(str(score.get(name) or MISSING)) for name in ("date", "device")),
     ]  # fmt: skip

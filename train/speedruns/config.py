@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from hotlap.common.checks import between, positive
 from hotlap.train.config import Dtype
 from hotlap.train.data.mixtures import parts_of
-from hotlap.train.presets import TALKS, check_depth
+from hotlap.train.presets import PAIRS, PROMPTS, TALKS, check_depth
 
 MOST_RUNS = 1000
 
@@ -67,7 +68,7 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class GradeConfig:
-    """nanochat's speedrun: train a model that beats GPT-2 on CORE (0.256525), then fine-tune it for chat."""
+    """nanochat's speedrun: train a model that beats GPT-2 on CORE (0.256525), then a chat model."""
 
     out: Path = Path("runs/gpt2-grade")
     """Folder for everything this command writes."""
@@ -77,6 +78,12 @@ class GradeConfig:
     """Folder of ClimbMix token shards and their tokenizer; missing ones are downloaded and tokenized."""
     talks: tuple[str, ...] = TALKS
     """What to fine-tune on: a mixture, as --data of `hotlap sft` takes it. What is missing is downloaded."""
+    finish: Literal["sft", "dpo", "rl"] = "sft"
+    """The last stage. sft: fine-tuning. After it, dpo: preference training; or rl: reinforcement learning."""
+    pairs: tuple[str, ...] = PAIRS
+    """For dpo: pairs of answers, as --data of `hotlap dpo` takes them. What is missing is downloaded."""
+    prompts: tuple[str, ...] = PROMPTS
+    """For rl: questions, as --data of `hotlap rl` takes them, but no files. Missing ones are downloaded."""
     core_bundle: Path | None = None
     """nanochat's eval_bundle folder; downloaded by default."""
     micro_batch: str = "auto"
@@ -90,4 +97,17 @@ class GradeConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         check_depth(self.depth)
         parts_of(self.talks)
+        for name, stage, default in (("pairs", "dpo", PAIRS), ("prompts", "rl", PROMPTS)):
+            found = getattr(self, name)
+            if found != default and self.finish != stage:
+                raise ValueError(f"--{name} {' '.join(found)} is for --finish {stage}; add it")
         return self
+
+
+@dataclass(frozen=True)
+class ReportCardConfig:
+    """Write the scores after each stage that made a run's model, beside nanochat's, into the run's folder."""
+
+    model_field: ClassVar[str] = "run"
+    run: Path = Path("runs/tiny/sft")
+    """Run directory. The stages before it are found through its configuration."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hotlap.common.machine import device_name
 from hotlap.common.memory import GB
@@ -17,8 +19,20 @@ from hotlap.train.pretrain import PretrainConfig
 from hotlap.train.speedruns.records import dollars_per_hour, throughput
 
 
-def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> dict[str, str]:
-    """The lines of the plan for `runs` pretraining runs, by name. download: the text of that line."""
+class Later(NamedTuple):
+    """A stage after pretraining. tokens: that are passed forward and backward, as far as that is known."""
+
+    name: str
+    words: str
+    tokens: float
+
+
+def plan(
+    config: PretrainConfig, world: World, download: str, runs: int = 1, later: Sequence[Later] = ()
+) -> dict[str, str]:
+    """The lines of the plan for `runs` pretraining runs and stages after them, by name. download: the text of
+    that line.
+    """
     shape, model = config.model, meta_model(config.model)
     counts, flops = parameter_counts(model), nanochat_flops(model)
     lines = {
@@ -36,10 +50,15 @@ def plan(config: PretrainConfig, world: World, download: str, runs: int = 1) -> 
         lines["length"] = (
             f"{tokens / 1e6:,.1f}M tokens in {config.loop.steps:,} steps, {flops * tokens:.3g} FLOPs"
         )
-        hours = tokens / expected.tokens_per_second / 3600 if expected else None
+        every = tokens + sum(stage.tokens for stage in later)
+        hours = every / expected.tokens_per_second / 3600 if expected else None
     if runs > 1:
         lines["length"] += f", for each of {runs} runs"
-    lines |= {"memory": memory(config, world), "disk": disk(config, runs), "download": download, "on": where}
+    lines |= {stage.name: stage.words for stage in later}
+    lines |= {
+        "memory": memory(config, world), "disk": disk(config, runs, len(later)), "download": download,
+        "on": where,
+    }  # fmt: skip
     if hours is None:
         lines["time"] = "unknown for this device; `hotlap bench speedrun` estimates it"
     else:
@@ -64,10 +83,12 @@ def memory(config: PretrainConfig, world: World) -> str:
     )
 
 
-def disk(config: PretrainConfig, runs: int) -> str:
+def disk(config: PretrainConfig, runs: int, later: int = 0) -> str:
     parts = training_bytes(meta_model(config.model), 1, config.model.context)
-    size = runs * 2 * (parts["parameters"] + parts["optimizer"]) / GB
-    return f"about {size:.2f} GB for two checkpoints" + (" per run" if runs > 1 else "")
+    size = (runs + later) * 2 * (parts["parameters"] + parts["optimizer"]) / GB
+    return f"about {size:.2f} GB for two checkpoints" + (
+        " per run" if runs > 1 else " per stage" if later else ""
+    )
 
 
 def confirm(title: str, lines: dict[str, str], yes: bool, world: World) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hotlap.common import files
@@ -22,10 +23,11 @@ def write_result(
     runs: list[Path],
     records: list[Record],
     score: str = "validation_bpb",
+    more: Sequence[str] = (),
 ) -> None:
     """Write result.json with device and date, curves.png and report.md, and print the report.
 
-    runs, records, score: see `draw_comparison`.
+    runs, records, score: see `draw_comparison`. more: lines that end the report.
     """
     device, date = read_machines(runs)
     result = {**result, "device": device, "date": date}
@@ -35,6 +37,7 @@ def write_result(
     lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]
     if (out / "curves.png").exists():
         lines += ["", "![validation of the runs and the records](curves.png)"]
+    lines += ["", *more] if more else []
     files.write(out / "report.md", "\n".join([*lines, ""]))
     print(printable("\n".join([*lines, "", str(out / "report.md")])))
 

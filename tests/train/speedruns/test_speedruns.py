@@ -3,30 +3,25 @@
 import dataclasses
 import itertools
 import json
-import math
-import re
 import sys
 
 import pytest
-from helpers.commands import BAD_DATA, NO_INPUT, USAGE, assert_error
-from helpers.core_bundles import mixed_tasks, write_bundle
-from helpers.small_runs import MODEL, conversation, small_run
+from helpers.commands import USAGE, assert_error
+from helpers.small_runs import MODEL, small_run
 from helpers.tools import tiny_config
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("huggingface_hub")
-from helpers.hub_data import add_climbmix, add_conversations, add_fineweb
+from helpers.hub_data import add_climbmix, add_fineweb
 
 from hotlap.cli import main
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
 from hotlap.train.data import prepare
-from hotlap.train.data.datasets import GSM8K, MMLU, SMOLTALK
-from hotlap.train.data.tasks import built_in
 from hotlap.train.loop import LoopConfig
 from hotlap.train.presets import gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import MOST_EPOCHS, pretrain
 from hotlap.train.run.metrics import read_metrics
-from hotlap.train.speedruns import grade, minutes, track
+from hotlap.train.speedruns import minutes, track
 from hotlap.train.speedruns.minutes import BEST, best_shape
 
 TRACK = [
@@ -158,61 +153,6 @@ def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
     assert rows * 32 == pytest.approx(len(text), rel=0.2)  # a token a character, of which some validate
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["lr_share"] < 0.2 and lines[-1]["seconds"] < 600
-
-
-@pytest.fixture
-def small_grade(hub_server, tmp_path, monkeypatch):
-    """The command of a small gpt2-grade run, but for its conversations, and its hub."""
-    cached(hub_server, tmp_path, monkeypatch)
-    add_conversations(hub_server, tmp_path, monkeypatch)
-    (tmp_path / "bundle").mkdir()
-    bundle = write_bundle(tmp_path / "bundle", mixed_tasks(count=4, longest=4))
-    recipe = dataclasses.replace(
-        gpt2_grade(1), batch_rows=2, micro_batch="1", compile="off", loop=LoopConfig(4), validation_tokens=20,
-        model=tiny_config(vocab_size=300, context=256, layers=1, width=32, heads=1, kv_heads=1),
-    )  # fmt: skip
-    monkeypatch.setattr(grade, "gpt2_grade", lambda depth: recipe)
-    real = grade.gpt2_grade_sft
-    monkeypatch.setattr(
-        grade,
-        "gpt2_grade_sft",
-        lambda base, talks: dataclasses.replace(real(base, talks), dtype="float32", compile="off"),
-    )
-    for task in ("spelling", "arithmetic", "greetings"):
-        talks = [conversation(f"{task} {i}?", f"{2 * i}.") for i in range(20)]
-        monkeypatch.setitem(built_in.TASKS, task, lambda seed, talks=talks: talks)
-    command = ["speedrun", "gpt2-grade", "--depth", "1", "--out", "grade", "--data", "mix", "--yes",
-               "--core-bundle", str(bundle), "--micro-batch", "1"]  # fmt: skip
-    return command, hub_server
-
-
-def test_the_grade_is_scored_with_core_and_taught_to_converse(small_grade, tmp_path, capsys):
-    command, hub = small_grade
-    assert main(command) == 0
-    printed = capsys.readouterr()
-    for count, name in ((5, "smoltalk"), (2, "mmlu"), (1, "gsm8k")):
-        assert f"; {count} files, 0.00 GB, to {tmp_path}/cache/hotlap/{name}" in printed.out
-    assert {*SMOLTALK.names(4), *MMLU.names(1), *GSM8K.files["train"]} < set(hub.fetched())
-    result = json.loads((tmp_path / "grade/result.json").read_text())
-    kept = {"core", "interval", "reached", "bpb", "seconds", "tokens", "device", "date"}
-    assert set(result) == kept and not result["reached"]
-    talks, rows, epochs = re.search(
-        r"sft: .* (\d+) conversations in (\d+) rows, (\S+) epochs", printed.err
-    ).groups()
-    steps = sorted((tmp_path / "grade/sft/checkpoints").glob("step-*"))
-    own_splits = 4 * 20 + 3 * 20  # SmolTalk's four files, and three passes over MMLU's
-    assert own_splits + 4 * 15 < int(talks) <= own_splits + 4 * 20 + 3 * 20 and epochs == "1.0"
-    assert int(steps[-1].name.removeprefix("step-")) == math.ceil(int(rows) / 2)
-    assert main(command) == 0
-    assert json.loads((tmp_path / "grade/result.json").read_text()) == result
-
-
-def test_conversations_that_cannot_be_read_show_before_the_grade_is_trained(small_grade, tmp_path, capsys):
-    command, hub = small_grade
-    (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
-    assert_error(capsys, main([*command, "--talks", "talks.jsonl"]), BAD_DATA, "talks.jsonl:1: ")
-    assert_error(capsys, main([*command, "--talks", "smaltalk"]), NO_INPUT, "no conversations at smaltalk")
-    assert not hub.fetched() and not (tmp_path / "grade").exists()
 
 
 def test_more_work_gets_a_larger_model_and_the_table_s_own_where_it_has_it():

