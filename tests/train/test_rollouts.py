@@ -1,6 +1,8 @@
 """Sampled answers: what they keep of tools and rewards, and the rows that training sees of them."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from helpers.tools import ScriptedModel, script, tiny_config, train_tiny_tokenizer
 
 from hotlap.kernels.cross_entropy import IGNORE
+from hotlap.model.sandbox import find_sandbox
 from hotlap.model.tools import named_tools
 from hotlap.train.answer_rows import AnswerSet, advantages, teaches
 from hotlap.train.config import RLConfig
@@ -27,11 +30,12 @@ def prompt(text: str = "What is 2 + 3?") -> Prompt:
     return Prompt([{"role": "user", "content": text}], {"answer": "5"}, "a", "a:1")
 
 
-def answer_of(t, said: list[int], tools=("calculator",), reward=lambda text: 1.0, max_tokens: int = 40):
+def answer_of(t, said: list[int], tools=("calculator",), reward=lambda text: 1.0, max_tokens=40, context=64):
     """The answer of a model that says these ids, and the length of its prompt."""
     offered = {"a": named_tools(tools) if tools else {}}
-    (question,), _ = questions_of([prompt()], offered, t, 64)
-    model = ScriptedModel(tiny_config(), [script(len(question.ids), said)], t.special["<|assistant_end|>"])
+    (question,), _ = questions_of([prompt()], offered, t, context)
+    config = tiny_config(context=context)
+    model = ScriptedModel(config, [script(len(question.ids), said)], t.special["<|assistant_end|>"])
     with joined() as world:
         score = lambda pairs: [reward(text) for _, text in pairs]  # noqa: E731
         sampler = Sampler(t, score, max_tokens, world)
@@ -62,6 +66,29 @@ def test_tools_run_and_what_they_say_carries_no_loss(t):
     assert [x for x in targets if x != IGNORE] == said + then + end
     assert all(targets[i] in (IGNORE, answer.ids[i + 1]) for i in range(len(answer.ids) - 1))
     assert rows.inputs[0, : len(answer.ids) - 1].tolist() == answer.ids[:-1]
+
+
+@pytest.mark.parametrize(
+    "code", ["while 1: pass", "import os\nwhile 1: os.fork()", "while 1: print(1)", "input()\n1/0"]
+)
+def test_hostile_code_costs_its_answer_some_time_and_nothing_else(code, t, monkeypatch):
+    """The episode goes on with an error, within the limit of a call, and no process is left."""
+    if find_sandbox() is None:
+        pytest.skip("no sandbox works on this machine")
+    monkeypatch.setattr("hotlap.model.tools.SECONDS", 1.0)
+    before, said = children(), call(t, f"python: {code}")
+    answer, start = answer_of(t, said, tools=("python",), max_tokens=150, context=256)
+    heard = answer.ids[start + len(said) :]
+    assert t.decode(heard).strip().splitlines()[-1].startswith("error: ")
+    assert answer.calls == 1 and answer.sampled[: len(said)] == [True] * len(said)
+    assert not any(answer.sampled[len(said) : answer.sampled.index(True, len(said))])
+    assert not children() - before
+
+
+def children() -> set[str]:
+    """Processes that this one has started and that still run."""
+    found = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {child for path in found for child in path.read_text().split()}
 
 
 def test_without_tools_nothing_runs(t):
