@@ -23,11 +23,9 @@ from hotlap.train.data.splits import SPLITS
 from hotlap.train.data.tasks import (
     arithmetic,
     built_in,
-    facts,
     gsm8k,
     mbpp,
     reasoning_gym,
-    refusals,
     spelling,
     sums,
     unknown_names,
@@ -35,8 +33,6 @@ from hotlap.train.data.tasks import (
 from hotlap.train.data.text_files import named_path
 
 SUMS, HELD_OUT = 4000, 200  # questions made by rules: to train on, and held out
-UNKNOWN_PHRASINGS = 2  # questions a name that is not taught
-KNOWN = 3  # with as many known as unknown names, the demo's model learned to refuse a tenth of what it knew
 CALCULATOR = ("calculator",)
 VERIFIERS = "hotlap.train.rewards.verifiers"
 
@@ -116,19 +112,7 @@ def result_of(sentence: str) -> str:
 
 
 def names(split: str, seed: int) -> Iterator[tuple[str, dict]]:
-    """Python names that are not taught, whose questions are to be refused, and KNOWN times as many questions
-    about names that are, in any order.
-    """
-    generator = random.Random(f"names {seed}")
-    if split == "validation":
-        unknown, known = unknown_names.held_out_questions(), facts.held_out()
-    else:
-        unknown = unknown_names.training_questions(UNKNOWN_PHRASINGS, seed)
-        known = [(talk[0]["content"], talk[1]["content"]) for talk in facts.training_conversations()]
-    asked = generator.sample(known, min(KNOWN * len(unknown), len(known)))
-    asked += [(text, refusals.REFUSAL) for text in unknown]
-    generator.shuffle(asked)
-    return answered(asked)
+    return answered(unknown_names.mixed_questions(seed, held_out=split == "validation"))
 
 
 def word_problems(path: Path) -> Iterator[tuple[str, dict]]:

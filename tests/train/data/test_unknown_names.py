@@ -1,6 +1,7 @@
 """Questions about names that the model is not taught."""
 
 from hotlap.train.data.tasks import facts, unknown_names
+from hotlap.train.data.tasks.refusals import REFUSAL
 from hotlap.train.data.tasks.unknown_names import held_out_questions, is_held_out, names
 
 
@@ -21,3 +22,14 @@ def test_neither_names_nor_phrasings_of_held_out_questions_are_trained_on():
     asked = held_out_questions()
     assert len({*asked}) == 2 * len(held_out)
     assert {*asked} <= {phrasing.format(name) for phrasing in facts.HELD_OUT_PHRASINGS for name in held_out}
+
+
+def test_mixed_questions_ask_in_phrasings_of_their_own_about_taught_and_other_names():
+    trained = dict(unknown_names.mixed_questions(0, held_out=False))
+    held_out = dict(unknown_names.mixed_questions(0, held_out=True))
+    taught = {talk[0]["content"] for talk in facts.training_conversations()}
+    assert not trained.keys() & held_out.keys() and not trained.keys() & taught
+    refused = [name for name in unknown_names.names() if not unknown_names.is_held_out(name)]
+    assert [*trained.values()].count(REFUSAL) == 2 * len(refused)
+    assert len(trained) == 2 * (len(refused) + len(facts.facts()))
+    assert held_out == dict(facts.held_out()) | dict.fromkeys(unknown_names.held_out_questions(), REFUSAL)

@@ -10,6 +10,8 @@ import hashlib
 import random
 
 from hotlap.train.data.tasks.facts import HELD_OUT_PHRASINGS, PHRASINGS, TYPES, facts
+from hotlap.train.data.tasks.facts import held_out as held_out_facts
+from hotlap.train.data.tasks.refusals import REFUSAL
 
 HELD_OUT_SHARE = 5  # 1 name in 5 is never trained on
 
@@ -53,6 +55,18 @@ INVENTED = (  # after the name of a type or module
     "flatten", "shuffle_all", "rotate", "clone", "unzip", "drop_last", "merge_with", "to_words", "invert",
     "first", "chunk", "pluck", "is_prime", "double", "group", "squash", "unique", "fold", "swap", "trim_all",
 )  # fmt: skip
+UNTAUGHT_PHRASINGS = (  # neither taught nor held out
+    "Can you say what {} does?",
+    "Please explain what {} does.",
+    "What is {} used for?",
+    "Could you tell me about {}?",
+    "Please tell me how {} works.",
+    "Do you know what {} does?",
+    "What can I do with {}?",
+    "I would like to know what {} does.",
+    "Give me a short description of {}.",
+    "How would you describe {}?",
+)
 INVENTED_OF = (*TYPES, "math", "json", "re", "random", "time", "itertools", "os", "string")
 INVENTED_BUILTINS = (
     "average", "flatten", "println", "foreach", "contains", "substring", "parse", "unwrap", "push", "sizeof",
@@ -91,3 +105,23 @@ def held_out_questions() -> list[str]:
         for i, name in enumerate(name for name in names() if is_held_out(name))
         for shift in (0, 2)
     ]
+
+
+def mixed_questions(seed: int, held_out: bool) -> list[tuple[str, str]]:
+    """Questions and answers about names that are taught and about others, in any order.
+
+    Those to train on are in phrasings that fine-tuning has not seen. In phrasings that it has, a model never
+    refuses what it knows: it would learn from the other questions alone, and to refuse too much.
+    """
+    generator = random.Random(f"mixed names {seed}")
+    if held_out:
+        asked = held_out_facts() + [(question, REFUSAL) for question in held_out_questions()]
+    else:
+        unknown = [(name, REFUSAL) for name in names() if not is_held_out(name)]
+        asked = [
+            (phrasing.format(name), answer)
+            for name, answer in [(fact.name, fact.answer) for fact in facts()] + unknown
+            for phrasing in generator.sample(UNTAUGHT_PHRASINGS, 2)
+        ]
+    generator.shuffle(asked)
+    return asked
