@@ -13,9 +13,9 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0, 2**70, -(2**70))
 # Accepted on purpose: 0 where it switches something off, or means all or the default; and 2^70 FLOPs.
 ZERO = {
     "backout", "budget_dollars", "budget_flops", "budget_hours", "clip", "clip_high", "clip_low",
-    "dollars_per_hour", "epochs", "final_lr", "grace", "kl", "label_smoothing", "limit", "lora_rank", "max_per_task", "min_p", "minutes",
-    "momentum", "num_fewshot", "port", "prompt", "requests", "resample", "rows", "seconds", "seed", "sft_weight",
-    "softcap", "temperature", "top_k", "top_p",
+    "dollars_per_hour", "epochs", "final_lr", "grace", "kl", "label_smoothing", "limit", "lora_rank",
+    "max_per_task", "min_p", "minutes", "momentum", "num_fewshot", "port", "prompt", "requests", "resample",
+    "rows", "seconds", "seed", "sft_weight", "softcap", "temperature", "top_k", "top_p",
     "validation_questions", "validation_tokens", "warmdown", "warmup_steps", "weight_decay",
 }  # fmt: skip
 NEEDED = {
