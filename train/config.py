@@ -136,6 +136,13 @@ class PretrainConfig(StageConfig):
         return self
 
 
+# Of stages that come after fine-tuning and change the model a little: a twentieth of fine-tuning's rates.
+LATER_OPTIM = OptimConfig(
+    matrix_lr=0.001, embedding_lr=0.015, head_lr=0.0004, scalar_lr=0.025, adapter_lr=0.001, weight_decay=0.0
+)
+LATER_SCHEDULE = ScheduleConfig(warmup_steps=10, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=100)
+
+
 @dataclass(frozen=True)
 class TuneConfig(StageConfig):
     """The fields that all stages share which start from a model."""
@@ -209,21 +216,8 @@ class DPOConfig(TuneConfig):
     that do give the chosen answers."""
     epochs: float = 1.0
     """Train for at least this many passes over the pairs, even beyond loop.steps."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            matrix_lr=0.001,
-            embedding_lr=0.015,
-            head_lr=0.0004,
-            scalar_lr=0.025,
-            adapter_lr=0.001,
-            weight_decay=0.0,
-        )
-    )
-    schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(
-            warmup_steps=10, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=100
-        )
-    )
+    optim: OptimConfig = LATER_OPTIM
+    schedule: ScheduleConfig = LATER_SCHEDULE
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(1))
 
     def validate(self) -> DPOConfig:
@@ -289,21 +283,8 @@ class RLConfig(TuneConfig):
     """Must be 1, for the same reason."""
     min_p: float = 0.0
     """Must be 0, for the same reason."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            matrix_lr=0.001,
-            embedding_lr=0.015,
-            head_lr=0.0004,
-            scalar_lr=0.025,
-            adapter_lr=0.001,
-            weight_decay=0.0,
-        )
-    )
-    schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(
-            warmup_steps=10, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=100
-        )
-    )
+    optim: OptimConfig = LATER_OPTIM
+    schedule: ScheduleConfig = LATER_SCHEDULE
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(200, evaluate_every=50, save_every=50))
 
     @property

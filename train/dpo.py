@@ -15,7 +15,7 @@ from hotlap.common.terminal import printable
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.adapter_files import weights_sha256
 from hotlap.model.gpt import GPT
-from hotlap.model.weights import TOKENIZER, lineage, model_folder, open_model, stage
+from hotlap.model.weights import TOKENIZER, lineage, model_folder
 from hotlap.train.config import DPOConfig
 from hotlap.train.data.preference_rows import PairRows, PairTokens, pair_digests, pair_rows
 from hotlap.train.data.preferences import SAMPLED, Pair, check_data, download_pairs, pairs_of
@@ -25,7 +25,7 @@ from hotlap.train.preference_losses import preference_loss
 from hotlap.train.reference import fill_reference
 from hotlap.train.run.folder import origin, run_of
 from hotlap.train.sampled_pairs import SAMPLES, read_samples, sample_pairs
-from hotlap.train.sft import check_tokenizer, epoch_steps, passes
+from hotlap.train.sft import check_tokenizer, epoch_steps, open_chat_model, passes
 from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
 
 
@@ -34,12 +34,7 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
     config = config.validate()
     check_data(config.data)
     with joined() as world:
-        base, shape, tokenizer = open_model(config.base)
-        if stage(base) == "pretrain":
-            raise ValueError(
-                f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap "
-                "sft`"
-            )
+        base, shape, tokenizer = open_chat_model(config)
         check_machine(config, world, shape)
         with world.main_first("download the pairs"):
             if world.is_main:

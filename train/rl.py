@@ -15,7 +15,7 @@ from hotlap.kernels.batch_invariant import batch_invariant, batch_invariant_work
 from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import check_tools, named_tools
-from hotlap.model.weights import TOKENIZER, load_model, open_model, stage
+from hotlap.model.weights import TOKENIZER, load_model
 from hotlap.train.answer_steps import AnswerSteps
 from hotlap.train.config import RLConfig
 from hotlap.train.data.prompts import (
@@ -33,7 +33,7 @@ from hotlap.train.evaluation.held_out_answers import HeldOut
 from hotlap.train.policy_losses import policy_loss
 from hotlap.train.rewards.guarded import Failure, Guarded, Sample
 from hotlap.train.rollouts import Question, Sampler, questions_of
-from hotlap.train.sft import check_tokenizer
+from hotlap.train.sft import check_tokenizer, open_chat_model
 from hotlap.train.stage import Stage, check_machine, opened, train
 
 
@@ -45,12 +45,7 @@ def reinforce(config: RLConfig) -> dict[str, float]:
         check_tools(config.tools)
     rewards = rewards_of(config.data, config.reward)
     with joined() as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
-        base, shape, tokenizer = open_model(config.base)
-        if stage(base) == "pretrain":
-            raise ValueError(
-                f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap "
-                "sft`"
-            )
+        base, shape, tokenizer = open_chat_model(config)
         check_machine(config, world, shape)
         with world.main_first("download the questions"):
             if world.is_main:

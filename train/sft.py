@@ -12,10 +12,11 @@ from pathlib import Path
 from hotlap.common.checks import TOO_LARGE
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
+from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.model.weights import stage as stage_of
-from hotlap.train.config import DPOConfig, SFTConfig
+from hotlap.train.config import DPOConfig, SFTConfig, TuneConfig
 from hotlap.train.data.conversation_rows import conversation_digests, conversation_rows
 from hotlap.train.data.conversations import check_parts, conversations_of, download_conversations
 from hotlap.train.data.mixtures import parts_of
@@ -90,6 +91,16 @@ def passes(config: SFTConfig | DPOConfig, rows: PackedRows | PairRows, steps: in
     """The epochs that a run of so many steps makes, in words."""
     epochs = rows_in_all(config.schedule, config.batch_rows, steps) / rows.epoch_rows()
     return f"{'at most ' if config.loop.minutes else ''}{epochs:.1f} epochs"
+
+
+def open_chat_model(config: TuneConfig) -> tuple[Path, GPTConfig, Tokenizer]:
+    """The folder, shape and tokenizer of the base. ValueError if it is no chat model."""
+    base, shape, tokenizer = open_model(config.base)
+    if stage_of(base) == "pretrain":
+        raise ValueError(
+            f"--base {config.base} is a base model, which does not converse; fine-tune it with `hotlap sft`"
+        )
+    return base, shape, tokenizer
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
