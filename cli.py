@@ -140,7 +140,7 @@ COMMANDS: Table = {
     ),
     "rl": Command(
         "train a chat model by rewards for its own answers",
-        "train.config:RLConfig", "train.rl:main",
+        "train.rl_config:RLConfig", "train.rl:main",
     ),
     "eval": Command(
         "evaluate a model: bits per byte, CORE, ChatCORE, samples, questions",

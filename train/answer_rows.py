@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.train.config import RLConfig
 from hotlap.train.policy_losses import AnswerBatch
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.rollouts import Answer
 
 Group = list[Answer]  # the answers to one question

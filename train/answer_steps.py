@@ -14,9 +14,9 @@ import torch
 from hotlap.common.log import log
 from hotlap.model.gpt import GPT
 from hotlap.train.answer_rows import AnswerSet, Group, teaches
-from hotlap.train.config import RLConfig
 from hotlap.train.data.rows import check_rows
 from hotlap.train.policy_losses import AnswerBatch, log_probabilities
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.rollout_log import RolloutLog
 from hotlap.train.rollouts import Draw, Question, Sampler, seed_of
 from hotlap.train.run.state import RunState

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
-from hotlap.train.config import RLConfig
 from hotlap.train.data.rows import Batch
 from hotlap.train.losses import Loss
+from hotlap.train.rl_config import RLConfig
 
 # What is logged of each answer, as a mean over a step's.
 FACTS = ("reward", "answer_tokens", "cut_off", "tool_calls", "failed_rewards", "equal_groups")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hotlap.common.checks import TOO_LARGE
 from hotlap.model.config import GPTConfig, counts_of
-from hotlap.train.config import DPOConfig, LoopConfig, OptimConfig, PretrainConfig, RLConfig, SFTConfig
+from hotlap.train.config import DPOConfig, LoopConfig, OptimConfig, PretrainConfig, SFTConfig
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig
+from hotlap.train.rl_config import RLConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens

@@ -17,7 +17,6 @@ from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import check_tools, named_tools
 from hotlap.model.weights import TOKENIZER, load_model
 from hotlap.train.answer_steps import AnswerSteps
-from hotlap.train.config import RLConfig
 from hotlap.train.data.prompts import (
     Prompt,
     check_prompt_data,
@@ -32,6 +31,7 @@ from hotlap.train.distributed.world import joined
 from hotlap.train.evaluation.held_out_answers import HeldOut
 from hotlap.train.policy_losses import policy_loss
 from hotlap.train.rewards.guarded import Failure, Guarded, Sample
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.rollouts import Question, Sampler, questions_of
 from hotlap.train.sft import check_tokenizer, open_chat_model
 from hotlap.train.stage import Stage, check_machine, opened, train

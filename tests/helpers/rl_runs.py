@@ -7,11 +7,11 @@ import torch
 from helpers.run_functions import GENTLE, metrics
 from helpers.small_runs import write_whole
 
-from hotlap.train.config import RLConfig
 from hotlap.train.distributed.world import joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.rl import reinforce
+from hotlap.train.rl_config import RLConfig
 
 
 def write_prompts(path: Path, count: int = 40) -> Path:

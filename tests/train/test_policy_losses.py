@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.train.config import CLIPS, RLConfig
 from hotlap.train.policy_losses import FACTS, AnswerBatch, answer_loss, k3
+from hotlap.train.rl_config import CLIPS, RLConfig
 
 LOSSES = list(CLIPS)
 

@@ -12,9 +12,9 @@ from helpers.run_functions import losses, metrics, state_of
 
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
 from hotlap.train import policy_losses
-from hotlap.train.config import CLIPS
 from hotlap.train.loop import LoopConfig
 from hotlap.train.rl import reinforce
+from hotlap.train.rl_config import CLIPS
 from hotlap.train.rollout_log import ROLLOUTS
 
 

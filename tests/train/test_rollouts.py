@@ -13,11 +13,11 @@ from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.sandbox import find_sandbox
 from hotlap.model.tools import named_tools
 from hotlap.train.answer_rows import AnswerSet, advantages, teaches
-from hotlap.train.config import RLConfig
 from hotlap.train.data.prompts import Prompt
 from hotlap.train.distributed.world import joined
 from hotlap.train.policy_losses import FACTS
 from hotlap.train.rewards.guarded import Failure
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.rollouts import Answer, Draw, Sampler, questions_of
 
 

@@ -12,7 +12,7 @@ from hotlap.common.files import cache_folder
 from hotlap.common.log import log
 from hotlap.model.sandbox import find_sandbox
 from hotlap.model.weights import model_folder
-from hotlap.train.config import DPOConfig, PretrainConfig, RLConfig, SFTConfig
+from hotlap.train.config import DPOConfig, PretrainConfig, SFTConfig
 from hotlap.train.data import hub
 from hotlap.train.data.conversations import (
     check_conversations,
@@ -37,6 +37,7 @@ from hotlap.train.evaluation.core_bundle import core_bundle, read_bundle
 from hotlap.train.evaluation.kept_scores import kept_scores
 from hotlap.train.presets import gpt2_grade_dpo, gpt2_grade_rl, gpt2_grade_sft
 from hotlap.train.rl import reinforce
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.sft import fine_tune
 from hotlap.train.speedruns.config import GradeConfig
 from hotlap.train.speedruns.plan import Later
