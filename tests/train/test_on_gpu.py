@@ -5,12 +5,14 @@ import warnings
 import pytest
 import torch
 from helpers.preference_runs import make_base, preferring
+from helpers.rl_runs import reinforcing
 from helpers.tools import tiny_config
 
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch, prefetched
 from hotlap.train.distributed.sharding import materialize, parallelize
 from hotlap.train.distributed.world import joined
+from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
 from hotlap.train.optim.schedule import ScheduleConfig, set_schedule
@@ -106,3 +108,12 @@ def test_preferences_start_at_their_reference_in_graphs_too(tmp_path):
     """The first step of four micro-batches has passes that run eagerly and passes that are replayed."""
     first = preferring(str(tmp_path), "run", str(make_base(tmp_path)), "1", "bfloat16")[0]
     assert [first[name] for name in ("margin", "chosen_reward", "rejected_reward", "kl")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_rollouts_run_between_steps_in_graphs(compile, tmp_path):
+    """The engine decodes with the weights as they are, in graphs of its own, beside compiled blocks."""
+    fields = {"dtype": "bfloat16", "compile": compile, "updates": 2, "loop": LoopConfig(8, 8, 8)}
+    lines = reinforcing(str(tmp_path), "run", str(make_base(tmp_path)), **fields)
+    assert all(line["gradient_norm"] > 0 for line in lines if line["equal_groups"] < 1)
+    assert all(line["engine_kl"] < 1e-2 for line in lines[::2]), "before the second update"
