@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from hotlap.common.checks import at_least, positive
+from hotlap.common.checks import at_least, positive, refuse
 from hotlap.model.config import GPTConfig
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
@@ -19,6 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 Policy = Literal["stop", "skip"]
 PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"]
 PolicyLoss = Literal["dapo", "dr_grpo", "gspo", "cispo"]
+MOST_REWARD_SECONDS = 86400.0  # of `hotlap rl`; an alarm takes some more
 # How far the ratio of probabilities may fall below 1 and rise above it before a loss clips it.
 CLIPS = {"dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (0.0, 4.0)}
 
@@ -326,9 +327,15 @@ class RLConfig(TuneConfig):
         at_least(self, 1, "max_tokens", "updates")
         at_least(self, 0, "kl", "resample", "validation_questions")
         positive(self, "reward_seconds")
+        if self.reward_seconds > MOST_REWARD_SECONDS:
+            refuse(self, "reward_seconds", f"at most {MOST_REWARD_SECONDS:g} (a day)")
         for name in ("clip_low", "clip_high"):
             if getattr(self, name) is not None:
                 at_least(self, 0, name, zero="off")
+        if self.clip_low is not None and self.clip_low >= 1:
+            refuse(self, "clip_low", "less than 1: a ratio is never below 0")
+        if self.clip_low and self.loss == "cispo":
+            refuse(self, "clip_low", "left out for --loss cispo, which clips from above only")
         if any(share != 1 for share, _ in self.schedule.stages):
             raise ValueError(f"schedule.stages={self.schedule.stages} must keep the batch size: answers come "
                              "in groups")  # fmt: skip
