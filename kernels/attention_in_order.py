@@ -27,7 +27,12 @@ def _gradients(ctx, dy):
 
 
 _attention_in_order = kernel_op(
-    "attention_in_order", forward, lambda q, *_: torch.empty_like(q), _save, _gradients, opaque=True
+    "attention_in_order",
+    forward,
+    lambda q, *_: torch.empty(q.shape, dtype=q.dtype),  # contiguous, whatever the order of q in memory
+    _save,
+    _gradients,
+    opaque=True,
 )
 
 

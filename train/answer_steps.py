@@ -61,6 +61,10 @@ class AnswerSteps:
                 state.carried.update(found.to_json())
             yield [self.completed(batch) for batch in self.batches(model, found, micro_rows)]
 
+    def one_row(self, model: GPT) -> AnswerBatch:
+        """A row to measure memory by, once the engine has taken its part."""
+        return self.completed(self.batches(model, self.sampled(model, 0), 1)[0])
+
     def sampled(self, model: GPT, number: int) -> AnswerSet:
         """The `number`-th set of answers. Groups whose rewards are all equal teach nothing: other questions
         replace them, as often as `resample` says. ValueError if every reward fails.
@@ -105,12 +109,12 @@ class AnswerSteps:
 
     def in_order(self, first: int, count: int) -> list[int]:
         """Questions by their place in an endless sequence, in which each epoch has its own order."""
-        found = []
-        for place in range(first, first + count):
-            epoch, i = divmod(place, len(self.questions))
+        found: list[int] = []
+        while len(found) < count:
+            epoch, start = divmod(first + len(found), len(self.questions))
             order = list(range(len(self.questions)))
             random.Random(f"{self.config.seed} {epoch}").shuffle(order)
-            found.append(order[i])
+            found += order[start : start + count - len(found)]
         return found
 
     def answered(self, model: GPT, asked: list[int], number: int, attempt: int) -> list[Group]:

@@ -70,11 +70,11 @@ def fit(
         StopRequest() as stop,
         profiled(run if profile else None, world) as profile_step,
     ):
-        if (warm_up or config.minutes) and not finished:
-            batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
         if state.step:  # a new folder needs it to be resumed itself; in the run's own, it exists
             saver.save(model, optimizer, tokenizer, state)
             saver.finish()
+        if (warm_up or config.minutes) and not finished:  # after saving: it draws the first of the batches
+            batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
         last = progress.resume(state, evaluate)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()

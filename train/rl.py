@@ -68,12 +68,13 @@ def reinforce(config: RLConfig) -> dict[str, float]:
             exact = dtype == torch.float32 and batch_invariant_works(world.device, dtype)
             held_out = HeldOut(sampler, asked["validation"], config.samples, config.seed)
             groups = config.batch_rows // config.samples
+            steps = AnswerSteps(config, asked["train"], sampler, reference, config.out)
             with batch_invariant(exact):
                 return train(
                     config,
                     Stage(
                         "rl", shape, tokenizer, policy_loss(config),
-                        batches=AnswerSteps(config, asked["train"], sampler, reference, config.out),
+                        batches=steps, one_row=steps.one_row,
                         evaluate=held_out.scores if asked["validation"] else None,
                         data=digest(asked["train"]), source=" ".join(config.data),
                         about=f"{len(asked['train'])} questions, {groups} x {config.samples} answers a step, "

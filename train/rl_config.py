@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from hotlap.common.checks import at_least, positive
+from hotlap.common.checks import at_least, positive, refuse
 from hotlap.train.config import LATER_OPTIM, LATER_SCHEDULE, LoopConfig, OptimConfig, TuneConfig
 from hotlap.train.optim.schedule import ScheduleConfig
 
 PolicyLoss = Literal["dapo", "dr_grpo", "gspo", "cispo"]
+MOST_REWARD_SECONDS = 86400.0  # an alarm takes some more
 # How far the ratio of probabilities may fall below 1 and rise above it before a loss clips it.
 CLIPS = {"dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (0.0, 4.0)}
 
@@ -32,7 +33,7 @@ class RLConfig(TuneConfig):
     """Tools that answers to the questions of files may call: calculator, python. Other data has its own."""
     batch_rows: int = 128
     """Answers per step over all ranks."""
-    samples: int = 16
+    samples: int = 8
     """Answers to each question; their rewards are compared with each other."""
     max_tokens: int = 128
     """Longest answer, in tokens."""
@@ -47,7 +48,7 @@ class RLConfig(TuneConfig):
     """How far the ratio may rise above 1; 0: as far as it does. By default the loss's own."""
     kl: float = 0.0
     """Weight of the divergence from the base (k3); above 0, a copy of the base stays in memory."""
-    resample: int = 1
+    resample: int = 3
     """Times that other questions replace those whose answers all have the same reward."""
     reward_seconds: float = 10.0
     """Time limit for the reward of an answer; beyond it, the answer is left out."""
@@ -63,7 +64,7 @@ class RLConfig(TuneConfig):
     """Must be 0, for the same reason."""
     optim: OptimConfig = LATER_OPTIM
     schedule: ScheduleConfig = LATER_SCHEDULE
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(200, evaluate_every=50, save_every=50))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(100, evaluate_every=50, save_every=50))
 
     @property
     def clips(self) -> tuple[float, float]:
@@ -85,9 +86,15 @@ class RLConfig(TuneConfig):
         at_least(self, 1, "max_tokens", "updates")
         at_least(self, 0, "kl", "resample", "validation_questions")
         positive(self, "reward_seconds")
+        if self.reward_seconds > MOST_REWARD_SECONDS:
+            refuse(self, "reward_seconds", f"at most {MOST_REWARD_SECONDS:g} (a day)")
         for name in ("clip_low", "clip_high"):
             if getattr(self, name) is not None:
                 at_least(self, 0, name, zero="off")
+        if self.clip_low is not None and self.clip_low >= 1:
+            refuse(self, "clip_low", "less than 1: a ratio is never below 0")
+        if self.clip_low and self.loss == "cispo":
+            refuse(self, "clip_low", "left out for --loss cispo, which clips from above only")
         if any(share != 1 for share, _ in self.schedule.stages):
             raise ValueError(f"schedule.stages={self.schedule.stages} must keep the batch size: answers come "
                              "in groups")  # fmt: skip

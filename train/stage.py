@@ -88,6 +88,8 @@ class Stage:
     prepare: Callable[[GPT, int], None] | None = None
     """(model with the weights of the base, rows of a micro-batch): what the batches need of the base, before
     anything is trained or loaded; collective."""
+    one_row: Callable[[GPT], Batch] | None = None
+    """(model) -> a row to measure a pass by, where drawing the first of `batches` would write to the run."""
 
 
 def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
@@ -168,7 +170,8 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     if config.micro_batch == "auto":
 
         def one_row() -> Batch:
-            return next(stage.batches(model, RunState(), 1))[0].to(world.device)
+            found = stage.one_row(model) if stage.one_row else next(stage.batches(model, RunState(), 1))[0]
+            return found.to(world.device)
 
         micro_rows = largest_micro_batch(
             model, common_rows(config), world, stage.loss, one_row, config.sequences

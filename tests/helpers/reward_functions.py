@@ -23,7 +23,7 @@ class Shaped:
 
 VALUES = {
     "nan": float("nan"), "infinity": float("inf"), "None": None, "string": "1", "list": [1.0],
-    "complex": 1j, "shape": Shaped(), "array": np.ones(3), "huge": 10**400,
+    "complex": 1j, "shape": Shaped(), "array": np.ones(3), "huge": 10**400, "large": 1e10,
 }  # fmt: skip
 
 
@@ -56,6 +56,8 @@ def behaves(answer: str, record: dict) -> float:
         os._exit(4)
     if answer == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if answer == "fork":
+        os.fork()
     if answer == "sleep":
         time.sleep(3600)
     if answer == "loop":

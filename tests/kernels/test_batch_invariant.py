@@ -260,4 +260,6 @@ def test_the_operations_keep_the_rules_of_torch():
     opcheck(chosen(module._softcap_op), [x, 15.0])
     opcheck(chosen(module._sigmoid_op), [x])
     given = learning(*heads(2, 9, 4, 2, 32, torch.float32))
-    opcheck(chosen(_attention_in_order), [*given, None, None, starts_of(2, 9), 3, 0.0, 0.2])
+    in_another_order = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    for inputs in (given, learning(*in_another_order)):
+        opcheck(chosen(_attention_in_order), [*inputs, None, None, starts_of(2, 9), 3, 0.0, 0.2])

@@ -74,6 +74,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop_after, updates, base, tmp_p
     assert (stopped.out / ROLLOUTS).read_text() == (tmp_path / "whole" / ROLLOUTS).read_text()
 
 
+def test_measuring_micro_batches_leaves_the_rollouts_of_a_resumed_run(base, tmp_path, monkeypatch):
+    """On a GPU, `--micro-batch auto` passes a row of answers before the run goes on."""
+    rows = []
+
+    def measured(model, batch_rows, world, loss, one_row, sequences):
+        rows.append(one_row())
+        return 4
+
+    monkeypatch.setattr("hotlap.train.stage.largest_micro_batch", measured)
+    config = config_of(tmp_path, "run", base, micro_batch="auto")
+    reinforce(config)
+    before = (config.out / ROLLOUTS).read_text()
+    reinforce(dataclasses.replace(config, resume="auto", loop=LoopConfig(5, 5, 5)))
+    after = (config.out / ROLLOUTS).read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 5
+    assert [len(row.inputs) for row in rows] == [1, 1]
+
+
 def stop_at_pass(monkeypatch, number: int) -> None:
     """Make training stop in its n-th pass of `answer_loss`, as if it had been killed."""
     passes, real = iter(range(number)), policy_losses.answer_loss

@@ -21,6 +21,7 @@ from pathlib import Path
 
 START_SECONDS = 120.0  # to import the functions: their modules may import torch
 LONGEST = 200  # characters of an error's message
+LARGEST = 1e9  # of rewards: squares of what they scale stay far within float32
 NEEDED = "package.module:function, such as my_rewards:score"
 
 
@@ -31,7 +32,7 @@ def main(pipe: int, seconds: float, targets: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
     sys.path.insert(0, os.getcwd())
-    connection = Connection(pipe)
+    connection, own = Connection(pipe), os.getpid()
     try:
         functions = {target: load(target) for target in targets}
     except ValueError as error:
@@ -46,6 +47,8 @@ def main(pipe: int, seconds: float, targets: list[str]) -> None:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds)
         said = call(functions[target], answer, record)
+        if os.getpid() != own:  # the function forked, and returned in both
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(connection, **said)
 
@@ -57,7 +60,7 @@ def reply(connection: Connection, **said: object) -> None:
 def load(target: str) -> Callable:
     """The function that a target names. ValueError if there is none that takes an answer and a record."""
     module_name, _, name = target.partition(":")
-    if not module_name or not name:
+    if not module_name or not name or module_name.startswith("."):
         hint = f"; did you mean {target[:-3]}:function?" if target.endswith(".py") else ""
         raise ValueError(f"the reward {target!r} must be {NEEDED}{hint}")
     function = module = imported(module_name)
@@ -112,7 +115,7 @@ def call(function: Callable, answer: str, record: dict) -> dict:
 
 def number(value: object) -> float:
     """The number that a function returned, which may be a bool, or a tensor without dimensions. TypeError or
-    ValueError for what is no finite number.
+    ValueError for what is no number up to LARGEST.
     """
     shape = getattr(value, "shape", ())
     if tuple(shape):
@@ -122,6 +125,8 @@ def number(value: object) -> float:
     found = float(value)
     if not math.isfinite(found):
         raise ValueError(f"it returned {found}, not a finite number")
+    if abs(found) > LARGEST:
+        raise ValueError(f"it returned {found:g}; a reward must be from {-LARGEST:g} to {LARGEST:g}")
     return found
 
 

@@ -68,6 +68,7 @@ def test_a_bool_and_a_scalar_of_numpy_are_numbers(name):
         ("shape", r"it returned a Shaped of shape \[1\], not one number"),
         ("array", r"it returned a ndarray of shape \[3\]"),
         ("huge", "too large"),
+        ("large", r"it returned 1e\+10; a reward must be from -1e\+09 to 1e\+09"),
         ("raise", r"RuntimeError: first line second line of 2 \(reward_functions.py:\d+: raise Runtime"),
         ("exit", "SystemExit: 3"),
         ("die", "exit code 4"),
@@ -94,6 +95,12 @@ def test_what_a_reward_started_ends_with_it(tmp_path):
         (failure,) = guarded.score([Sample(BEHAVES, "start a process", {"file": str(file)})])
     assert isinstance(failure, Failure)
     assert gone(int(file.read_text()))
+
+
+def test_a_reward_that_forks_answers_once():
+    assert scores(["fork", "nan", "fork", "fine"])[::2] == [1.0, 1.0]
+    first, failure, last = scores(["fork", "nan", "fine"])
+    assert (first, last) == (1.0, 1.0) and isinstance(failure, Failure), "each has its own reward"
 
 
 def test_what_a_reward_prints_is_not_taken_for_an_answer(capfd):
@@ -128,6 +135,7 @@ def test_the_first_failure_of_a_kind_is_logged_and_the_others_are_counted(caplog
         ("length", "must be package.module:function"),
         ("my_rewards.py", "did you mean my_rewards:function"),
         (":length", "must be package.module:function"),
+        (".mine:length", "must be package.module:function"),
         ("no_such_module:f", "there is no module no_such_module; name package"),
         ("helpers.no_such:f", "there is no module helpers.no_such"),
         (f"{HERE}:lenght", f"the module {HERE} has no function lenght; did you mean length?"),
