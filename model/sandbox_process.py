@@ -78,7 +78,20 @@ class Program:
             if (process / "task").stat().st_nlink - 2 > MAX_THREADS:
                 return "threads"
             # the filter lets it make no folder and no link, so that there are no others
-            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as files:
-                if len(list(islice(files, MAX_FILES + 1))) > MAX_FILES:
-                    return "files"
+            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as entries:
+                files = [entry.path for entry in islice(entries, MAX_FILES + 1)]
+            if len(files) > MAX_FILES:
+                return "files"
+            # a file system in memory also fills holes that are only read, and keeps deleted files that are open
+            opened = [f"{process}/fd/{number}" for number in os.listdir(process / "fd")]
+            if sum(map(_space, files)) + sum(_space(path, deleted=True) for path in opened) > WRITTEN_BYTES:
+                return "files"
         return ""
+
+
+def _space(path: str, deleted: bool = False) -> int:
+    """Bytes that a file takes, or 0 if it is gone, or is not deleted and should be."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return 0 if deleted and status.st_nlink else 512 * status.st_blocks
+    return 0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tempfile
 import time
 
 import pytest
@@ -125,6 +126,23 @@ def test_files_are_limited(box, nothing_left, name):
     persistent = "\n".join(f"    {line}" for line in FLOODS[name].splitlines())
     outcome = box.run(f"while True:\n  try:\n{persistent}\n  except BaseException: pass", 30)
     assert outcome.reason == "files"
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
+@pytest.mark.parametrize("gone", ["", "os.unlink(str(i))"])
+def test_holes_that_fill_when_they_are_read_are_limited(box, nothing_left, monkeypatch, gone):
+    code = f"""
+import mmap, os, time
+for i in range(40):
+    file = os.open(str(i), os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, 8 << 20)
+    holes = mmap.mmap(file, 8 << 20, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    sum(holes[::4096])
+    {gone}
+time.sleep(1000)
+"""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert box.run(code, 30).reason in ("files", "signal 7")  # the latter where its file system is full
 
 
 def test_threads_are_limited(box, nothing_left):
