@@ -82,7 +82,7 @@ class Program:
                 files = [entry.path for entry in islice(entries, MAX_FILES + 1)]
             if len(files) > MAX_FILES:
                 return "files"
-            # a file system in memory also fills holes that are only read, and keeps deleted files that are open
+            # in memory, a file system also fills holes that are only read; deleted files stay while open
             opened = [f"{process}/fd/{number}" for number in os.listdir(process / "fd")]
             if sum(map(_space, files)) + sum(_space(path, deleted=True) for path in opened) > WRITTEN_BYTES:
                 return "files"

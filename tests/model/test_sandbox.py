@@ -1,7 +1,6 @@
 """The sandbox: normal programs work, and it is found where it isolates."""
 
 import os
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tempfile
 import time
 
 import pytest
