@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ _searching = threading.Lock()
 class Outcome(NamedTuple):
     """What a program did: its output (standard output and error in the order written, cut at OUTPUT_BYTES),
     whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory",
-    "files", "threads", "exit code 1", "signal 11".
+    "files", "threads", "cancelled", "exit code 1", "signal 11".
     """
 
     text: str
@@ -53,8 +54,15 @@ class Sandbox:
     tier: str  # "bubblewrap" or "landlock"
     bwrap: str | None = None  # the path of bubblewrap's program
 
-    def run(self, code: str, seconds: float = 5.0, stdin: str = "") -> Outcome:
-        """Run a program for at most so many seconds of wall-clock time, Python's start included.
+    def run(
+        self,
+        code: str,
+        seconds: float = 5.0,
+        stdin: str = "",
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Run a program for at most so many seconds of wall-clock time, Python's start included, and until
+        `cancelled`, which is asked all along, says so.
 
         Any thread may call this. What the program does raises nothing here.
 
@@ -77,7 +85,7 @@ class Sandbox:
                     start_new_session=True,
                 )  # fmt: skip
             with process, Program(process, bool(self.bwrap), folder / "files") as program:
-                output, reason = program.watch(end)
+                output, reason = program.watch(end, cancelled)
         return self._outcome(output, reason, process.returncode)
 
     def _request(self, code: str, seconds: float, folder: Path) -> dict:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -44,8 +45,8 @@ class Program:
             self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
         return self.id
 
-    def watch(self, end: float) -> tuple[bytes, str]:
-        """Read output until the process ends or breaks a limit. What was read, and which limit."""
+    def watch(self, end: float, cancelled: Callable[[], bool]) -> tuple[bytes, str]:
+        """Read output until the process ends, breaks a limit, or is cancelled. What was read, and which."""
         output = bytearray()
         pipe = self.process.stdout.fileno()
         waiting = select.poll()
@@ -56,7 +57,7 @@ class Program:
             if now >= end:
                 return bytes(output), "timeout"
             if now >= look:
-                if reason := self._broken_limit():
+                if reason := "cancelled" if cancelled() else self._broken_limit():
                     return bytes(output), reason
                 look = now + WATCH_SECONDS
             if not is_open:

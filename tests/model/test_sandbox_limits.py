@@ -101,6 +101,12 @@ def test_what_was_printed_before_the_deadline_is_kept(box):
     assert box.run("print('begun')\nwhile True: pass", 1) == Outcome("begun\n", False, "timeout")
 
 
+def test_a_program_that_is_cancelled_is_ended(box, nothing_left):
+    cancelled = iter([False] * 20 + [True])
+    outcome = box.run("while True: pass", 1000, cancelled=lambda: next(cancelled))
+    assert outcome == Outcome("", False, "cancelled")
+
+
 def test_memory_is_limited(box, nothing_left):
     assert box.run("x = bytearray(4 << 30)", 20).reason == "memory"
     assert box.run("x = []\nwhile True: x.append(bytearray(1 << 20))", 20).reason == "memory"
