@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ _searching = threading.Lock()
 class Outcome(NamedTuple):
     """What a program did: its output (standard output and error in the order written, cut at OUTPUT_BYTES),
     whether it ended with exit code 0 within its limits, and if not, why: "timeout", "output", "memory",
-    "files", "threads", "exit code 1", "signal 11".
+    "files", "threads", "cancelled", "exit code 1", "signal 11".
     """
 
     text: str
@@ -53,8 +54,15 @@ class Sandbox:
     tier: str  # "bubblewrap" or "landlock"
     bwrap: str | None = None  # the path of bubblewrap's program
 
-    def run(self, code: str, seconds: float = 5.0, stdin: str = "") -> Outcome:
-        """Run a program for at most so many seconds of wall-clock time, Python's start included.
+    def run(
+        self,
+        code: str,
+        seconds: float = 5.0,
+        stdin: str = "",
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Run a program for at most so many seconds of wall-clock time, Python's start included, and until
+        `cancelled`, which is asked all along, says so.
 
         Any thread may call this. What the program does raises nothing here.
 
@@ -67,14 +75,17 @@ class Sandbox:
             (folder / "files").mkdir()
             (folder / "stdin").write_bytes(stdin.encode("utf-8", "surrogatepass"))
             (folder / "request").write_bytes(marshal.dumps(self._request(code, seconds, folder / "files")))
-            with open(folder / "request", "rb") as request, open(folder / "stdin", "rb") as given:
+            with (
+                open(folder / "request", "rb", opener=_above_the_standard_three) as request,
+                open(folder / "stdin", "rb") as given,
+            ):
                 process = subprocess.Popen(
                     self._command(request.fileno()), cwd=folder / "files", env={}, stdin=given,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(request.fileno(),),
                     start_new_session=True,
                 )  # fmt: skip
             with process, Program(process, bool(self.bwrap), folder / "files") as program:
-                output, reason = program.watch(end)
+                output, reason = program.watch(end, cancelled)
         return self._outcome(output, reason, process.returncode)
 
     def _request(self, code: str, seconds: float, folder: Path) -> dict:
@@ -115,6 +126,17 @@ class Sandbox:
         if len(output) > OUTPUT_BYTES:
             text += f"\n[the output was cut at {OUTPUT_BYTES} bytes]"
         return Outcome(text, not reason, reason)
+
+
+def _above_the_standard_three(path: str, flags: int) -> int:
+    """A descriptor that those of a child do not replace. Here, one of them may be closed and so be free."""
+    import fcntl  # which Windows has not
+
+    descriptor = os.open(path, flags)
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 @cache

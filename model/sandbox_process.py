@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -44,8 +45,8 @@ class Program:
             self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
         return self.id
 
-    def watch(self, end: float) -> tuple[bytes, str]:
-        """Read output until the process ends or breaks a limit. What was read, and which limit."""
+    def watch(self, end: float, cancelled: Callable[[], bool]) -> tuple[bytes, str]:
+        """Read output until the process ends, breaks a limit, or is cancelled. What was read, and which."""
         output = bytearray()
         pipe = self.process.stdout.fileno()
         waiting = select.poll()
@@ -56,7 +57,7 @@ class Program:
             if now >= end:
                 return bytes(output), "timeout"
             if now >= look:
-                if reason := self._broken_limit():
+                if reason := "cancelled" if cancelled() else self._broken_limit():
                     return bytes(output), reason
                 look = now + WATCH_SECONDS
             if not is_open:
@@ -78,7 +79,20 @@ class Program:
             if (process / "task").stat().st_nlink - 2 > MAX_THREADS:
                 return "threads"
             # the filter lets it make no folder and no link, so that there are no others
-            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as files:
-                if len(list(islice(files, MAX_FILES + 1))) > MAX_FILES:
-                    return "files"
+            with os.scandir(f"{process}/root{FOLDER}" if self.bwrap else self.folder) as entries:
+                files = [entry.path for entry in islice(entries, MAX_FILES + 1)]
+            if len(files) > MAX_FILES:
+                return "files"
+            # in memory, a file system also fills holes that are only read; deleted files stay while open
+            opened = [f"{process}/fd/{number}" for number in os.listdir(process / "fd")]
+            if sum(map(_space, files)) + sum(_space(path, deleted=True) for path in opened) > WRITTEN_BYTES:
+                return "files"
         return ""
+
+
+def _space(path: str, deleted: bool = False) -> int:
+    """Bytes that a file takes, or 0 if it is gone, or is not deleted and should be."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return 0 if deleted and status.st_nlink else 512 * status.st_blocks
+    return 0

@@ -67,13 +67,32 @@ def python_tool() -> Callable[[str], Future[str]]:
     """A tool that runs code in a sandbox, as many calls at once as there are cores."""
     isolated = sandbox()
     pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="python-tool")  # starts threads when needed
-    return lambda code: pool.submit(run_python, isolated, code)
+
+    def start(code: str) -> Future[str]:
+        call = Future()  # stays pending until the end, so that it can be cancelled while the code runs
+        pool.submit(_finish, call, isolated, code)
+        return call
+
+    return start
 
 
-def run_python(isolated: Sandbox, code: str) -> str:
+def _finish(call: Future[str], isolated: Sandbox, code: str) -> None:
+    """Run the code of a call, unless and until that is cancelled."""
+    if call.cancelled():
+        return
+    text = error = None
+    try:
+        text = run_python(isolated, code, call.cancelled)
+    except BaseException as raised:  # who waits for the call gets it
+        error = raised
+    if call.set_running_or_notify_cancel():
+        call.set_exception(error) if error else call.set_result(text)
+
+
+def run_python(isolated: Sandbox, code: str, cancelled: Callable[[], bool] = lambda: False) -> str:
     """What the code prints; where it fails, with `error: ` and the reason after it."""
     try:
-        outcome = isolated.run(code, SECONDS)
+        outcome = isolated.run(code, SECONDS, cancelled=cancelled)
     except OSError as error:
         return f"error: the code could not be run: {error}"
     text = outcome.text.strip("\n")

@@ -16,7 +16,7 @@ class FakeSandbox:
     def __init__(self, outcome: Callable[[str], Outcome] | None):
         self.outcome = outcome
 
-    def run(self, code: str, seconds: float = 5.0, stdin: str = "") -> Outcome:
+    def run(self, code: str, seconds: float = 5.0, stdin: str = "", cancelled=None) -> Outcome:
         return self.outcome(code)
 
     def require(self, what: str) -> FakeSandbox:

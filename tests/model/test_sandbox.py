@@ -140,6 +140,17 @@ def test_standard_input_is_what_is_given_or_empty(box):
     assert box.run("import sys; print(len(sys.stdin.read()))", stdin=long, seconds=20).text == "1000000\n"
 
 
+def test_a_process_without_standard_input_runs_programs(box):
+    kept = os.dup(0)
+    os.close(0)  # the next file that is opened gets this number
+    try:
+        outcome = box.run("print(input())", stdin="given")
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+    assert outcome == Outcome("given\n", True, "")
+
+
 @pytest.mark.parametrize("code", ["", "\0", "\ud800", "# -*- coding: nonsense -*-", "print('\ud800')"])
 def test_any_text_is_a_program(box, code):
     assert isinstance(box.run(code), Outcome)

@@ -101,6 +101,12 @@ def test_what_was_printed_before_the_deadline_is_kept(box):
     assert box.run("print('begun')\nwhile True: pass", 1) == Outcome("begun\n", False, "timeout")
 
 
+def test_a_program_that_is_cancelled_is_ended(box, nothing_left):
+    cancelled = iter([False] * 20 + [True])
+    outcome = box.run("while True: pass", 1000, cancelled=lambda: next(cancelled))
+    assert outcome == Outcome("", False, "cancelled")
+
+
 def test_memory_is_limited(box, nothing_left):
     assert box.run("x = bytearray(4 << 30)", 20).reason == "memory"
     assert box.run("x = []\nwhile True: x.append(bytearray(1 << 20))", 20).reason == "memory"
@@ -125,6 +131,23 @@ def test_files_are_limited(box, nothing_left, name):
     persistent = "\n".join(f"    {line}" for line in FLOODS[name].splitlines())
     outcome = box.run(f"while True:\n  try:\n{persistent}\n  except BaseException: pass", 30)
     assert outcome.reason == "files"
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
+@pytest.mark.parametrize("gone", ["", "os.unlink(str(i))"])
+def test_holes_that_fill_when_they_are_read_are_limited(box, nothing_left, monkeypatch, gone):
+    code = f"""
+import mmap, os, time
+for i in range(40):
+    file = os.open(str(i), os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, 8 << 20)
+    holes = mmap.mmap(file, 8 << 20, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    sum(holes[::4096])
+    {gone}
+time.sleep(1000)
+"""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert box.run(code, 30).reason in ("files", "signal 7")  # the latter where its file system is full
 
 
 def test_threads_are_limited(box, nothing_left):

@@ -1,6 +1,7 @@
 """The table of tools: their names, which of them a call is for, and what a model reads of Python's output."""
 
 import threading
+import time
 
 import pytest
 
@@ -53,6 +54,28 @@ def test_python_runs_in_the_sandbox_and_calls_run_at_the_same_time(monkeypatch):
     found = [run_tool(f"python: {code}", table) for code in "abc"]
     assert [future.result(20) for future in found] == ["A", "B", "C"]
     assert run_tool("1+1", table) == "2"
+
+
+def test_a_cancelled_call_ends_its_program(monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    class Endless(FakeSandbox):
+        def run(self, code, seconds, cancelled):
+            begun.set()
+            while not cancelled():
+                time.sleep(0.001)
+            ended.set()
+            return Outcome("", False, "cancelled")
+
+    Endless(lambda code: None).install(monkeypatch)
+    call = named_tools(["python"])["python"]("while True: pass")
+    assert begun.wait(20) and call.cancel() and ended.wait(20) and call.cancelled()
+
+
+def test_what_no_tool_should_raise_reaches_who_waits_for_it(monkeypatch):
+    FakeSandbox(lambda code: [][0]).install(monkeypatch)
+    with pytest.raises(IndexError):
+        named_tools(["python"])["python"]("1").result(20)
 
 
 def test_the_calculator_needs_no_sandbox(monkeypatch):
