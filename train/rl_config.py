@@ -48,7 +48,7 @@ class RLConfig(TuneConfig):
     """How far the ratio may rise above 1; 0: as far as it does. By default the loss's own."""
     kl: float = 0.0
     """Weight of the divergence from the base (k3); above 0, a copy of the base stays in memory."""
-    resample: int = 3
+    resample: int = 1
     """Times that other questions replace those whose answers all have the same reward."""
     reward_seconds: float = 10.0
     """Time limit for the reward of an answer; beyond it, the answer is left out."""
@@ -64,7 +64,7 @@ class RLConfig(TuneConfig):
     """Must be 0, for the same reason."""
     optim: OptimConfig = LATER_OPTIM
     schedule: ScheduleConfig = LATER_SCHEDULE
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(100, evaluate_every=50, save_every=50))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(150, evaluate_every=50, save_every=50))
 
     @property
     def clips(self) -> tuple[float, float]:
