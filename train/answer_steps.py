@@ -45,9 +45,13 @@ class AnswerSteps:
         config, world = self.config, self.world
         check_rows(config.batch_rows, micro_rows, world.size)
         shown = RolloutLog(self.run, state.step) if world.is_main else None
-        found = AnswerSet.from_json(state.carried) if state.carried else None
-        if found and len(found.answers) != config.batch_rows:  # of a run with other settings
-            found = None
+        made_by = [
+            config.batch_rows, config.samples, config.updates, config.max_tokens, config.resample,
+            config.reward, list(config.tools),
+        ]  # fmt: skip
+        found = None
+        if state.carried.get("made_by") == made_by:  # else a resumed run asks and scores anew
+            found = AnswerSet.from_json(state.carried)
         for number in itertools.count(state.step):
             drawn, update = divmod(number, config.updates)
             if update == 0 or found is None:
@@ -58,7 +62,7 @@ class AnswerSteps:
                     self.remember(model, found, micro_rows)
             state.carried.clear()
             if update + 1 < config.updates:
-                state.carried.update(found.to_json())
+                state.carried.update(found.to_json(), made_by=made_by)
             yield [self.completed(batch) for batch in self.batches(model, found, micro_rows)]
 
     def one_row(self, model: GPT) -> AnswerBatch:

@@ -87,21 +87,22 @@ def reinforce(config: RLConfig) -> dict[str, float]:
 
 
 def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConfig) -> list[Question]:
-    """A split's questions that fit in the context. ValueError if none is left to train on."""
+    """A split's questions that fit in the context: all to train on, or as many as validate. ValueError if
+    none is left to train on.
+    """
     prompts = prompts_of(config.data, split, config.seed)
-    if split == "validation":
-        count = min(config.validation_questions, len(prompts))
-        prompts = random.Random(0).sample(prompts, count)
     names = {prompt.source: tools_of(prompt.source, config.tools) for prompt in prompts}
     tools = {source: named_tools(own) if own else {} for source, own in names.items()}
     found, left_out = questions_of(prompts, tools, tokenizer, shape.context)
     if left_out:
         log.warning(
-            "%d of %d questions do not fit in the context of %d tokens, and are left out",
-            left_out, len(prompts), shape.context,
+            "%d of %d questions to %s do not fit in the context of %d tokens, and are left out",
+            left_out, len(prompts), {"train": "train on", "validation": "validate"}[split], shape.context,
         )  # fmt: skip
     if split == "train" and not found:
         raise ValueError(f"{' '.join(config.data)}: no question is left to train on")
+    if split == "validation":
+        found = random.Random(0).sample(found, min(config.validation_questions, len(found)))
     return found
 
 

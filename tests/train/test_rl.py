@@ -9,11 +9,12 @@ from helpers.preference_runs import make_base
 from helpers.ranks import run_ranks
 from helpers.rl_runs import config_of, reinforcing, reinforcing_in_parts, write_prompts
 from helpers.run_functions import losses, metrics, state_of
+from helpers.small_runs import write_whole
 
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
 from hotlap.train import policy_losses
 from hotlap.train.loop import LoopConfig
-from hotlap.train.rl import reinforce
+from hotlap.train.rl import questions, reinforce
 from hotlap.train.rl_config import CLIPS
 from hotlap.train.rollout_log import ROLLOUTS
 
@@ -90,6 +91,19 @@ def test_measuring_micro_batches_leaves_the_rollouts_of_a_resumed_run(base, tmp_
     after = (config.out / ROLLOUTS).read_text()
     assert after.startswith(before) and len(after.splitlines()) == 5
     assert [len(row.inputs) for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("changed", [{"reward": "helpers.rl_rewards:same_for_all"}, {"samples": 2}])
+def test_answers_of_other_settings_are_not_trained_on(changed, base, tmp_path):
+    """Where a run is resumed into a new folder between the updates with one set of answers."""
+    config = config_of(tmp_path, "run", base, updates=3, loop=LoopConfig(4, 4, 4))
+    reinforce(config)
+    fields = {"out": tmp_path / "new", "resume": str(config.out), "loop": LoopConfig(5, 5, 5)} | changed
+    reinforce(dataclasses.replace(config, **fields))
+    (line,) = [json.loads(line) for line in (tmp_path / "new" / ROLLOUTS).read_text().splitlines()]
+    rewards = [answer["reward"] for answer in line["answers"]]
+    assert len(rewards) == changed.get("samples", 4)
+    assert (set(rewards) == {0.25}) == ("reward" in changed)
 
 
 def stop_at_pass(monkeypatch, number: int) -> None:
@@ -171,6 +185,17 @@ def test_rollouts_can_be_read(base, tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["question"].startswith("square of ") for line in lines)
     assert all(len(line["answers"]) == 4 and type(line["answers"][0]["reward"]) is float for line in lines)
+
+
+def test_questions_to_validate_are_chosen_from_those_that_fit(base, tmp_path, caplog):
+    prompts = [f"square of {i}" for i in range(40)] + ["square of " * 99 + str(i) for i in range(400)]
+    write_whole(tmp_path / "mixed.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    config = config_of(tmp_path, "run", base, data=(str(tmp_path / "mixed.jsonl"),), validation_questions=2)
+    _, shape, tokenizer = open_model(base)
+    asked = {split: questions(config, split, tokenizer, shape) for split in ("train", "validation")}
+    assert len(asked["validation"]) == config.validation_questions
+    assert all(len(question.ids) < shape.context for split in asked for question in asked[split])
+    assert "questions to train on do not fit" in caplog.text and "to validate do not fit" in caplog.text
 
 
 def test_other_questions_or_another_stage_do_not_resume_a_run(base, tmp_path):
