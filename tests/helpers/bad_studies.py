@@ -43,6 +43,8 @@ ROWS: list[Row] = [
     ("speedrun gpt2-grade --finish dppo --out new", None, USAGE, r"--finish"),
     ("speedrun gpt2-grade --pairs tasks --out new", None, USAGE, r"--pairs tasks is for --finish dpo; add it"),
     ("speedrun gpt2-grade --prompts sums --finish dpo --out new", None, USAGE, r"--prompts sums is for --finish rl; add it"),
+    ("speedrun gpt2-grade --finish dpo --pairs --out new", None, USAGE, r"no --pairs; leave it out for ultrafeedback"),
+    ("speedrun gpt2-grade --finish rl --prompts --out new", None, USAGE, r"no --prompts; leave it out for gsm8k"),
     ("speedrun gpt2-grade --finish dpo --pairs smoltalk --out new", None, USAGE, r"the data smoltalk are conversations, for `hotlap sft`"),
     ("speedrun gpt2-grade --finish rl --prompts text.txt --out new", None, USAGE, r"--prompts text\.txt is a file, which has no reward here.*`hotlap rl` with --reward"),
     ("speedrun gpt2-grade --finish rl --prompts sumz --out new", None, NO_INPUT, r"sumz"),

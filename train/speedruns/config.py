@@ -99,6 +99,8 @@ class GradeConfig:
         parts_of(self.talks)
         for name, stage, default in (("pairs", "dpo", PAIRS), ("prompts", "rl", PROMPTS)):
             found = getattr(self, name)
+            if not found:
+                raise ValueError(f"no --{name}; leave it out for {' '.join(default)}")
             if found != default and self.finish != stage:
                 raise ValueError(f"--{name} {' '.join(found)} is for --finish {stage}; add it")
         return self
