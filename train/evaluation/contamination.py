@@ -24,6 +24,7 @@ from hotlap.model.weights import model_folder, stage
 from hotlap.train.data.conversations import conversations_of
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.data.preferences import SAMPLED, pairs_of
+from hotlap.train.data.prompts import prompts_of
 from hotlap.train.evaluation.chat_tasks import Asked
 from hotlap.train.evaluation.core import candidates
 from hotlap.train.evaluation.core_bundle import Task
@@ -137,14 +138,14 @@ def scored_records(
 
 def mark_seen(scores: dict[str, dict], records: dict[str, list[str]], folder: Path) -> None:
     """Add `in_training`, how many of its records the model was fine-tuned on, to the score of each task, and
-    warn where there are some. Reads conversations and pairs again. If they are not on this machine, that is
+    warn where there are some. Reads conversations, pairs and prompts again. If they are not on this machine, that is
     logged and nothing is added or downloaded.
     """
     if not records or stage(folder) == "pretrain":
         return
     try:
         found = overlaps(records, fine_tuning_texts(folder))
-    except (OSError, DataError) as error:
+    except (OSError, DataError, ImportError) as error:
         log.warning("not checked whether the model was trained on these questions: %s", error)
         return
     for task, (count, examples) in found.items():
@@ -157,10 +158,10 @@ def mark_seen(scores: dict[str, dict], records: dict[str, list[str]], folder: Pa
 
 
 def fine_tuning_texts(folder: Path) -> Iterator[str]:
-    """The messages of all conversations and pairs that a model, and those it was made from, were fine-tuned
-    on.
+    """The messages of all conversations, pairs and prompts that a model, and those it was made from, were
+    fine-tuned on.
 
-    DataError or OSError: a checkpoint does not say what they are, or they cannot be read.
+    DataError, OSError or ImportError: a checkpoint does not say what they are, or they cannot be read.
     """
     from tqdm import tqdm
 
@@ -181,6 +182,10 @@ def fine_tuning_texts(folder: Path) -> Iterator[str]:
                 for pair in pairs:
                     for message in (*pair.prompt, *pair.chosen, *pair.rejected):
                         yield message["content"]
+        elif trained_for == "rl":
+            for prompt in prompts_of(config["data"], "train", config["seed"]):
+                for message in prompt.messages:
+                    yield message["content"]
         else:
             log.info("the data of the stage %s, which made %s, are not compared", trained_for, folder)
         base = base_of(run_of(folder), config)

@@ -47,7 +47,8 @@ class Metrics:
             self._file.write(as_line(values))
 
     def close(self) -> None:
-        self._file.close()
+        with files.naming(self._path):  # it writes what a full disk has left
+            self._file.close()
 
 
 def as_line(values: dict) -> str:

@@ -5,9 +5,10 @@ import logging
 import random
 
 import pytest
+from helpers import rl_runs
 from helpers.core_bundles import mixed_tasks, write_bundle
 from helpers.preference_runs import config_of, write_pairs
-from helpers.small_runs import small_run, write_conversations
+from helpers.small_runs import small_run, write_conversations, write_whole
 
 from hotlap.train.config import LoopConfig, SFTConfig
 from hotlap.train.data.conversations import conversations_of
@@ -20,6 +21,7 @@ from hotlap.train.evaluation.config import EvalConfig
 from hotlap.train.evaluation.contamination import overlaps
 from hotlap.train.evaluation.core_bundle import read_bundle
 from hotlap.train.pretrain import pretrain
+from hotlap.train.rl import reinforce
 from hotlap.train.sft import fine_tune
 
 LONG = "the quick brown fox jumps over the lazy dog near the old stone bridge at noon"  # 16 words
@@ -148,6 +150,18 @@ def test_pairs_are_compared_and_the_conversations_of_their_base(runs, tmp_path):
     optimize_preferences(config)
     texts = set(contamination.fine_tuning_texts(contamination.model_folder(config.out)))
     assert {"square of 29", "is 841.", "so 29, on."} <= texts, "prompts and both answers"
+    assert texts > {
+        m for talk in conversations_of(parts_of(str(runs / "talks.jsonl")), 0) for m in texts_of(talk)
+    }
+
+
+def test_prompts_are_compared_and_the_conversations_of_their_base(runs, tmp_path):
+    prompts = {f"of square {i}" for i in range(40)}
+    asked = write_whole(tmp_path / "asked.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    config = rl_runs.config_of(tmp_path, "rl", runs / "sft", data=(str(asked),), loop=LoopConfig(1))
+    reinforce(config)
+    texts = set(contamination.fine_tuning_texts(contamination.model_folder(config.out)))
+    assert 30 < len(prompts & texts) < 40, "those that it was trained on"
     assert texts > {
         m for talk in conversations_of(parts_of(str(runs / "talks.jsonl")), 0) for m in texts_of(talk)
     }

@@ -1,13 +1,15 @@
 """A damaged metrics.jsonl stops no run and no report, and nothing in it is lost without a word."""
 
+import contextlib
 import dataclasses
+import resource
 
 import pytest
 from helpers.small_runs import small_run
 
 from hotlap.train.loop import LoopConfig
 from hotlap.train.pretrain import pretrain
-from hotlap.train.run.metrics import Metrics, read_metrics
+from hotlap.train.run.metrics import METRICS, Metrics, read_metrics
 from hotlap.train.run.report import write_report
 
 WHOLE = b'{"step": 0, "loss": 2.0}\n'
@@ -72,3 +74,25 @@ def test_a_report_shows_what_can_be_read(tmp_path, caplog):
     for row in ("steps | 5", "tokens | 2,000", "loss | 1.5000", "validation loss | n/a", "(median) | n/a"):
         assert row in text
     assert "1 line cannot be read" in caplog.text and "report is without the configuration" in caplog.text
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    metrics = Metrics(tmp_path / METRICS)
+    with room_for(100), pytest.raises(OSError) as failed:
+        try:
+            for step in range(100):
+                metrics.write({"step": step})
+        finally:
+            metrics.close()
+    assert failed.value.filename == str(tmp_path / METRICS)
+
+
+@contextlib.contextmanager
+def room_for(size: int):
+    """Writes beyond this many bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
