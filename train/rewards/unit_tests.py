@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 SECONDS = 5.0  # for code and tests together
 # The code is a module of its own, which does not know the mark. So it fails if it ends early: by sys.exit, or
-# os._exit. Code that looks for the mark in the interpreter's frames would find it, and code that replaces what
-# tests are run by or compare with passes them.
+# os._exit. But code passes if it looks for the mark in the interpreter's frames, or replaces what runs the
+# tests or what they compare with.
 PROGRAM = """
 import sys, types
 module = sys.modules["solution"] = types.ModuleType("solution")
