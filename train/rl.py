@@ -36,6 +36,8 @@ from hotlap.train.rollouts import Question, Sampler, questions_of
 from hotlap.train.sft import check_tokenizer, open_chat_model
 from hotlap.train.stage import Stage, check_machine, opened, train
 
+WAIT = 1800  # seconds that ranks wait for one whose rewards take long
+
 
 def reinforce(config: RLConfig) -> dict[str, float]:
     """Train on all ranks, and return the last metrics."""
@@ -44,7 +46,7 @@ def reinforce(config: RLConfig) -> dict[str, float]:
     if config.tools:
         check_tools(config.tools)
     rewards = rewards_of(config.data, config.reward)
-    with joined() as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
+    with joined(WAIT) as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
         base, shape, tokenizer = open_chat_model(config)
         check_machine(config, world, shape)
         with world.main_first("download the questions"):

@@ -138,8 +138,8 @@ def scored_records(
 
 def mark_seen(scores: dict[str, dict], records: dict[str, list[str]], folder: Path) -> None:
     """Add `in_training`, how many of its records the model was fine-tuned on, to the score of each task, and
-    warn where there are some. Reads conversations, pairs and prompts again. If they are not on this machine, that is
-    logged and nothing is added or downloaded.
+    warn where there are some. Reads conversations, pairs and prompts again. If they are not on this machine,
+    that is logged and nothing is added or downloaded.
     """
     if not records or stage(folder) == "pretrain":
         return
