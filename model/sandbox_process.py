@@ -14,6 +14,7 @@ from pathlib import Path
 
 OUTPUT_BYTES = 64 * 1024
 WRITTEN_BYTES = 16 * 1024 * 1024  # by all writes to files and output together
+SPACE_BYTES = 2 * WRITTEN_BYTES  # of files: some file systems reserve as much again for one that grows
 MAX_FILES, MAX_THREADS = 1000, 64
 WATCH_SECONDS = 0.01  # between two looks at what is written
 FOLDER = "/sandbox"  # the program's, within bubblewrap's namespace
@@ -85,7 +86,7 @@ class Program:
                 return "files"
             # in memory, a file system also fills holes that are only read; deleted files stay while open
             opened = [f"{process}/fd/{number}" for number in os.listdir(process / "fd")]
-            if sum(map(_space, files)) + sum(_space(path, deleted=True) for path in opened) > WRITTEN_BYTES:
+            if sum(map(_space, files)) + sum(_space(path, deleted=True) for path in opened) > SPACE_BYTES:
                 return "files"
         return ""
 
