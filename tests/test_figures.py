@@ -66,10 +66,19 @@ def preferences(field: str, form: str = ".0f", scale: float = 1, provider: str =
     return (f"{ZEN4}/dpo.json", "base 0", provider, field, form, scale)
 
 
+def rewards(field: str, form: str = ".0f", scale: float = 1, provider: str = "seed 0") -> tuple:
+    return (f"{ZEN4}/rl.json", "base 0", provider, field, form, scale)
+
+
+def rl_trial(provider: str, field: str) -> tuple:
+    return (f"{ZEN4}/rl.json", "trial, base 0", provider, field, ".0f", 100)
+
+
 def minutes(field: str, form: str) -> tuple:
     return (f"{XEON}/minutes.json", "minutes --data pydocs", "hotlap", field, form)
 
 
+SHOWN = ("unknown_refused_of_198", "facts_of_534")
 LONG, DOCUMENTS = "long_attention {} d24 2x8192x12x128", "document_attention both d24 8x2048x12x128"
 MLP, HEAD = "linear_relu2 both d24 16384x1536x6144", "linear_cross_entropy both d24 16384x1536x32768"
 MUON, FP8 = "muon forward d24 24x1536x6144", "linear_fp8 both d24 16384x1536x6144"
@@ -274,6 +283,36 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
             ("58 | 482", "nanoGPT", OWN, "3 digits"),
         )
     ),
+    (
+        "README.md",
+        "After {} s on one thread of an AMD EPYC (Zen 4), it refused {} instead of {} of 198 questions about "
+        "held-out unknown names, and still answered {} of 534 facts",
+        (
+            rewards("training_seconds"),
+            rewards("unknown_refused_of_198", scale=198),
+            rewards("unknown_refused_of_198", scale=198, provider="before"),
+            rewards("facts_of_534", scale=534),
+        ),
+    ),
+    (
+        "docs/rl.md",
+        "{} % of unknown names were refused, but facts fell to {} %",
+        tuple(rl_trial("names in the phrasings of fine-tuning, 60 steps", name) for name in SHOWN),
+    ),
+    (
+        "docs/rl.md",
+        "After 50 steps, {} % were refused and facts were at {} %; after 150, {} % and {} %",
+        tuple(
+            rl_trial(f"names, after {steps} steps", name) for steps in ("50 of 150", "150") for name in SHOWN
+        ),
+    ),
+    (
+        "docs/rl.md",
+        "(pass@1 was {} %, pass@8 {} %)",
+        tuple(
+            rl_trial("spelling, after 50 steps, 64 held-out words", f"held_out_pass_at_{k}") for k in (1, 8)
+        ),
+    ),
 ]
 
 
@@ -289,6 +328,15 @@ def test_the_table_of_ablations_is_that_of_its_result_file():
     for row in rows[1:]:
         change = f"{row['difference']:+.3f} ± {row['difference_error']:.3f}"
         assert f"| {row['provider']} | {row['steps']} | {change} | {row['p']:.2g} |" in document
+
+
+def test_the_table_of_rewards_is_that_of_its_result_file():
+    document = (ROOT / "docs/rl.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / ZEN4 / "rl.json").read_text(encoding="utf-8"))["rows"]
+    for row in (row for row in rows if row["case"].startswith("base")):
+        scores = [name for name in row if "_of_" in name and name != "reward_of_10_steps"]
+        shares = " | ".join(f"{100 * row[name]:.1f} %" for name in scores)
+        assert f"| {row['case'].removeprefix('base ')} | {row['provider']} | {shares} |" in document
 
 
 def test_the_table_of_preferences_is_that_of_its_result_file():
