@@ -1,7 +1,7 @@
 """Rows of bad input: commands, flags and their values, configuration files, and what cannot fit in memory."""
 # ruff: noqa: E501  a row is one line
 
-from helpers.bad_files import DPO, FAR, MANY, PRETRAIN, RL, SFT, Row, text
+from helpers.bad_files import DPO, FAR, MANY, PRETRAIN, RL, SFT, Row, lines, text
 from helpers.commands import BAD_DATA, CANNOT_CREATE, INPUT_OUTPUT, NO_INPUT, USAGE
 
 ROWS: list[Row] = [
@@ -108,7 +108,7 @@ ROWS: list[Row] = [
     (f"{RL} --loss cispo --clip-low 0.2", None, USAGE, r"--clip-low 0\.2 must be left out for --loss cispo"),
     (f"{RL} --loss ppo", None, USAGE, r"'ppo'.*'--loss'.*dapo"),
     ("rl --base sft --out new --data", None, USAGE, r"no --data; name what to ask"),
-    (f"{RL} --micro-batch 3", None, USAGE, r"a batch of 4 rows is not a multiple of 1 ranks x 3 rows"),
+    (f"{RL} --micro-batch 3", lines("a.jsonl", {"prompt": "square of 2"}), USAGE, r"a batch of 4 rows is not a multiple of 1 ranks x 3 rows"),
     ("chat sft -p a --temperature nan", None, USAGE, r"--temperature nan must be a number from 0 to 10"),
     ("chat sft -p a --temperature -1", None, USAGE, r"--temperature -1(\.0)? must be a number from 0 to 10"),
     ("chat sft -p a --temperature 20", None, USAGE, r"--temperature 20(\.0)? must be a number from 0 to 10"),

@@ -45,9 +45,11 @@ def test_a_run_earns_more_and_is_a_chat_model(base, tmp_path):
 
 def test_ranks_and_micro_batches_take_the_steps_of_one(base, tmp_path):
     """The answers are the same, and so are their rewards."""
-    one = run_ranks(1, reinforcing, str(tmp_path), "one", str(base))[0]
-    for name, ranks, micro_batch in (("two", 2, "all"), ("parts", 2, "2"), ("singly", 1, "1")):
-        found = run_ranks(ranks, reinforcing_in_parts, str(tmp_path), name, str(base), micro_batch)[0]
+    folder = str(tmp_path)
+    one = reinforcing(folder, "one", str(base))
+    singly = reinforcing(folder, "singly", str(base), micro_batch="1")
+    two = run_ranks(2, reinforcing_in_parts, folder, "two", str(base), "2")[0]
+    for name, found in (("singly", singly), ("two", two)):
         assert [line["reward"] for line in found] == pytest.approx([line["reward"] for line in one]), name
         assert [line["engine_kl"] for line in found] == [0.0] * len(one), name
         for metric in ("loss", "gradient_norm", "entropy", "answer_tokens"):
