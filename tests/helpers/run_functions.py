@@ -105,3 +105,17 @@ def soak(folder: str, name: str, steps: int) -> list[tuple[int, int]]:
     torch.set_num_threads(1)
     pretraining(folder, name, steps=steps, loop={"evaluate_every": steps // 10, "save_every": steps // 10})
     return seen
+
+
+def stop_at_pass(monkeypatch, module, name: str, number: int) -> None:
+    """Make training stop after n passes of a loss, module.name(model, batch, config), as if it had been
+    killed.
+    """
+    passes, real = iter(range(number)), getattr(module, name)
+
+    def loss(model, batch, config):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return real(model, batch, config)
+
+    monkeypatch.setattr(module, name, loss)

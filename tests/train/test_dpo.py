@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.preference_runs import config_of, make_base, preferring, write_pairs
 from helpers.ranks import run_ranks
-from helpers.run_functions import losses, metrics, state_of
+from helpers.run_functions import losses, metrics, state_of, stop_at_pass
 
 from hotlap.common.errors import DataError
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
@@ -72,7 +72,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_keeps_its_reference(base, tm
     optimize_preferences(config_of(tmp_path, "whole", base))
     stopped = config_of(tmp_path, "run", base, loop=LoopConfig(4, 4, 2))
     with monkeypatch.context() as patch:
-        stop_at_pass(patch, 3)
+        stop_at_pass(patch, preference_losses, "pair_loss", 3)
         with pytest.raises(KeyboardInterrupt):
             optimize_preferences(stopped)
     assert [folder.name for folder in run_checkpoints(stopped.out)] == ["step-000002"]
@@ -81,18 +81,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_keeps_its_reference(base, tm
         optimize_preferences(dataclasses.replace(stopped, resume="auto"))
     assert losses(stopped.out) == losses(tmp_path / "whole")
     assert state_of(stopped.out) == state_of(tmp_path / "whole")
-
-
-def stop_at_pass(monkeypatch, number: int) -> None:
-    """Make training stop in its n-th pass of `pair_loss`, as if it had been killed."""
-    passes, real = iter(range(number)), preference_losses.pair_loss
-
-    def loss(model, batch, config):
-        if next(passes, None) is None:
-            raise KeyboardInterrupt
-        return real(model, batch, config)
-
-    monkeypatch.setattr(preference_losses, "pair_loss", loss)
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])

@@ -8,7 +8,7 @@ import pytest
 from helpers.preference_runs import make_base
 from helpers.ranks import run_ranks
 from helpers.rl_runs import config_of, reinforcing, reinforcing_in_parts, write_prompts
-from helpers.run_functions import losses, metrics, state_of
+from helpers.run_functions import losses, metrics, state_of, stop_at_pass
 from helpers.small_runs import write_whole
 
 from hotlap.model.weights import is_model, open_model, run_checkpoints, stage
@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop_after, updates, base, tmp_p
     reinforce(config_of(tmp_path, "whole", base, **fields))
     stopped = config_of(tmp_path, "run", base, **fields)
     with monkeypatch.context() as patch:
-        stop_at_pass(patch, stop_after)
+        stop_at_pass(patch, policy_losses, "answer_loss", stop_after)
         with pytest.raises(KeyboardInterrupt):
             reinforce(stopped)
     assert run_checkpoints(stopped.out)[-1].name == f"step-{stop_after:06}"
@@ -106,18 +106,6 @@ def test_answers_of_other_settings_are_not_trained_on(changed, base, tmp_path):
     rewards = [answer["reward"] for answer in line["answers"]]
     assert len(rewards) == changed.get("samples", 4)
     assert (set(rewards) == {0.25}) == ("reward" in changed)
-
-
-def stop_at_pass(monkeypatch, number: int) -> None:
-    """Make training stop in its n-th pass of `answer_loss`, as if it had been killed."""
-    passes, real = iter(range(number)), policy_losses.answer_loss
-
-    def loss(model, batch, config):
-        if next(passes, None) is None:
-            raise KeyboardInterrupt
-        return real(model, batch, config)
-
-    monkeypatch.setattr(policy_losses, "answer_loss", loss)
 
 
 def test_an_update_starts_at_a_ratio_of_exactly_one_and_moves_away(base, tmp_path):
