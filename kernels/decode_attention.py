@@ -336,20 +336,18 @@ def decode_attention(
             f"{B} sequences and a cache of {k_cache.shape[1]} tokens"
         )
     softcap = softcap or 0.0
-    in_c = T == 1 and use_c(q) and not invariant(q)
     if not use_triton(q):
         _check_room(lengths, T, k_cache.shape[1], window)
-    if not (in_c or use_triton(q)):
-        append_ref(k, v, k_cache, v_cache, slots, lengths)
-        if invariant(q):
-            return attention_in_order(
-                q, k_cache, v_cache, slots, lengths, window=window or 0, softcap=softcap, scale=scale
-            )
-        with no_autocast(q):
-            return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
-    window = window if window is not None and window <= k_cache.shape[1] else 0
-    scale = C**-0.5 if scale is None else scale
-    return _decode_attention(q, k, v, k_cache, v_cache, slots, lengths, window, softcap, scale)
+    if use_triton(q) or (T == 1 and use_c(q) and not invariant(q)):
+        window = window if window is not None and window <= k_cache.shape[1] else 0
+        scale = C**-0.5 if scale is None else scale
+        return _decode_attention(q, k, v, k_cache, v_cache, slots, lengths, window, softcap, scale)
+    append_ref(k, v, k_cache, v_cache, slots, lengths)
+    if invariant(q):
+        window = window or 0
+        return attention_in_order(q, k_cache, v_cache, slots, lengths, None, window, softcap, scale)
+    with no_autocast(q):
+        return decode_attention_ref(q, k_cache, v_cache, slots, lengths, window, softcap, scale)
 
 
 def _check_room(lengths: Tensor, T: int, S: int, window: int | None) -> None:
