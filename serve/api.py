@@ -182,7 +182,10 @@ async def events(ticket: Ticket, reply: Reply, screen: Screen) -> AsyncIterator[
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [model(request.app.state.service.served)]})
+    """The one model; none (503) once the server is about to end, so that no page offers it any more."""
+    service: Service = request.app.state.service
+    service.worker.require_up()
+    return JSONResponse({"object": "list", "data": [model(service.served)]})
 
 
 @router.get("/v1/models/{name:path}")

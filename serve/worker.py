@@ -155,14 +155,18 @@ class Worker:
         moving = not self.tickets or time.monotonic() - self.progress < STUCK
         return self.alive and not self.stopping and moving
 
-    def require_room(self, choices: int = 1) -> None:
-        """Raise APIError 503 if a call with so many choices is not accepted now. One that is larger than the
-        queue is accepted when nothing else is there.
-        """
+    def require_up(self) -> None:
+        """Raise APIError 503 if the server is about to end."""
         if not self.alive:
             raise too_busy("the engine has failed, and the server ends; try again when it is up")
         if self.stopping:
             raise too_busy("the server is shutting down; try again when it is up")
+
+    def require_room(self, choices: int = 1) -> None:
+        """Raise APIError 503 if a call with so many choices is not accepted now. One that is larger than the
+        queue is accepted when nothing else is there.
+        """
+        self.require_up()
         if self.choices and self.choices + choices > self.slots + self.queue:
             self.metrics.refused.inc()
             raise too_busy(f"{self.waiting} requests are waiting, and no more may; try again later")

@@ -220,7 +220,8 @@ def test_a_stopped_server_lets_answers_finish_and_ends_others_honestly(engine, t
         wait_until(lambda: len(engine.started) == 2)
         server.stop()
         wait_until(lambda: server.ask("/ready")[0] == 503)
-        assert server.ask(CHAT, chat())[0] == 503 and server.ask("/health")[0] == 200
+        assert server.ask(CHAT, chat())[0] == server.ask("/v1/models")[0] == 503
+        assert server.ask("/health")[0] == 200
         finished, cut = (answer.result()[1].split("data: ")[-1] for answer in answers)
         assert finished.strip() == "[DONE]"
         assert "shut down" in json.loads(cut)["error"]["message"]
