@@ -182,22 +182,23 @@ async def events(ticket: Ticket, reply: Reply, screen: Screen) -> AsyncIterator[
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    """The one model; none (503) once the server is about to end, so that no page offers it any more."""
-    service: Service = request.app.state.service
-    service.worker.require_up()
-    return JSONResponse({"object": "list", "data": [model(service.served)]})
+    return JSONResponse({"object": "list", "data": [model(request.app.state.service)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def one_model(request: Request, name: str) -> Response:
-    served: Served = request.app.state.service.served
-    if name not in (served.name, served.alias):
-        raise APIError(404, f"there is one model here: {served.name!r}", "model", "model_not_found")
-    return JSONResponse(model(served))
+    service: Service = request.app.state.service
+    if name not in (service.served.name, service.served.alias):
+        raise APIError(404, f"there is one model here: {service.served.name!r}", "model", "model_not_found")
+    return JSONResponse(model(service))
 
 
-def model(served: Served) -> dict:
-    """The model as OpenAI describes one, with the length of its context as vLLM calls it."""
+def model(service: Service) -> dict:
+    """The model as OpenAI describes one, with the length of its context as vLLM calls it. APIError 503 once the
+    server is about to end: pages that ask which models there are must not offer it any more.
+    """
+    service.worker.require_up()
+    served = service.served
     return {
         "id": served.name,
         "object": "model",
