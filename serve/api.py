@@ -194,8 +194,9 @@ async def one_model(request: Request, name: str) -> Response:
 
 
 def model(service: Service) -> dict:
-    """The model as OpenAI describes one, with the length of its context as vLLM calls it. APIError 503 once the
-    server is about to end: pages that ask which models there are must not offer it any more.
+    """The model as OpenAI describes one, with the length of its context as vLLM calls it.
+
+    APIError 503 once the server is about to end: a page that asks for models must not offer it any more.
     """
     service.worker.require_up()
     served = service.served
