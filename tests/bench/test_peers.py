@@ -278,7 +278,8 @@ def test_fp8_is_compared_with_a_peer_that_has_it(stand_ins):
     assert not nanochat_uses_fp8(torch.nn.Embedding(128, 128), "")
 
 
-def test_nanochats_decoding_is_timed_beside_ours_against_the_same_limit(stand_ins, tmp_path):
+def test_nanochats_decoding_is_timed_beside_ours_against_the_same_limit(stand_ins, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "TURNS", 3)
     config = inference.InferenceConfig(
         batches=(1, 3), prompt=8, nanochat=stand_ins["nanochat"], out=tmp_path / "out"
     )

@@ -100,7 +100,7 @@ def test_a_training_pass_gives_the_engines_logprobs(seed, shape, lora, random_mo
     dice, fields = random.Random(f"{seed} {shape} {lora}"), SHAPES[shape]
     model = random_model(tiny_config(**fields), seed)
     model = adapted(model) if lora else model
-    count, longest = (5, 400) if "context" in fields else (25, 50)
+    count, longest = (5, 400) if "context" in fields else (12, 50)
     requests = answered(model, tiny_tokenizer, dice, count, longest)
     dice.shuffle(requests)
     rows = rows_of(requests)
