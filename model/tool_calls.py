@@ -52,7 +52,7 @@ class ToolCalls:
         request.forced.extend([self.result_start, *ids, self.result_end])
 
     def _spelt(self, result: str) -> list[int]:
-        """Ids of a result. None if the tokenizer lacks a character of it: the rest could be another
+        """Ids of a result; empty if the tokenizer lacks a character of it, as the rest could be another
         number.
         """
         try:

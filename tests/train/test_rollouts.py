@@ -37,7 +37,10 @@ def answer_of(t, said: list[int], tools=("calculator",), reward=lambda text: 1.0
     config = tiny_config(context=context)
     model = ScriptedModel(config, [script(len(question.ids), said)], t.special["<|assistant_end|>"])
     with joined() as world:
-        score = lambda pairs: [reward(text) for _, text in pairs]  # noqa: E731
+
+        def score(pairs):
+            return [reward(text) for _, text in pairs]
+
         sampler = Sampler(t, score, max_tokens, world)
         (answer,) = sampler(model, [question], [Draw(0, 1)])
     return answer, len(question.ids)
