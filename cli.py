@@ -180,6 +180,10 @@ COMMANDS: Table = {
             "a run's adapters (--lora-rank) as PEFT's files",
             "model.config:AdapterExportConfig", "model.export:adapter_main",
         ),
+        "gguf": Command(
+            "one file for llama.cpp, and for what is built on it",
+            "model.config:GGUFExportConfig", "model.export_gguf:main",
+        ),
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
     "serve": Command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hotlap.common.checks import at_least, between, positive
 
@@ -203,3 +203,15 @@ class AdapterExportConfig(ExportConfig):
     """Write the adapters of a run with --lora-rank as PEFT's adapter_config.json and
     adapter_model.safetensors.
     """
+
+
+@dataclass(frozen=True)
+class GGUFExportConfig(ExportConfig):
+    """Write one file for llama.cpp and what is built on it. Adapters are merged; models with extras that
+    llama.cpp does not have are refused.
+    """
+
+    out: Path = Path("model.gguf")
+    """File to write; it must not exist yet."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    """How weights are stored: exactly, in 16 bits, or in 8 with a scale for each 32. Norms stay in f32."""

@@ -25,7 +25,7 @@ from hotlap.model.gpt import GPT
 from hotlap.model.tools import named_tools
 from hotlap.model.weights import save_model
 from hotlap.serve import command
-from hotlap.serve.command import announcement, load, model_name
+from hotlap.serve.command import announcement, load
 from hotlap.serve.config import NAME, ServeConfig
 from hotlap.serve.server import stop_by_signals
 
