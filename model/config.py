@@ -114,7 +114,7 @@ class GPTConfig:
         if {"architectures", "model_type"} & set(fields):
             made = fields.get("model_type") or fields["architectures"]
             raise ValueError(
-                f"it is of a model of Transformers ({made}); hotlap opens only models of its own"
+                f"it is of a model of Transformers ({made}); `hotlap import hf` makes a model of hotlap of it"
             )
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
@@ -206,6 +206,16 @@ class AdapterExportConfig(ExportConfig):
 
 
 @dataclass(frozen=True)
+class HfExportConfig(ExportConfig):
+    """Write a model for Transformers and vLLM, as their Apertus or, with a softcap, as NanoChat. Models with
+    other extras are refused; the presets *-portable have none.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the file. bfloat16 halves it, and rounds."""
+
+
+@dataclass(frozen=True)
 class GGUFExportConfig(ExportConfig):
     """Write one file for llama.cpp and what is built on it. Adapters are merged; models with extras that
     llama.cpp does not have are refused.
@@ -215,3 +225,14 @@ class GGUFExportConfig(ExportConfig):
     """File to write; it must not exist yet."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
     """How weights are stored: exactly, in 16 bits, or in 8 with a scale for each 32. Norms stay in f32."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turn a model of Transformers into a model directory of ours, for chat, eval, sft and serve."""
+
+    model_field: ClassVar[str] = "model"
+    model: Path = Path("model")
+    """Folder with config.json, tokenizer.json and .safetensors files."""
+    out: Path = Path("imported")
+    """Folder to write; it must be empty or not exist yet."""

@@ -20,8 +20,10 @@ from torch import Tensor
 from hotlap.common.files import replacing
 from hotlap.common.terminal import printable
 from hotlap.kernels.rms_norm import EPS
+from hotlap.model.chat_template import chat_template
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GGUFExportConfig, GPTConfig
-from hotlap.model.stock import EMBEDDING, HEAD, XIELU, not_stock, stock_class, to_stock
+from hotlap.model.export_hf import special_ids
+from hotlap.model.stock import EMBEDDING, HEAD, XIELU, extras_of, stock_tensors
 from hotlap.model.tokenizer import GPT2_PATTERN, SPLIT_PATTERN, Tokenizer, byte_level_alphabet
 from hotlap.model.weights import load_model, model_name, open_model, stage
 
@@ -29,15 +31,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 PRE_TOKENIZERS = {SPLIT_PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}  # by what they split text at
-CHAT_TEMPLATE = """{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{- '<|system_start|>' + message.content + '<|system_end|>' -}}
-{%- elif message.role == 'user' -%}{{- '<|user_start|>' + message.content + '<|user_end|>' -}}
-{%- elif message.role == 'assistant' -%}{{- '<|assistant_start|>' + message.content + '<|assistant_end|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
-"""
+LARGEST_F16 = 65504
 Q8_BLOCK = 32  # weights that share a scale
 
 
@@ -74,14 +68,20 @@ def imported() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"this export needs the package {error.name}: pip install 'hotlap[export]'") from error
+        raise ImportError(
+            f"this export needs the package {error.name}: pip install 'hotlap[export]'"
+        ) from error
     return gguf
 
 
 def check(config: GGUFExportConfig, shape: GPTConfig, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a model that llama.cpp cannot hold."""
-    if stock_class(shape) != "apertus":
-        raise ValueError(f"llama.cpp has no model with {not_stock(shape)}")
+    if extras := extras_of(shape) + (["softcap"] if shape.softcap else []):
+        values = ", ".join(f"{name}={getattr(shape, name)!r}" for name in extras)
+        raise ValueError(
+            f"{config.model}: llama.cpp has no architecture with {values}; pretrain a model without, for "
+            "example with --preset tiny-portable"
+        )
     if not tokenizer.is_bpe:
         raise ValueError(
             f"{config.model} reads single characters, which llama.cpp cannot; train with --tokenizer bpe"
@@ -89,8 +89,8 @@ def check(config: GGUFExportConfig, shape: GPTConfig, tokenizer: Tokenizer) -> N
     model, pattern = described(tokenizer)
     if pattern not in PRE_TOKENIZERS:
         raise ValueError(
-            f"{config.model} splits text by {pattern!r}, which llama.cpp does not know; train with a tokenizer "
-            "of `hotlap tokenizer`, or gpt2"
+            f"{config.model} splits text by {pattern!r}, which llama.cpp does not know; train with a "
+            "tokenizer of `hotlap tokenizer`, or gpt2"
         )
     if not model["merges"]:
         raise ValueError(
@@ -144,14 +144,14 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, chat: bool) -> None:
     writer.add_token_list(["".join(character_of[byte] for byte in token) for token in text] + special)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(text) + [gguf.TokenType.CONTROL] * len(special))
     writer.add_token_merges(merges)
-    turn_end = tokenizer.special["<|assistant_end|>"]
-    writer.add_bos_token_id(tokenizer.bos)
-    writer.add_eos_token_id(turn_end if chat else tokenizer.bos)
-    writer.add_eot_token_id(tokenizer.bos if chat else turn_end)  # which ends an answer as well
-    writer.add_pad_token_id(tokenizer.bos)
+    ids = special_ids(tokenizer)
+    writer.add_bos_token_id(ids["bos_token_id"])
+    writer.add_eos_token_id(ids["eos_token_id"])
+    writer.add_pad_token_id(ids["pad_token_id"])
+    writer.add_eot_token_id(tokenizer.bos)  # it ends an answer as well, as in our engine
     writer.add_add_bos_token(True)
     if chat:
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(chat_template(tokenizer))
 
 
 def write_tensors(
@@ -174,7 +174,9 @@ def write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, tensor in named(weights, shape, rows):
+    for name, tensor in named(weights, shape, rows):
+        if dtype == "f16" and tensor.abs().max() > LARGEST_F16:
+            raise ValueError(f"dtype=f16 ends at {LARGEST_F16}, and {name} has larger weights; use bf16")
         writer.write_tensor_data(gguf.quantize(tensor.numpy(), kinds[tensor.ndim - 1]))
 
 
@@ -183,7 +185,7 @@ def named(weights: dict[str, Tensor], shape: GPTConfig, rows: int) -> Iterator[t
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.APERTUS, shape.layers)
-    for theirs, tensor in to_stock(weights, shape, "apertus").items():
+    for theirs, tensor in stock_tensors(weights, shape, "apertus"):
         if name := names.get_name(theirs, (".weight",)):
             yield name, tensor[:rows] if theirs in (EMBEDDING, HEAD) else tensor
 

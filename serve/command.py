@@ -7,7 +7,6 @@ import errno
 import importlib.util
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotlap.common.terminal import printable
