@@ -148,7 +148,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, chat: bool) -> None:
     writer.add_bos_token_id(ids["bos_token_id"])
     writer.add_eos_token_id(ids["eos_token_id"])
     writer.add_pad_token_id(ids["pad_token_id"])
-    writer.add_eot_token_id(tokenizer.bos)  # it ends an answer as well, as in our engine
+    # These end an answer as well: a new document, as in our engine, and a call, for nobody answers it there.
+    writer.add_eot_token_id(tokenizer.bos)
+    writer.add_eom_token_id(tokenizer.special["<|tool_end|>"])
     writer.add_add_bos_token(True)
     if chat:
         writer.add_chat_template(chat_template(tokenizer))
