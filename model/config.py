@@ -225,7 +225,7 @@ class GGUFExportConfig(ExportConfig):
     out: Path = Path("model.gguf")
     """File to write; it must not exist yet."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
-    """How weights are stored: exactly, in 16 bits, or in 8 with a scale for each 32. Norms stay in f32."""
+    """Of the weights in the file; q8_0 has 8 bits, and a scale for each 32. Norms stay in f32."""
 
 
 @dataclass(frozen=True)

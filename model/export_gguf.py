@@ -168,8 +168,7 @@ def write_tensors(
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    on_meta = {name: weight.to("meta") for name, weight in weights.items()}  # to know all shapes first
-    for name, tensor in named(on_meta, shape, rows):
+    for name, tensor in named(weights, shape, rows):  # shapes come first in the file
         kind = kinds[tensor.ndim - 1]
         stored = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
         writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), kind)
