@@ -184,6 +184,10 @@ COMMANDS: Table = {
             "a folder for Transformers and vLLM, with tokenizer and chat template",
             "model.config:HfExportConfig", "model.export_hf:main",
         ),
+        "gguf": Command(
+            "one file for llama.cpp and what is built on it",
+            "model.config:GGUFExportConfig", "model.export_gguf:main",
+        ),
     }),
     "import": Group("import a model of other programs", {
         "hf": Command(

@@ -217,6 +217,18 @@ class HfExportConfig(ExportConfig):
 
 
 @dataclass(frozen=True)
+class GGUFExportConfig(ExportConfig):
+    """Write one file for llama.cpp and what is built on it. Adapters are merged; models with extras that
+    llama.cpp does not have are refused.
+    """
+
+    out: Path = Path("model.gguf")
+    """File to write; it must not exist yet."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    """Of the weights in the file; q8_0 has 8 bits, and a scale for each 32. Norms stay in f32."""
+
+
+@dataclass(frozen=True)
 class ImportConfig:
     """Turn a model of Transformers into a model directory of ours, for chat, eval, sft and serve."""
 

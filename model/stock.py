@@ -12,6 +12,7 @@ normalise them first, so the rows are divided by their RMS.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -64,16 +65,21 @@ def not_stock(config: GPTConfig) -> list[str]:
 
 def to_stock(weights: dict[str, Tensor], config: GPTConfig, kind: str) -> dict[str, Tensor]:
     """A whole model's weights as those of a class, float32, by its names. Nothing shares memory with them."""
-    found = {EMBEDDING: weights["embedding.weight"].clone(), HEAD: weights["head.weight"].clone()}
+    return dict(stock_tensors(weights, config, kind))
+
+
+def stock_tensors(weights: dict[str, Tensor], config: GPTConfig, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """`to_stock`, one tensor after the other."""
+    embedding = weights["embedding.weight"]
+    yield EMBEDDING, normalised(embedding) if kind == "apertus" else embedding.clone()
+    yield HEAD, weights["head.weight"].clone()
     if kind == "apertus":
-        found[EMBEDDING] = normalised(found[EMBEDDING])
-        found |= apertus_constants(config)
+        yield from apertus_constants(config).items()
     for i in range(config.layers):
         for name, (_, outputs) in adapted_layers(config).items():
             parts = weights[f"blocks.{i}.{name}.weight"].split(outputs)
             for target, part in zip(TARGETS[kind][name], parts, strict=True):
-                found[f"{LAYERS}.{i}.{target}.weight"] = placed(part, target, config, kind)
-    return found
+                yield f"{LAYERS}.{i}.{target}.weight", placed(part, target, config, kind)
 
 
 def from_stock(theirs: dict[str, Tensor], config: GPTConfig, kind: str) -> dict[str, Tensor]:

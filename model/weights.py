@@ -115,6 +115,18 @@ def load_config(folder: Path) -> GPTConfig:
         raise DataError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
 
 
+def model_name(folder: Path) -> str:
+    """A model's name for clients: the path of its run below the last folder named runs, else the name of its
+    folder. runs/tiny/sft/checkpoints/step-000100 is tiny-sft.
+    """
+    parts = list(folder.resolve().parts[1:])
+    if len(parts) > 2 and parts[-2] == "checkpoints":
+        parts = parts[:-2]
+    below = parts[::-1].index("runs") if "runs" in parts else 1
+    name = "-".join(parts[len(parts) - below :] or parts[-1:])
+    return re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "model"
+
+
 def stage(folder: Path) -> str | None:
     """The last training stage of a model, "pretrain" or "sft"; None if its directory does not say."""
     try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.util
-import re
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotlap.common.terminal import printable
@@ -100,7 +98,7 @@ def load(config: ServeConfig, tools: Tools = TOOLS) -> tuple[Engine, Served]:
     from hotlap.kernels.dispatch import default_device, kernel_choice
     from hotlap.model.engine import CHUNK, Engine
     from hotlap.model.kv_cache import fitting_slots, slot_bytes
-    from hotlap.model.weights import load_model, model_folder, stage
+    from hotlap.model.weights import load_model, model_folder, model_name, stage
     from hotlap.serve.protocol import Served
 
     folder, device = model_folder(config.model), default_device()
@@ -124,18 +122,6 @@ def load(config: ServeConfig, tools: Tools = TOOLS) -> tuple[Engine, Served]:
     name = config.name or model_name(folder)
     chat = stage(folder) != "pretrain"
     return engine, Served(name, ALIAS, tokenizer, shape.context, chat, int(time.time()), Limits(), tools)
-
-
-def model_name(folder: Path) -> str:
-    """A model's name for clients: the path of its run below the last folder named runs, else the name of its
-    folder. runs/tiny/sft/checkpoints/step-000100 is tiny-sft.
-    """
-    parts = list(folder.resolve().parts[1:])
-    if len(parts) > 2 and parts[-2] == "checkpoints":
-        parts = parts[:-2]
-    below = parts[::-1].index("runs") if "runs" in parts else 1
-    name = "-".join(parts[len(parts) - below :] or parts[-1:])
-    return re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "model"
 
 
 def announcement(

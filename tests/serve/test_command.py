@@ -23,9 +23,9 @@ from helpers.tools import tiny_config
 from hotlap.cli import main
 from hotlap.model.gpt import GPT
 from hotlap.model.tools import named_tools
-from hotlap.model.weights import save_model
+from hotlap.model.weights import model_name, save_model
 from hotlap.serve import command
-from hotlap.serve.command import announcement, load, model_name
+from hotlap.serve.command import announcement, load
 from hotlap.serve.config import NAME, ServeConfig
 from hotlap.serve.server import stop_by_signals
 
