@@ -1,4 +1,4 @@
-"""Files that are compressed by gzip, zstd or bzip2, read as what is in them.
+"""Files that are compressed by gzip or zstd, read as what is in them.
 
 What a few kilobytes expand to may fill memory and disk, so a file is read in blocks, and one that expands far
 more than text does is refused.
@@ -17,9 +17,10 @@ from typing import BinaryIO
 from hotlap.common.errors import DataError
 
 BLOCK = 1 << 20  # bytes read at once
-ENDINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
-SIGNATURES = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2"}
+ENDINGS = {".gz": "gzip", ".zst": "zstd"}
+SIGNATURES = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd"}
 SIGNATURES |= {bytes([0x50 + i]) + b"\x2a\x4d\x18": "zstd" for i in range(16)}  # pzstd's first frame
+NEEDS_PYARROW = "needs pyarrow: pip install 'hotlap[data]'"
 MOST_TIMES = 200  # text shrinks to a third or a tenth, repetitive logs to a hundredth
 FREE = 1 << 26  # bytes, up to which a file may expand as it likes
 
@@ -65,13 +66,8 @@ def stream(file: BinaryIO, kind: str) -> BinaryIO:
     try:
         from pyarrow import CompressedInputStream
     except ImportError as error:
-        raise ImportError(f"reading {file.name}, compressed by {kind}, {NEEDS_PYARROW}") from error
-    return CompressedInputStream(
-        file, {"zstd": "zstd", "bzip2": "bz2"}[kind]
-    )  # zstd's windows: 128 MB at most
-
-
-NEEDS_PYARROW = "needs pyarrow: pip install 'hotlap[data]'"
+        raise ImportError(f"reading {file.name}, compressed by zstd, {NEEDS_PYARROW}") from error
+    return CompressedInputStream(file, "zstd")  # refuses windows of more than 128 MB
 
 
 class Expansion(io.RawIOBase):

@@ -28,7 +28,7 @@ BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which it begins with
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 NO_TEXT = {
-    b"\xfd7zXZ\0": "compressed by xz", b"7z\xbc\xaf": "a 7z archive",
+    b"BZh": "compressed by bzip2", b"\xfd7zXZ\0": "compressed by xz", b"7z\xbc\xaf": "a 7z archive",
     b"PK\3\4": "a zip archive (as .docx, .xlsx and .epub are)", b"%PDF-": "a PDF",
     b"\xd0\xcf\x11\xe0": "an old Word or Excel file", b"{\\rtf": "RTF",
     b"PAR1": "parquet without that ending", b"ARROW1": "an Arrow file without that ending",

@@ -36,10 +36,9 @@ def table_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dic
     read = parquet_batches if path.suffix.lower() == ".parquet" else arrow_batches
     with explained(path):
         for batch in read(path, columns):
-            for i in range(batch.num_rows):
-                yield {
-                    name: column[i].as_py() for name, column in zip(batch.schema.names, batch, strict=True)
-                }
+            names = batch.schema.names
+            for values in zip(*batch.columns, strict=True):
+                yield {name: value.as_py() for name, value in zip(names, values, strict=True)}
 
 
 def column_names(path: Path) -> list[str]:
@@ -99,9 +98,16 @@ def parquet_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pyarr
                     check_growth(path, max(chunk.total_uncompressed_size, chunk.num_values), size)
         count = 0
         for batch in file.iter_batches(ROWS, columns=columns):
-            count += batch.nbytes
+            count += sum(map(plain_bytes, batch.columns))
             check_growth(path, count, size)
             yield batch
+
+
+def plain_bytes(column: pyarrow.Array) -> int:
+    """The bytes of a column's values, of those that rows share as often as they are shared."""
+    import pyarrow
+
+    return (column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes
 
 
 def arrow_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pyarrow.RecordBatch]:
@@ -140,9 +146,7 @@ def mapped(path: Path) -> Iterator[pyarrow.MemoryMappedFile]:
 def check_type(path: Path, column: str, kind: pyarrow.DataType) -> None:
     """Raise DataError if rows may share what is in the file, so that it could expand to anything."""
     if str(kind).partition("<")[0] in SHARING:
-        raise DataError(
-            f"{path} has the column {column!r} of type {kind}; save it as plain strings and lists"
-        )
+        raise DataError(f"{path} has the column {column!r} of type {kind}; save plain strings and lists")
     for i in range(kind.num_fields):
         check_type(path, column, kind.field(i).type)
 

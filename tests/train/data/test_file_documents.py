@@ -1,5 +1,6 @@
 """The documents in a file: its encoding, its format, and what cannot be read."""
 
+import bz2
 import json
 import logging
 import lzma
@@ -73,6 +74,7 @@ def zipped(path):
 @pytest.mark.parametrize(
     ("make", "what"),
     [
+        (lambda path: bz2.compress(b"text"), "compressed by bzip2"),
         (lambda path: lzma.compress(b"text"), "compressed by xz"),
         (zipped, "a zip archive"),
         (lambda path: b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
