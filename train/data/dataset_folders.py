@@ -23,6 +23,7 @@ WORDS = {  # in names, as `datasets` understands them
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])")
+PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\..*", re.DOTALL)
 CACHE = re.compile(r"cache-.*\.arrow")  # what `datasets` keeps of a computation beside the data
 
 
@@ -52,6 +53,7 @@ def of_dataset(files: Sequence[Path], folder: Path, left_out: Counter[str]) -> l
         return list(files)
     kept = [path for path in files if path != folder / "README.md" and not CACHE.fullmatch(path.name)]
     left_out["a data set's README.md, and caches of `datasets`"] += len(files) - len(kept)
+    report_missing(kept)
     splits = {path: split_of(path, folder) for path in kept if inner_ending(path) in RECORDS}
     if "train" not in splits.values():
         return kept
@@ -59,6 +61,14 @@ def of_dataset(files: Sequence[Path], folder: Path, left_out: Counter[str]) -> l
     left_out["files of the test split"] += sum(split == "test" for split in splits.values())
     left_out["files of no split"] += sum(splits.get(path) is None for path in kept)
     return named
+
+
+def report_missing(files: Sequence[Path]) -> None:
+    """Log what is there in part: train-00000-of-00002.parquet without train-00001-of-00002.parquet."""
+    found = Counter(part.groups() for part in map(PART.fullmatch, map(str, files)) if part)
+    for (name, total), count in found.items():
+        if count < int(total):
+            log_once(f"{name}: only {count} of its {int(total)} files are there")
 
 
 def own_splits(files: Sequence[Path], folder: Path) -> list[tuple[Path, str | None]]:

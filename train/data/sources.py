@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hotlap.common.errors import DataError
 from hotlap.common.log import log_once
 from hotlap.train.data.dataset_folders import own_splits
 from hotlap.train.data.file_documents import file_documents
@@ -30,9 +31,16 @@ def is_named(data: str, names: tuple[str, ...]) -> bool:
 
 
 def shard_folder(data: str) -> Path | None:
-    """The folder of token shards that a data string names; None if it names text."""
+    """The folder of token shards that a data string names; None if it names text. DataError for nanoGPT's."""
     folder = named_path(data)
-    return folder if data not in TEXTS and folder.is_dir() and any(folder.glob("*.bin")) else None
+    if data in TEXTS or not folder.is_dir() or not any(folder.glob("*.bin")):
+        return None
+    if (folder / "train.bin").is_file():
+        raise DataError(
+            f"{folder}/train.bin is nanoGPT's, which has no header that says what is in it; make shards of "
+            "its text with `hotlap data`, or of its tokens as docs/data.md shows"
+        )
+    return folder
 
 
 def documents(data: str, errors: str = "strict") -> Iterator[str]:

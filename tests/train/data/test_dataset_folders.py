@@ -106,6 +106,13 @@ def test_a_data_set_without_split_names_is_read_whole_without_its_description(tm
     assert [path.name for path, _ in record_files(tmp_path)] == ["data-00000-of-00001.arrow"]
 
 
+def test_files_that_are_missing_are_counted(tmp_path, caplog):
+    write(tmp_path / "data/train-00001-of-00003.parquet", "train")
+    with caplog.at_level(logging.INFO, "hotlap"):
+        assert len(list(documents(str(tmp_path)))) == 3
+    assert f"{tmp_path}/data/train: only 1 of its 3 files are there" in caplog.messages
+
+
 def test_split_names_do_not_matter_in_other_folders_patterns_and_paths(tmp_path):
     for name in ("test_a.py", "training.md", "README.md"):
         (tmp_path / name).write_text(name)
