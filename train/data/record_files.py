@@ -20,7 +20,7 @@ def record_files(path: Path) -> list[tuple[Path, str | None]]:
     None: the folder has no files to validate on, so that the text decides. DataError for another folder.
     """
     if not path.is_dir():
-        return [(require_file(path), None)]
+        return [(path, None)]
     try:
         files = text_files(str(path))
     except FileNotFoundError:

@@ -101,7 +101,9 @@ def is_again(path: Path, seen: set[tuple[int, int]]) -> bool:
 def require_file(path: Path) -> Path:
     """The path, if it is a file that can be read more than once."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
+        link = path.is_symlink()
+        what = f"is a link to {os.readlink(path)}, which leads nowhere" if link else "does not exist"
+        raise FileNotFoundError(f"{path} {what}")
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     if not stat.S_ISREG(path.stat().st_mode):
