@@ -20,8 +20,8 @@ from hotlap.common.log import log
 from hotlap.model.config import Sampling
 from hotlap.model.conversation import parse_answer, render_prompt
 from hotlap.model.engine import Engine
-from hotlap.train.data.conversation_files import json_records
 from hotlap.train.data.preferences import FORM, Pair, checked_pair
+from hotlap.train.data.record_files import json_records
 from hotlap.train.data.sources import split_documents
 from hotlap.train.data.splits import SPLITS
 from hotlap.train.data.tasks import arithmetic, facts, refusals, spelling, unknown_names

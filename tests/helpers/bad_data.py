@@ -1,6 +1,7 @@
 """Rows of bad input: text, token shards and conversations."""
 # ruff: noqa: E501  a row is one line
 
+import gzip
 import struct
 
 from helpers.bad_files import (
@@ -68,7 +69,12 @@ ROWS: list[Row] = [
     (f"{DATA} --source a.txt", text("a.txt", b"\xff\xfea\0b\0c"), BAD_DATA, r"a\.txt is not UTF-16 at byte 6"),
     (f"{DATA} --source a.txt", text("a.txt", b"a\0b\0c\0d\0"), BAD_DATA, r"a\.txt is binary or compressed, or UTF-16 without"),
     (f"{DATA} --source a.txt", text("a.txt", b"line\n" * 5000 + b"a\0b"), BAD_DATA, r"a\.txt:5001: a NUL character"),
-    (f"{DATA} --source a.txt", text("a.txt", GZIP), BAD_DATA, r"a\.txt is compressed by gzip; unpack"),
+    (f"{DATA} --source a.txt", text("a.txt", GZIP), BAD_DATA, r"a\.txt, after 0 bytes of what is in it, is cut short"),
+    (f"{DATA} --source a.txt.gz", text("a.txt.gz", "plain"), BAD_DATA, r"a\.txt\.gz is not compressed by gzip, as its name says"),
+    (f"{DATA} --source a.txt.gz", text("a.txt.gz", gzip.compress(b"a" * 70_000_000)), BAD_DATA, r"a\.txt\.gz expands more than 200 times.*decompress it"),
+    (f"{DATA} --source a.gz", text("a.gz", gzip.compress(GZIP)), BAD_DATA, r"a\.gz is compressed twice"),
+    (f"{DATA} --source a.csv", text("a.csv", "text\na\n"), BAD_DATA, r"a\.csv is a table of separated values; save it as parquet"),
+    (f"{DATA} --source a.arrow", text("a.arrow", "ARROW1"), BAD_DATA, r"a\.arrow is damaged, or not an Arrow file"),
     (f"{DATA} --source a.pdf", text("a.pdf", PDF), BAD_DATA, r"a\.pdf is a PDF"),
     (f"{DATA} --source a.docx", text("a.docx", ZIP), BAD_DATA, r"a\.docx is a zip archive"),
     (f"{DATA} --source a.txt", text("a.txt", b"PAR1xxxx"), BAD_DATA, r"a\.txt is parquet"),
@@ -88,6 +94,7 @@ ROWS: list[Row] = [
     (SHARDS, shard(lambda raw: raw[:4] + b"\7" + raw[5:]), BAD_DATA, r"train_000000\.bin: .*version 7"),
     (SHARDS, shard(lambda raw: raw[:8] + b"\xff" * 4 + raw[12:]), BAD_DATA, r"train_000000\.bin: .*header says -1 tokens"),
     (SHARDS, shard(lambda raw: raw[:1030] + struct.pack("<H", 280) + raw[1032:]), BAD_DATA, r"train_000000\.bin: token id 280 at byte 1030"),
+    (f"{PRETRAIN} --data a", text("a/train.bin", "1234"), BAD_DATA, r"a/train\.bin is nanoGPT's, which has no header.*hotlap data"),
     # pretrain: folders and files of another kind
     (f"{PRETRAIN} --data ''", None, USAGE, r"the name of the data is empty; name a file"),
     (f"{PRETRAIN} --data '\"text.txt\"'", None, NO_INPUT, r"no text files match '\"text\.txt\"'; name a file"),
@@ -107,8 +114,10 @@ ROWS: list[Row] = [
     (f"{SFT} --data .", None, BAD_DATA, r"\. is a folder; name a file in it"),
     (f"{SFT} --data a", pipe("a"), USAGE, r"a is a pipe.*file"),
     (TALKS, text("a.jsonl", ""), BAD_DATA, r"a\.jsonl.*holds no conversation"),
-    (TALKS, text("a.jsonl", GZIP), BAD_DATA, r"a\.jsonl is .*compressed.*unpack"),
+    (TALKS, text("a.jsonl", GZIP), BAD_DATA, r"a\.jsonl, after 0 bytes .*is cut short; copy"),
     (TALKS, text("a.jsonl", WHOLE + WHOLE.replace(b"a", b"\xe9")), BAD_DATA, r"a\.jsonl.*line 2: 0xe9.*iconv"),
+    (f"{SFT} --data a.jsonl.gz", text("a.jsonl.gz", gzip.compress(WHOLE)[:-9]), BAD_DATA, r"a\.jsonl\.gz, after .* is cut short"),
+    (f"{SFT} --data a", text("a/train.parquet", "PAR1"), BAD_DATA, r"a/train\.parquet is damaged, or not a parquet file"),
     (TALKS, lines("a.jsonl", '{"messages": ["a"'), BAD_DATA, r"a\.jsonl:1: not JSON"),
     (TALKS, lines("a.jsonl", "{", '"messages": []', "}"), BAD_DATA, r"a\.jsonl:1: JSON over several lines.*jq -c"),
     (TALKS, lines("a.jsonl", [{"messages": []}]), BAD_DATA, r"a\.jsonl:1: a JSON array; each line must be"),

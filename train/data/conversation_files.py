@@ -1,20 +1,18 @@
-"""Conversations in files: a line of JSON each, or a row each of a parquet file's column `messages`."""
+"""Conversations in files: a line of JSON each, or a row each of the column `messages` of a table."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import unique
 from hotlap.common.log import log
 from hotlap.model.messages import call_text, check_messages, shown
-from hotlap.train.data.file_documents import parquet_rows, text_parts
-from hotlap.train.data.text_files import require_file
+from hotlap.train.data.record_files import records
+from hotlap.train.data.tables import column_names, is_table
 
 T = TypeVar("T")
 RECORD = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -36,12 +34,12 @@ def read_conversations(path: Path) -> Iterator[tuple[str, list[dict]]]:
     place of an invalid one. Keys beside `messages` are ignored, which is logged.
     """
     lacking = f"no conversation; each line or row must be {RECORD}"
-    return every_record(path, records(path), checked, ("messages",), lacking)
+    return every_record(path, conversation_records(path), checked, ("messages",), lacking)
 
 
 def accepted(path: Path) -> Iterator[tuple[str, list[dict]]]:
     """The valid conversations of a public file. How many others are skipped is logged."""
-    return valid_records(path, records(path), checked, "conversations")
+    return valid_records(path, conversation_records(path), checked, "conversations")
 
 
 def every_record(
@@ -91,64 +89,19 @@ def valid_records(
         log.info("%s: skipped %d of %d %s, the first: %s", path.name, refused, total, kind, first)
 
 
-def records(path: Path) -> Iterator[tuple[str, object]]:
+def conversation_records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file of conversations, after its place."""
     if not path.exists():
         raise FileNotFoundError(f"no conversations at {path}; name a .jsonl or .parquet file")
-    if path.suffix.lower() != ".parquet" or path.is_dir():
-        yield from json_records(path, RECORD)
-        return
-    require_file(path)
-    for number, messages in enumerate(parquet_rows(path, "messages"), 1):
-        if number == 1:
-            check_columns(path)
-        yield f"{path}:{number}", {"messages": messages}
-
-
-def json_records(path: Path, form: str) -> Iterator[tuple[str, object]]:
-    """The value of each line of JSON in a file, after its place. form: what a line must be, for errors."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it")
-    require_file(path)
-    for number, line in enumerate(text_parts(path, "strict", by_line=True, remedy=""), 1):
-        if line.strip():
-            line = line.removeprefix("\ufeff")  # a mark in the middle, where files were joined
-            try:
-                yield f"{path}:{number}", parsed(line.removesuffix("\n"), form)
-            except DataError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+    if is_table(path):
+        check_columns(path)
+    yield from records(path, RECORD, ("messages",))
 
 
 def check_columns(path: Path) -> None:
-    """Raise DataError if a readable parquet file has a column that would be lost."""
-    from pyarrow.parquet import read_schema
-
-    if lost := [name for name in read_schema(path).names if name in SPOKEN]:
+    """Raise DataError if a table has a column that would be lost."""
+    if lost := [name for name in column_names(path) if name in SPOKEN]:
         raise DataError(f"{path}: the column {lost[0]!r} beside `messages` would be lost; {ONLY_MESSAGES}")
-
-
-def parsed(line: str, form: str = RECORD) -> object:
-    """The value of a line of JSON. DataError says that it must be `form`, and how to make it so."""
-    if line.strip() == "{":
-        raise DataError(f"JSON over several lines; each line must be {form} (jq -c . FILE > NEW)")
-    try:
-        value = json.loads(line, object_pairs_hook=unique)
-    except DataError:
-        raise
-    except RecursionError:
-        raise DataError("JSON that is nested too deeply") from None
-    except ValueError as error:
-        if not line.lstrip().startswith("["):
-            reason = "a number is too long"
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at character {error.pos + 1}"
-            raise DataError(f"not JSON ({reason}); each line must be {form}") from None
-        value = []  # an array that goes on in the next lines
-    if isinstance(value, list):
-        if value and all(isinstance(message, dict) and "role" in message for message in value):
-            raise DataError('a list of messages; write {"messages": [...]} around it')
-        raise DataError(f"a JSON array; each line must be {form} (jq -c '.[]' FILE > NEW)")
-    return value
 
 
 def checked(record: object) -> list[dict]:

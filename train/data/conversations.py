@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.train.data import hub
 from hotlap.train.data.bigbench import bigbench_conversations, bigbench_plan, download_bigbench
 from hotlap.train.data.conversation_files import accepted, read_conversations
 from hotlap.train.data.datasets import GSM8K, MMLU, SMOLTALK, Dataset
 from hotlap.train.data.mixtures import Part
+from hotlap.train.data.record_files import record_files
 from hotlap.train.data.tasks import gsm8k, multiple_choice
 from hotlap.train.data.tasks.built_in import TASKS, built_in
 from hotlap.train.data.text_files import named_path
@@ -95,8 +95,9 @@ def conversations_of(parts: Sequence[Part], seed: int) -> Iterator[Conversation]
 
 
 def file_conversations(part: Part) -> Iterator[Conversation]:
-    for place, messages in read_conversations(named_path(part.name)):
-        yield Conversation(place, messages)
+    for path, split in record_files(named_path(part.name)):
+        for place, messages in read_conversations(path):
+            yield Conversation(place, messages, split)
 
 
 def check_parts(parts: Sequence[Part]) -> None:
@@ -110,9 +111,8 @@ def check_parts(parts: Sequence[Part]) -> None:
             identity = part.name
             if path.exists():
                 log.info("%s: hotlap's own data set, not your file, which is ./%s", part.name, part.name)
-        elif path.is_dir():
-            raise DataError(f"{path} is a folder; name a file in it. A model is named first, or with --base")
         elif os.path.lexists(path):
+            record_files(path)  # whose error says what is wrong with a folder
             identity = os.path.realpath(path)
         else:
             near = difflib.get_close_matches(part.name, SOURCES, n=1)
@@ -132,7 +132,7 @@ def check_conversations(parts: Sequence[Part]) -> None:
     check_parts(parts)
     for part in parts:
         if part.name not in SOURCES:
-            for _ in read_conversations(named_path(part.name)):
+            for _ in file_conversations(part):
                 pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -12,12 +13,12 @@ from typing import TextIO
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log_once
+from hotlap.train.data.compressed import BLOCK, expanded, inner_ending
+from hotlap.train.data.tables import is_table, table_rows
 
 LONGEST = 1 << 22  # characters of a document
 LONGEST_LINE = 1 << 26  # characters; JSON is read by the line, and memory must not grow with the file
-BLOCK = 1 << 20  # characters or bytes read at once
 HEAD = 8192  # bytes that show what a file is
-PARQUET_ROWS = 128  # read at once
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 REPLACE = ", or run `hotlap data` with --errors replace"
 SURROGATES = re.compile("[\ud800-\udfff]")  # no text in UTF-8, but JSON may hold them
@@ -27,24 +28,29 @@ BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which it begins with
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 NO_TEXT = {
-    b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2", b"\xfd7zXZ\0": "compressed by xz",
-    b"(\xb5/\xfd": "compressed by zstd", b"7z\xbc\xaf": "a 7z archive",
+    b"BZh": "compressed by bzip2", b"\xfd7zXZ\0": "compressed by xz", b"7z\xbc\xaf": "a 7z archive",
     b"PK\3\4": "a zip archive (as .docx, .xlsx and .epub are)", b"%PDF-": "a PDF",
     b"\xd0\xcf\x11\xe0": "an old Word or Excel file", b"{\\rtf": "RTF",
-    b"PAR1": "parquet without that ending",
+    b"PAR1": "parquet without that ending", b"ARROW1": "an Arrow file without that ending",
 }  # fmt: skip
+SEPARATED = (".csv", ".tsv")
 
 
 def file_documents(path: Path, errors: str) -> Iterator[str]:
-    """The documents of a file: each row of a .parquet file, each line of a .jsonl, .ndjson or .json file (the
-    field `text`). Any other file is one document. A document of more than LONGEST characters is cut into
-    several. A file without documents is an empty one.
+    """The documents of a file: each row of a .parquet or .arrow file, each line of a .jsonl, .ndjson or .json
+    file (the field `text`). Any other file is one document. All but tables may be compressed. A document of
+    more than LONGEST characters is cut into several. A file without documents is an empty one.
     """
-    ending = path.suffix.lower()
-    if ending == ".parquet":
-        texts: Iterable[Iterable[str]] = ([text] for text in parquet_documents(path))
+    ending = inner_ending(path)
+    if is_table(path):
+        texts: Iterable[Iterable[str]] = ([text] for text in table_documents(path))
     elif ending in JSON_LINES:
         texts = ([text] for text in json_documents(path, errors))
+    elif ending in SEPARATED:
+        raise DataError(
+            f"{path} is a table of separated values; save it as parquet with a column `text`, or as JSON, "
+            'with a line {"text": "..."} for each row'
+        )
     else:
         texts = [text_parts(path, errors)]
     count = long = parts = 0
@@ -143,35 +149,41 @@ def text_parts(path: Path, errors: str, by_line: bool = False, remedy: str = REP
 
 @contextmanager
 def opened(path: Path, errors: str, remedy: str) -> Iterator[TextIO]:
-    """A text file, in the encoding that its byte-order mark names, or UTF-8. DataError if it is something
-    else.
+    """A text file, decompressed, in the encoding that its byte-order mark names, or UTF-8. DataError if it is
+    something else.
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+    with expanded(path) as file:
+        head = file.peek(HEAD)[:HEAD]
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+        check_text(path, head, encoding)
+        try:
+            yield io.TextIOWrapper(file, encoding, errors)
+        except UnicodeDecodeError:
+            name = encoding.removesuffix("-sig").upper()
+            raise DataError(
+                f"{path} is not {name} at {undecodable(path, encoding)}; convert it (text of Windows: "
+                f"iconv -f cp1252 -t utf-8 {path.name}){remedy}"
+            ) from None
+
+
+def check_text(path: Path, head: bytes, encoding: str) -> None:
+    """Raise DataError if a file that begins like this is not text."""
     for signature, kind in NO_TEXT.items():
         if head.startswith(signature):
             raise DataError(f"{path} is {kind}; unpack or convert it, and name text files")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar archive; unpack it, and name the folder")
     if encoding in ("utf-8", "utf-8-sig") and b"\0" in head:
         raise DataError(
             f"{path} is binary or compressed, or UTF-16 without a byte-order mark; name UTF-8 text"
         )
-    try:
-        with open(path, encoding=encoding, errors=errors) as text:
-            yield text
-    except UnicodeDecodeError:
-        name = encoding.removesuffix("-sig").upper()
-        raise DataError(
-            f"{path} is not {name} at {undecodable(path, encoding)}; convert it (text of Windows: "
-            f"iconv -f cp1252 -t utf-8 {path.name}){remedy}"
-        ) from None
 
 
 def undecodable(path: Path, encoding: str) -> str:
     """The first byte that is not in this encoding, and its line."""
     decoder = codecs.getincrementaldecoder(encoding)()
     end, line, block = 0, 1, b"-"
-    with open(path, "rb") as file:
+    with expanded(path) as file:
         while block:
             block = file.read(BLOCK)
             end += len(block)
@@ -185,10 +197,11 @@ def undecodable(path: Path, encoding: str) -> str:
     raise DataError(f"{path} changed while it was read")
 
 
-def parquet_documents(path: Path) -> Iterator[str]:
-    """The column `text` of a parquet file, without its nulls, which are counted."""
+def table_documents(path: Path) -> Iterator[str]:
+    """The column `text` of a table, without its nulls, which are counted."""
     nulls = 0
-    for text in parquet_rows(path, "text"):
+    for row in table_rows(path, ("text",)):
+        text = row["text"]
         if text is None:
             nulls += 1
         elif isinstance(text, str):
@@ -197,26 +210,3 @@ def parquet_documents(path: Path) -> Iterator[str]:
             raise DataError(f"{path} has {type(text).__name__} in the column `text`; it must be strings")
     if nulls:
         log_once(f"{path}: left out {nulls} rows whose text is null")
-
-
-def parquet_rows(path: Path, column: str | None = None) -> Iterator[object]:
-    """The values of one column, or all rows as values by column, read in batches. DataError if the file is
-    damaged, is no parquet file, or has no such column.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs pyarrow: pip install 'hotlap[data]'") from error
-    try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            if column is not None and column not in names:
-                raise DataError(f"{path} has the columns {names}; it needs `{column}`")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=None if column is None else [column]):
-                yield from (batch if column is None else batch.column(column)).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's error, not pyarrow's
-            raise
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is damaged, or not a parquet file ({reason})") from error

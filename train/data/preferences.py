@@ -20,13 +20,13 @@ from hotlap.train.data.conversation_files import (
     SPOKEN,
     check_characters,
     every_record,
-    json_records,
     valid_records,
 )
 from hotlap.train.data.conversations import SOURCES
 from hotlap.train.data.datasets import ULTRAFEEDBACK
-from hotlap.train.data.file_documents import parquet_rows
-from hotlap.train.data.text_files import named_path, require_file
+from hotlap.train.data.record_files import record_files, records
+from hotlap.train.data.tables import column_names, is_table
+from hotlap.train.data.text_files import named_path
 
 FORM = '{"prompt": "...", "chosen": "...", "rejected": "..."}, as strings or lists of messages'
 SIDES = ("chosen", "rejected")
@@ -71,8 +71,9 @@ def check_pairs(data: Sequence[str]) -> None:
     check_data(data)
     for name in data:
         if name not in NAMES:
-            for _ in read_pairs(named_path(name)):
-                pass
+            for path, _ in record_files(named_path(name)):
+                for _ in read_pairs(path):
+                    pass
 
 
 def no_pairs(name: str) -> Exception:
@@ -90,7 +91,8 @@ def pairs_of(name: str) -> Iterator[Pair]:
     downloaded (`download_pairs`).
     """
     if name != DOWNLOADED:
-        yield from read_pairs(named_path(name))
+        for path, split in record_files(named_path(name)):
+            yield from (pair._replace(split=split) for pair in read_pairs(path))
         return
     for split, files in ULTRAFEEDBACK.files.items():
         for file in files:
@@ -129,22 +131,12 @@ def pair_records(path: Path) -> Iterator[tuple[str, object]]:
     """The unchecked record of each line or row of a file, after its place."""
     if not path.exists():
         raise FileNotFoundError(f"no pairs at {path}; {NEEDED}")
-    if path.suffix.lower() != ".parquet" or path.is_dir():
-        yield from json_records(path, FORM)
-        return
-    require_file(path)
-    names = parquet_columns(path)
-    columns = zip(*(parquet_rows(path, name) for name in names), strict=True)
-    for number, values in enumerate(columns, 1):
-        yield f"{path}:{number}", dict(zip(names, values, strict=True))
+    return records(path, FORM, pair_columns(path) if is_table(path) else None)
 
 
-def parquet_columns(path: Path) -> list[str]:
-    """The columns of a parquet file to read. DataError if one that is there would be lost."""
-    next(parquet_rows(path, SIDES[0]), None)  # whose error says what is wrong with the file
-    from pyarrow.parquet import read_schema
-
-    names = read_schema(path).names
+def pair_columns(path: Path) -> list[str]:
+    """The columns of a table to read. DataError if one that is there would be lost."""
+    names = column_names(path)
     if lost := [name for name in names if name in SPOKEN]:
         raise DataError(f"{path}: the column {lost[0]!r} would be lost; write it into the prompt's messages")
     return [name for name in COLUMNS if name in names or name in SIDES]

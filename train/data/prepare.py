@@ -15,7 +15,7 @@ from hotlap.model import tokenizer as tokenizers
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
-from hotlap.train.data.file_documents import parquet_documents
+from hotlap.train.data.file_documents import table_documents
 from hotlap.train.data.public import climbmix_text, with_progress
 from hotlap.train.data.shards import write_shards
 from hotlap.train.data.sources import (
@@ -100,7 +100,7 @@ def learn_tokenizer(config: TokenizerConfig) -> Tokenizer:
         paths = {"train": train, "validation": [validation]}
 
         def texts(split: str) -> Iterator[str]:
-            return (text for path in paths[split] for text in parquet_documents(path))
+            return (text for path in paths[split] for text in table_documents(path))
     else:
 
         def texts(split: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Prompts in a user's file: a line of JSON each, or a row each of a parquet file.
+"""Prompts in a user's file: a line of JSON each, or a row each of a table.
 
 A record has a `prompt`, a string or a list of messages that the user's ends, as in TRL; its reward may read
 all of it.
@@ -16,11 +16,10 @@ import numpy as np
 
 from hotlap.common.errors import DataError
 from hotlap.model.messages import check_messages, shown
-from hotlap.train.data.conversation_files import SPOKEN, check_characters, json_records
-from hotlap.train.data.file_documents import parquet_rows
+from hotlap.train.data.conversation_files import SPOKEN, check_characters
 from hotlap.train.data.preferences import spoken_by
+from hotlap.train.data.record_files import record_files, records
 from hotlap.train.data.splits import SPLITS
-from hotlap.train.data.text_files import require_file
 
 RECORD = '{"prompt": "...", ...}, as a string or a list of messages, with what the reward reads'
 OTHER_NAMES = ("question", "problem", "instruction", "query")  # of a prompt
@@ -31,7 +30,7 @@ def read_prompts(path: Path) -> Iterator[tuple[str, list[dict], dict]]:
     that the file has none.
     """
     empty = True
-    for place, record in records(path):
+    for place, record in records(path, RECORD):
         try:
             messages = checked(record)
         except DataError as error:
@@ -44,11 +43,14 @@ def read_prompts(path: Path) -> Iterator[tuple[str, list[dict], dict]]:
 
 def split_prompts(path: Path, split: str) -> list[tuple[str, list[dict], dict]]:
     """The prompts of one split: equal ones share theirs, about 1 in 20 validates, and a single one does
-    both.
+    both. A data set's folder may have its own splits.
     """
     from hotlap.train.data.conversation_rows import held_out, shortest
 
-    found = list(read_prompts(path))
+    files = record_files(path)
+    if any(own for _, own in files):
+        return [prompt for file, own in files if own == split for prompt in read_prompts(file)]
+    found = [prompt for file, _ in files for prompt in read_prompts(file)]
     texts = [json.dumps(messages, sort_keys=True) for _, messages, _ in found]
     draws = np.array([random.Random(text).random() for text in texts])
     sizes = np.array([len(text) for text in texts])
@@ -59,16 +61,6 @@ def split_prompts(path: Path, split: str) -> list[tuple[str, list[dict], dict]]:
         return found
     wanted = SPLITS.index(split)  # 1 validates
     return [prompt for prompt, chosen in zip(found, validates, strict=True) if chosen == wanted]
-
-
-def records(path: Path) -> Iterator[tuple[str, object]]:
-    """The unchecked record of each line or row, after its place."""
-    if path.suffix.lower() != ".parquet" or path.is_dir():
-        yield from json_records(path, RECORD)
-        return
-    require_file(path)
-    for number, row in enumerate(parquet_rows(path), 1):
-        yield f"{path}:{number}", row
 
 
 def checked(record: object) -> list[dict]:

@@ -19,6 +19,7 @@ from hotlap.common.log import log
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import GSM8K, MBPP, Dataset
 from hotlap.train.data.prompt_files import read_prompts, split_prompts
+from hotlap.train.data.record_files import record_files
 from hotlap.train.data.splits import SPLITS
 from hotlap.train.data.tasks import (
     arithmetic,
@@ -179,8 +180,9 @@ def check_prompt_data(data: Sequence[str], reward: str | None) -> None:
                     f"the data {name} is a file, which needs --reward package.module:function, a function of "
                     "an answer and its record"
                 )
-            for _ in read_prompts(named_path(name)):
-                pass
+            for path, _ in record_files(named_path(name)):
+                for _ in read_prompts(path):
+                    pass
         else:
             source.check()
     if "mbpp" in data and not reward:
@@ -196,9 +198,8 @@ def identity_of(name: str) -> str:
         if path.exists():
             log.info("%s: hotlap's own data set, not your file, which is ./%s", name, name)
         return name
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it. A model is named first, or with --base")
     if os.path.lexists(path):
+        record_files(path)  # whose error says what is wrong with a folder
         return os.path.realpath(path)
     before, colon, _ = name.rpartition(":")
     if colon and (before in SOURCES or os.path.lexists(named_path(before or name))):

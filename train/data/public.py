@@ -14,7 +14,7 @@ from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
 from hotlap.train.data.download import require_free_space
-from hotlap.train.data.file_documents import parquet_documents
+from hotlap.train.data.file_documents import table_documents
 from hotlap.train.data.shards import encoded, read_shard, write_shard
 
 GPT2_BOS = 50256
@@ -57,7 +57,7 @@ def climbmix(folder: Path, shards: int, tokenizer: Tokenizer) -> None:
     if missing:
         check_room(hub.plan_download(CLIMBMIX, CLIMBMIX.folder, missing), folder, tokenizer)
     for text, tokens in zip(climbmix_text(list(missing)), missing.values(), strict=True):
-        documents = list(encoded(with_progress(parquet_documents(text), tokens.name), tokenizer))
+        documents = list(encoded(with_progress(table_documents(text), tokens.name), tokenizer))
         write_shard(tokens, np.concatenate(documents), tokenizer.vocab_size)
         log.info("%s: %s tokens", tokens, f"{sum(map(len, documents)):,}")
     log.info("%s: ClimbMix, %d training shards and 1 validation shard", folder, shards)

@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hotlap.common.errors import DataError
 from hotlap.common.log import log_once
+from hotlap.train.data.compressed import inner_ending
+from hotlap.train.data.dataset_folders import of_dataset
 
-TEXT_FILES = (".txt", ".md", ".py", ".jsonl", ".parquet")  # what is read of a folder
+TEXT_FILES = (".txt", ".md", ".py", ".jsonl", ".parquet", ".arrow")  # what is read of a folder
 
 
 def named_path(data: str) -> Path:
@@ -38,6 +41,8 @@ def text_files(data: str) -> list[Path]:
         if "**" in data:  # which is meant to match them
             found = (path for path in found if not path.is_dir())
     files = distinct(sorted(found), left_out)
+    if path.is_dir():
+        files = of_dataset(files, path, left_out)
     rest = "; ".join(f"{what}: {count}" for what, count in left_out.items() if count)
     if not files:
         raise FileNotFoundError(
@@ -60,7 +65,7 @@ def files_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):
-                ending = os.path.splitext(name)[1].lower()
+                ending = inner_ending(Path(name))
                 if ending in TEXT_FILES:
                     yield Path(place, name)
                 else:
@@ -96,7 +101,11 @@ def is_again(path: Path, seen: set[tuple[int, int]]) -> bool:
 def require_file(path: Path) -> Path:
     """The path, if it is a file that can be read more than once."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
+        link = path.is_symlink()
+        what = f"is a link to {os.readlink(path)}, which leads nowhere" if link else "does not exist"
+        raise FileNotFoundError(f"{path} {what}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(
             f"{path} is a pipe, socket or device, and data is read more than once; write it to a file"

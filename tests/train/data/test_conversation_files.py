@@ -88,7 +88,7 @@ def test_files_are_read_as_editors_save_them(tmp_path, name):
         (f"{GOOD}\n\n".encode() + b'{"a": "\xe9"}\n', r"not UTF-8 at byte \d+ \(line 3: 0xe9\); convert it"),
         (GOOD.encode("utf-16")[:-1], "not UTF-16 at byte"),
         (GOOD.encode("utf-16-le"), "binary or compressed"),
-        (b"\x1f\x8b\x08", "compressed by gzip; unpack"),
+        (b"\x1f\x8b\x08", r"talks\.jsonl, after 0 bytes of what is in it, is cut short"),
         (b"PAR1\0", "parquet without that ending"),
         (b"", "holds no conversation"),
         (b"\n \r\n", "holds no conversation"),

@@ -1,7 +1,6 @@
 """The documents in a file: its encoding, its format, and what cannot be read."""
 
 import bz2
-import gzip
 import json
 import logging
 import lzma
@@ -75,10 +74,11 @@ def zipped(path):
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda path: gzip.compress(b"text", mtime=0), "compressed by gzip"),
         (lambda path: bz2.compress(b"text"), "compressed by bzip2"),
         (lambda path: lzma.compress(b"text"), "compressed by xz"),
         (zipped, "a zip archive"),
+        (lambda path: b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+        (lambda path: b"ARROW1\0\0", "an Arrow file without that ending"),
         (lambda path: b"%PDF-1.7\n", "a PDF"),
         (lambda path: b"text\0text", "binary or compressed"),
         (lambda path: "text".encode("utf-16-le"), "UTF-16 without a byte-order mark"),

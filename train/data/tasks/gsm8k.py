@@ -16,7 +16,7 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.model.calculator import calculate
 from hotlap.model.messages import TOOL, shown, tool_call
-from hotlap.train.data.file_documents import parquet_rows
+from hotlap.train.data.tables import table_rows
 
 MARK = re.compile("<<(.*?)>>")
 ANSWER = re.compile(r"####\s*\$?(-?[0-9,]*\.?[0-9]+)")
@@ -42,7 +42,7 @@ def conversations_of(path: Path) -> Iterator[tuple[str, list[dict]]]:
 
 def problems_of(path: Path) -> Iterator[tuple[str, str, str]]:
     """Place, question and solution of each problem in a parquet file of GSM8K."""
-    for number, row in enumerate(parquet_rows(path), 1):
+    for number, row in enumerate(table_rows(path), 1):
         question, solution = row.get("question"), row.get("answer")
         if not isinstance(question, str) or not isinstance(solution, str) or answer_of(solution) is None:
             raise DataError(f"{path}:{number}: needs a question, and a solution with #### and a number, "

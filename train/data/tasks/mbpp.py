@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hotlap.common.errors import DataError
 from hotlap.model.messages import shown
-from hotlap.train.data.file_documents import parquet_rows
+from hotlap.train.data.tables import table_rows
 
 QUESTION = "{problem}\nYour code should pass this test:\n{test}"
 
@@ -16,7 +16,7 @@ def problems_in(path: Path) -> Iterator[tuple[str, dict]]:
     """The question of each row, which shows the first of its tests, and a record with all of them: `tests`,
     and the `imports` that they need. DataError names the place of another row.
     """
-    for number, row in enumerate(parquet_rows(path), 1):
+    for number, row in enumerate(table_rows(path), 1):
         problem, tests, imports = (row.get(key) for key in ("prompt", "test_list", "test_imports"))
         if not isinstance(problem, str) or not is_texts(tests) or not tests or not is_texts(imports or []):
             raise DataError(f"{path}:{number}: needs a `prompt` and a `test_list`, not {shown(row)}")

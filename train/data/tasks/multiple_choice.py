@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from hotlap.common.errors import DataError
 from hotlap.model.messages import shown
-from hotlap.train.data.file_documents import parquet_rows
+from hotlap.train.data.tables import table_rows
 
 LETTERS = string.ascii_uppercase
 INSTRUCTION = "Answer with the letter of the right choice."
@@ -55,7 +55,7 @@ def questions_of(path: Path) -> Iterator[tuple[str, Question]]:
     """The questions in a parquet file of MMLU or ARC, each after its place, path:row. DataError names the
     place of an invalid one.
     """
-    for number, row in enumerate(parquet_rows(path), 1):
+    for number, row in enumerate(table_rows(path), 1):
         try:
             yield f"{path}:{number}", question_of(row)
         except DataError as error:
