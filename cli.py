@@ -210,7 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", 0)):  # under torchrun, only rank 0 prints
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
+            )
         return guarded(lambda: run("hotlap", COMMANDS, arguments), debug)
 
 

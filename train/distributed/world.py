@@ -155,10 +155,10 @@ def use_loopback() -> None:
     except ValueError:  # a name
         loopback = False
     one_node = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "")
-    names = [name for _, name in socket.if_nameindex()]
-    if (loopback or one_node) and "lo" in names:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux's, macOS's
+    if (loopback or one_node) and names:
+        environment.setdefault("GLOO_SOCKET_IFNAME", min(names))
+        environment.setdefault("NCCL_SOCKET_IFNAME", min(names))
 
 
 def set_log_rank(world: World) -> None:

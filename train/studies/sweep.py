@@ -197,7 +197,7 @@ def seconds_per_step(
     timed beside the base, and scaled by the base's saved time.
     """
     path = out / "steps.json"
-    saved = world.together(lambda: json.loads(path.read_text()) if path.exists() else {})[0]
+    saved = world.together(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})[0]
     new = [name for name in variants if name not in saved]
     if not new:
         return saved
