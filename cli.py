@@ -181,6 +181,12 @@ COMMANDS: Table = {
             "model.config:AdapterExportConfig", "model.export:adapter_main",
         ),
     }),
+    "completion": Group("print a script for a shell that completes commands and flags", {
+        shell: Command(
+            f"a script for {shell}",
+            "common.completion:shell", "cli:completion",
+        ) for shell in ("bash", "zsh", "fish")
+    }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
     "serve": Command(
         "serve a model behind OpenAI's HTTP API",
@@ -293,6 +299,12 @@ def read_flags(path: str, command: Command, arguments: list[str]) -> Any:
         return options.parse(kind, arguments, command=path)
     recipes = importlib.import_module(f"hotlap.{command.presets}")
     return options.parse(kind, arguments, command=path, presets=recipes.PRETRAIN, depth=recipes.from_depth)
+
+
+def completion(shell: str) -> None:
+    from hotlap.common.completion import script
+
+    print(script(shell, COMMANDS), end="")
 
 
 def named(name: str) -> Any:
