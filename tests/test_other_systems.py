@@ -69,6 +69,48 @@ assert main(["rl", "--base", "sft", "--data", "sums", "--out", "rl"]) == 2
     assert "needs Linux, and this is win32" in errors[0] and "which Windows has not" in errors[1]
 
 
+def test_a_macs_gpu_is_chosen_by_name_and_given_what_it_has(tmp_path):
+    """There is none here: the CPU stands in, in a process in which a tensor in float64 is an error there."""
+    write_text(tmp_path / "text.txt")
+    data = ["--data", "text.txt", "--tokenizer", "characters", "--batch-rows", "4", "--loop.steps", "2"]
+    code = f"""
+import os
+from torch.utils._python_dispatch import TorchDispatchMode
+from hotlap.common import gpu
+from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
+from hotlap.common.log import log, set_up_logging
+set_up_logging()
+torch.backends.mps.is_available = lambda: True
+assert str(default_device()) == "cpu"
+os.environ["HOTLAP_DEVICE"] = "mps"
+assert str(default_device()) == "mps"
+assert kernel_choice("mps") == "torch" and fast_dtype("mps") == torch.float32
+os.environ["HOTLAP_DEVICE"] = "cuda"
+try:
+    default_device()
+except ValueError as error:
+    print(error)
+os.environ["HOTLAP_DEVICE"] = "cpu"
+gpu.NO_FLOAT64.add("cpu")
+os.environ["HOTLAP_KERNELS"] = "torch"
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        found = operation(*arguments, **(options or {{}}))
+        for tensor in found if isinstance(found, (list, tuple)) else [found]:
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, operation
+        return found
+
+from hotlap.cli import main
+with NoFloat64():
+    assert main(["pretrain", *{data}, *{MODEL_FLAGS}, "--out", "base", "--compile", "off"]) == 0
+    assert main(["chat", "base", "-p", "The", "--max-tokens", "4", "--top-p", "0.9"]) == 0
+"""
+    said = other_system(code, tmp_path)
+    assert "HOTLAP_DEVICE=mps takes this Mac's GPU, which has not been tried so far" in said
+    assert "HOTLAP_DEVICE='cuda' is no device of this machine; set mps or cpu, or unset it" in said
+
+
 def test_text_is_read_and_written_as_utf8(tmp_path):
     """Without an encoding, Python takes that of the system, on Windows one of its code pages."""
     wrong = []

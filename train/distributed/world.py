@@ -126,6 +126,8 @@ def joined(timeout: float = 300) -> Iterator[World]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store, rank, size = dist.HashStore(), 0, 1
+    if size > 1 and device.type == "mps":
+        raise ValueError("several processes cannot train on a Mac's GPU; start one, or set HOTLAP_DEVICE=cpu")
     between_gpus = size > 1 and device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if between_gpus else "gloo",

@@ -105,7 +105,7 @@ class Saver:
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if name not in self.memory:
             self.memory[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-        copy = self.memory[name].copy_(part, non_blocking=True)
+        copy = self.memory[name].copy_(part, non_blocking=part.is_cuda)
         if not isinstance(tensor, DTensor):
             return copy
         return DTensor.from_local(
