@@ -1,55 +1,44 @@
-"""hotlap on systems that are not Linux: nothing needs Triton, or what only POSIX has.
+"""hotlap on systems that are not Linux, as far as that can be tried on Linux.
 
-Each test is a process from which helpers/without_posix.py takes that away. What Windows does otherwise with
-the same functions is not seen here.
+For Windows, helpers/without_posix.py takes from a process what only POSIX has, and Triton. For a Mac's GPU,
+the CPU stands in.
 """
 
 import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
+import torch
+from helpers.commands import pretrain_here
 from helpers.small_runs import MODEL_FLAGS, write_conversations, write_text
 from test_layout import FOLDERS, ROOT, files_of, modules
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hotlap.cli import main
+from hotlap.common import gpu
+from hotlap.common.log import log
+from hotlap.kernels import dispatch
+from hotlap.train.distributed.sharding import should_compile
 
 START = """
-import asyncio, importlib, logging, sys
+import importlib, sys
+import aiohttp, fastapi, lm_eval.models.utils, matplotlib, openai, scipy.stats, streamlit, uvicorn
 import numpy, safetensors.torch, tokenizers, tiktoken, torch, torch.distributed.checkpoint, tqdm, tyro
 from torch.distributed import fsdp
 from helpers.without_posix import MEMORY, hide
+hide()
 """
 
 
-def other_system(code: str, folder: Path, question: str = "") -> str:
-    """What a process on another system prints, which runs in the folder and reads a question."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", START + code], cwd=folder, env=environment, input=question,
-        capture_output=True, encoding="utf-8",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_every_module_is_imported(tmp_path):
-    code = (
-        "import aiohttp, fastapi, lm_eval.models.utils, matplotlib, openai, scipy.stats, streamlit, uvicorn\n"
-    )
-    code += "hide()\n"
-    other_system(code + f"for name in {modules()}: importlib.import_module(name)\n", tmp_path)
-
-
-def test_a_model_is_trained_resumed_and_asked(tmp_path):
+def test_without_posix_every_module_is_imported_and_a_model_trained_resumed_and_asked(tmp_path):
     write_text(tmp_path / "text.txt")
     write_conversations(tmp_path / "talks.jsonl")
     run = ["--batch-rows", "4", "--loop.steps", "4", "--loop.save-every", "2"]
     data = ["--data", "text.txt", "--tokenizer", "characters"]
     code = f"""
-hide()
+for name in {modules()}: importlib.import_module(name)
 from hotlap.common.memory import machine_bytes
 from hotlap.cli import main
 assert machine_bytes() == MEMORY
@@ -57,58 +46,63 @@ pretrain = ["pretrain", *{data}, *{MODEL_FLAGS}, "--out", "base"]
 assert main([*pretrain, *{run}]) == 0
 assert main([*pretrain, *{run}, "--loop.steps", "6", "--resume", "auto"]) == 0
 assert main(["sft", "--base", "base", "--data", "talks.jsonl", *{run}, "--out", "sft"]) == 0
-from hotlap import chat
 assert main(["chat", "sft", "--max-tokens", "4"]) == 0
 assert main(["chat", "sft", "-p", "Hello", "--max-tokens", "4", "--tools", "python"]) == 2
 assert main(["rl", "--base", "sft", "--data", "sums", "--out", "rl"]) == 2
 """
-    said = other_system(code, tmp_path, "square of 3\n")
+    places = {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], cwd=tmp_path, env=os.environ | places,
+        input="square of 3\n", capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
     assert "kernels: torch (no kernels in C: they are not built on Windows)" in said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "Traceback" not in said
     assert "needs Linux, and this is win32" in errors[0] and "which Windows has not" in errors[1]
 
 
-def test_a_macs_gpu_is_chosen_by_name_and_given_what_it_has(tmp_path):
-    """There is none here: the CPU stands in, in a process in which a tensor in float64 is an error there."""
-    write_text(tmp_path / "text.txt")
-    data = ["--data", "text.txt", "--tokenizer", "characters", "--batch-rows", "4", "--loop.steps", "2"]
-    code = f"""
-import os
-from torch.utils._python_dispatch import TorchDispatchMode
-from hotlap.common import gpu
-from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
-from hotlap.common.log import log, set_up_logging
-set_up_logging()
-torch.backends.mps.is_available = lambda: True
-assert str(default_device()) == "cpu"
-os.environ["HOTLAP_DEVICE"] = "mps"
-assert str(default_device()) == "mps"
-assert kernel_choice("mps") == "torch" and fast_dtype("mps") == torch.float32
-os.environ["HOTLAP_DEVICE"] = "cuda"
-try:
-    default_device()
-except ValueError as error:
-    print(error)
-os.environ["HOTLAP_DEVICE"] = "cpu"
-gpu.NO_FLOAT64.add("cpu")
-os.environ["HOTLAP_KERNELS"] = "torch"
+def test_a_macs_gpu_is_taken_by_name_alone(monkeypatch, caplog):
+    monkeypatch.delenv("HOTLAP_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(log, "propagate", True)
+    dispatch._log_untried.cache_clear()
+    with caplog.at_level("INFO"):
+        assert dispatch.default_device().type == dispatch.default_device().type == "cpu"
+    assert [row for row in caplog.messages if "HOTLAP_DEVICE=mps" in row] == [
+        "on the CPU: HOTLAP_DEVICE=mps takes this Mac's GPU, which has not been tried so far"
+    ]
+    monkeypatch.setenv("HOTLAP_DEVICE", "mps")
+    assert dispatch.default_device().type == "mps"
+    assert dispatch.kernel_choice("mps") == "torch" and dispatch.fast_dtype("mps") == torch.float32
+    assert not should_compile("auto", torch.device("mps"))
+    monkeypatch.setenv("HOTLAP_DEVICE", "cuda")
+    with pytest.raises(
+        ValueError, match=r"HOTLAP_DEVICE='cuda' is no device of .*; set mps or cpu, or unset"
+    ):
+        dispatch.default_device()
+
 
 class NoFloat64(TorchDispatchMode):
+    """A context in which an operation that gives a tensor in float64 is an error."""
+
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        found = operation(*arguments, **(options or {{}}))
-        for tensor in found if isinstance(found, (list, tuple)) else [found]:
+        found = operation(*arguments, **(options or {}))
+        for tensor in found if isinstance(found, list | tuple) else [found]:
             assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, operation
         return found
 
-from hotlap.cli import main
-with NoFloat64():
-    assert main(["pretrain", *{data}, *{MODEL_FLAGS}, "--out", "base", "--compile", "off"]) == 0
-    assert main(["chat", "base", "-p", "The", "--max-tokens", "4", "--top-p", "0.9"]) == 0
-"""
-    said = other_system(code, tmp_path)
-    assert "HOTLAP_DEVICE=mps takes this Mac's GPU, which has not been tried so far" in said
-    assert "HOTLAP_DEVICE='cuda' is no device of this machine; set mps or cpu, or unset it" in said
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stands in for a Mac's GPU")
+def test_training_and_chat_need_no_float64_on_a_macs_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "NO_FLOAT64", {"cpu"})
+    write_text(tmp_path / "text.txt")
+    with NoFloat64():
+        assert pretrain_here() == 0
+        assert main(["chat", "base", "-p", "The", "--max-tokens", "4", "--top-p", "0.9"]) == 0
 
 
 def test_text_is_read_and_written_as_utf8(tmp_path):
