@@ -183,7 +183,7 @@ COMMANDS: Table = {
     }),
     "completion": Group("print a script for a shell that completes commands and flags", {
         shell: Command(
-            f"a script for {shell}",
+            f"a script for {shell}; docs/flags.md says where it goes",
             "common.completion:shell", "cli:completion",
         ) for shell in ("bash", "zsh", "fish")
     }),

@@ -5,7 +5,9 @@ the CPU stands in.
 """
 
 import ast
+import asyncio
 import os
+import signal
 import subprocess
 import sys
 
@@ -61,6 +63,25 @@ assert main(["rl", "--base", "sft", "--data", "sums", "--out", "rl"]) == 2
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "Traceback" not in said
     assert "needs Linux, and this is win32" in errors[0] and "which Windows has not" in errors[1]
+
+
+def test_servers_are_told_of_signals_where_event_loops_are_not(monkeypatch):
+    pytest.importorskip("uvicorn")
+    from hotlap.serve.server import on_signals
+
+    async def told() -> int:
+        number = asyncio.get_running_loop().create_future()
+        on_signals(number.set_result)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await asyncio.wait_for(number, 60)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "platform", "win32")
+    try:
+        assert asyncio.run(told()) == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_macs_gpu_is_taken_by_name_alone(monkeypatch, caplog):
