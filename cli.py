@@ -195,6 +195,12 @@ COMMANDS: Table = {
             "model.config:ImportConfig", "model.import_hf:main",
         ),
     }),
+    "completion": Group("print a script for a shell that completes commands and flags", {
+        shell: Command(
+            f"a script for {shell}; docs/flags.md says where it goes",
+            "common.completion:shell", "cli:completion",
+        ) for shell in ("bash", "zsh", "fish")
+    }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
     "serve": Command(
         "serve a model behind OpenAI's HTTP API",
@@ -224,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [*arguments[1:], "--help"]
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", 0)):  # under torchrun, only rank 0 prints
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
+            )
         return guarded(lambda: run("hotlap", COMMANDS, arguments), debug)
 
 
@@ -305,6 +313,12 @@ def read_flags(path: str, command: Command, arguments: list[str]) -> Any:
         return options.parse(kind, arguments, command=path)
     recipes = importlib.import_module(f"hotlap.{command.presets}")
     return options.parse(kind, arguments, command=path, presets=recipes.PRETRAIN, depth=recipes.from_depth)
+
+
+def completion(shell: str) -> None:
+    from hotlap.common.completion import script
+
+    print(script(shell, COMMANDS), end="")
 
 
 def named(name: str) -> Any:

@@ -41,6 +41,7 @@ setup(
     package_dir={"hotlap": "."},
     packages=["hotlap", *(f"hotlap.{folder}" for folder in FOLDERS)],
     package_data={
+        "hotlap": ["py.typed"],
         "hotlap.kernels": ["tuned/*.json"],
         "hotlap.kernels.cpu": ["*.c", "*.h"],
         "hotlap.serve": ["blocklist-example.txt"],

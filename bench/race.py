@@ -11,7 +11,6 @@ import hashlib
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -170,5 +169,7 @@ def run(title: str, arguments: tuple[str, ...], folder: Path | None) -> dict[str
 
 def children_seconds() -> float:
     """Processor seconds of all child processes that have ended."""
+    import resource  # which Windows has not
+
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

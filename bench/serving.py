@@ -162,7 +162,7 @@ def started(config: ServingConfig) -> Iterator[tuple[str, int | None]]:
     model = [str(config.model)] if config.model else []
     slots = ["--slots", str(max(config.streams))]
     command = [sys.executable, "-m", "hotlap.cli", "serve", *model, *slots, "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         said = itertools.takewhile(lambda line: line.strip(), server.stdout)
         found = re.search(r"address +(\S+)/v1", "".join(said))
@@ -176,7 +176,8 @@ def started(config: ServingConfig) -> Iterator[tuple[str, int | None]]:
 
 def resident(process: int) -> float:
     """Megabytes of memory that a process holds."""
-    line = next(x for x in Path(f"/proc/{process}/status").read_text().splitlines() if x.startswith("VmRSS"))
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    line = next(x for x in status.splitlines() if x.startswith("VmRSS"))
     return 1024 * int(line.split()[1]) / MB
 
 

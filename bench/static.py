@@ -155,7 +155,7 @@ def examine(job: Job) -> dict[str, Any]:
     digest = hashlib.sha256(identity.encode() + Path(__file__).read_bytes()).hexdigest()
     stored = files.cache_folder() / "static" / f"{digest}.json"
     if stored.exists():
-        return json.loads(stored.read_text())
+        return json.loads(stored.read_text(encoding="utf-8"))
     row = {
         "kernel": name.strip("_").removesuffix("_kernel"),
         "case": " ".join(filter(None, (str(case.size or ""), job.dtype, case.variant))),
@@ -257,7 +257,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
 
         def read(flag: str) -> str:
-            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [tool, flag, file.name], capture_output=True, encoding="utf-8", check=True
+            ).stdout
 
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage")).groups())
         used = stack and re.search(r"\bLDL\b", read("-sass"))

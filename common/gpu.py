@@ -1,4 +1,4 @@
-"""What a GPU needs of the host: copies that do not wait for it, and CUDA graphs."""
+"""What a GPU needs of the host: copies that do not wait for it, CUDA graphs, and dtypes that it has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+NO_FLOAT64 = {"mps"}  # types of devices
 
 
 def to_device(
@@ -18,8 +19,14 @@ def to_device(
 
     out: a tensor there to copy them to.
     """
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
+    cuda = device.type == "cuda"
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=cuda)
+    return host.to(device, non_blocking=cuda) if out is None else out.copy_(host, non_blocking=cuda)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of sums that should not round: float64, or float32 on a Mac's GPU, which has no wider one."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def captured(calls: Callable[[], T], **options: Any) -> tuple[torch.cuda.CUDAGraph, T]:

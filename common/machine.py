@@ -108,7 +108,7 @@ def cpu_seconds() -> tuple[float, float] | None:
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
-    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    ticks = [int(field) for field in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
     idle = ticks[3] + ticks[4]  # or waiting for a disk
     rate = os.sysconf("SC_CLK_TCK")
     return sum(ticks) / rate, (sum(ticks) - idle) / rate

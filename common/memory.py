@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -29,9 +30,18 @@ def memory_of(device: torch.device) -> int:
 @functools.cache
 def machine_bytes() -> int:
     """Bytes of memory of the machine, or of the container if that is less. Swap does not count."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     groups = Path("/proc/self/cgroup")
-    return min([memory, *limits(groups.read_text() if groups.exists() else "", CGROUPS)])
+    text = groups.read_text(encoding="utf-8") if groups.exists() else ""
+    return min([physical_bytes(), *limits(text, CGROUPS)])
+
+
+def physical_bytes() -> int:
+    """Bytes of memory of the machine."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    status = (ctypes.c_uint64 * 8)(64)  # Windows: MEMORYSTATUSEX, which begins with its size in bytes
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    return status[1]
 
 
 def free_memory(device: torch.device) -> int:
@@ -40,7 +50,7 @@ def free_memory(device: torch.device) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    lines = MEMORY.read_text().splitlines() if MEMORY.exists() else []
+    lines = MEMORY.read_text(encoding="utf-8").splitlines() if MEMORY.exists() else []
     available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return min([machine_bytes(), *available])
 
@@ -55,7 +65,7 @@ def limits(groups: str, root: Path) -> list[int]:
             folder = top / path.lstrip("/")
             for place in (folder, *folder.parents):  # a container may see its own group as the root
                 if place.is_relative_to(top) and (place / LIMITS[controller]).is_file():
-                    text = (place / LIMITS[controller]).read_text().strip()
+                    text = (place / LIMITS[controller]).read_text(encoding="utf-8").strip()
                     found += [int(text)] if text.isdigit() else []  # else "max"
     return found
 

@@ -11,10 +11,10 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from hotlap.common.errors import known
 
@@ -158,17 +158,30 @@ def unexpected(arguments: list[str], start: Config, rows: Iterable[str]) -> str:
     return f"unknown flag {wrong.partition('=')[0]}{hint}"
 
 
-def flags_of(config: Any, prefix: str = "") -> list[str]:
+def flags_of(config: Any) -> list[str]:
     """The names of a configuration's flags, as tyro makes them."""
-    hints, found = get_type_hints(type(config), include_extras=True), []
+    return [flag for flag, _ in settings(config)]
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration's flags, each with the type of its field."""
+    hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        value, name, hint = getattr(config, field.name), field.name.replace("_", "-"), hints[field.name]
         if dataclasses.is_dataclass(value):
-            omitted = "OmitArgPrefixes" in map(str, getattr(hints[field.name], "__metadata__", ()))
-            found += flags_of(value, prefix if omitted else f"{prefix}{name}.")
+            omitted = "OmitArgPrefixes" in map(str, getattr(hint, "__metadata__", ()))
+            yield from settings(value, prefix if omitted else f"{prefix}{name}.")
         else:
-            found += [f"{prefix}{name}"] + [f"{prefix}no-{name}"] * isinstance(value, bool)
-    return found
+            yield f"{prefix}{name}", hint
+            if isinstance(value, bool):
+                yield f"{prefix}no-{name}", hint
+
+
+def choices(hint: Any) -> list[str]:
+    """The values that a field of this type is limited to, as they are typed; none where it takes others."""
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return [value for part in get_args(hint) for value in choices(part)]
 
 
 def as_typed(message: str, config: Any, arguments: list[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Callable
 
 # Parameters of glibc's mallopt: free memory at the heap's end beyond the first is returned to the system, and
 # allocations above the second are mapped on their own, and returned when they are freed.
@@ -24,11 +26,16 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def c_function(name: str) -> Callable | None:
+    """A function of this process's C library. None if it has no such function, and on Windows."""
+    return None if sys.platform == "win32" else getattr(ctypes.CDLL(None), name, None)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, instead of asking the system for zeroed
     pages again in each step. No effect with another C library.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    set_option = c_function("mallopt")
     if set_option:
         set_option(MMAP_THRESHOLD, 1 << 30)
         set_option(TRIM_THRESHOLD, (1 << 31) - 1)
@@ -36,6 +43,6 @@ def keep_freed_memory() -> None:
 
 def end_with_parent() -> None:
     """Get SIGTERM when the thread that started this process ends, even if it is killed. Only on Linux."""
-    control = getattr(ctypes.CDLL(None), "prctl", None)
+    control = c_function("prctl")
     if control:
         control(PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -308,8 +308,20 @@ def device_facts(device: torch.device) -> Device:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU with CUDA or ROCm, or the CPU. HOTLAP_DEVICE overrides; ValueError if there is none."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    choice = os.environ.get("HOTLAP_DEVICE", "")
+    if choice and not there.get(choice):
+        names = " or ".join(name for name in there if there[name])
+        raise ValueError(f"HOTLAP_DEVICE={choice!r} is no device of this machine; set {names}, or unset it")
+    if not choice and there["mps"]:
+        _log_untried()
+    return torch.device(choice or ("cuda" if there["cuda"] else "cpu"))
+
+
+@functools.cache
+def _log_untried() -> None:
+    log.info("on the CPU: HOTLAP_DEVICE=mps takes this Mac's GPU, which has not been tried so far")
 
 
 @functools.cache

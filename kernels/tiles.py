@@ -97,7 +97,7 @@ def _stored(path: Path, any_triton: bool = False) -> tuple[dict[str, Tile], dict
     version, which are better than a guess.
     """
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
         choices = dict(stored.get("choices", {}))
     except FileNotFoundError:

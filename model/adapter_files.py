@@ -37,7 +37,7 @@ def save_lora(folder: Path, lora: LoRA) -> None:
         "base_from_here": os.path.relpath(base, folder.resolve()),
         "base_sha256": lora.base_sha256,
     }
-    (folder / ADAPTER).write_text(json.dumps(fields, indent=1) + "\n")
+    (folder / ADAPTER).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def read_lora(folder: Path) -> LoRA | None:

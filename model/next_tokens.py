@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotlap.common.gpu import to_device
+from hotlap.common.gpu import to_device, widest
 from hotlap.kernels.batch_invariant import log_softmax
 from hotlap.model.request import Request, Token
 from hotlap.model.sampling import sample
@@ -39,7 +39,8 @@ def next_tokens(
         logprobs = log_softmax(logits)
         top = logprobs[:, :vocab_size].topk(min(max(scored), vocab_size))
         columns += [logprobs.gather(1, chosen[:, None]), top.indices, top.values]
-    found = torch.cat([column.double() for column in columns], dim=1).tolist()  # float64 holds ids
+    wide = widest(logits.device)  # which holds ids
+    found = torch.cat([column.to(wide) for column in columns], dim=1).tolist()
     if not all(math.isfinite(row[1]) for row in found):
         raise FloatingPointError("the model's logits are not finite; its weights are damaged")
     by_model = sampled + [False] * len(echoed)

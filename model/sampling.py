@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hotlap.common.gpu import to_device
+from hotlap.common.gpu import to_device, widest
 from hotlap.model.config import Sampling
 
 COLDEST = 1e-5  # dividing by a lower temperature may overflow
@@ -46,9 +46,10 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     scaled = logits.float() / column([max(s.temperature, COLDEST) for s in settings], device)
     if any(s.top_k or s.top_p < 1 or s.min_p for s in settings):
         scaled = scaled.masked_fill(scaled < lowest(scaled, settings), -math.inf)
-    # float64: in float32, the sum over a vocabulary would round rare ids away
-    cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    numbers = to_device([[draw.number] for draw in draws], device, torch.float64) * cumulative[:, -1:]
+    wide = widest(device)  # in float32, the sum over a vocabulary rounds rare ids away
+    cumulative = scaled.softmax(-1).cumsum(-1, dtype=wide)  # (B, V)
+    most = 1 - 2 * torch.finfo(wide).eps  # of a number below 1, so that the product does not round to the sum
+    numbers = to_device([[min(draw.number, most)] for draw in draws], device, wide) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, numbers, right=True)[:, 0]
     return torch.where(to_device(greedy, device), logits.argmax(-1), drawn) if any(greedy) else drawn
 
@@ -64,8 +65,8 @@ def lowest(scaled: Tensor, settings: list[Sampling]) -> Tensor:
     top = scaled.topk(most, dim=-1).values  # (B, K), descending
     inside = torch.arange(most, device=device) < column(top_k, device)  # (B, K), of the k likeliest
     shares = top.masked_fill(~inside, -math.inf).softmax(-1)
-    before = shares.cumsum(-1, dtype=torch.float64) - shares
-    inside = inside & (before < column([s.top_p for s in settings], device, torch.float64))
+    before = shares.cumsum(-1, dtype=widest(device)) - shares
+    inside = inside & (before < column([s.top_p for s in settings], device, widest(device)))
     inside[:, 0] = True
     threshold = top.masked_fill(~inside, math.inf).amin(-1, keepdim=True)
     all_of_it = [k == V and s.top_p == 1 for k, s in zip(top_k, settings, strict=True)]

@@ -43,7 +43,7 @@ class Program:
         """The process id. ValueError or OSError if it is not there yet, or not any more."""
         if self.id is None:
             parent = self.process.pid
-            self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
+            self.id = int(Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8"))
         return self.id
 
     def watch(self, end: float, cancelled: Callable[[], bool]) -> tuple[bytes, str]:
@@ -74,7 +74,9 @@ class Program:
     def _broken_limit(self) -> str:
         with suppress(OSError, ValueError):
             process = Path(f"/proc/{self._find()}")
-            counts = dict(line.split(":") for line in (process / "io").read_text().splitlines())
+            counts = dict(
+                line.split(":") for line in (process / "io").read_text(encoding="utf-8").splitlines()
+            )
             if int(counts["wchar"]) > WRITTEN_BYTES:
                 return "files"
             if (process / "task").stat().st_nlink - 2 > MAX_THREADS:

@@ -9,7 +9,6 @@ folder: what changes a file reads it first, under a lock, and refuses what was d
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
+from hotlap.common.locks import lock
 from hotlap.model.messages import check_messages
 
 NAME = re.compile("[0-9a-f]{16}")  # of a conversation's file, without .json
@@ -150,8 +150,8 @@ def listed(folder: Path) -> tuple[dict[str, Conversation], list[str]]:
 def locked(folder: Path) -> Iterator[None]:
     """One page at a time, of this process and of others."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        lock(file, wait=True)
         yield
 
 

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import socket
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -68,5 +70,14 @@ def stop_by_signals(stop: asyncio.Event) -> None:
         log.info("stopping when the running requests are done; a second signal stops now")
         stop.set()
 
+    on_signals(stopped)
+
+
+def on_signals(action: Callable[[int], None]) -> None:
+    """Have the event loop that runs now call action with the number of each SIGINT and SIGTERM."""
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped, number)
+        if sys.platform == "win32":  # whose event loops take no signals
+            signal.signal(number, lambda number, frame: loop.call_soon_threadsafe(action, number))
+        else:
+            loop.add_signal_handler(number, action, number)

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -81,7 +80,8 @@ def server(config: WebConfig) -> Iterator[str]:
     command += ["--moderation", config.moderation] if config.moderation else []
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent,
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+            preexec_fn=None if sys.platform == "win32" else end_with_parent,
             start_new_session=True,  # Ctrl-C is for the page, which then ends it
         )  # fmt: skip
         try:
@@ -116,7 +116,7 @@ async def serve(listener: socket.socket, secrets: dict[str, str]) -> int:
     from streamlit.web import bootstrap
 
     from hotlap.serve.answering import stop_all
-    from hotlap.serve.server import Server
+    from hotlap.serve.server import Server, on_signals
 
     bootstrap.load_config_options(STREAMLIT)
     app = App(PAGE, secrets=secrets, middleware=[Middleware(OnlyThisMachine)])
@@ -127,8 +127,7 @@ async def serve(listener: socket.socket, secrets: dict[str, str]) -> int:
         )
     )  # fmt: skip
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    on_signals(lambda number: stop.set())
     serving = asyncio.create_task(uvicorn_server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     print(printable(f"page     {url_of(listener)}"), flush=True)

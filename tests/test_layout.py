@@ -186,13 +186,20 @@ def test_kernels_are_functions_of_tensors(file):
 
 
 def test_kernels_model_and_benchmarks_need_torch_and_numpy_alone(tmp_path):
-    wanted = [name for name in modules() if name.startswith("hotlap.kernels.")]
-    wanted += [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
+    kernels = [name for name in modules() if name.startswith("hotlap.kernels.")]
+    wanted = [f"hotlap.model.{name}" for name in ("config", "gpt", "flops", "sampling", "engine")]
     wanted += [f"hotlap.bench.{name}" for name in ("suite", "peers")]
     run_python(
         "import sys, importlib\n"
         "for name in ('tokenizers', 'tiktoken', 'safetensors', 'tyro', 'tqdm', 'regex', 'requests'):\n"
         "    sys.modules[name] = None\n"
+        "import numpy, torch\n"
+        "try: import triton, triton.experimental.gluon\n"
+        "except ImportError: pass\n"
+        "before = set(sys.modules)\n"
+        f"for name in {kernels}: importlib.import_module(name)\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new <= {'hotlap', 'torch', 'triton', *sys.stdlib_module_names}, new\n"
         f"for name in {wanted}: importlib.import_module(name)",
         tmp_path,
     )

@@ -172,15 +172,18 @@ class Clock:
         return step + 1 == self.max_steps or bool(over_limit)
 
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 class StopRequest:
-    """A context in which the first SIGINT, SIGTERM or SIGUSR1 only sets `asked`. The second one is handled as
-    it was outside.
+    """A context in which the first SIGINT, SIGTERM or SIGUSR1 (which Windows has not) only sets `asked`. The
+    second one is handled as it was outside.
     """
 
     def __enter__(self) -> StopRequest:
         self.asked = False
         self._previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPS:
             if threading.current_thread() is threading.main_thread():  # only it may set handlers
                 self._previous[number] = signal.signal(number, self._ask)
         return self

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.train.data.rows import Batch
@@ -83,11 +84,11 @@ def answer_loss(model: GPT, batch: AnswerBatch, config: RLConfig) -> tuple[Tenso
         losses = losses + config.kl * divergence
 
     def total(values: Tensor, share: Tensor) -> Tensor:
-        return (values * share[:, None]).where(active, 0.0).sum(dtype=torch.float64)
+        return (values * share[:, None]).where(active, 0.0).sum(dtype=widest(values.device))
 
     with torch.no_grad():
         # float64: half the square of the small differences that are looked for is nothing in float32
-        mismatch = k3((logprobs - batch.sampler).double())
+        mismatch = k3((logprobs - batch.sampler).to(widest(logprobs.device)))
         metrics = {name: batch.facts[:, i].sum() for i, name in enumerate(FACTS)} | {
             "entropy": total(-logprobs, batch.token_share),
             "engine_kl": total(mismatch, batch.token_share),

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.train.config import DPOConfig
@@ -72,7 +73,7 @@ def pair_loss(model: GPT, batch: PairBatch, config: DPOConfig) -> tuple[Tensor, 
 
     def over_pairs(values: Tensor) -> Tensor:
         # float64: the sum of equal losses divided by their number is that loss again
-        return torch.where(exists, values, 0.0).sum(dtype=torch.float64)
+        return torch.where(exists, values, 0.0).sum(dtype=widest(values.device))
 
     with torch.no_grad():
         margin = chosen - rejected

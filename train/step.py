@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from hotlap.common.gpu import widest
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import local, replica_count, set_gradient_sync
 from hotlap.train.distributed.world import World
@@ -48,12 +49,12 @@ def take_step(
     if action := fault("gradient", world.rank, step):
         torch._foreach_mul_(gradients, {"nan": float("nan"), "grow": 1000.0}[action])
     norm = torch.nn.utils.get_total_norm(gradients)  # of this rank's rows; its replicas hold the same
-    sums = torch.stack(
-        [own.double(), norm.double().square() / replica_count(model), *(m.double() for m in metrics.values())]
-    )
+    wide = widest(own.device)
+    own, square = own.to(wide), norm.to(wide).square() / replica_count(model)
+    sums = torch.stack([own, square, *(m.to(wide) for m in metrics.values())])
     if world.size > 1:
         dist.all_reduce(sums)
-    *totals, mine = torch.cat((sums, own.double()[None])).tolist()
+    *totals, mine = torch.cat((sums, own[None])).tolist()
     total, square, *means = totals
     norm = square**0.5
     if clip and norm > clip:

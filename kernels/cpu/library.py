@@ -15,6 +15,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,11 +38,15 @@ MACROS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}  # the dtypes that
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels for tensors of this dtype. OSError if there is no compiler, or it fails."""
+    if sys.platform == "win32":
+        raise OSError("they are not built on Windows")
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if not shutil.which(compiler[0]):
         raise OSError(f"there is no C compiler {compiler[0]!r}")
     command = [*compiler, *FLAGS, *MACROS[dtype]]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, errors="replace"
+    ).stdout
     sources = sorted(SOURCES.glob("*.[ch]"))
     identity = repr(
         (command, version, cpu_identity(), [source.read_text(encoding="utf-8") for source in sources])
@@ -67,7 +72,9 @@ def _compile(command: list[str], folder: Path, key: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:  # other processes see the whole file or none
         built = Path(part) / "built.so"
-        result = subprocess.run([*command, "-o", str(built), "-lm"], capture_output=True, text=True)
+        result = subprocess.run(
+            [*command, "-o", str(built), "-lm"], capture_output=True, text=True, errors="replace"
+        )
         if result.returncode:
             reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
             raise OSError(f"{command[0]} failed: {reason.strip()}")

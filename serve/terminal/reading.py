@@ -60,11 +60,16 @@ def message(readline: Any) -> tuple[str, bool]:
         return "", True
     quoted = text.lstrip().startswith(QUOTES) and text.count(QUOTES) % 2
     try:
-        while not closed(text) if quoted else select.select([sys.stdin], [], [], PASTED)[0]:
+        while not closed(text) if quoted else follows():
             text += "\n" + line(". ", readline)
     except EOFError:  # it ends the message, as it does for `cat`
         return text, not quoted
     return text, False
+
+
+def follows() -> bool:
+    """Whether another line of a pasted block waits. Unknown on Windows, which can wait for sockets alone."""
+    return sys.platform != "win32" and bool(select.select([sys.stdin], [], [], PASTED)[0])
 
 
 def line(prompt: str, readline: Any) -> str:

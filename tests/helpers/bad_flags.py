@@ -14,6 +14,8 @@ ROWS: list[Row] = [
     ("--loop.steps 3 pretrain", None, USAGE, r"unknown hotlap command: '--loop\.steps'; known: speedrun"),
     ("speedrun --out new", None, USAGE, r"unknown hotlap speedrun command: '--out'; known: tiny"),
     ("export weight", None, USAGE, r"'weight'; did you mean 'weights'\?"),
+    ("completion tcsh", None, USAGE, r"unknown hotlap completion command: 'tcsh'; known: bash"),
+    ("completion bash extra", None, USAGE, r"unrecognized arguments: extra; `hotlap completion bash --help`"),
     # names of flags
     (f"{PRETRAIN} --bach-rows 3", None, USAGE, r"unknown flag --bach-rows; did you mean --batch-rows\?"),
     (f"{PRETRAIN} --layers 4", None, USAGE, r"unknown flag --layers; did you mean --model\.layers\?"),

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from hotlap.common import gpu
 from hotlap.model.sampling import Draw, Sampling, sample
 
 
@@ -125,3 +126,12 @@ def test_a_bias_bans_and_forces():
     logits = [0.0, 1.0, 2.0]
     assert set(draw(logits, temperature=1.0, logit_bias=((2, -100.0),)).tolist()) == {0, 1}
     assert set(draw(logits, temperature=1.0, logit_bias=((0, 100.0),)).tolist()) == {0}
+
+
+@pytest.mark.parametrize("device_types", [set(), {"cpu"}], ids=["float64", "float32"])
+def test_the_highest_number_draws_an_id_of_the_vocabulary(monkeypatch, device_types):
+    """Also on devices without float64, in which it rounds to 1."""
+    monkeypatch.setattr(gpu, "NO_FLOAT64", device_types)
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    draws = [Draw(Sampling(temperature=1.0), 1 - 2**-53) for _ in logits]
+    assert sample(logits, draws).max() < 50

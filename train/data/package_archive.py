@@ -73,6 +73,6 @@ def package_index() -> str:
     index = os.environ.get("PIP_INDEX_URL")
     if not index:
         command = [sys.executable, "-m", "pip", "config", "list"]
-        listed = subprocess.run(command, capture_output=True, text=True).stdout
+        listed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout
         index = "".join(re.findall(r"^global\.index-url='(.*)'$", listed, re.MULTILINE))
     return (index or "https://pypi.org/simple").rstrip("/")

@@ -91,8 +91,10 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copied asynchronously if it is pinned."""
-        return self if device.type == "cpu" else self.change(lambda t: t.to(device, non_blocking=True))
+        """The batch on a device; copied asynchronously if it is pinned, as for CUDA."""
+        if device.type == "cpu":
+            return self
+        return self.change(lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
     def about(self) -> str:
         """What else identifies the batch in an error, beside the hash of its ids and its weight."""

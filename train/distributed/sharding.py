@@ -130,7 +130,7 @@ def save_matmuls(ctx, operation, *args, **kwargs) -> CheckpointPolicy:
 
 def should_compile(choice: str, device: torch.device) -> bool:
     """Whether to compile: if requested or on a GPU, and if there is a C++ compiler."""
-    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         log.info("running without torch.compile: no C++ compiler found")

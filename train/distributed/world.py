@@ -126,6 +126,8 @@ def joined(timeout: float = 300) -> Iterator[World]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store, rank, size = dist.HashStore(), 0, 1
+    if size > 1 and device.type == "mps":
+        raise ValueError("several processes cannot train on a Mac's GPU; start one, or set HOTLAP_DEVICE=cpu")
     between_gpus = size > 1 and device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if between_gpus else "gloo",
@@ -155,10 +157,10 @@ def use_loopback() -> None:
     except ValueError:  # a name
         loopback = False
     one_node = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "")
-    names = [name for _, name in socket.if_nameindex()]
-    if (loopback or one_node) and "lo" in names:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux's, macOS's
+    if (loopback or one_node) and names:
+        environment.setdefault("GLOO_SOCKET_IFNAME", min(names))
+        environment.setdefault("NCCL_SOCKET_IFNAME", min(names))
 
 
 def set_log_rank(world: World) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
@@ -31,12 +32,12 @@ def validation(
     device = world.device
     sizes = torch.zeros(model.config.vocab_size, device=device)
     sizes[: tokenizer.vocab_size] = torch.tensor(tokenizer.byte_counts(), dtype=torch.float32)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of text, bytes of text
+    sums = torch.zeros(4, dtype=widest(device), device=device)  # nats, tokens, nats of text, bytes of text
     for batch in validation_batches(rows, batch_rows, world.rank, world.size):
         batch = batch.to(device)
-        losses = model(
-            batch.inputs, batch.targets, reduction="none", document_start=batch.document_start
-        ).double()
+        losses = model(batch.inputs, batch.targets, reduction="none", document_start=batch.document_start).to(
+            sums.dtype
+        )
         targets = batch.targets.flatten()
         carries = targets != IGNORE
         size = sizes[targets.clamp(min=0)] * carries

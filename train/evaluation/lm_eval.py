@@ -9,6 +9,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from hotlap.common.gpu import widest
 from hotlap.common.log import log
 from hotlap.model.conversation import render_prompt
 from hotlap.model.engine import Engine
@@ -107,7 +108,7 @@ class HotlapLM(LM):
             for batch in by_length(range(len(rows)), lambda i: len(rows[i].ids)):
                 scored = read_on(self.engine.model, [rows[i] for i in batch], self.tokenizer)
                 for i, losses, likeliest in zip(batch, *scored, strict=True):
-                    found[i] = -losses.double().sum().item(), bool(likeliest.all())
+                    found[i] = -losses.to(widest(losses.device)).sum().item(), bool(likeliest.all())
                 bar.update(len(batch))
         return found
 

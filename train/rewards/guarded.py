@@ -104,6 +104,10 @@ class Guarded:
     """
 
     def __init__(self, rewards: Sequence[str], seconds: float = REWARD_SECONDS, most: int | None = None):
+        if sys.platform == "win32":
+            raise ValueError(
+                "rewards run in processes that alarms end, which Windows has not; use Linux or macOS (or WSL)"
+            )
         self.rewards, self.seconds = tuple(dict.fromkeys(rewards)), seconds
         self.most = most or min(MOST_PROCESSES, os.cpu_count() or 1)
         self.failures: Counter[str] = Counter()

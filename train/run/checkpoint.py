@@ -105,7 +105,7 @@ class Saver:
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if name not in self.memory:
             self.memory[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-        copy = self.memory[name].copy_(part, non_blocking=True)
+        copy = self.memory[name].copy_(part, non_blocking=part.is_cuda)
         if not isinstance(tensor, DTensor):
             return copy
         return DTensor.from_local(
@@ -210,11 +210,12 @@ class Saver:
     def _write_files(self, partial: Path, snapshot: Snapshot) -> dict[str, dict]:
         """Write everything but tensors; return size and hash of each of this rank's files, by name."""
         number = f"{self.world.rank + 1:05d}"  # torch numbers shards from 1
-        (partial / random_file(self.world.rank)).write_text(json.dumps(snapshot.random) + "\n")
+        random = json.dumps(snapshot.random) + "\n"
+        (partial / random_file(self.world.rank)).write_text(random, encoding="utf-8")
         mine = [partial / random_file(self.world.rank), *partial.rglob(f"shard-{number}-*")]
         if self.world.is_main:
             save_description(partial, snapshot.config, snapshot.tokenizer)
-            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
             mine += [partial / name for name in (CONFIG, TOKENIZER, STATE)]
             if snapshot.lora:
                 save_lora(partial, snapshot.lora)
@@ -232,7 +233,8 @@ class Saver:
             return
         step, folder = snapshot.step, partial.parent
         fault("checkpoint-manifest", 0, step)
-        (partial / MANIFEST).write_text(manifest_text(self._manifest(snapshot) | {"files": files}))
+        manifest = manifest_text(self._manifest(snapshot) | {"files": files})
+        (partial / MANIFEST).write_text(manifest, encoding="utf-8")
         for path in (partial / MANIFEST, partial / OPTIMIZER, partial):
             sync(path)
         fault("checkpoint-rename", 0, step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ import torch
 from hotlap.common import files
 from hotlap.common.errors import DataError
 from hotlap.common.files import naming
+from hotlap.common.locks import lock
 from hotlap.common.machine import circumstances
 from hotlap.common.options import to_json
 from hotlap.model.tensors import listed
@@ -50,7 +50,7 @@ def run_lock(run: Path):
         raise FileExistsError(f"cannot lock {run}: {LOCK} cannot be opened ({error.strerror})") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except BlockingIOError:
             file.seek(0)
             holder = " ".join(file.read(200).split())

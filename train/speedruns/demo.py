@@ -38,7 +38,7 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
     tuned = dataclasses.replace(tiny_sft(), out=run / "sft", base=run / "pretrain", resume="auto")
     scores_path = run / "scores.json"
     if scores_path.exists():
-        scores = json.loads(scores_path.read_text())
+        scores = json.loads(scores_path.read_text(encoding="utf-8"))
         print(printable(f"{run} is complete; remove it to train again.\n"))
     else:
         bits = pretrain(base)["validation_bpb"]

@@ -161,9 +161,9 @@ def steps_in(seconds: float, speeds: Mapping[str, float]) -> dict[str, int]:
 
 def variant_run(config: PretrainConfig, data: str, steps: int, seed: int, out: Path) -> PretrainConfig:
     """A variant's run. It validates and saves only at its end; on a GPU, `auto` compiles even a short run."""
-    compile = (
-        {"cuda": "on", "cpu": "off"}[default_device().type] if config.compile == "auto" else config.compile
-    )
+    compile = config.compile
+    if compile == "auto":
+        compile = "on" if default_device().type == "cuda" else "off"
     loop = dataclasses.replace(config.loop, steps=steps, evaluate_every=steps, save_every=steps)
     return dataclasses.replace(config, out=out, data=data, seed=seed, loop=loop, compile=compile)
 
@@ -197,7 +197,7 @@ def seconds_per_step(
     timed beside the base, and scaled by the base's saved time.
     """
     path = out / "steps.json"
-    saved = world.together(lambda: json.loads(path.read_text()) if path.exists() else {})[0]
+    saved = world.together(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})[0]
     new = [name for name in variants if name not in saved]
     if not new:
         return saved
