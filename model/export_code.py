@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from hotlap.common.errors import DataError
 from hotlap.common.files import write
-from hotlap.kernels.rms_norm import EPS
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
+from hotlap.model.stock_config import NORM_EPS, OURS, shown
 
+OWN_CLASS = "hotlap"  # the model_type
 CODE = Path(__file__).with_name("modeling_hotlap.py")
 NAMES = {  # of our fields, by the names that Transformers expects
     "vocab_size": "vocab_size",
@@ -37,7 +39,7 @@ def code_config(config: GPTConfig) -> dict[str, Any]:
             "AutoModel": "modeling_hotlap.HotlapModel",
             "AutoModelForCausalLM": "modeling_hotlap.HotlapForCausalLM",
         },
-        "model_type": "hotlap",
+        "model_type": OWN_CLASS,
         **{name: getattr(config, ours) for name, ours in NAMES.items()},
         "head_dim": config.head_dim,
         "intermediate_size": MLP_RATIO * config.width,
@@ -45,9 +47,32 @@ def code_config(config: GPTConfig) -> dict[str, Any]:
         "sliding_window": config.short_window if any(short) else None,
         "final_logit_softcapping": config.softcap or None,  # other engines divide by a 0
         "rope_theta": ROPE_BASE,
-        "rms_norm_eps": EPS,
+        "rms_norm_eps": NORM_EPS,
         "tie_word_embeddings": False,
     }
+
+
+def config_of(fields: dict[str, Any]) -> GPTConfig:
+    """The inverse of `code_config`, with what an export says for us alone. DataError names a field that our
+    models do not have.
+    """
+    kept = fields.get(OURS)
+    kept = kept if isinstance(kept, dict) else {}
+    try:
+        config = GPTConfig(
+            **{ours: fields[name] for name, ours in NAMES.items()},
+            softcap=fields["final_logit_softcapping"] or 0.0,
+            window_pattern=kept.get("window_pattern", "L"),
+            document_masks=kept.get("document_masks", True),
+        ).validate()
+    except KeyError as error:
+        raise DataError(f"{error.args[0]} is missing") from None
+    except ValueError as error:
+        raise DataError(f"our models cannot have its shape: {error}") from None
+    for name, value in code_config(config).items():
+        if name not in ("architectures", "auto_map") and fields.get(name) != value:
+            raise DataError(f"{name}={shown(fields.get(name))} is not supported; it must be {shown(value)}")
+    return config
 
 
 def code_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class HotlapAttention(nn.Module):
         q, k = (norm_rotary(y, rotary, c.qk_gain, c.rms_norm_eps) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(c._attn_implementation, eager_attention_forward)
         options = kwargs | {"scaling": c.head_dim**-0.5, "sliding_window": self.sliding_window}
         attended, weights = attend(self, q, k, v, attention_mask, **options)
@@ -244,10 +244,10 @@ class HotlapModel(HotlapPreTrainedModel):
         The cache gets one layer more, whose keys are the ids: what repeats, reorders or crops a cache does so
         to them.
         """
-        if (engine := self.config._attn_implementation) == "vllm" or engine.startswith("paged"):
+        if self.config._attn_implementation == "vllm" or not isinstance(cache, Cache | None):
             raise ValueError(
-                f"attention {engine!r} mixes rows, and smear needs the token before each; call generate() "
-                "with another one, or train without smear"
+                "smear needs the token before each, which engines that batch rows of their own, such as vLLM "
+                "and generate_batch(), do not keep; call generate(), or train without smear"
             )
         whole = input_ids
         if cache is not None:

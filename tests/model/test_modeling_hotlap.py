@@ -1,20 +1,25 @@
 """Our own class for Transformers computes what our models compute, also where hotlap is not installed."""
 
-import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from helpers.adapters import write_base
 from helpers.tools import assert_as_good, tiny_config
-from safetensors.torch import load_file, save_file
 
+from hotlap.cli import main
+from hotlap.common.errors import DataError
 from hotlap.model.engine import Engine
-from hotlap.model.export_code import CODE, code_config, code_weights, our_weights, write_code
+from hotlap.model.export_code import CODE, code_config, code_weights, config_of
 from hotlap.model.sampling import Sampling
+from hotlap.model.weights import load_model
 
 pytest.importorskip("transformers", reason="Transformers needs Python 3.11")
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from hotlap.model.modeling_hotlap import HotlapConfig, HotlapForCausalLM
 
 PLAIN = {
@@ -183,47 +188,105 @@ def test_only_the_logits_that_are_kept_are_computed(pair):
     torch.testing.assert_close(copy(ids, logits_to_keep=3).logits, whole[:, -3:])
 
 
-def test_what_it_cannot_do_is_said(pair):
-    _, copy = pair
+def test_ids_are_needed(pair):
     with pytest.raises(ValueError, match="input_ids, not inputs_embeds"):
-        copy(inputs_embeds=torch.zeros(1, 3, 64))
-    before = copy.config._attn_implementation
-    copy.config._attn_implementation = "vllm"
-    try:
-        with pytest.raises(ValueError, match="'vllm' mixes rows, and smear"):
-            copy(ids_of(1, 3))
-    finally:
-        copy.config._attn_implementation = before
+        pair[1](inputs_embeds=torch.zeros(1, 3, 64))
 
 
-def test_an_export_needs_no_hotlap_and_comes_back_bit_for_bit(pair, tmp_path):
-    model, _ = pair
-    export, again = tmp_path / "export", tmp_path / "again"
-    export.mkdir()
-    weights = code_weights(model.state_dict())
-    save_file(weights, export / "model.safetensors", {"format": "pt"})
-    (export / "config.json").write_text(json.dumps(code_config(model.config) | {"hotlap": {"stage": "sft"}}))
-    write_code(export)
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModel, AutoModelForCausalLM\n"
-        f"load = lambda kind, path: kind.from_pretrained(path, trust_remote_code=True)\n"
-        f"model = load(AutoModelForCausalLM, {str(export)!r})\n"
-        f"model.save_pretrained({str(again)!r})\n"
-        f"ids = torch.arange(150)[None]\n"
-        f"whole, base = model(ids).logits, load(AutoModel, {str(again)!r})(ids).last_hidden_state\n"
-        "assert torch.equal(model.lm_head(base), model.lm_head(model.model(ids).last_hidden_state))\n"
-        f"torch.save(whole.detach(), {str(tmp_path / 'logits.pt')!r})\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] == 'hotlap']"
-    )
-    places = dict.fromkeys(("HOME", "HF_HOME"), str(tmp_path)) | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True)
+@pytest.fixture
+def engines_attention():
+    """Attention of an engine such as vLLM, and what it is asked: (layer, window, scale, its own argument)."""
+    asked = []
+
+    def attend(module, query, key, value, attention_mask, scaling, sliding_window=None, notes=None, **_):
+        asked.append((module.layer_idx, sliding_window, scaling, notes))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("vllm", attend)
+    yield asked
+    del ALL_ATTENTION_FUNCTIONS._global_mapping["vllm"]
+
+
+def test_engines_see_each_layer_once_and_smear_is_refused(random_model, engines_attention):
+    for smear in (False, True):
+        model = random_model(tiny_config(layers=3, context=512, smear=smear))
+        copy, ids = same_model(model), ids_of(1, 9)
+        copy.config._attn_implementation = "vllm"
+        ask = partial(copy.model, ids, position_ids=torch.arange(9)[None], use_cache=False, notes="mine")
+        if smear:
+            with pytest.raises(ValueError, match=r"smear needs the token before each.*vLLM"):
+                ask()
+        else:
+            ask()
+            seen = [(i, window, 32**-0.5, "mine") for i, window in enumerate((128, 128, None))]
+            assert engines_attention == seen
+    masks = dict.fromkeys(("full_attention", "sliding_attention"))  # as generate_batch gives them
+    with pytest.raises(ValueError, match="smear needs the token before each"):
+        same_model(model)(ids, masks, torch.arange(9)[None], cache=object())
+
+
+def command(*words):
+    assert main([*map(str, words)]) == 0
+
+
+def run_elsewhere(code, folder):
+    """Run Python where hotlap is not to be found."""
+    places = dict.fromkeys(("HOME", "HF_HOME"), str(folder)) | {"HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(words, cwd=folder, env=os.environ | places, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_export_needs_no_hotlap_and_comes_back_bit_for_bit(pair, tiny_tokenizer, tmp_path, capsys):
+    model, _ = pair
+    write_base(tmp_path / "base", model, tiny_tokenizer)
+    command("export", "hf", tmp_path / "base", "--out", tmp_path / "export")
+    said = capsys.readouterr().err
+    assert "value_embeddings=True" in said and "trust_remote_code=True" in said
+    assert "trust_remote_code=True" in (tmp_path / "export" / "README.md").read_text()
+    code = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("export", trust_remote_code=True)
+model.save_pretrained("saved")
+AutoTokenizer.from_pretrained("export").save_pretrained("saved")
+ids = torch.arange(150)[None]
+torch.save(model(ids).logits.detach(), "logits.pt")
+base = AutoModel.from_pretrained("saved", trust_remote_code=True)
+assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+assert not [name for name in sys.modules if name.split(".")[0] == "hotlap"]
+"""
+    run_elsewhere(code, tmp_path)
     assert difference(torch.load(tmp_path / "logits.pt"), model(torch.arange(150)[None])) <= 1e-5
-    assert (again / CODE.name).read_text() == CODE.read_text()
-    saved, fields = load_file(again / "model.safetensors"), json.loads((again / "config.json").read_text())
-    ours = our_weights(saved)
-    assert {*ours} == {*model.state_dict()} and fields["hotlap"] == {"stage": "sft"}
-    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
-    assert code_config(model.config).items() <= fields.items()
+    assert (tmp_path / "saved" / CODE.name).read_text() == CODE.read_text()
+    for name in ("export", "saved"):
+        command("import", "hf", tmp_path / name, "--out", tmp_path / f"{name}-back")
+        back, _ = load_model(tmp_path / f"{name}-back", torch.device("cpu"), torch.float32)
+        assert back.config == model.config
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_theta": 10000.0}, "rope_theta=10000.0 is not supported; it must be 100000.0"),
+        ({"sliding_window": 64}, "sliding_window=64 is not supported; it must be 128"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
+        ({"hidden_size": 63}, "our models cannot have its shape: width=63"),
+        ({"smear": "yes"}, "our models cannot have its shape: smear='yes'"),
+        ({"final_logit_softcapping": -1.0}, "softcap=-1.0"),
+        ({"hotlap": {"window_pattern": "X"}}, "window_pattern='X'"),
+        ({"hotlap": []}, "layer_types=.* is not supported"),
+    ],
+    ids=str,
+)
+def test_a_changed_export_is_not_taken_for_ours(fields, said):
+    config = tiny_config(context=512)
+    given = code_config(config) | {"hotlap": {"window_pattern": "SSSL", "document_masks": True}}
+    assert config_of(given) == config
+    with pytest.raises(DataError, match=said):
+        config_of(given | fields)
+    with pytest.raises(DataError, match="hidden_size is missing"):
+        config_of({name: value for name, value in given.items() if name != "hidden_size"})
