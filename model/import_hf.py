@@ -20,7 +20,7 @@ from hotlap.common.log import log
 from hotlap.common.memory import require_memory
 from hotlap.common.terminal import printable
 from hotlap.kernels.rms_norm import EPS
-from hotlap.model.config import GPTConfig, ImportConfig, counts_of
+from hotlap.model.config import GPTConfig, ImportConfig, counts_of, rotary_bytes
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import OWN_CLASS, code_weights, config_of, our_weights
 from hotlap.model.gpt import GPT
@@ -133,7 +133,8 @@ def read_weights(folder: Path, fields: dict, shape: GPTConfig, kind: str) -> dic
     tied = fields.get("tie_word_embeddings") and HEAD not in stored
     if tied:
         del expected[HEAD]
-    require_memory(f"the model in {folder}", 8 * claimed, "use a machine with more")  # theirs, and ours
+    needed = 8 * claimed + 2 * rotary_bytes(shape)  # theirs and ours, and the tables of who opens it
+    require_memory(f"the model in {folder}", needed, "use a machine with more, or a smaller model")
     theirs = read_as_float32(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     return theirs | ({HEAD: theirs[EMBEDDING].clone()} if tied else {})
 
