@@ -1,4 +1,4 @@
-"""A GPT trained by hotlap, for Transformers (5.24 or later): its configuration and its model, in one file.
+"""A GPT trained by hotlap, for Transformers (5.8 or later): its configuration and its model, in one file.
 
 `hotlap export hf` puts this file beside the weights of models that no class of Transformers can hold:
 
@@ -22,13 +22,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils.deprecation import deprecate_kwarg
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 GATE_CHANNELS = 12  # channels of the residual stream that the gate of a value embedding reads
 SMEAR_CHANNELS = 24  # those that the gate of smear reads
+CACHE = "cache"  # what Transformers calls it since 5.24
+if CACHE not in BaseModelOutputWithPast.__dataclass_fields__:
+    CACHE = "past_key_values"
 
 
 class HotlapConfig(PreTrainedConfig):
@@ -197,7 +199,6 @@ class HotlapModel(HotlapPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -206,12 +207,13 @@ class HotlapModel(HotlapPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The normalised residual stream (B, T, D) that the head reads. ValueError without ids."""
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give input_ids, not inputs_embeds: smear and value embeddings read the ids")
-        c = self.config
+        c, cache = self.config, past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=c)
         if position_ids is None:
@@ -221,8 +223,8 @@ class HotlapModel(HotlapPreTrainedModel):
         if not isinstance(masks, dict):  # which `generate` may have made
             makers = {"full_attention": create_causal_mask}
             makers |= {"sliding_attention": create_sliding_window_causal_mask}
-            given = (c, x, attention_mask, cache, position_ids)
-            masks = {kind: makers[kind](*given) for kind in set(c.layer_types)}
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+            masks = {kind: makers[kind](config=c, inputs_embeds=x, **given) for kind in {*c.layer_types}}
         if c.smear:
             x = self.smeared(x, input_ids, position_ids, cache)
         rotary = rotary_tables(position_ids, c.head_dim, c.rope_theta)
@@ -236,7 +238,7 @@ class HotlapModel(HotlapPreTrainedModel):
                 middle = x
         if c.backout:
             x = x - self.backout_scale * middle
-        return BaseModelOutputWithPast(last_hidden_state=rms_norm(x, c.rms_norm_eps), cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=rms_norm(x, c.rms_norm_eps), **{CACHE: cache})
 
     def smeared(self, x, input_ids, position_ids, cache):
         """x (B, T, D), with a gated share of the token before added to each but the first, at position 0.
@@ -279,7 +281,6 @@ class HotlapForCausalLM(HotlapPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -289,17 +290,19 @@ class HotlapForCausalLM(HotlapPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits in float32, and with labels (B, T), -100 where there is none, the mean loss in nats."""
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
-        given |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        given |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, "past_key_values": past_key_values}
         outputs = self.model(input_ids, **given, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)).float()
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         if softcap := self.config.final_logit_softcapping:
             logits = softcap * torch.tanh(logits / softcap)
         V = self.config.vocab_size
         loss = None if labels is None else self.loss_function(logits, labels, V, **kwargs)
-        recorded = {name: outputs.get(name) for name in ("cache", "hidden_states", "attentions")}
+        recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)

@@ -18,6 +18,7 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.weights import load_model
 
 pytest.importorskip("transformers", reason="Transformers needs Python 3.11")
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hotlap.model.modeling_hotlap import HotlapConfig, HotlapForCausalLM
@@ -125,12 +126,12 @@ def test_beams_are_the_same_with_a_cache(pair):
     assert torch.equal(generated(copy, ids, num_beams=3), generated(copy, ids, num_beams=3, use_cache=False))
 
 
-def test_a_cache_goes_on_under_its_old_name(pair):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_on_by_its_new_and_its_old_name(pair, name):
     model, copy = pair
-    ids = ids_of(2, 140)
-    first = copy(ids[:, :130], use_cache=True)
-    second = copy(ids[:, 130:], past_key_values=first.cache)
-    assert difference(torch.cat((first.logits, second.logits), 1), model(ids)) <= 1e-5
+    ids, cache = ids_of(2, 140), DynamicCache(config=copy.config)
+    logits = [copy(part, **{name: cache}).logits for part in (ids[:, :130], ids[:, 130:])]
+    assert difference(torch.cat(logits, 1), model(ids)) <= 1e-5
 
 
 def test_rows_padded_on_the_left_are_as_they_are_alone(pair):
