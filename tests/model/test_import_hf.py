@@ -5,18 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from helpers.adapters import write_base
 from helpers.commands import BAD_DATA, CANNOT_CREATE, NO_INPUT, USAGE, assert_error
-from helpers.exported import CAPPED, PLAIN_ODD, edit, exported, imported
-from helpers.tools import LINES, tiny_config
+from helpers.exported import CAPPED, PLAIN_ODD, assert_refused, edit, exported, imported
+from helpers.tools import tiny_config
 from safetensors.torch import load_file, save_file
-from tokenizers import models
 
 from hotlap.cli import main
 from hotlap.model.stock import EMBEDDING, HEAD, normalised
-from hotlap.model.tokenizer import GPT2_PATTERN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_level
 from hotlap.model.weights import load_model
 
 WEIGHTS, KEPT, CPU = "model.safetensors", "hotlap/embedding.safetensors", torch.device("cpu")
@@ -51,12 +48,6 @@ def change(path: Path, **tensors: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path)
 
 
-def assert_refused(capsys, folder: Path, *parts: str) -> None:
-    code = main(["import", "hf", str(folder), "--out", str(folder.parent / "out")])
-    assert_error(capsys, code, BAD_DATA, str(folder), *parts)
-    assert not (folder.parent / "out").exists()
-
-
 @pytest.mark.parametrize("kind", ["apertus", "nanochat"])
 def test_an_export_comes_back_bit_for_bit(made, kind):
     base, back = made / f"{kind}-base", imported(made / kind, f"{kind}-back")
@@ -66,31 +57,33 @@ def test_an_export_comes_back_bit_for_bit(made, kind):
 
 def test_without_the_rows_that_an_export_keeps_an_embedding_means_the_same(apertus):
     shutil.rmtree(apertus / "hotlap")
-    rows, found = load_file(apertus / WEIGHTS)[EMBEDDING], load_file(imported(apertus) / WEIGHTS)
-    assert torch.equal(found["embedding.weight"], rows)
-    torch.testing.assert_close(normalised(rows), rows, rtol=1e-6, atol=1e-6)
+    assert_means(imported(apertus), load_file(apertus / WEIGHTS)[EMBEDDING])
 
 
 def test_rows_that_are_of_other_weights_are_not_used(apertus, capsys):
-    rows = load_file(apertus / WEIGHTS)[EMBEDDING]
-    change(apertus / WEIGHTS, **{EMBEDDING: rows.flip(0)})
-    assert torch.equal(load_file(imported(apertus) / WEIGHTS)["embedding.weight"], rows.flip(0))
+    rows = load_file(apertus / WEIGHTS)[EMBEDDING].flip(0)
+    change(apertus / WEIGHTS, **{EMBEDDING: rows})
+    assert_means(imported(apertus), rows)
     assert "is of other weights, and is not used" in capsys.readouterr().err
+
+
+def assert_means(folder: Path, rows: torch.Tensor) -> None:
+    """What our models read of the embedding in a folder is these rows."""
+    found = load_file(folder / WEIGHTS)["embedding.weight"]
+    torch.testing.assert_close(normalised(found), rows, rtol=2e-6, atol=1e-7)
 
 
 def test_rows_with_less_than_our_rms_are_those_after_our_norm(apertus):
     shutil.rmtree(apertus / "hotlap")
     rows = load_file(apertus / WEIGHTS)[EMBEDDING] * torch.linspace(0, 1, 317)[:, None]
     change(apertus / WEIGHTS, **{EMBEDDING: rows})
-    found = load_file(imported(apertus) / WEIGHTS)["embedding.weight"]
-    scale = rows.square().mean(-1).sqrt()
-    close = scale < 0.99
-    torch.testing.assert_close(normalised(found)[close], rows[close], rtol=1e-4, atol=1e-6)
+    assert_means(imported(apertus), rows)
 
 
-def test_longer_rows_are_refused(apertus, capsys):
-    change(apertus / WEIGHTS, **{EMBEDDING: 2 * load_file(apertus / WEIGHTS)[EMBEDDING]})
-    assert_refused(capsys, apertus, f"{EMBEDDING} has a row whose RMS is 2; our models divide rows")
+@pytest.mark.parametrize("share", [2, 1.001])
+def test_longer_rows_are_refused(apertus, capsys, share):
+    change(apertus / WEIGHTS, **{EMBEDDING: share * load_file(apertus / WEIGHTS)[EMBEDDING]})
+    assert_refused(capsys, apertus, f"{EMBEDDING} has a row whose RMS is {share}; our models divide rows")
 
 
 def test_a_tied_head_becomes_one_of_its_own(nanochat):
@@ -149,10 +142,10 @@ def test_a_context_that_fits_no_memory_is_refused(apertus, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("mlp.act_fn.alpha_p", 0.8, "our models have no xIELU that is not ReLU²"),
+        ("mlp.act_fn.alpha_p", 0.542, "our models have no xIELU that is not ReLU²"),
         ("mlp.act_fn.alpha_n", 0.1, "our models have no xIELU that is not ReLU²"),
         ("mlp.act_fn.beta", 0.5, "is 0.5 instead of 0"),
-        ("attention_layernorm.weight", 1.1, "a norm with other weights than 1"),
+        ("attention_layernorm.weight", 1.001, "a norm with other weights than 1"),
         ("self_attn.k_norm.weight", 1.1, "q_norm and k_norm have weights that differ"),
     ],
 )
@@ -207,96 +200,3 @@ def test_a_folder_without_a_model_is_named_and_nothing_is_written_over(apertus, 
 def test_hotlap_says_how_to_open_it(apertus, capsys):
     code = main(["chat", str(apertus), "-p", "Hi"])
     assert_error(capsys, code, BAD_DATA, "of a model of Transformers (apertus)", "hotlap import hf")
-
-
-def foreign(tokenizer: Tokenizer, special: tuple[str, ...], pattern: str = SPLIT_PATTERN) -> str:
-    """A tokenizer.json with the text tokens of ours, and these special ones."""
-    model = json.loads(tokenizer.definition)["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    found = byte_level(models.BPE(model["vocab"], merges), pattern)
-    found.add_special_tokens(list(special))
-    return found.to_str()
-
-
-def vocab(fields: dict) -> list[tuple[str, int]]:
-    return [*fields["model"]["vocab"].items()]
-
-
-NANOCHAT = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
-
-
-def test_nanochats_special_tokens_are_ours_and_those_it_lacks_follow(nanochat, tiny_tokenizer, capsys):
-    (nanochat / "tokenizer.json").write_text(foreign(tiny_tokenizer, NANOCHAT))
-    model, found = load_model(imported(nanochat), CPU, torch.float32)
-    assert found.special["<|tool_start|>"] == 289 + 5 and found.special["<|system_start|>"] == 289 + 9
-    assert set(found.special) == set(SPECIAL_TOKENS) and model.config.vocab_size == 317
-    assert capsys.readouterr().err == ""  # there were rows to spare
-
-
-def test_missing_special_tokens_get_rows_that_are_the_mean(nanochat, tiny_tokenizer, capsys):
-    text = foreign(tiny_tokenizer, tuple(f"<|extra {i}|>" for i in range(28)))
-    (nanochat / "tokenizer.json").write_text(text)
-    edit(nanochat / "config.json", bos_token_id=290)
-    model, found = load_model(imported(nanochat), CPU, torch.float32)
-    assert found.bos == 290 and found.vocab_size == 317 + 10 == model.config.vocab_size
-    weights = load_file(nanochat / WEIGHTS)
-    assert torch.equal(model.head.weight[:317], weights[HEAD])
-    assert (
-        torch.allclose(model.head.weight[317:], weights[HEAD].mean(0))
-        and model.embedding.weight.isfinite().all()
-    )
-    said = capsys.readouterr().err
-    assert "has no <|system_start|>, <|system_end|>" in said and "the mean of all" in said
-
-
-@pytest.mark.parametrize("gpt2", [False, True])
-def test_text_has_the_ids_of_the_tokenizer_that_was_imported(nanochat, tiny_tokenizer, gpt2):
-    text = foreign(tiny_tokenizer, NANOCHAT, GPT2_PATTERN)
-    if gpt2:  # whose pattern is a part of the byte level
-        text = json.dumps(
-            json.loads(text)
-            | {
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "trim_offsets": True,
-                    "use_regex": True,
-                }
-            }
-        )
-    (nanochat / "tokenizer.json").write_text(text)
-    theirs, found = tokenizers.Tokenizer.from_str(text), Tokenizer.load(imported(nanochat) / "tokenizer.json")
-    for line in (*LINES, "  a  b\n\n 12345's 日本", "", " \t "):
-        assert found.encode(line) == theirs.encode(line).ids and found.decode(found.encode(line)) == line
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda t: t | {"normalizer": {"type": "NFC"}}, "normalises text"),
-        (lambda t: t | {"model": t["model"] | {"dropout": 0.1}}, "dropout=0.1 is not supported"),
-        (lambda t: t | {"model": t["model"] | {"type": "Unigram"}}, "'Unigram'; it must be byte-level BPE"),
-        (lambda t: t | {"model": t["model"] | {"merges": t["model"]["merges"][::-1]}}, "not in the order"),
-        (lambda t: t | {"pre_tokenizer": {"type": "Whitespace"}}, "does not split text by one regular"),
-        (lambda t: t | {"added_tokens": [*t["added_tokens"], {"id": 298, "content": "x"}]}, "'x' is a token"),
-        (lambda t: t | {"added_tokens": t["added_tokens"][1:]}, "special ids do not follow its 289 text ids"),
-        (
-            lambda t: t | {"model": t["model"] | {"vocab": {n.replace("Ġ", "▁"): i for n, i in vocab(t)}}},
-            "not in the alphabet",
-        ),
-        (lambda t: t | {"model": {}}, "is not a tokenizer"),
-        (lambda t: {}, "is not a tokenizer"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_ours_is_refused(nanochat, tiny_tokenizer, capsys, change, said):
-    text = json.dumps(change(json.loads(foreign(tiny_tokenizer, NANOCHAT))))
-    (nanochat / "tokenizer.json").write_text(text)
-    assert_refused(capsys, nanochat, "tokenizer.json", said)
-
-
-def test_a_model_without_a_tokenizer_is_refused(nanochat, capsys):
-    (nanochat / "tokenizer.json").unlink()
-    assert_refused(capsys, nanochat, "there is no tokenizer.json")
