@@ -28,9 +28,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 GATE_CHANNELS = 12  # channels of the residual stream that the gate of a value embedding reads
 SMEAR_CHANNELS = 24  # those that the gate of smear reads
-CACHE = "cache"  # what Transformers calls it since 5.24
-if CACHE not in BaseModelOutputWithPast.__dataclass_fields__:
-    CACHE = "past_key_values"
+# what Transformers calls the cache since 5.24, and before
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class HotlapConfig(PreTrainedConfig):
@@ -213,7 +212,7 @@ class HotlapModel(HotlapPreTrainedModel):
         """The normalised residual stream (B, T, D) that the head reads. ValueError without ids."""
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give input_ids, not inputs_embeds: smear and value embeddings read the ids")
-        c, cache = self.config, past_key_values if cache is None else cache
+        c, cache = self.config, (past_key_values if cache is None else cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=c)
         if position_ids is None:
@@ -302,7 +301,8 @@ class HotlapForCausalLM(HotlapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         if softcap := self.config.final_logit_softcapping:
             logits = softcap * torch.tanh(logits / softcap)
-        V = self.config.vocab_size
-        loss = None if labels is None else self.loss_function(logits, labels, V, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
