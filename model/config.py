@@ -208,8 +208,9 @@ class AdapterExportConfig(ExportConfig):
 
 @dataclass(frozen=True)
 class HfExportConfig(ExportConfig):
-    """Write a model for Transformers and vLLM, as their Apertus or, with a softcap, as NanoChat. Models with
-    other extras are refused; the presets *-portable have none.
+    """Write a model for Transformers, as its Apertus or, with a softcap, as its NanoChat. Models with other
+    extras get a class of their own, a file that Transformers has to be allowed to run; those of the presets
+    *-portable need none.
     """
 
     dtype: StoredDtype = "float32"

@@ -1,4 +1,4 @@
-"""`hotlap export hf`: a model, its tokenizer and its conversation format, for classes of Transformers."""
+"""`hotlap export hf`: a model, its tokenizer and its conversation format, for Transformers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from tokenizers import processors
 
 from hotlap.common.files import write
+from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.chat_template import chat_template
 from hotlap.model.config import GPTConfig, HfExportConfig, Sampling
 from hotlap.model.export import new_folder
+from hotlap.model.export_code import CODE, OWN_CLASS, code_config, code_weights, write_code
 from hotlap.model.hf_card import KEPT, RUN_CARD, card
 from hotlap.model.stock import EMBEDDING, not_stock, stock_class, to_stock
 from hotlap.model.stock_config import OURS, stock_config
@@ -25,23 +27,27 @@ from hotlap.model.weights import CONFIG, WEIGHTS, lineage, load_config, load_mod
 
 
 def export_hf(config: HfExportConfig) -> Path:
-    """Write the model, with its adapters merged, for Transformers, and return its folder. ValueError names
-    the fields of a model that no stock class can compute.
-    """
+    """Write the model, with its adapters merged, for Transformers, and return its folder."""
     folder = model_folder(config.model)
-    kind = class_of(folder, load_config(lineage(folder)[-1]))
+    kind = class_of(load_config(lineage(folder)[-1]))
     with new_folder(config.out) as partial:
         model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32)
         weights, dtype = model.state_dict(), getattr(torch, config.dtype)
-        tensors = to_stock(weights, model.config, kind)
+        if kind == OWN_CLASS:
+            fields, tensors = code_config(model.config), code_weights(weights)
+            write_code(partial)
+        else:
+            fields, tensors = stock_config(model.config, kind), to_stock(weights, model.config, kind)
         if kind == "apertus" and dtype == torch.float32:  # division cannot be undone to the last bit
             (partial / KEPT).parent.mkdir()
             save_tensors({EMBEDDING: weights["embedding.weight"]}, partial / KEPT)
         save_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()}, partial / WEIGHTS)
         trained_for = stage(folder)
         about = {"stage": trained_for, "document_masks": model.config.document_masks}
-        fields = stock_config(model.config, kind) | special_ids(tokenizer) | {"dtype": config.dtype}
-        write_json(partial / CONFIG, fields | {OURS: about})
+        if kind == OWN_CLASS:
+            about["window_pattern"] = model.config.window_pattern
+        fields |= special_ids(tokenizer) | {"dtype": config.dtype, OURS: about}
+        write_json(partial / CONFIG, fields)
         write_json(partial / "generation_config.json", generation_fields(tokenizer))
         write(partial / TOKENIZER, beginning_with_bos(tokenizer))
         write_json(partial / "tokenizer_config.json", tokenizer_fields(model.config))
@@ -52,15 +58,16 @@ def export_hf(config: HfExportConfig) -> Path:
     return config.out
 
 
-def class_of(folder: Path, config: GPTConfig) -> str:
-    """The stock class for a model. ValueError if there is none."""
+def class_of(config: GPTConfig) -> str:
+    """The stock class for a model, or else our own."""
     if kind := stock_class(config):
         return kind
-    raise ValueError(
-        f"{folder}: no class of Transformers computes {', '.join(not_stock(config))}. Apertus is for "
-        "plain models, NanoChat for those with a softcap and a qk_gain of 1: pretrain such a model, for "
-        "example with --preset tiny-portable"
-    )
+    log.warning(
+        "no class of Transformers computes %s, so %s is in the folder: load it with trust_remote_code=True. "
+        "Models of the presets *-portable need no such file",
+        ", ".join(not_stock(config)), CODE.name,
+    )  # fmt: skip
+    return OWN_CLASS
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

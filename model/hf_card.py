@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hotlap.common.terminal import printable
 from hotlap.model.config import GPTConfig, HfExportConfig, counts_of
+from hotlap.model.export_code import OWN_CLASS
 from hotlap.model.stock_config import CLASSES
 
 KEPT = "hotlap/embedding.safetensors"  # in a subfolder: vLLM reads all .safetensors beside config.json
@@ -22,6 +23,15 @@ NOTES = (
     "Tools are not run. A call ends with `<|tool_end|>`: stop there, and give the result as a message of the "
     "role `tool`.",
     "Not tried with vLLM.",
+)
+CODE_NOTES = (
+    "Transformers has no class for its extras, so `modeling_hotlap.py` in this folder is one, which "
+    "`trust_remote_code=True` lets it run. Read it first: it is 300 lines.",
+    "`hotlap import hf` reads this model again.",
+)
+SMEAR_NOTE = (
+    "It has smear, which needs the token before each one. Engines that batch rows of their own do not keep "
+    "it, so vLLM and `generate_batch` are refused."
 )
 APERTUS_NOTES = (
     "Apertus' activation xIELU has the parameters at which it is ReLU². Its optional CUDA extension (the "
@@ -42,20 +52,23 @@ def card(config: HfExportConfig, shape: GPTConfig, kind: str, stage: str | None,
         f"{what} It has {counts_of(shape)['total']:,} parameters: {shape.layers} layers, width "
         f"{shape.width}, {shape.heads} query heads, {shape.kv_heads} key and value heads, "
         f"{shape.vocab_size:,} ids. Trained with hotlap{f', last stage {stage}' if stage else ''}; weights "
-        f"in {config.dtype}, for `{CLASSES[kind]}` of Transformers."
+        f"in {config.dtype}, for "
+        + ("a class of its own." if kind == OWN_CLASS else f"`{CLASSES[kind]}` of Transformers.")
     )
     if has_card:
         about += f" [{RUN_CARD}]({RUN_CARD}) says how it was trained, on what data, and its scores."
     notes = [f"It was trained on at most {shape.context:,} tokens at once: use no more.", *NOTES]
-    notes += APERTUS_NOTES if kind == "apertus" else ()
+    notes += APERTUS_NOTES if kind == "apertus" else CODE_NOTES if kind == OWN_CLASS else ()
+    notes += [SMEAR_NOTE] if shape.smear else []
+    trust = ", trust_remote_code=True" if kind == OWN_CLASS else ""
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
         f"# {printable(config.out.resolve().name)}", "", about, "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        'model = AutoModelForCausalLM.from_pretrained(".")',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})',
         f"inputs = {prompt}",
         "ids = model.generate(**inputs, max_new_tokens=64)",
         'print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',

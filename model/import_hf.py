@@ -22,6 +22,7 @@ from hotlap.common.terminal import printable
 from hotlap.kernels.rms_norm import EPS
 from hotlap.model.config import GPTConfig, ImportConfig, counts_of, rotary_bytes
 from hotlap.model.export import new_folder
+from hotlap.model.export_code import OWN_CLASS, code_weights, config_of, our_weights
 from hotlap.model.gpt import GPT
 from hotlap.model.hf_card import KEPT
 from hotlap.model.import_tokenizer import read_tokenizer
@@ -105,11 +106,21 @@ def read_nanochat(folder: Path, fields: dict) -> tuple[GPTConfig, dict[str, Tens
     return shape, from_stock(read_weights(folder, fields, shape, "nanochat"), shape, "nanochat")
 
 
-READERS: dict[str, Reader] = {"apertus": read_apertus, "nanochat": read_nanochat}  # by model_type
+def read_own(folder: Path, fields: dict) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Our configuration and weights of the class that `hotlap export hf` puts beside models with extras."""
+    shape = config_of(fields)
+    return shape, our_weights(read_weights(folder, fields, shape, OWN_CLASS))
+
+
+READERS: dict[str, Reader] = {  # by model_type
+    "apertus": read_apertus,
+    "nanochat": read_nanochat,
+    OWN_CLASS: read_own,
+}
 
 
 def read_weights(folder: Path, fields: dict, shape: GPTConfig, kind: str) -> dict[str, Tensor]:
-    """The tensors of a stock class, in float32; a tied head is copied."""
+    """The tensors of a class, in float32; a tied head is copied."""
     claimed = counts_of(shape)["total"]
     stored = tensors_in(weight_files(folder))
     if claimed > 2 * sum(math.prod(tensor.shape) for tensor in stored.values()):
@@ -117,7 +128,8 @@ def read_weights(folder: Path, fields: dict, shape: GPTConfig, kind: str) -> dic
             f"{CONFIG} is of a model of {claimed:,} parameters, but the tensors there are of less"
         )
     with torch.device("meta"):
-        expected = to_stock(GPT(shape).state_dict(), shape, kind)
+        weights = GPT(shape).state_dict()
+        expected = code_weights(weights) if kind == OWN_CLASS else to_stock(weights, shape, kind)
     tied = fields.get("tie_word_embeddings") and HEAD not in stored
     if tied:
         del expected[HEAD]

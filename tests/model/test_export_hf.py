@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.adapters import PLAIN, write_adapted, write_base
-from helpers.commands import CANNOT_CREATE, USAGE, assert_error
+from helpers.commands import CANNOT_CREATE, assert_error
 from helpers.exported import CAPPED, PLAIN_ODD, PROMPTS, WHOLE, exported, imported, shard, user
 from helpers.tools import assert_as_good, tiny_config
 from safetensors.torch import load_file
@@ -199,13 +199,15 @@ def test_the_card_says_what_it_is_and_the_runs_card_comes_along(tmp_path, random
         ({"softcap": 15.0, "qk_gain": 1.2}, "softcap=15.0, qk_gain=1.2"),
     ],
 )
-def test_what_no_class_computes_is_refused_by_name(
+def test_why_a_model_gets_a_class_of_its_own_is_said(
     tmp_path, random_model, tiny_tokenizer, capsys, fields, said
 ):
     base = write_base(tmp_path / "base", random_model(tiny_config(**PLAIN | fields)), tiny_tokenizer)
-    code = main(["export", "hf", str(base), "--out", str(tmp_path / "out")])
-    assert_error(capsys, code, USAGE, f"computes {said}.", "--preset tiny-portable")
-    assert not (tmp_path / "out").exists()
+    out = exported(base)
+    expected = f"no class of Transformers computes {said}, so modeling_hotlap.py is in the folder"
+    assert expected in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["model_type"] == "hotlap"
+    assert load_model(imported(out), CPU, torch.float32)[0].config == tiny_config(**PLAIN | fields)
 
 
 def test_windows_as_long_as_the_context_are_none(random_model):
