@@ -93,4 +93,4 @@ def our_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_code(folder: Path) -> None:
     """Put the class beside a model's weights."""
-    write(folder / CODE.name, CODE.read_text())
+    write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
