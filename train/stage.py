@@ -57,6 +57,7 @@ from hotlap.train.run.metrics import METRICS
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
 from hotlap.train.run.state import RunState
+from hotlap.train.run.trackers import check_tracker
 
 T = TypeVar("T")
 
@@ -93,7 +94,8 @@ class Stage:
 
 
 def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
-    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing.
+    """Raise ValueError or ImportError if this machine or number of ranks cannot run the config. Creates
+    nothing.
 
     shape: of the model, if it is known, to check the memory.
     """
@@ -107,6 +109,7 @@ def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = N
         )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
+    check_tracker(config.tracker)
 
 
 def lora_rank(config: StageConfig) -> int:
@@ -200,7 +203,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
         stage.batches(model, state, micro_rows), stage.loss, world=world, run=config.out,
         state=dataclasses.replace(state, stage=stage.name, data=stage.data),
         evaluate=stage.evaluate and (lambda: stage.evaluate(model, micro_rows)),
-        profile=config.profile, warm_up=warm_up,
+        profile=config.profile, tracker=config.tracker, warm_up=warm_up,
     )  # fmt: skip
     if world.is_main:
         write_report(config.out)
