@@ -79,6 +79,8 @@ def fit(
         if (warm_up or config.minutes) and not finished:  # after saving: it draws the first of the batches
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
         last = progress.resume(state, evaluate)
+        if state.step and saver.is_best(last):  # it ended before it could say so
+            saver.name_best(state.step, last)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
             micro = [batch.to(world.device) for batch in next(batches)]
@@ -122,6 +124,12 @@ def fit(
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))
             last = state.last | evaluated
+            if evaluates and saver.is_best(evaluated):
+                if saves:
+                    saver.name_best(state.step, evaluated)
+                else:
+                    check_copies(world, model, optimizer, step)
+                    saver.save(model, optimizer, tokenizer, state, evaluated)
             if done:
                 break
             if stopping:

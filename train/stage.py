@@ -51,11 +51,11 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import check_origin, continued
-from hotlap.train.run.checkpoint import mark_needed
 from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
 from hotlap.train.run.metrics import METRICS
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
+from hotlap.train.run.retention import mark_needed
 from hotlap.train.run.state import RunState
 from hotlap.train.run.trackers import check_tracker
 
