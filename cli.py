@@ -182,6 +182,10 @@ COMMANDS: Table = {
         ),
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
+    "sample": Command(
+        "what a model writes, from the beginning of a text or from nothing",
+        "serve.config:SampleConfig", "serve.terminal.samples:main",
+    ),
     "serve": Command(
         "serve a model behind OpenAI's HTTP API",
         "serve.config:ServeConfig", "serve.command:main",
