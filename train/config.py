@@ -100,6 +100,9 @@ class StageConfig:
     """Send the metrics to wandb, trackio or tensorboard, too (pip install 'hotlap[trackers]')."""
     resume: str = "no"
     """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
+    eval_only: bool = False
+    """Print the validation of the run's newest checkpoint, or of --resume CHECKPOINT, or of the weights that
+    a new run begins with, and end. Writes nothing."""
 
     def validate(self: T) -> T:
         """Return self, or raise ValueError naming the first invalid field."""
