@@ -196,6 +196,8 @@ ROWS: list[Row] = [
     (f"{PRETRAIN} --config a.toml", text("a.toml", "[[loop]]\nsteps = 3"), USAGE, r"a\.toml: loop=.* is not a table; begin it with \[loop\]"),
     (f"{PRETRAIN} --config a.toml", text("a.toml", 'preset = "tiny"'), USAGE, r"a\.toml: preset is not set in a file; give the flag --preset=tiny"),
     (f"{PRETRAIN} --config a.toml", text("a.toml", "a = 1\na = 2"), USAGE, r"a\.toml is not TOML: Cannot overwrite"),
+    (f"{PRETRAIN} --config a.json", text("a.json", "{"), BAD_DATA, r"a\.json is not JSON"),
+    (f"{PRETRAIN} --config base/checkpoints/step-000004/config.json", None, USAGE, r"unknown key in base.*config\.json: '.*'"),
     (f"{PRETRAIN} --config text.txt", None, USAGE, r"text\.txt is not TOML: .*line 1"),
     (f"{PRETRAIN} --config .", None, NO_INPUT, r"no configuration file \."),
     ("pretrain --data text.txt --tokenizer characters --out new --config a.toml", text("a.toml", "[loop]\nsteps = 0"), USAGE, r"a\.toml: loop\.steps=0 must be at least 1"),
