@@ -68,9 +68,9 @@ def tracked(tracker: str, run: Path) -> Iterator[None]:
                 "%s: %s has not finished %g s after the run, and is stopped; metrics.jsonl has all there is",
                 run, tracker, LAST_SECONDS,
             )  # fmt: skip
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-        watch.join()
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            watch.join()
 
 
 def warn_of_failure(process: subprocess.Popen, tracker: str, run: Path, ended: threading.Event) -> None:
