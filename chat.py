@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 try:
     import tyro
@@ -21,57 +21,29 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     raise SystemExit(130) from None
 
-from hotlap.common.checks import at_least
 from hotlap.common.errors import BAD_DATA
 from hotlap.common.log import log
 from hotlap.common.terminal import lenient, printable
-from hotlap.model.config import Sampling
 from hotlap.model.tools import DEFAULT_TOOLS, check_tools, described, named_tools
+from hotlap.serve.config import SamplingFlags
 from hotlap.serve.moderation import load_moderation
 from hotlap.serve.terminal.conversation import Chat, Continuation
 from hotlap.serve.terminal.printing import note
 from hotlap.serve.terminal.session import Model, Session, converse
 
-BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
-
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(SamplingFlags):
     """Chat with a model. With --web in a browser instead, and with --serve over HTTP: `hotlap web --help` and
     `hotlap serve --help` have those flags.
     """
 
-    model_field: ClassVar[str] = "model"
-    model: Path | None = None
-    """Run, checkpoint or model directory; the newest under runs/ by default."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit."""
-    temperature: float | None = None
-    """0 takes the most likely token; higher is more random. By default 0.7, and 0.8 for base models."""
-    top_k: int = Sampling.top_k
-    """Sample from the k most likely tokens; 0: from all."""
-    top_p: float = Sampling.top_p
-    """Sample from the most likely tokens that together have this probability; 1: from all."""
-    min_p: float = Sampling.min_p
-    """Leave out tokens with less than this share of the most likely token's probability; 0: none."""
-    max_tokens: int = Sampling.max_tokens
-    """Maximum length of an answer in tokens."""
-    seed: int | None = None
-    """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
     tools: tuple[str, ...] = DEFAULT_TOOLS
     """What the model may call: calculator, and python, which runs its code in a sandbox."""
     moderation: str | None = None
     """Filter for questions and answers: a file of words, or package.module:function. By default none."""
-
-    def sampling(self, base: bool) -> Sampling:
-        temperature = self.temperature
-        if temperature is None:
-            temperature = BASE_TEMPERATURE if base else Sampling.temperature
-        if self.seed is not None and not 0 <= self.seed < 1 << 62:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
-        at_least(self, 1, "max_tokens")
-        sampling = Sampling(temperature, self.top_k, self.max_tokens, top_p=self.top_p, min_p=self.min_p)
-        return sampling.validate()
 
     def validate(self) -> ChatConfig:
         """Return self, or raise ValueError naming the first invalid field."""

@@ -202,6 +202,10 @@ COMMANDS: Table = {
         ) for shell in ("bash", "zsh", "fish")
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
+    "sample": Command(
+        "what a model writes, from the beginning of a text or from nothing",
+        "serve.config:SampleConfig", "serve.terminal.samples:main",
+    ),
     "serve": Command(
         "serve a model behind OpenAI's HTTP API",
         "serve.config:ServeConfig", "serve.command:main",

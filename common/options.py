@@ -1,4 +1,4 @@
-"""Frozen dataclasses from a preset, a TOML file and flags, in that order; tyro checks all values."""
+"""Frozen dataclasses from a preset, a file and flags, in that order; tyro checks all values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from hotlap.common.errors import known
+from hotlap.common.files import read_object
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,13 +52,13 @@ def parse(
 ) -> Config:
     """The configuration for a command line.
 
-    --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE.toml
+    --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE
     overrides them, and other flags override the file. If the class has a `model_field`, its name, a word
     without a flag and --model set that field. ValueError for what cannot be read.
     """
     first = Flags(prog=command, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)  # ONLY_FLAGS names these
-    rows = {"--config FILE.toml": "read flags from a file; those on the command line override it"}
+    rows = {"--config FILE": "read flags from a .toml, or a run's config.json; others override them"}
     if presets:
         first.add_argument("--preset")
         rows["--preset NAME"] = (
@@ -83,7 +84,7 @@ def parse(
             text = str(error).replace(f"depth={chosen.depth}", f"--depth {chosen.depth}")
             raise ValueError(text) from None
     if chosen.config:
-        start = merge(start, read_toml(chosen.config), str(chosen.config))
+        start = merge(start, read_table(chosen.config), str(chosen.config))
     if model_field:
         rest = [re.sub(r"^--model(?==|$)", f"--{model_field}", word) for word in rest]
     check_switches(start, rest)
@@ -193,7 +194,7 @@ def as_typed(message: str, config: Any, arguments: list[str]) -> str:
         if flag.startswith("--"):
             typed[flag.lstrip("-").replace("-", "_").split(".")[-1]] = flag, given
         if flag == "--config":
-            file, keys = given, {key.replace("-", "_") for key in flat(read_toml(Path(given)))}
+            file, keys = given, {key.replace("-", "_") for key in flat(read_table(Path(given)))}
     for name, value in flat(dataclasses.asdict(config)).items():
         field = name.split(".")[-1]
         forms = [str(value), repr(value), *([f"{value:g}"] if isinstance(value, float) else [])]
@@ -208,6 +209,13 @@ def as_typed(message: str, config: Any, arguments: list[str]) -> str:
     return message
 
 
+def read_table(path: Path) -> dict:
+    """The fields in a configuration file: TOML, or a run's config.json."""
+    if path.suffix == ".json" and path.is_file():
+        return read_object(path)
+    return read_toml(path)
+
+
 def read_toml(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
@@ -218,8 +226,8 @@ def read_toml(path: Path) -> dict:
 
 
 def merge(config: Config, values: dict, where: str) -> Config:
-    """config, changed by the values of a TOML table. where: the source of the table, for errors."""
-    fields = flat(dataclasses.asdict(config))
+    """config, changed by the values of a table. where: the source of the table, for errors."""
+    fields, current = flat(dataclasses.asdict(config)), flat(json.loads(to_json(config)))
     for key, value in flat(values).items():
         name = key.replace("-", "_")
         if name in ONLY_FLAGS:
@@ -232,6 +240,8 @@ def merge(config: Config, values: dict, where: str) -> Config:
         misfit = f"{where}: {key}={value!r} does not fit {name}, which is {fields[name]!r} by default"
         if isinstance(value, bool) and not isinstance(fields[name], bool):
             raise ValueError(misfit)
+        if type(value) is type(current[name]) and value == current[name]:
+            continue  # a run's config.json has them all, and each takes tyro long
         try:
             config, unknown = from_flags(config, as_flag(name, value))
         except ValueError as error:

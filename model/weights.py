@@ -32,6 +32,7 @@ from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_di
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state.json"
+CHECKPOINTS, BEST = "checkpoints", "best.json"  # in the folder of a run
 SHOWN = 5  # models listed in an error
 
 
@@ -172,8 +173,8 @@ def lineage(folder: Path) -> list[Path]:
 
 
 def model_folder(path: str | Path | None) -> Path:
-    """The model directory of a path: the path itself, or the newest checkpoint of a run. None: that of the
-    newest model under runs/.
+    """The model directory of a path: the path itself, the newest checkpoint of a run, or its best one for
+    RUN/checkpoints/best. None: that of the newest model under runs/.
     """
     if path is None:
         path = next(reversed(find_models(Path("runs"))), "runs")
@@ -182,11 +183,15 @@ def model_folder(path: str | Path | None) -> Path:
         return path
     if checkpoints := run_checkpoints(path):
         return checkpoints[-1]
+    if names_best(path) and (best := best_checkpoint(path.parent.parent)):
+        return best
     raise FileNotFoundError(f"{what_is_at(path)}; {models_found(find_models(Path('runs')))}")
 
 
 def what_is_at(path: Path) -> str:
     """Why a path has no model, and what to do."""
+    if names_best(path) and run_checkpoints(path.parent.parent):
+        return f"{path.parent.parent} has no best checkpoint, for none of those it has was validated"
     if not os.path.exists(path):
         return f"no model at {path}"
     if not os.path.isdir(path):
@@ -223,13 +228,34 @@ def is_model(path: Path) -> bool:
 
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. One without a manifest is incomplete."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     try:
         names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d{6,}", name)]
     except OSError:  # there is none, or it cannot be read
         return []
     whole = [name for name in names if os.path.isfile(folder / name / MANIFEST)]
     return [folder / name for name in sorted(whole, key=lambda name: int(name.removeprefix("step-")))]
+
+
+def names_best(path: Path) -> bool:
+    return path.name == "best" and path.parent.name == CHECKPOINTS
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of a run with the best validation; None if it has none. DataError if best.json
+    is damaged.
+    """
+    step = read_best(run).get("step")
+    named = [folder for folder in run_checkpoints(run) if int(folder.name.removeprefix("step-")) == step]
+    return named[0] if named else None
+
+
+def read_best(run: Path) -> dict:
+    """What best.json says of a run's best checkpoint, its step and validation; empty if there is none."""
+    try:
+        return read_object(run / BEST)
+    except FileNotFoundError:
+        return {}
 
 
 def find_models(root: Path) -> list[Path]:

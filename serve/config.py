@@ -1,18 +1,22 @@
-"""What configures the server. Imports no torch, so that flags are read at once."""
+"""What configures the server, the web page and samples. Imports no torch, so that flags are read at once."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from urllib.parse import urlsplit
 
+import tyro
+
 from hotlap.common.checks import at_least, between, refuse
+from hotlap.model.config import Sampling
 from hotlap.model.tools import DEFAULT_TOOLS, check_tools
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a model, for clients
 LONGEST = 7 * 24 * 3600  # seconds
+BASE_TEMPERATURE = 0.8  # at 0, base models repeat themselves
 
 
 @dataclass(frozen=True)
@@ -126,4 +130,58 @@ class WebConfig:
                 good = False
             if not good:
                 refuse(self, "url", "the address of a server, such as http://127.0.0.1:8000")
+        return self
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """The flags of the commands that generate text in the terminal."""
+
+    model_field: ClassVar[str] = "model"
+    model: Path | None = None
+    """Run, checkpoint or model directory; the newest under runs/ by default."""
+    temperature: float | None = None
+    """0 takes the most likely token; higher is more random. By default 0.7, and 0.8 for base models."""
+    top_k: int = Sampling.top_k
+    """Sample from the k most likely tokens; 0: from all."""
+    top_p: float = Sampling.top_p
+    """Sample from the most likely tokens that together have this probability; 1: from all."""
+    min_p: float = Sampling.min_p
+    """Leave out tokens with less than this share of the most likely token's probability; 0: none."""
+    max_tokens: int = Sampling.max_tokens
+    """Maximum length of an answer in tokens."""
+    seed: int | None = None
+    """Makes a session at a temperature above 0 repeatable; by default, every answer is another draw."""
+
+    def sampling(self, base: bool) -> Sampling:
+        """base: whether the model is a base model. ValueError names a field that is out of range."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = BASE_TEMPERATURE if base else Sampling.temperature
+        if self.seed is not None and not 0 <= self.seed < 1 << 62:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
+        at_least(self, 1, "max_tokens")
+        sampling = Sampling(temperature, self.top_k, self.max_tokens, top_p=self.top_p, min_p=self.min_p)
+        return sampling.validate()
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplingFlags):
+    """Print samples of what a model writes, up to the end of a document, max-tokens or the context."""
+
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Continue this text. By default, samples are whole documents, from their beginning."""
+    prompt_file: Path | None = None
+    """Continue the text in this file, as it is; -: of standard input."""
+    samples: int = 1
+    """How many; they are generated side by side."""
+    seed: int | None = None
+    """Seed of the first sample; each has the next one. By default, every sample is another draw."""
+
+    def validate(self) -> SampleConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        self.sampling(base=True)
+        at_least(self, 1, "samples")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt-file exclude each other; give one of them")
         return self

@@ -17,6 +17,7 @@ T = TypeVar("T")
 Recompute = Literal["none", "block", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "fp8"]
 Policy = Literal["stop", "skip"]
+Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"]
 
 
@@ -95,8 +96,13 @@ class StageConfig:
     """Use torch.compile. auto: on a GPU only."""
     profile: bool = False
     """Write a profiler trace of a few steps, and on a GPU a memory snapshot."""
+    tracker: Tracker = "none"
+    """Send the metrics to wandb, trackio or tensorboard, too (pip install 'hotlap[trackers]')."""
     resume: str = "no"
     """no, auto (resume from the newest intact checkpoint), or the path of a checkpoint to resume from."""
+    eval_only: bool = False
+    """Print the validation of the run's newest checkpoint, or of --resume CHECKPOINT, or of the weights that
+    a new run begins with, and end. Writes nothing."""
 
     def validate(self: T) -> T:
         """Return self, or raise ValueError naming the first invalid field."""

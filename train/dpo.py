@@ -11,7 +11,6 @@ import torch
 
 from hotlap.common.files import write
 from hotlap.common.log import log
-from hotlap.common.terminal import printable
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.adapter_files import weights_sha256
 from hotlap.model.gpt import GPT
@@ -26,14 +25,14 @@ from hotlap.train.reference import fill_reference
 from hotlap.train.run.folder import origin, run_of
 from hotlap.train.sampled_pairs import SAMPLES, read_samples, sample_pairs
 from hotlap.train.sft import check_tokenizer, epoch_steps, open_chat_model, passes
-from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
+from hotlap.train.stage import Stage, check_machine, closing, evaluated_aside, opened, row_batches, train
 
 
 def optimize_preferences(config: DPOConfig) -> dict[str, float]:
     """Train on all ranks, and return the last metrics."""
     config = config.validate()
     check_data(config.data)
-    with joined() as world:
+    with joined() as world, evaluated_aside(config, world) as config:
         base, shape, tokenizer = open_chat_model(config)
         check_machine(config, world, shape)
         with world.main_first("download the pairs"):
@@ -75,7 +74,8 @@ def optimize_preferences(config: DPOConfig) -> dict[str, float]:
                 ),
                 world,
             )  # fmt: skip
-    warn_of_failure(last, config)
+    if not config.eval_only:
+        warn_of_failure(last, config)
     return last
 
 
@@ -136,5 +136,5 @@ def held_out(model: GPT, rows: PairRows, loss: Loss, at_once: int, world: World)
 
 def main(config: DPOConfig) -> None:
     """`hotlap dpo`."""
-    optimize_preferences(config)
-    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))
+    last = optimize_preferences(config)
+    print(closing(config, last, f"chat with it: python chat.py {shlex.quote(str(config.out))}"))

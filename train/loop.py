@@ -31,6 +31,7 @@ from hotlap.train.run.disk_space import checkpoint_bytes, require_space
 from hotlap.train.run.metrics import Progress
 from hotlap.train.run.profile import profiled
 from hotlap.train.run.state import RunState
+from hotlap.train.run.trackers import tracked
 from hotlap.train.step import Outcome, take_step, take_warmup_steps
 from hotlap.train.step_checks import StepChecker, check_copies
 
@@ -49,6 +50,7 @@ def fit(
     state: RunState | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     profile: bool = False,
+    tracker: str = "none",
     warm_up: bool = False,
 ) -> dict[str, float]:
     """Train from `state` to the end of the run, and return the last metrics.
@@ -66,6 +68,7 @@ def fit(
     with (
         Saver(run, world) as saver,
         Progress(run, clock.steps, state.step, world) as progress,
+        tracked(tracker if world.is_main else "none", run),
         Stragglers(world) as stragglers,
         StopRequest() as stop,
         profiled(run if profile else None, world) as profile_step,
@@ -76,6 +79,8 @@ def fit(
         if (warm_up or config.minutes) and not finished:  # after saving: it draws the first of the batches
             batches = take_warmup_steps(passes, optimizer, schedule, batches, world)
         last = progress.resume(state, evaluate)
+        if state.step and saver.is_best(last):  # it ended before it could say so
+            saver.name_best(state.step, last)
         for step in range(state.step, state.step if finished else config.steps):
             began = time.perf_counter()
             micro = [batch.to(world.device) for batch in next(batches)]
@@ -119,6 +124,12 @@ def fit(
                 stragglers.leave()
             progress.show(state.last, evaluated, clock.fraction(state.step, state.seconds))
             last = state.last | evaluated
+            if evaluates and saver.is_best(evaluated):
+                if saves:
+                    saver.name_best(state.step, evaluated)
+                else:
+                    check_copies(world, model, optimizer, step)
+                    saver.save(model, optimizer, tokenizer, state, evaluated)
             if done:
                 break
             if stopping:

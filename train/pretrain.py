@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 from hotlap.common.errors import DataError
-from hotlap.common.terminal import printable
 from hotlap.model.tokenizer import check_bpe_size
 from hotlap.train.config import LoopConfig, PretrainConfig
 from hotlap.train.data.prepare import prepare
@@ -16,7 +15,7 @@ from hotlap.train.data.sources import shard_folder
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.losses import next_token_loss
-from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
+from hotlap.train.stage import Stage, check_machine, closing, evaluated_aside, opened, row_batches, train
 
 # A timed run on little data ends after this many passes: each is worth less (Muennighoff et al., 2023).
 MOST_EPOCHS = 4
@@ -28,7 +27,7 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
     warm_up: compile before the clock starts, on steps that are undone.
     """
     config = config.validate()
-    with joined() as world:
+    with joined() as world, evaluated_aside(config, world) as config:
         check_sizes(config, world)
 
         def data():
@@ -84,5 +83,5 @@ def describe_length(config: PretrainConfig, loop: LoopConfig, rows: PackedRows) 
 
 def main(config: PretrainConfig) -> None:
     """`hotlap pretrain`."""
-    pretrain(config)
-    print(printable(f"{config.out}/report.md"))
+    last = pretrain(config)
+    print(closing(config, last, f"{config.out}/report.md"))

@@ -10,7 +10,6 @@ import shlex
 import torch
 
 from hotlap.common.log import log
-from hotlap.common.terminal import printable
 from hotlap.kernels.batch_invariant import batch_invariant, batch_invariant_works
 from hotlap.model.config import GPTConfig
 from hotlap.model.tokenizer import Tokenizer
@@ -34,7 +33,7 @@ from hotlap.train.rewards.guarded import Failure, Guarded, Sample
 from hotlap.train.rl_config import RLConfig
 from hotlap.train.rollouts import Question, Sampler, questions_of
 from hotlap.train.sft import check_tokenizer, open_chat_model
-from hotlap.train.stage import Stage, check_machine, opened, train
+from hotlap.train.stage import Stage, check_machine, closing, evaluated_aside, opened, train
 
 WAIT = 1800  # seconds that ranks wait for one whose rewards take long
 
@@ -46,7 +45,11 @@ def reinforce(config: RLConfig) -> dict[str, float]:
     if config.tools:
         check_tools(config.tools)
     rewards = rewards_of(config.data, config.reward)
-    with joined(WAIT) as world, Guarded(rewards.values(), config.reward_seconds) as guarded:
+    with (
+        joined(WAIT) as world,
+        evaluated_aside(config, world) as config,
+        Guarded(rewards.values(), config.reward_seconds) as guarded,
+    ):
         base, shape, tokenizer = open_chat_model(config)
         check_machine(config, world, shape)
         with world.main_first("download the questions"):
@@ -116,5 +119,5 @@ def digest(asked: list[Question]) -> str:
 
 def main(config: RLConfig) -> None:
     """`hotlap rl`."""
-    reinforce(config)
-    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))
+    last = reinforce(config)
+    print(closing(config, last, f"chat with it: python chat.py {shlex.quote(str(config.out))}"))

@@ -26,7 +26,7 @@ from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.losses import next_token_loss
 from hotlap.train.optim.schedule import rows_in_all, stage_rows
-from hotlap.train.stage import Stage, check_machine, opened, row_batches, train
+from hotlap.train.stage import Stage, check_machine, closing, evaluated_aside, opened, row_batches, train
 
 
 def fine_tune(config: SFTConfig) -> dict[str, float]:
@@ -34,7 +34,7 @@ def fine_tune(config: SFTConfig) -> dict[str, float]:
     config = config.validate()
     parts = parts_of(config.data)
     check_parts(parts)
-    with joined() as world:
+    with joined() as world, evaluated_aside(config, world) as config:
         base, shape, tokenizer = open_model(config.base)
         check_machine(config, world, shape)
         if config.lora_rank and stage_of(base) == "pretrain":
@@ -116,5 +116,5 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 
 def main(config: SFTConfig) -> None:
     """`hotlap sft`."""
-    fine_tune(config)
-    print(printable(f"chat with it: python chat.py {shlex.quote(str(config.out))}"))
+    last = fine_tune(config)
+    print(closing(config, last, f"chat with it: python chat.py {shlex.quote(str(config.out))}"))

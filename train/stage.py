@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 
 from hotlap.common.log import log
 from hotlap.common.process import keep_freed_memory
+from hotlap.common.terminal import printable
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.adapter_files import weights_sha256
 from hotlap.model.config import GPTConfig
@@ -27,7 +30,7 @@ from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
 from hotlap.model.gpt import GPT
 from hotlap.model.lora import LoRA, adapter_count, add_adapters, check_rank
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import lineage, load_weights, model_folder
+from hotlap.model.weights import lineage, load_weights, model_folder, run_checkpoints
 from hotlap.train.config import LoopConfig, StageConfig, TuneConfig
 from hotlap.train.data.preference_rows import PairRows
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
@@ -51,14 +54,16 @@ from hotlap.train.losses import Loss
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import rows_share, stage_rows
 from hotlap.train.run.changes import check_origin, continued
-from hotlap.train.run.checkpoint import mark_needed
 from hotlap.train.run.folder import open_run, origin, run_lock, write_config, write_machine
-from hotlap.train.run.metrics import METRICS
+from hotlap.train.run.metrics import METRICS, as_line
 from hotlap.train.run.report import write_report
 from hotlap.train.run.resume import resume_from
+from hotlap.train.run.retention import mark_needed
 from hotlap.train.run.state import RunState
+from hotlap.train.run.trackers import check_tracker
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound=StageConfig)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class Stage:
 
 
 def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
-    """Raise ValueError if this machine or number of ranks cannot run the config. Creates nothing.
+    """Raise ValueError or ImportError if this machine or number of ranks cannot run the config. Creates
+    nothing.
 
     shape: of the model, if it is known, to check the memory.
     """
@@ -107,6 +113,7 @@ def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = N
         )  # fmt: skip
     if config.dtype == "fp8":
         check_fp8(world.device)
+    check_tracker(config.tracker)
 
 
 def lora_rank(config: StageConfig) -> int:
@@ -117,6 +124,26 @@ def lora_rank(config: StageConfig) -> int:
 def common_rows(config: StageConfig) -> int:
     """Rows that micro-batches must divide: the greatest common divisor over the schedule's stages."""
     return math.gcd(*stage_rows(config.schedule, config.batch_rows))
+
+
+@contextmanager
+def evaluated_aside(config: Config, world: World) -> Iterator[Config]:
+    """The config itself; with eval_only, that of a run in a temporary folder, which is resumed from what is
+    to be validated. It is beside the run's, so that all nodes see it.
+    """
+    if not config.eval_only:
+        yield config
+        return
+    start = config.resume
+    if start in ("no", "auto"):
+        start = str(config.out) if run_checkpoints(config.out) else "no"
+    with ExitStack() as stack:
+        folder = None
+        if world.is_main:
+            beside = config.out.parent if os.access(config.out.parent, os.W_OK) else None
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=beside))
+        folder = Path(world.gather(folder)[0])
+        yield dataclasses.replace(config, out=folder / config.out.name, resume=start)
 
 
 @contextmanager
@@ -181,8 +208,12 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     start = world.together(lambda: origin(config.out, config.resume))[0]
     state = resume_from(
         config.out, start, model, optimizer, world,
-        accept=lambda folder, manifest, state: continued(folder, manifest, state, config, stage),
+        accept=lambda folder, manifest, state: (
+            state if config.eval_only else continued(folder, manifest, state, config, stage)
+        ),
     )  # fmt: skip
+    if config.eval_only:
+        return validated(model, stage, micro_rows, state)
     current = dataclasses.replace(config, resume=start)  # what a run that is stopped goes on with
 
     def record() -> None:
@@ -200,11 +231,26 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
         stage.batches(model, state, micro_rows), stage.loss, world=world, run=config.out,
         state=dataclasses.replace(state, stage=stage.name, data=stage.data),
         evaluate=stage.evaluate and (lambda: stage.evaluate(model, micro_rows)),
-        profile=config.profile, warm_up=warm_up,
+        profile=config.profile, tracker=config.tracker, warm_up=warm_up,
     )  # fmt: skip
     if world.is_main:
         write_report(config.out)
     return last
+
+
+def validated(model: GPT, stage: Stage, micro_rows: int, state: RunState) -> dict[str, float]:
+    """The validation of a model as it is used, with the step that it has been trained to; collective."""
+    if stage.evaluate is None:
+        raise ValueError(f"{stage.source} has nothing to validate on, which --eval-only asks for")
+    if not state.step:
+        log.info("no step is taken yet: these are %s", stage.base or "random weights")
+    model.set_windows(1.0)
+    return {"steps": state.step, **stage.evaluate(model, micro_rows)}
+
+
+def closing(config: StageConfig, last: dict[str, float], text: str) -> str:
+    """What a command prints at its end: a text, or with eval_only the validation, as a line of JSON."""
+    return as_line(last).strip() if config.eval_only else printable(text)
 
 
 def row_batches(

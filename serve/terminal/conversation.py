@@ -27,6 +27,21 @@ def seeds(first: int | None) -> Iterator[int]:
     return iter(lambda: secrets.randbits(62), None) if first is None else itertools.count(first)
 
 
+def check_length(text: str) -> None:
+    if len(text) > LONGEST_MESSAGE:
+        raise ValueError(f"{len(text):,} characters; at most {LONGEST_MESSAGE:,}")
+
+
+def ids_to_continue(text: str, engine: Engine) -> list[int]:
+    """The beginning of a document, as ids; of a text that leaves too little of the context, its end."""
+    check_length(text)
+    tokenizer, room = engine.tokenizer, engine.model.config.context * 3 // 4
+    prompt = [tokenizer.bos, *tokenizer.encode(text)]
+    if len(prompt) > room:
+        note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
+    return prompt[-room:]
+
+
 @dataclass(frozen=True)
 class Stats:
     """Figures of an answer."""
@@ -102,8 +117,7 @@ class Chat(Answers):
         not allow one of them.
         """
         self.unanswered = question
-        if len(question) > LONGEST_MESSAGE:
-            raise ValueError(f"{len(question):,} characters; at most {LONGEST_MESSAGE:,}")
+        check_length(question)
         require_allowed([self.system, question], self.moderate)
         self.messages.append({"role": "user", "content": question})
         ids: list[int] = []
@@ -186,15 +200,10 @@ class Continuation(Answers):
 
     def answer(self, text: str) -> Iterator[str]:
         """Stream what follows the text. ValueError if it is too long, or the filter blocks one of them."""
-        if len(text) > LONGEST_MESSAGE:
-            raise ValueError(f"{len(text):,} characters; at most {LONGEST_MESSAGE:,}")
+        check_length(text)
         self.text = text
         require_allowed([text], self.moderate)
-        tokenizer, room = self.engine.tokenizer, self.engine.model.config.context * 3 // 4
-        prompt = [tokenizer.bos, *tokenizer.encode(text)]
-        if len(prompt) > room:
-            note(f"the text takes {len(prompt)} tokens; the model continues the last {room} of them")
-        yield from moderated(self.pieces(prompt[-room:]), self.moderate)
+        yield from moderated(self.pieces(ids_to_continue(text, self.engine)), self.moderate)
 
     def pieces(self, prompt: list[int]) -> Iterator[str]:
         """Generate a continuation."""

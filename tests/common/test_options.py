@@ -8,8 +8,10 @@ import pytest
 
 from hotlap.common.options import as_typed, differences, flat, parse, to_json
 from hotlap.train import presets, pretrain, sft
+from hotlap.train.config import DPOConfig
 from hotlap.train.data import prepare
 from hotlap.train.evaluation import command
+from hotlap.train.rl_config import RLConfig
 from hotlap.train.run import report
 from hotlap.train.speedruns import demo, grade, minutes, track
 
@@ -41,6 +43,21 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
         preset, seed=4, batch_rows=8, data="x.txt",
         optim=dataclasses.replace(preset.optim, matrix_lr=0.5, head_lr=0.25),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [presets.gpt2_124m(), presets.tiny_sft(), DPOConfig(), RLConfig(data=("gsm8k", "mbpp"), reward="a:b")],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_config_json_of_a_run_gives_its_configuration(tmp_path, config):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert parse(type(config), ["--config", str(path)], command="") == config
+    changed = parse(type(config), ["--config", str(path), "--out", "new", "--loop.steps", "7"], command="")
+    assert changed == dataclasses.replace(
+        config, out=Path("new"), loop=dataclasses.replace(config.loop, steps=7)
+    )
 
 
 def test_values_of_every_type_come_from_a_file(tmp_path):

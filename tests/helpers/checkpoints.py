@@ -93,6 +93,18 @@ def save_steps(
     return held
 
 
+def save_validated(world: World, run: Path, losses: dict[int, float]) -> list[bool]:
+    """Save each step, as the best where its loss is; return where it was. The ranks have different losses."""
+    model, states = built()
+    found = []
+    with Saver(run, world) as saver:
+        for step, loss in losses.items():
+            evaluated = {"validation_loss": loss if world.is_main else -loss}
+            found.append(saver.is_best(evaluated))
+            saver.save(model, states, TOKENIZER, RunState(step=step), evaluated if found[-1] else None)
+    return found
+
+
 def load_newest(
     world: World, run: Path, mesh: tuple[int, ...] = (), choice: str = "auto"
 ) -> tuple[int, dict[str, str]]:

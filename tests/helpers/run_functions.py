@@ -46,6 +46,13 @@ def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **
     return said
 
 
+def validating(folder: str) -> dict:
+    """The validation of the newest checkpoint of the run `pretrain`."""
+    config = small_run(Path(folder), out=Path(folder) / "pretrain", loop=LoopConfig(6, 6, 6), eval_only=True)
+    with joined(30):
+        return pretrain(config)
+
+
 def fine_tuning(folder: str, name: str, base: str, steps: int = 20, **fields) -> None:
     """Fine-tune with 12 ragged rows per step, of which few targets have loss."""
     config = SFTConfig(

@@ -16,7 +16,7 @@ from hotlap.model.lora import adapter_shapes
 from hotlap.model.tensors import stored_tensors
 from hotlap.model.weights import load_config, load_model, run_checkpoints
 from hotlap.train.loop import LoopConfig
-from hotlap.train.run.checkpoint import NEEDED, mark_needed
+from hotlap.train.run.retention import NEEDED, mark_needed
 
 CPU = torch.device("cpu")
 STEPS = 6

@@ -20,7 +20,7 @@ from hotlap.train.run.state import RunState
 
 # Where and how a run is computed, watched and saved.
 FREE = {
-    "resume", "compile", "out", "micro_batch", "recompute", "profile",
+    "resume", "compile", "out", "micro_batch", "recompute", "profile", "tracker",
     "loop.evaluate_every", "loop.save_every", "loop.bad_steps", "validation_questions",
 }  # fmt: skip
 LENGTH = {"loop.steps", "loop.minutes", "epochs"}

@@ -37,19 +37,18 @@ from hotlap.model.gpt import GPT
 from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import CONFIG, STATE, TOKENIZER, run_checkpoints, save_description
+from hotlap.model.weights import CHECKPOINTS, CONFIG, STATE, TOKENIZER, save_description
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
 from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.run.disk_space import checkpoint_bytes, explain_full_disk, require_space
 from hotlap.train.run.folder import read_config
 from hotlap.train.run.random_state import random_state
+from hotlap.train.run.retention import best_score, move_aside, name_best, retire, score
 from hotlap.train.run.state import RunState
 
 T = TypeVar("T")
-CHECKPOINTS, OPTIMIZER = "checkpoints", "optimizer"
-KEEP = 2  # checkpoints of a run, beside those that adapters need
-NEEDED = "needed_by.txt"  # in a checkpoint: runs with adapters for it
+OPTIMIZER = "optimizer"
 SAVE_TIMEOUT = timedelta(minutes=10)  # how long ranks wait for each other while saving
 
 
@@ -65,6 +64,8 @@ class Snapshot:
     state: dict
     random: dict
     lora: LoRA | None
+    best: dict | None
+    """The metrics that make it the best checkpoint."""
 
 
 class Saver:
@@ -82,9 +83,35 @@ class Saver:
         self.memory: dict[str, Tensor] = {}  # buffers for the copies, reused by each save
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.best: float | None = world.gather(best_score(run) if world.is_main else None)[0]
 
-    def save(self, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer, state: RunState) -> None:
-        """Start writing checkpoints/step-N, after waiting for the previous save."""
+    def is_best(self, evaluated: dict) -> bool:
+        """Whether a validation is better than that of the run's best checkpoint, on rank 0; collective. The
+        caller then saves the step as the best, or names it so.
+        """
+        found = self.world.gather(score(evaluated))[0]
+        if found is None or (self.best is not None and found <= self.best):
+            return False
+        self.best = found
+        return True
+
+    def name_best(self, step: int, evaluated: dict) -> None:
+        """Name a step as the best that is saved, or is being saved."""
+        self.finish()
+        if self.world.is_main:
+            name_best(self.run, step, evaluated)
+
+    def save(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        tokenizer: Tokenizer,
+        state: RunState,
+        best: dict | None = None,
+    ) -> None:
+        """Start writing checkpoints/step-N, after waiting for the previous save. best: the validation that
+        makes it the best one.
+        """
         self.finish()
         weights, states = (
             {name: self._copy(name, tensor) for name, tensor in tensors.items()}
@@ -94,7 +121,7 @@ class Saver:
             torch.cuda.synchronize()  # wait for the copies
         snapshot = Snapshot(
             state.step, weights, states, model.config, tokenizer,
-            json.loads(json.dumps(dataclasses.asdict(state))), random_state(), model.lora,
+            json.loads(json.dumps(dataclasses.asdict(state))), random_state(), model.lora, best,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
         self.thread.start()
@@ -241,14 +268,9 @@ class Saver:
         partial.rename(folder / f"step-{step:06d}")
         sync(folder)
         fault("checkpoint-renamed", 0, step)
-        for old in run_checkpoints(self.run)[:-KEEP]:
-            if (old / NEEDED).exists():
-                continue
-            gone = old.rename(
-                folder / f".tmp-{old.name}-{secrets.token_hex(4)}"
-            )  # a half-deleted one is none
-            fault("checkpoint-retention", 0, step)
-            shutil.rmtree(gone)
+        if snapshot.best:
+            name_best(self.run, step, snapshot.best)
+        retire(self.run, lambda: fault("checkpoint-retention", 0, step))
 
     def _manifest(self, snapshot: Snapshot) -> dict:
         """The manifest, without its list of files."""
@@ -261,23 +283,6 @@ class Saver:
             "tokenizer": snapshot.tokenizer.sha256,
             "data": snapshot.state.get("data"),
         }
-
-
-def mark_needed(base: Path, run: Path) -> None:
-    """Note in a checkpoint that the adapters of a run need it: its own run, trained on, would delete it."""
-    path, line = base / NEEDED, f"{run.resolve()}\n"
-    if base.parent.name != CHECKPOINTS:
-        return
-    try:
-        with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
-            file.seek(0)
-            if line not in file.readlines():
-                file.write(line)
-    except OSError as error:
-        log.warning(
-            "%s cannot be marked as needed (%s): train that run on into another --out, or it deletes it",
-            base, error.strerror,
-        )  # fmt: skip
 
 
 def random_file(rank: int) -> str:
@@ -298,8 +303,3 @@ def check_finite(snapshot: Snapshot) -> None:
                 f"{name} is not finite after step {snapshot.step}, so it was not saved; the previous "
                 "checkpoint is intact. Try a lower learning rate"
             )
-
-
-def move_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that it no longer counts as one, and return its new path."""
-    return folder.rename(folder.with_name(f"aside-{folder.name}-{secrets.token_hex(4)}"))

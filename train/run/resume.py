@@ -17,11 +17,12 @@ from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import verify
 from hotlap.model.tensors import listed, read_tensors, tensor_differences
 from hotlap.model.tokenizer import Tokenizer
-from hotlap.model.weights import STATE, TOKENIZER, load_config, model_folder, run_checkpoints
+from hotlap.model.weights import CHECKPOINTS, STATE, TOKENIZER, load_config, model_folder, run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
-from hotlap.train.run.checkpoint import CHECKPOINTS, OPTIMIZER, move_aside, optimizer_tensors, random_file
+from hotlap.train.run.checkpoint import OPTIMIZER, optimizer_tensors, random_file
 from hotlap.train.run.random_state import set_random_state
+from hotlap.train.run.retention import move_aside
 from hotlap.train.run.state import RunState
 
 
