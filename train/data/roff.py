@@ -30,10 +30,10 @@ CHARACTERS = {
     "`": "`", ".": ".",
 }  # fmt: skip
 UNICODE = re.compile("u[0-9A-F]{4}")
-NAME = r"(?:\[[^]]*\]|\(..|.)"
+NAME = r"(?:\[[^]]{0,80}\]|\(..|.)"
 ESCAPE = re.compile(
-    rf"\\(?:[fFgkMmYRn][-+]?{NAME}|s[-+]?(?:\[[^]]*\]|\(\d\d|\d)|[hvwbDLlNoXxZ]'[^']*'"  # fonts, sizes, moves
-    r"|\*?(?:\[([^]]*)\]|\((..))|\*(.)|(.))"
+    rf"\\(?:[fFgkMmYRn][-+]?{NAME}|s[-+]?(?:\[[^]]{0, 80}\]|\(\d\d|\d)|[hvwbDLlNoXxZ]'[^']{0, 200}'"  # fonts, sizes, moves
+    r"|\*?(?:\[([^]]{0,80})\]|\((..))|\*(.)|(.))"
 )
 
 
@@ -70,8 +70,8 @@ def manual_text(source: str) -> str:
                     subject = subject or (words[0] if name == "Nm" and words else "")
                     out.append(mdoc_text([name, *(words or [subject] * (name == "Nm"))]))
                 filled = name not in LINES[0] and (filled or name in LINES[1])
-    text = re.sub(r" *\n *", "\n", " ".join(out))
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" {2,}", " ", text)).strip() + "\n"
+    text = re.sub(r" ?\n ?", "\n", re.sub(r" {2,}", " ", " ".join(out)))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def arguments(rest: str) -> list[str]:

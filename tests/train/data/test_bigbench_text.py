@@ -19,7 +19,10 @@ MILL = "When the mill closed, the people of the village sold their houses to tho
 SHOP = (
     "A: How long have you worked in this shop, and do you like it?\nB: For <MASK>, and I like it very much."
 )
-GUARDED = "Only {} of the old ships in the museum of the harbour town has ever carried grain to Norway and to Spain."
+GUARDED = (
+    "Only {} of the old ships in the museum of the harbour town has "
+    "ever carried grain to Norway and to Spain."
+)
 QUESTION = "Which of the planets that were known to the ancients has the shortest day and the longest year?"
 EVALUATED = ("qa_wikidata", "dyck_languages", "natural_instructions/subtask033_winogrande_answer_generation")
 

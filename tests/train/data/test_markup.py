@@ -1,5 +1,7 @@
 """HTML, info pages and texts without what is not for reading."""
 
+import pytest
+
 from hotlap.train.data.markup import html_text, info_text, plain_text
 
 
@@ -16,8 +18,17 @@ def test_of_html_what_is_seen_stays():
 
 
 def test_html_that_is_not_closed_is_read_to_its_end():
-    assert html_text("</nav></pre><p>one<p>two<div <b>three").startswith("one\n\ntwo")
+    assert html_text("</nav></pre><p>one<p>two<div <b>three") == "one\n\ntwo<div three\n"
+    assert html_text("<head><title>x</title><body>a < b<![if x]>, <!--c") == "a < b,\n"
     assert html_text("<nav>menu") == "\n"
+
+
+@pytest.mark.parametrize(
+    "piece", ["<![CDATA[", "<a ", "<!--", "</p ", "<", "&#", " ", "\n ", "* ", "\x1b[", "=-", "File: "]
+)
+@pytest.mark.parametrize("text_of", [html_text, info_text, plain_text])
+def test_any_text_is_read_in_time_by_its_length(text_of, piece):
+    assert isinstance(text_of(piece * 100_000), str)
 
 
 def test_info_pages_lose_their_menus_and_tables():

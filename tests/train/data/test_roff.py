@@ -80,3 +80,8 @@ def test_a_page_of_the_bsds_is_read_too():
 )
 def test_any_text_is_a_page(source):
     assert isinstance(manual_text(source + "\n" + source), str)
+
+
+@pytest.mark.parametrize("piece", ["\\*[", "\\h'", '"', '.B "', " ", "\n ", "Fl ", "\\", ".if \\{\n"])
+def test_any_page_is_read_in_time_by_its_length(piece):
+    assert isinstance(manual_text(".B " + piece * 100_000), str)
