@@ -32,7 +32,8 @@ CHARACTERS = {
 UNICODE = re.compile("u[0-9A-F]{4}")
 NAME = r"(?:\[[^]]{0,80}\]|\(..|.)"
 ESCAPE = re.compile(
-    rf"\\(?:[fFgkMmYRn][-+]?{NAME}|s[-+]?(?:\[[^]]{0, 80}\]|\(\d\d|\d)|[hvwbDLlNoXxZ]'[^']{0, 200}'"  # fonts, sizes, moves
+    rf"\\(?:[fFgkMmYRn][-+]?{NAME}|s[-+]?(?:\[[^]]{{0,80}}\]|\(\d\d|\d)"  # fonts, sizes
+    r"|[hvwbDLlNoXxZ]'[^']{0,200}'"  # moves
     r"|\*?(?:\[([^]]{0,80})\]|\((..))|\*(.)|(.))"
 )
 
