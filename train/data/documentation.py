@@ -34,7 +34,7 @@ NO_PROSE = re.compile(
 )
 LARGEST_FILE = 1 << 23  # bytes of a file, unpacked
 SHORTEST = 200  # characters of a document
-REPEATED = 60  # characters from which on a paragraph is taken once; headings may come again
+REPEATED = 25  # characters from which on a paragraph is taken once; headings may come again
 LEAST = 1_000_000  # characters, apart from Python's
 ASCII = 0.97  # of the characters of English
 
