@@ -120,7 +120,8 @@ class PretrainConfig(StageConfig):
 
     out: Path = Path("runs/pretrain")
     data: str = "pydocs"
-    """pydocs (Python's documentation), shakespeare, text or .jsonl files, or a folder of token shards."""
+    """pydocs (Python's documentation), docs (this machine's), shakespeare, bigbench, text or .jsonl files,
+    or a folder of token shards."""
     tokenizer: str = "bpe"
     """bpe (with model.vocab-size tokens) or characters, trained on the data; gpt2; or a tokenizer.json."""
     model: GPTConfig = field(default_factory=GPTConfig)

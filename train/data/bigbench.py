@@ -9,21 +9,20 @@ set must not be scored on BIG-bench.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import cache_folder, replacing
+from hotlap.common.files import cache_folder
 from hotlap.common.log import log
-from hotlap.train.data.download import Content, require_free_space
+from hotlap.train.data.download import Content
 from hotlap.train.data.hub import DownloadPlan
+from hotlap.train.data.kept_lines import keep_lines, kept_lines
 from hotlap.train.data.package_archive import PackageArchive, download_archive
 
 ARCHIVE = PackageArchive(
@@ -32,12 +31,11 @@ ARCHIVE = PackageArchive(
     Content(358_249_635, "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"),
 )
 RULES = 1  # counts changes of what is taken and how, so that an older version's lines are not read
-LARGEST_TASK = 1 << 26  # bytes of a task.json; the largest one of these has 34 MB
-LARGEST_CACHE = 1 << 27  # bytes of the lines that are kept, compressed
+LARGEST_TASK = 1 << 26  # bytes of a task.json
 
-TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"
-INSTRUCTIONS = re.compile(TASKS + r"natural_instructions/subtask\d{3}_(\w+)/task\.json")
-SMALL_TALK = TASKS + "topical_chat/task.json"
+TASK = re.compile(r"bigbench-1\.0\.0/bigbench/benchmark_tasks/([\w/]+)/task\.json")
+INSTRUCTIONS = re.compile(r"natural_instructions/subtask\d{3}_(\w+)")
+TASKS = re.compile(INSTRUCTIONS.pattern + "|topical_chat")
 WRONG_ANSWERS = re.compile(r"wrong|incorrect")  # what the tasks ask for, which a small model learns for good
 # Questions of WinoGrande, which CORE asks, and of ARC and other science exams, which `hotlap eval` asks.
 EVALUATED = re.compile(r"winogrande|essential_terms|question_typing|science_questions")
@@ -50,13 +48,7 @@ def bigbench_conversations() -> Iterator[tuple[str, list[dict]]]:
     path = cache_path()
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; `hotlap sft --data bigbench` downloads and makes it")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                place, messages = json.loads(line)
-                yield place, messages
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and retry") from error
+    yield from kept_lines(path)
 
 
 def bigbench_plan() -> DownloadPlan:
@@ -72,13 +64,8 @@ def download_bigbench() -> None:
     if cache_path().exists():
         return
     archive = download_archive(ARCHIVE)
-    require_free_space(cache_folder(), LARGEST_CACHE)
     left_out: Counter[str] = Counter()
-    kept = 0
-    with replacing(cache_path()) as part, gzip.open(part, "wt", encoding="utf-8", compresslevel=5) as lines:
-        for place, messages in archived_conversations(archive, left_out):
-            lines.write(json.dumps([place, messages], ensure_ascii=False) + "\n")
-            kept += 1
+    kept = keep_lines(cache_path(), archived_conversations(archive, left_out))
     counts = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
     log.info("%s: %s conversations; left out: %s", cache_path(), f"{kept:,}", counts or "none")
 
@@ -89,6 +76,17 @@ def cache_path() -> Path:
 
 def archived_conversations(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[dict]]]:
     """The conversations in the archive, each after its place. Those left out are counted by reason."""
+    for name, task in archived_tasks(path, TASKS):
+        if instructions := INSTRUCTIONS.fullmatch(name):
+            name, conversations = instructions[1], instructed(instructions[1], task, left_out)
+        else:
+            conversations = small_talk(task)
+        for number, messages in enumerate(conversations, 1):
+            yield f"{name} {number}", messages
+
+
+def archived_tasks(path: Path, names: re.Pattern) -> Iterator[tuple[str, dict]]:
+    """The tasks whose names match, such as gem/xsum, in the order of the archive, which is streamed."""
     from tqdm import tqdm
 
     with open(path, "rb") as file:
@@ -97,16 +95,9 @@ def archived_conversations(path: Path, left_out: Counter[str]) -> Iterator[tuple
         )
         with progress as counted, tarfile.open(fileobj=counted, mode="r|gz") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
-                if instructions := INSTRUCTIONS.fullmatch(member.name):
-                    task = read_task(archive.extractfile(member), member)
-                    for number, messages in enumerate(instructed(instructions[1], task, left_out), 1):
-                        yield f"{instructions[1]} {number}", messages
-                elif member.name == SMALL_TALK:
-                    task = read_task(archive.extractfile(member), member)
-                    for number, messages in enumerate(small_talk(task), 1):
-                        yield f"topical_chat {number}", messages
+                found = TASK.fullmatch(member.name)
+                if member.isfile() and found and names.fullmatch(found[1]):
+                    yield found[1], read_task(archive.extractfile(member), member)
 
 
 def read_task(file: IO[bytes], member: tarfile.TarInfo) -> dict:
@@ -142,20 +133,26 @@ def instructed(name: str, task: dict, left_out: Counter[str]) -> Iterator[list[d
 
 
 def small_talk(task: dict) -> Iterator[list[dict]]:
-    """Each conversation once: its examples repeat all that was said before, so the longest has the whole.
+    """Each conversation once. The side that spoke last is the assistant. Where it also spoke first, its first
+    message is left out.
+    """
+    for said in talks(task):
+        said = said[len(said) % 2 :]
+        if said and all(said):
+            roles = ("user", "assistant") * (len(said) // 2)
+            yield [{"role": role, "content": turn} for role, turn in zip(roles, said, strict=True)]
 
-    The side that spoke last is the assistant. Where it also spoke first, its first message is left out.
+
+def talks(task: dict) -> Iterator[list[str]]:
+    """What was said in each conversation of Topical-Chat. Its examples repeat all that was said before, so
+    the longest has the whole.
     """
     longest: dict[str, str] = {}
     for example in task["examples"]:
         text = f"{example['input']} agent_A: {example['target']}"
         longest[example["comment"]] = max(longest.get(example["comment"], ""), text, key=len)
     for text in longest.values():
-        said = [tidied(turn) for turn in TURN.findall(text)]
-        said = said[len(said) % 2 :]
-        if said and all(said):
-            roles = ("user", "assistant") * (len(said) // 2)
-            yield [{"role": role, "content": turn} for role, turn in zip(roles, said, strict=True)]
+        yield [tidied(turn) for turn in TURN.findall(text)]
 
 
 def tidied(text: str) -> str:

@@ -38,6 +38,15 @@ DESCRIPTIONS = {
     "gsm8k": Description("GSM8K, word problems", "MIT"),
     "mmlu": Description("MMLU's auxiliary questions with choices", "MIT"),
 }
+TEXTS = DESCRIPTIONS | {  # names that `hotlap pretrain` knows
+    "docs": Description(
+        "the documentation installed on the machine that trained it", "each package's own, and Python's"
+    ),
+    "bigbench": Description(
+        "English prose in the tasks of BIG-bench: Wikipedia, dialogues, news, reviews, novels",
+        "Apache-2.0 as the project states, while the archive names none; the sets in it have their own",
+    ),
+}
 PREFERENCES = {  # names that `hotlap dpo` knows
     "tasks": Description("built-in questions, with the base's own answers and better ones", PYTHON_FACTS),
     "ultrafeedback": Description("UltraFeedback, answers of language models, rated by one", "MIT"),
@@ -55,7 +64,9 @@ def description_of(entry: str, stage: str) -> Description:
     """What an entry of a stage's --data is, NAME or NAME:WEIGHT. A path is the user's own data."""
     if stage == "rl" and entry.startswith("reasoning-gym:"):  # and a task
         return PROMPTS["reasoning-gym"]
-    return {"dpo": PREFERENCES, "rl": PROMPTS}.get(stage, DESCRIPTIONS).get(name_of(entry), UNKNOWN)
+    return {"pretrain": TEXTS, "dpo": PREFERENCES, "rl": PROMPTS}.get(stage, DESCRIPTIONS).get(
+        name_of(entry), UNKNOWN
+    )
 
 
 def name_of(entry: str) -> str:

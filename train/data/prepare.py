@@ -38,7 +38,8 @@ class TokenizerConfig:
     """Train a tokenizer on text."""
 
     source: str = "pydocs"
-    """pydocs, shakespeare, climbmix, or text, .jsonl or .parquet files (path, folder, pattern)."""
+    """pydocs, docs, shakespeare, bigbench, climbmix, or text, .jsonl or .parquet files (path, folder,
+    pattern)."""
     shards: int = 8
     """Number of climbmix training shards to read."""
     out: Path = Path("tokenizer.json")
@@ -67,7 +68,8 @@ class DataConfig:
     """Turn text into token shards, split into training and validation by document."""
 
     source: str = "pydocs"
-    """pydocs, shakespeare, fineweb, climbmix, or text, .jsonl or .parquet files (path, folder, pattern)."""
+    """pydocs, docs, shakespeare, bigbench, fineweb, climbmix, or text, .jsonl or .parquet files (path,
+    folder, pattern)."""
     shards: int = 8
     """Training shards; each has 100M tokens (0.2 GB) of fineweb, or 250M characters (0.1 GB) of climbmix."""
     out: Path | None = None

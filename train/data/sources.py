@@ -1,6 +1,6 @@
 """What a data string names, and the text in it, document by document.
 
-`pydocs` and `shakespeare` are built-in texts; anything else is a file, a folder or a glob pattern of text
+The names in TEXTS are texts that hotlap knows; anything else is a file, a folder or a glob pattern of text
 files, or a folder of token shards. `hotlap data` and `hotlap tokenizer` take public datasets too (public.py).
 """
 
@@ -12,14 +12,21 @@ from pathlib import Path
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log_once
+from hotlap.train.data.bigbench_text import bigbench_documents
 from hotlap.train.data.dataset_folders import own_splits
+from hotlap.train.data.documentation import machine_documentation
 from hotlap.train.data.file_documents import file_documents
 from hotlap.train.data.pydocs import python_documentation
 from hotlap.train.data.shakespeare import shakespeare_plays
 from hotlap.train.data.splits import SPLITS, labelled, with_text
 from hotlap.train.data.text_files import TEXT_FILES, named_path, text_files
 
-TEXTS = {"pydocs": python_documentation, "shakespeare": shakespeare_plays}
+TEXTS = {
+    "pydocs": python_documentation,
+    "docs": machine_documentation,
+    "shakespeare": shakespeare_plays,
+    "bigbench": bigbench_documents,
+}
 DATASETS = ("fineweb", "climbmix")  # downloaded and tokenized by `hotlap data`
 
 

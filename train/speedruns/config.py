@@ -31,7 +31,7 @@ class MinutesConfig:
     minutes: float = 5.0
     """Minutes of training, without start-up, compilation and validation."""
     data: str = "climbmix"
-    """climbmix, pydocs, shakespeare, text or .jsonl files, or a folder of token shards."""
+    """climbmix, pydocs, docs, shakespeare, bigbench, text or .jsonl files, or a folder of token shards."""
     dtype: Dtype = "auto"
     """Compute dtype."""
     yes: bool = False

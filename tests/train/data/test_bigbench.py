@@ -12,7 +12,8 @@ from hotlap.train.data.conversations import conversation_plans, conversations_of
 from hotlap.train.data.mixtures import parts_of
 
 PARTS = parts_of("bigbench")
-FOLDER = bigbench.TASKS + "natural_instructions/"
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"
+FOLDER = TASKS + "natural_instructions/"
 PREFIX = "Definition: At length, with a Prompt: inside. Prompt: Answer the question."
 CHAT = [
     ("a", 'agent_A: "Hi"', '"Hello "'),
@@ -41,9 +42,9 @@ def members() -> dict[str, str]:
             ("Who _?", "He."), ("What _?", "It.")
         ),
         f"{FOLDER}subtask042_qasc_incorrect_option_generation/task.json": instructions(("What?", "Coal.")),
-        f"{bigbench.TASKS}topical_chat/task.json": json.dumps({"examples": rows}),
-        f"{bigbench.TASKS}other/task.json": json.dumps({"examples": rows}),
-        f"elsewhere/{bigbench.TASKS}topical_chat/task.json": json.dumps({"examples": rows}),
+        f"{TASKS}topical_chat/task.json": json.dumps({"examples": rows}),
+        f"{TASKS}other/task.json": json.dumps({"examples": rows}),
+        f"elsewhere/{TASKS}topical_chat/task.json": json.dumps({"examples": rows}),
     }
 
 

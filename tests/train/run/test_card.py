@@ -160,6 +160,7 @@ def test_data_of_one_name_are_what_they_are_in_their_stage():
     stages.append(Made(Path("b"), {"stage": "dpo"}, {"data": ["tasks"], "base": "a"}))
     facts, bigbench, own, pairs = data_of(stages)[4:-1]
     assert "built-in facts" in facts and "Natural Instructions" in bigbench and "unknown" in own
+    assert "English prose" in data_of([Made(Path("a"), {"stage": "pretrain"}, {"data": "bigbench"})])[4]
     assert "the base's own answers" in pairs and "must not be scored on it" in "".join(not_for(stages))
 
 
