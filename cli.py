@@ -180,6 +180,16 @@ COMMANDS: Table = {
             "a run's adapters (--lora-rank) as PEFT's files",
             "model.config:AdapterExportConfig", "model.export:adapter_main",
         ),
+        "hf": Command(
+            "a folder for Transformers and vLLM, with tokenizer and chat template",
+            "model.config:HfExportConfig", "model.export_hf:main",
+        ),
+    }),
+    "import": Group("import a model of other programs", {
+        "hf": Command(
+            "a model of Transformers (Apertus, NanoChat) as a model directory",
+            "model.config:ImportConfig", "model.import_hf:main",
+        ),
     }),
     "chat": Command("chat with a model", "chat:ChatConfig", "chat:main"),
     "serve": Command(

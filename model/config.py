@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hotlap.common.checks import at_least, between, positive
 
@@ -103,7 +103,7 @@ class GPTConfig:
         if {"architectures", "model_type"} & set(fields):
             made = fields.get("model_type") or fields["architectures"]
             raise ValueError(
-                f"it is of a model of Transformers ({made}); hotlap opens only models of its own"
+                f"it is of a model of Transformers ({made}); `hotlap import hf` makes a model of hotlap of it"
             )
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
@@ -293,3 +293,24 @@ class AdapterExportConfig(ExportConfig):
     """Write the adapters of a run with --lora-rank as PEFT's adapter_config.json and
     adapter_model.safetensors.
     """
+
+
+@dataclass(frozen=True)
+class HfExportConfig(ExportConfig):
+    """Write a model for Transformers and vLLM, as their Apertus or, with a softcap, as NanoChat. Models with
+    other extras are refused; the presets *-portable have none.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the file. bfloat16 halves it, and rounds."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turn a model of Transformers into a model directory of ours, for chat, eval, sft and serve."""
+
+    model_field: ClassVar[str] = "model"
+    model: Path = Path("model")
+    """Folder with config.json, tokenizer.json and .safetensors files."""
+    out: Path = Path("imported")
+    """Folder to write; it must be empty or not exist yet."""

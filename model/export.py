@@ -16,8 +16,9 @@ from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.adapter_files import read_adapters, read_lora
-from hotlap.model.config import AdapterExportConfig, ExportConfig, GPTConfig
+from hotlap.model.config import AdapterExportConfig, ExportConfig
 from hotlap.model.peft import write_peft
+from hotlap.model.stock import extras_of, stock_class
 from hotlap.model.weights import (
     STATE,
     lineage,
@@ -50,8 +51,11 @@ def export_adapter(config: AdapterExportConfig) -> Path:
                 f"{folder} has no adapters, for it was trained whole; export its weights with `hotlap export "
                 "weights`, or train with --lora-rank"
             )
-        if extras := extras_of(shape):
-            log.warning("the base has %s: only hotlap can use the adapters, not Transformers", extras)
+        if stock_class(shape) != "apertus":
+            log.warning(
+                "the base has %s: only hotlap can use the adapters, not Transformers",
+                ", ".join([*extras_of(shape), *(["softcap"] if shape.softcap else [])]),
+            )
         base = lineage(folder)[1].resolve()  # where it is now
         lora = dataclasses.replace(lora, bases=(base,))
         write_peft(partial, read_adapters(folder, shape), lora, shape)
@@ -72,19 +76,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
-
-
-def extras_of(config: GPTConfig) -> str:
-    """What a model has that Transformers' Apertus lacks, in words."""
-    found = {
-        "value embeddings": config.value_embeddings,
-        "residual scalars": config.residual_scalars,
-        "smear": config.smear,
-        "backout": config.backout,
-        "a softcap": config.softcap,
-        "attention windows": set(config.windows) != {config.context},
-    }
-    return ", ".join(name for name, present in found.items() if present)
 
 
 def main(config: ExportConfig) -> None:

@@ -19,22 +19,18 @@ from torch import Tensor
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
+from hotlap.model import stock
 from hotlap.model.config import GPTConfig
 from hotlap.model.lora import LoRA, adapted_layers
+from hotlap.model.stock import LAYERS, turned
 from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASE_SHA256 = "base_sha256"  # in the metadata of the weights, which PEFT ignores
-PREFIX, LAYERS = "base_model.model", "model.layers"
-TARGETS = {
-    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.proj": ("self_attn.o_proj",),
-    "mlp.fc": ("mlp.up_proj",),
-    "mlp.proj": ("mlp.down_proj",),
-}
-ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+PREFIX = "base_model.model"
+TARGETS = stock.TARGETS["apertus"]
 NAMES = [target.split(".")[1] for targets in TARGETS.values() for target in targets]
 # Fields that change nothing about what adapters compute; of the others, those that are set are refused.
 HARMLESS = {
@@ -155,10 +151,3 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], lora: LoRA, config: GPT
     metadata = {"format": "pt"} | ({BASE_SHA256: lora.base_sha256} if lora.base_sha256 else {})
     save_file(found, folder / PEFT_WEIGHTS, metadata)
     write(folder / PEFT_CONFIG, json.dumps(fields, indent=1) + "\n")
-
-
-def turned(B: Tensor, target: str, config: GPTConfig) -> Tensor:
-    """B (outputs, r) with the halves of each head exchanged, where heads are rotated. Its own inverse."""
-    if target not in ROTATED:
-        return B.clone()
-    return B.view(-1, 2, config.head_dim // 2, B.shape[1]).flip(1).reshape(B.shape)

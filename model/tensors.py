@@ -72,8 +72,13 @@ def listed(differences: list[str]) -> str:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Dtype and parts of every tensor in a folder's .safetensors files."""
+    return tensors_in(sorted(folder.glob(TENSORS)))
+
+
+def tensors_in(paths: list[Path]) -> dict[str, Stored]:
+    """Dtype and parts of every tensor in .safetensors files."""
     found: dict[str, Stored] = {}
-    for path in sorted(folder.glob(TENSORS)):
+    for path in paths:
         try:
             with safe_open(path, "pt") as file:
                 offsets = json.loads((file.metadata() or {}).get(OFFSETS, "null"))

@@ -188,7 +188,7 @@ def train_characters(text: str) -> Tokenizer:
     return finish(tokenizer)
 
 
-def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
+def from_ranks(ranks: dict[bytes, int], pattern: str, special: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:
     """A byte-level BPE from tiktoken's ranks. Merges are recovered by splitting each token with the lower
     ranks.
     """
@@ -202,7 +202,7 @@ def from_ranks(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
                 parts[best : best + 2] = [parts[best] + parts[best + 1]]
             merges.append(tuple("".join(character_of[b] for b in part) for part in parts))
     vocabulary = {"".join(character_of[b] for b in token): rank for token, rank in ranks.items()}
-    return finish(byte_level(models.BPE(vocabulary, merges), pattern))
+    return finish(byte_level(models.BPE(vocabulary, merges), pattern), special)
 
 
 def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
@@ -218,9 +218,9 @@ def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def finish(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+def finish(tokenizer: tokenizers.Tokenizer, special: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:
     """Append the special tokens, and return a Tokenizer."""
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special))
     return Tokenizer(tokenizer.to_str())
 
 

@@ -95,6 +95,16 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     )  # fmt: skip
 
 
+def portable(config: PretrainConfig) -> PretrainConfig:
+    """The recipe without the extras of its model, which other programs can then run (docs/interop.md)."""
+    name, *below = config.out.relative_to("runs").parts
+    model = dataclasses.replace(
+        config.model, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False,
+        backout=False, softcap=0.0,
+    )  # fmt: skip
+    return dataclasses.replace(config, out=Path("runs", f"{name}-portable", *below), model=model)
+
+
 def check_depth(depth: int) -> None:
     if not 1 <= depth <= DEEPEST:
         raise ValueError(f"depth={depth} must be from 1 to {DEEPEST}")
@@ -221,4 +231,7 @@ PRETRAIN = {
     "d12": lambda: from_depth(12),
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),
+    "tiny-portable": lambda: portable(tiny()),
+    "d12-portable": lambda: portable(from_depth(12)),
+    "d24-portable": lambda: portable(from_depth(24)),
 }

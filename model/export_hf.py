@@ -1,0 +1,109 @@
+"""`hotlap export hf`: a model, its tokenizer and its conversation format, for classes of Transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hotlap.common.files import write
+from hotlap.common.terminal import printable
+from hotlap.model.chat_template import chat_template
+from hotlap.model.config import GPTConfig, HfExportConfig, Sampling
+from hotlap.model.export import new_folder
+from hotlap.model.hf_card import KEPT, RUN_CARD, card
+from hotlap.model.stock import EMBEDDING, not_stock, stock_class, to_stock
+from hotlap.model.stock_config import OURS, stock_config
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer
+from hotlap.model.weights import CONFIG, WEIGHTS, lineage, load_config, load_model, model_folder, stage
+
+
+def export_hf(config: HfExportConfig) -> Path:
+    """Write the model, with its adapters merged, for Transformers, and return its folder. ValueError names
+    the fields of a model that no stock class can compute.
+    """
+    folder = model_folder(config.model)
+    kind = class_of(folder, load_config(lineage(folder)[-1]))
+    with new_folder(config.out) as partial:
+        model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32)
+        weights, dtype = model.state_dict(), getattr(torch, config.dtype)
+        tensors = to_stock(weights, model.config, kind)
+        if kind == "apertus" and dtype == torch.float32:  # division cannot be undone to the last bit
+            (partial / KEPT).parent.mkdir()
+            save_tensors({EMBEDDING: weights["embedding.weight"]}, partial / KEPT)
+        save_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()}, partial / WEIGHTS)
+        trained_for = stage(folder)
+        about = {"stage": trained_for, "document_masks": model.config.document_masks}
+        fields = stock_config(model.config, kind) | special_ids(tokenizer) | {"dtype": config.dtype}
+        write_json(partial / CONFIG, fields | {OURS: about})
+        write_json(partial / "generation_config.json", generation_fields(tokenizer))
+        tokenizer.save(partial / TOKENIZER)
+        write_json(partial / "tokenizer_config.json", tokenizer_fields(model.config))
+        write(partial / "chat_template.jinja", chat_template(tokenizer))
+        if has_card := (config.model / RUN_CARD).is_file():
+            shutil.copyfile(config.model / RUN_CARD, partial / RUN_CARD)
+        write(partial / "README.md", card(config, model.config, kind, trained_for, has_card))
+    return config.out
+
+
+def class_of(folder: Path, config: GPTConfig) -> str:
+    """The stock class for a model. ValueError if there is none."""
+    if kind := stock_class(config):
+        return kind
+    raise ValueError(
+        f"{folder}: no class of Transformers computes {', '.join(not_stock(config))}. Apertus is for "
+        "plain models, NanoChat for those with a softcap and a qk_gain of 1: pretrain such a model, for "
+        "example with --preset tiny-portable"
+    )
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, {"format": "pt"})  # Transformers needs to be told
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def write_json(path: Path, fields: dict) -> None:
+    write(path, json.dumps(fields, indent=1) + "\n")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Padding is <|bos|>: an end of turn as padding would be left out of the loss when fine-tuning."""
+    bos, end = tokenizer.bos, tokenizer.special["<|assistant_end|>"]
+    return {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos}
+
+
+def generation_fields(tokenizer: Tokenizer) -> dict:
+    """Our default sampling. Answers end where ours do, at the end of the turn or the start of a document."""
+    sampling, ids = Sampling(), special_ids(tokenizer)
+    return ids | {
+        "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]],
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+    }
+
+
+def tokenizer_fields(config: GPTConfig) -> dict:
+    """tokenizer_config.json, by which plain text begins with <|bos|>, as documents do in training."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>",
+        "pad_token": "<|bos|>",
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config.context,
+        "padding_side": "left",
+    }
+
+
+def main(config: HfExportConfig) -> None:
+    """`hotlap export hf`."""
+    print(printable(str(export_hf(config))))

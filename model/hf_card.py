@@ -1,0 +1,65 @@
+"""The README.md of a model exported for Transformers: what it is, how to use it, what differs from hotlap."""
+
+from __future__ import annotations
+
+from hotlap.common.terminal import printable
+from hotlap.model.config import GPTConfig, HfExportConfig, counts_of
+from hotlap.model.stock_config import CLASSES
+
+KEPT = "hotlap/embedding.safetensors"  # in a subfolder: vLLM reads all .safetensors beside config.json
+RUN_CARD = "model_card.md"  # of the run
+CHAT = (
+    'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+    'return_dict=True, return_tensors="pt")'
+)
+TEXT = 'tokenizer("Once upon a time", return_tensors="pt")'
+NOTES = (
+    "Fill conversations with `apply_chat_template`, which begins with `<|bos|>`. Calling the tokenizer adds "
+    "one, too, so do not call it on text that the template made.",
+    "Transformers reads special tokens that text spells out, such as `<|bos|>`; hotlap does not. So the "
+    "template refuses messages that spell one. For other text that you do not trust, pass "
+    "`split_special_tokens=True` to the tokenizer.",
+    "Tools are not run. A call ends with `<|tool_end|>`: stop there, and give the result as a message of the "
+    "role `tool`.",
+    "Not tried with vLLM.",
+)
+APERTUS_NOTES = (
+    "Apertus' activation xIELU has the parameters at which it is ReLU². Its optional CUDA extension (the "
+    "package `xielu`) ignores one of them, beta, and computes something else: do not install it beside this "
+    "model.",
+    "The rows of the embedding are divided by their RMS, which hotlap's forward pass does.",
+    "`hotlap import hf` reads this model again, also with LoRA adapters merged into its linear layers. If "
+    "all of it is trained further, xIELU, norms and rows become what hotlap has not.",
+)
+
+
+def card(config: HfExportConfig, shape: GPTConfig, kind: str, stage: str | None, has_card: bool) -> str:
+    """The text. kind: the class; has_card: whether the run's own card lies beside it."""
+    what, prompt = "A chat model, which answers messages.", CHAT
+    if stage == "pretrain":
+        what, prompt = "A base model, which continues text; it was not trained on the chat template.", TEXT
+    about = (
+        f"{what} It has {counts_of(shape)['total']:,} parameters: {shape.layers} layers, width "
+        f"{shape.width}, {shape.heads} query heads, {shape.kv_heads} key and value heads, "
+        f"{shape.vocab_size:,} ids. Trained with hotlap{f', last stage {stage}' if stage else ''}; weights "
+        f"in {config.dtype}, for `{CLASSES[kind]}` of Transformers."
+    )
+    if has_card:
+        about += f" [{RUN_CARD}]({RUN_CARD}) says how it was trained, on what data, and its scores."
+    notes = [f"It was trained on at most {shape.context:,} tokens at once: use no more.", *NOTES]
+    notes += APERTUS_NOTES if kind == "apertus" else ()
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+        f"# {printable(config.out.resolve().name)}", "", about, "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        f"inputs = {prompt}",
+        "ids = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```", "",
+        *(f"* {note}" for note in notes), "",
+    ]  # fmt: skip
+    return "\n".join(lines)

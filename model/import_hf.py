@@ -1,0 +1,221 @@
+"""`hotlap import hf`: a model of Transformers as a model directory of ours. Nothing is run or unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hotlap.common.errors import DataError
+from hotlap.common.files import read_object, write
+from hotlap.common.log import log
+from hotlap.common.memory import require_memory
+from hotlap.common.terminal import printable
+from hotlap.kernels.rms_norm import EPS
+from hotlap.model.config import GPTConfig, ImportConfig, counts_of
+from hotlap.model.export import new_folder
+from hotlap.model.gpt import GPT
+from hotlap.model.hf_card import KEPT
+from hotlap.model.import_tokenizer import read_tokenizer
+from hotlap.model.stock import (
+    EMBEDDING,
+    HEAD,
+    LEARNT,
+    QK_NORMS,
+    apertus_constants,
+    from_stock,
+    normalised,
+    to_stock,
+)
+from hotlap.model.stock_config import OURS, our_config, shown
+from hotlap.model.tensors import Stored, listed, tensors_in
+from hotlap.model.tokenizer import TOKENIZER
+from hotlap.model.weights import CONFIG, STATE, WEIGHTS, save_model
+
+INDEX = f"{WEIGHTS}.index.json"
+PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEAR = 1e-2  # to the constants and rows that we need; bfloat16 rounds by 4e-3
+
+Reader = Callable[[Path, dict], tuple[GPTConfig, dict[str, Tensor]]]
+
+
+def import_hf(config: ImportConfig) -> Path:
+    """Write a model directory of ours, and return it. DataError says what in the model cannot be ours."""
+    with new_folder(config.out) as partial:
+        folder = config.model
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"no {CONFIG} in {folder}; give the folder of a model of Transformers")
+        fields = read_object(folder / CONFIG)
+        read = READERS.get(str(fields.get("model_type")))
+        if read is None:
+            raise DataError(
+                f"{folder / CONFIG}: model_type={shown(fields.get('model_type'))} cannot be imported; "
+                f"known: {', '.join(READERS)}"
+            )
+        try:
+            shape, weights = read(folder, fields)
+            tokenizer, names = read_tokenizer(folder / TOKENIZER, fields)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from error
+        if tokenizer.vocab_size > shape.vocab_size:
+            weights, shape = grown(weights, shape, tokenizer.vocab_size)
+            log.warning(
+                "%s has no %s: they get rows of their own, the mean of all, which fine-tuning can train",
+                folder, ", ".join(names),
+            )  # fmt: skip
+        with torch.device("meta"):
+            model = GPT(shape)
+        model.load_state_dict(weights, assign=True)
+        save_model(partial, model, tokenizer)
+        ours = fields.get(OURS)
+        stage = ours.get("stage") if isinstance(ours, dict) else None
+        if isinstance(stage, str) and re.fullmatch(r"[a-z]{1,20}", stage):
+            write(partial / STATE, json.dumps({"stage": stage}) + "\n")
+    return config.out
+
+
+def read_apertus(folder: Path, fields: dict) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Our configuration and weights of an Apertus that computes what a model of ours can."""
+    shape = our_config(fields, "apertus")
+    theirs = read_weights(folder, fields, shape, "apertus")
+    gains = torch.cat([t.flatten() for name, t in theirs.items() if name.endswith(QK_NORMS)])
+    if not (gains > 0).all() or not torch.allclose(gains, gains[0]):
+        raise DataError("q_norm and k_norm have weights that differ; ours are one number, qk_gain")
+    gain = float(str(np.float32(gains[0])))  # the shortest number that rounds to it, such as 1.2
+    shape = dataclasses.replace(shape, qk_gain=gain)
+    for name, constant in apertus_constants(shape).items():
+        check_constant(name, theirs[name], constant)
+    weights = from_stock(theirs, shape, "apertus")
+    weights["embedding.weight"] = embedding_of(folder, theirs[EMBEDDING])
+    return shape, weights
+
+
+def read_nanochat(folder: Path, fields: dict) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Our configuration and weights of a NanoChat."""
+    shape = our_config(fields, "nanochat")
+    return shape, from_stock(read_weights(folder, fields, shape, "nanochat"), shape, "nanochat")
+
+
+READERS: dict[str, Reader] = {"apertus": read_apertus, "nanochat": read_nanochat}  # by model_type
+
+
+def read_weights(folder: Path, fields: dict, shape: GPTConfig, kind: str) -> dict[str, Tensor]:
+    """The tensors of a stock class, in float32; a tied head is copied."""
+    claimed = counts_of(shape)["total"]
+    stored = tensors_in(weight_files(folder))
+    if claimed > 2 * sum(math.prod(tensor.shape) for tensor in stored.values()):
+        raise DataError(
+            f"{CONFIG} is of a model of {claimed:,} parameters, but the tensors there are of less"
+        )
+    with torch.device("meta"):
+        expected = to_stock(GPT(shape).state_dict(), shape, kind)
+    tied = fields.get("tie_word_embeddings") and HEAD not in stored
+    if tied:
+        del expected[HEAD]
+    require_memory(f"the model in {folder}", 8 * claimed, "use a machine with more")  # theirs, and ours
+    theirs = read_as_float32(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    return theirs | ({HEAD: theirs[EMBEDDING].clone()} if tied else {})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files of a model: one, or those that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickled = [path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))]
+        why = f"; {pickled[0]} is pickled, which may run code: save it as safetensors" if pickled else ""
+        raise DataError(f"there is no {WEIGHTS}{why}")
+    names = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise DataError(f"{INDEX} has no weight_map from names to files")
+    files = sorted(set(names.values()))
+    for name in files:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise DataError(f"{INDEX} names {name!r}, and there is no such file; copy the model again")
+    return [folder / name for name in files]
+
+
+def read_as_float32(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Exactly the tensors of these names and shapes. DataError lists what differs."""
+    found = [f"{name}: {'missing' if name in shapes else 'unknown'}" for name in {*stored} ^ {*shapes}]
+    for name in {*stored} & {*shapes}:
+        if len(stored[name].parts) > 1:
+            found.append(f"{name}: in two files")
+        elif stored[name].shape != shapes[name]:
+            found.append(f"{name}: of shape {[*stored[name].shape]}, not {[*shapes[name]]}")
+        elif stored[name].dtype not in DTYPES:
+            found.append(f"{name}: {stored[name].dtype} is not supported")
+    if found:
+        raise DataError(f"its tensors are not those of its {CONFIG}: {listed(sorted(found))}")
+    tensors = {}
+    for path in sorted({tensor.parts[0].path for tensor in stored.values()}):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {
+                    n: file.get_tensor(n).float() for n, t in stored.items() if t.parts[0].path == path
+                }
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+    return tensors
+
+
+def check_constant(name: str, found: Tensor, needed: Tensor) -> None:
+    """Raise DataError if a tensor that we have no place for is not what our models compute with."""
+    if name.endswith(LEARNT):
+        found, needed = (torch.nn.functional.softplus(tensor) for tensor in (found, needed))
+    if not name.endswith("act_fn.eps") and not torch.allclose(found, needed, rtol=NEAR, atol=1e-6):
+        worst = found.flatten()[(found - needed).abs().argmax()]
+        what = "xIELU that is not ReLU²" if "act_fn" in name else "a norm with other weights than 1"
+        raise DataError(
+            f"{name} is {worst:.4g} instead of {needed.flatten()[0]:.4g}: our models have no {what}"
+        )
+
+
+def embedding_of(folder: Path, rows: Tensor) -> Tensor:
+    """Our embedding, whose rows our models divide by their RMS, for an Apertus', which are added as they are.
+
+    The very rows that `hotlap export hf` kept are taken, if they are still those of the model.
+    """
+    if (folder / KEPT).is_file():
+        stored = tensors_in([folder / KEPT])
+        kept = read_as_float32(stored, {EMBEDDING: tuple(rows.shape)})[EMBEDDING]
+        if torch.allclose(normalised(kept), rows, rtol=1e-5, atol=1e-6):
+            return kept
+        log.warning("%s is of other weights, and is not used", folder / KEPT)
+    rms = rows.double().square().mean(-1, keepdim=True).sqrt()
+    if rms.max() > 1 + NEAR:
+        raise DataError(
+            f"{EMBEDDING} has a row whose RMS is {rms.max():.3g}; our models divide rows by their RMS, so it "
+            "must be at most 1"
+        )
+    # Our norm adds EPS to the mean square, so a row of any RMS m below 1 comes from one of this scale.
+    scale = (EPS / (1 - rms.square()).clamp(min=EPS)).sqrt()
+    return torch.where(rms < 1 - NEAR, rows * scale, rows).float()
+
+
+def grown(
+    weights: dict[str, Tensor], shape: GPTConfig, vocab_size: int
+) -> tuple[dict[str, Tensor], GPTConfig]:
+    """The weights with rows for more ids. They are the mean of all rows, so that a new token is as likely as
+    the average one; with rows of zeros it could be likelier than most.
+    """
+    more = vocab_size - shape.vocab_size
+    rows = {
+        name: torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(more, -1)])
+        for name in ("embedding.weight", "head.weight")
+    }
+    return weights | rows, dataclasses.replace(shape, vocab_size=vocab_size)
+
+
+def main(config: ImportConfig) -> None:
+    """`hotlap import hf`."""
+    print(printable(str(import_hf(config))))

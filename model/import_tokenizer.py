@@ -1,0 +1,104 @@
+"""A tokenizer.json of Transformers as a tokenizer of ours: byte-level BPE, with our special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hotlap.common.errors import DataError
+from hotlap.common.files import read_object
+from hotlap.model.tokenizer import (
+    GPT2_PATTERN,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    byte_level_alphabet,
+    from_ranks,
+)
+
+OURS = {  # of nanochat's, whose calls of Python are expressions, as those of our calculator
+    "<|python_start|>": "<|tool_start|>",
+    "<|python_end|>": "<|tool_end|>",
+    "<|output_start|>": "<|result_start|>",
+    "<|output_end|>": "<|result_end|>",
+}
+OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+
+
+def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, and those of our special tokens that it lacked, which follow its own.
+
+    config: of config.json, whose bos_token_id becomes <|bos|>. DataError says what cannot be ours.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no {path.name}; a vocabulary in other files cannot be read")
+    try:
+        return convert(path, read_object(path), config)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path.name} is not a tokenizer ({error!r})") from error
+
+
+def convert(path: Path, fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
+    special = special_tokens(fields, config)
+    missing = [token for token in SPECIAL_TOKENS if token not in special]
+    plain = not any(fields.get(name) for name in ("normalizer", "post_processor", "truncation", "padding"))
+    if plain and not missing:
+        return Tokenizer.load(path), []
+    model, pattern = fields["model"], split_pattern(fields)
+    if fields.get("normalizer"):
+        raise DataError("it normalises text, and ours do not")
+    if model["type"] != "BPE":
+        raise DataError(f"its model is {model['type']!r}; it must be byte-level BPE")
+    if found := [name for name in OPTIONS if model.get(name)]:
+        raise DataError(f"{found[0]}={model[found[0]]!r} is not supported")
+    ranks = ranks_of(model["vocab"], {token["content"] for token in fields["added_tokens"]})
+    tokenizer = from_ranks(ranks, pattern, (*special, *missing))
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if merges != json.loads(tokenizer.definition)["model"]["merges"]:
+        raise DataError("its merges are not in the order of its ids, by which ours merge")
+    return tokenizer, missing
+
+
+def special_tokens(fields: dict, config: dict) -> list[str]:
+    """The special tokens in the order of their ids, by our names where we have them."""
+    added = sorted(fields["added_tokens"], key=lambda token: token["id"])
+    if plain := [token["content"] for token in added if not token.get("special")]:
+        raise DataError(f"{plain[0]!r} is a token that text may spell; ours have none outside of the BPE")
+    bos = config.get("bos_token_id")
+    names = [OURS.get(token["content"], token["content"]) for token in added]
+    if "<|bos|>" not in names:
+        names = ["<|bos|>" if token["id"] == bos else name for token, name in zip(added, names, strict=True)]
+    first = len(set(fields["model"]["vocab"]) - {token["content"] for token in added})
+    if [token["id"] for token in added] != list(range(first, first + len(added))):
+        raise DataError(f"its special ids do not follow its {first} text ids, as ours do")
+    return names
+
+
+def split_pattern(fields: dict) -> str:
+    """The regular expression that splits text before the BPE."""
+    parts = fields["pre_tokenizer"]
+    parts = parts["pretokenizers"] if parts["type"] == "Sequence" else [parts]
+    *before, last = parts
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if not before and last.get("use_regex", True):
+            return GPT2_PATTERN
+        split = before[0] if len(before) == 1 and not last.get("use_regex", True) else {}
+        isolated = split.get("behavior") == "Isolated" and not split.get("invert")
+        if split.get("type") == "Split" and isolated and "Regex" in split["pattern"]:
+            return split["pattern"]["Regex"]
+    raise DataError("it does not split text by one regular expression into bytes, as ours do")
+
+
+def ranks_of(vocabulary: dict, special: set[str]) -> dict[bytes, int]:
+    """The bytes of the text tokens, and their ids."""
+    byte_of = {character: byte for byte, character in byte_level_alphabet().items()}
+    ranks = {}
+    for token, i in vocabulary.items():
+        if token not in special:
+            if not set(token) <= set(byte_of):
+                raise DataError(f"its token {token!r} is not in the alphabet of byte-level BPE")
+            ranks[bytes(byte_of[character] for character in token)] = i
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise DataError(f"it has no token for the byte {missing[0]}")
+    return ranks

@@ -1,0 +1,113 @@
+"""config.json of Transformers' Apertus and NanoChat: from our configuration, and back. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hotlap.common.errors import DataError
+from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
+
+NORM_EPS = 1e-6  # of all our norms
+OURS = "hotlap"  # an object in config.json with what only we need; Transformers keeps it
+CLASSES = {"apertus": "ApertusForCausalLM", "nanochat": "NanoChatForCausalLM"}
+ACTIVATIONS = {"apertus": "xielu", "nanochat": "relu2"}
+DEFAULTS = {  # of fields that a file may leave out, by Transformers
+    "apertus": {"rms_norm_eps": 1e-5},
+    "nanochat": {"rms_norm_eps": NORM_EPS, "final_logit_softcapping": 15.0},
+}
+ROPE = {"rope_type": "default", "rope_theta": ROPE_BASE}
+NEEDED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+# Fields that change nothing about what a trained model computes, or that the weights show.
+HARMLESS = {
+    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id",
+    "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "return_dict",
+    "output_hidden_states", "output_attentions", "id2label", "label2id", "chunk_size_feed_forward",
+    "tie_word_embeddings", "num_key_value_heads", "rope_theta", OURS, *NEEDED,
+}  # fmt: skip
+
+
+def stock_config(config: GPTConfig, kind: str) -> dict[str, Any]:
+    """The fields of a class that say what a model of ours computes."""
+    fields: dict[str, Any] = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": MLP_RATIO * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.context,
+        "hidden_act": ACTIVATIONS[kind],
+        "rms_norm_eps": NORM_EPS,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_parameters": ROPE,  # Apertus' default is another base, stretched as Llama 3's
+        "rope_theta": ROPE_BASE,  # where Transformers before 5 looks
+        "rope_scaling": None,
+    }
+    if kind == "nanochat":
+        fields["final_logit_softcapping"] = config.softcap or None
+    return fields
+
+
+def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
+    """The configuration of a model of ours that computes what these fields of a class say, but for qk_gain,
+    which is among Apertus' weights. DataError names a field that our models do not have.
+    """
+    for name in NEEDED:
+        if type(fields.get(name)) is not int or fields[name] < 1:
+            raise DataError(f"{name}={fields.get(name)!r} must be a whole number from 1")
+    fields = DEFAULTS[kind] | fields
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    held = {
+        "hidden_act": (ACTIVATIONS[kind],),
+        "rms_norm_eps": (NORM_EPS,),
+        "intermediate_size": (MLP_RATIO * width,),
+        "head_dim": (width / heads, None),
+    }
+    for name, values in held.items():
+        if fields.get(name, values[0]) not in values:
+            raise DataError(f"{name}={shown(fields[name])} is not supported; it must be {values[0]}")
+    check_rope(fields)
+    softcap = fields.get("final_logit_softcapping") if kind == "nanochat" else None
+    known = HARMLESS | {*held, "rope_parameters", "rope_scaling"}
+    known |= {"final_logit_softcapping"} if kind == "nanochat" else set()
+    for name, value in fields.items():
+        if name not in known and value:
+            raise DataError(f"{name}={shown(value)} is not supported; our models have nothing like it")
+    ours = fields.get(OURS)
+    masks = ours.get("document_masks", True) if isinstance(ours, dict) else True
+    try:
+        return GPTConfig(
+            vocab_size=fields["vocab_size"], context=fields["max_position_embeddings"],
+            layers=fields["num_hidden_layers"], width=width, heads=heads,
+            kv_heads=fields.get("num_key_value_heads") or heads, window_pattern="L", document_masks=masks,
+            qk_gain=1.0, value_embeddings=False, residual_scalars=False, smear=False, backout=False,
+            softcap=softcap or 0.0,
+        ).validate()  # fmt: skip
+    except ValueError as error:
+        raise DataError(f"our models cannot have its shape: {error}") from None
+
+
+def check_rope(fields: dict[str, Any]) -> None:
+    """Raise DataError for other rotary positions than ours, also where Transformers before 5 writes them."""
+    found = fields.get("rope_parameters")
+    if found is None:
+        found = {"rope_theta": fields.get("rope_theta")} | (fields.get("rope_scaling") or {})
+    if not isinstance(found, dict):
+        raise DataError(f"rope_parameters={shown(found)} must be an object")
+    theta, scaling = found.get("rope_theta"), found.get("rope_type", found.get("type", "default"))
+    if scaling != "default":
+        raise DataError(f"rope_type={shown(scaling)} is not supported; our positions are not scaled")
+    if theta != ROPE_BASE:
+        raise DataError(f"rope_theta={shown(theta)} is not supported; it must be {ROPE_BASE:g}")
+    if found.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise DataError(f"partial_rotary_factor={found['partial_rotary_factor']!r} is not supported")
+
+
+def shown(value: object) -> str:
+    return f"{value!r:.40}"
