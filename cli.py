@@ -187,7 +187,7 @@ COMMANDS: Table = {
     }),
     "import": Group("import a model of other programs", {
         "hf": Command(
-            "a model of Transformers (Apertus, NanoChat) as a model directory",
+            "a model of Transformers (Apertus, NanoChat, GPT-2) as a model directory",
             "model.config:ImportConfig", "model.import_hf:main",
         ),
     }),

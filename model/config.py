@@ -311,6 +311,13 @@ class ImportConfig:
 
     model_field: ClassVar[str] = "model"
     model: Path = Path("model")
-    """Folder with config.json, tokenizer.json and .safetensors files."""
+    """Folder with config.json, a tokenizer, and .safetensors files."""
     out: Path = Path("imported")
     """Folder to write; it must be empty or not exist yet."""
+    context: int = 0
+    """Longest sequence of the model that is written, in tokens; a GPT-2 loses the positions beyond. 0: as it
+    is."""
+
+    def validate(self) -> ImportConfig:
+        at_least(self, 0, "context", zero="as it is")
+        return self

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hotlap.common.files import write
 from hotlap.common.terminal import printable
 from hotlap.model.chat_template import chat_template
-from hotlap.model.config import GPTConfig, HfExportConfig, Sampling
+from hotlap.model.config import HfExportConfig, Sampling, Shape
 from hotlap.model.export import new_folder
 from hotlap.model.hf_card import KEPT, RUN_CARD, card
 from hotlap.model.stock import EMBEDDING, not_stock, stock_class, to_stock
@@ -50,7 +50,7 @@ def export_hf(config: HfExportConfig) -> Path:
     return config.out
 
 
-def class_of(folder: Path, config: GPTConfig) -> str:
+def class_of(folder: Path, config: Shape) -> str:
     """The stock class for a model. ValueError if there is none."""
     if kind := stock_class(config):
         return kind
@@ -89,7 +89,7 @@ def generation_fields(tokenizer: Tokenizer) -> dict:
     }
 
 
-def tokenizer_fields(config: GPTConfig) -> dict:
+def tokenizer_fields(config: Shape) -> dict:
     """tokenizer_config.json, by which plain text begins with <|bos|>, as documents do in training."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.rms_norm import EPS
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import GPT2Config, GPTConfig, Shape
+from hotlap.model.gpt2_files import to_gpt2
 from hotlap.model.lora import adapted_layers
 
 LAYERS = "model.layers"
@@ -45,8 +46,10 @@ def extras_of(config: GPTConfig) -> list[str]:
     return found + (["window_pattern"] if set(config.windows) != {config.context} else [])
 
 
-def stock_class(config: GPTConfig) -> str | None:
-    """The class that computes the same as a model of ours: "apertus", "nanochat", or None."""
+def stock_class(config: Shape) -> str | None:
+    """The class that computes the same as a model of ours: "apertus", "nanochat", "gpt2", or None."""
+    if isinstance(config, GPT2Config):
+        return "gpt2"
     if extras_of(config):
         return None
     if not config.softcap:
@@ -54,7 +57,7 @@ def stock_class(config: GPTConfig) -> str | None:
     return "nanochat" if config.qk_gain == 1 else None
 
 
-def not_stock(config: GPTConfig) -> list[str]:
+def not_stock(config: Shape) -> list[str]:
     """Why no stock class computes the same as a model of ours: the fields, and their values."""
     if stock_class(config):
         return []
@@ -62,8 +65,10 @@ def not_stock(config: GPTConfig) -> list[str]:
     return [f"{name}={getattr(config, name)!r}" for name in names]
 
 
-def to_stock(weights: dict[str, Tensor], config: GPTConfig, kind: str) -> dict[str, Tensor]:
+def to_stock(weights: dict[str, Tensor], config: Shape, kind: str) -> dict[str, Tensor]:
     """A whole model's weights as those of a class, float32, by its names. Nothing shares memory with them."""
+    if kind == "gpt2":
+        return to_gpt2(weights)
     found = {EMBEDDING: weights["embedding.weight"].clone(), HEAD: weights["head.weight"].clone()}
     if kind == "apertus":
         found[EMBEDDING] = normalised(found[EMBEDDING])
