@@ -128,9 +128,9 @@ class GPT2Config:
     """Size of the residual stream."""
     heads: int = 12
     """Attention heads."""
-    document_masks: bool = True
+    document_masks: bool = False
     """Train each document of a packed row on its own, from the first position on; without, its tokens see the
-    documents before it too, and a row has all positions, as in nanoGPT.
+    documents before it too, and a row has all positions, as in nanoGPT. Imported models have it.
     """
 
     softcap: ClassVar[float] = 0.0

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from hotlap.common.checks import TOO_LARGE
-from hotlap.model.config import GPT2Config, GPTConfig, Shape, counts_of
+from hotlap.model.config import GPTConfig, Shape, counts_of
 from hotlap.train.config import (
     DPOConfig,
     GPT2PretrainConfig,
@@ -136,7 +136,7 @@ def gpt2_classic() -> GPT2PretrainConfig:
     """
     steps, warmup = 600_000, 2000
     return GPT2PretrainConfig(
-        out=Path("runs/gpt2-classic"), data="data/fineweb", model=GPT2Config(document_masks=False),
+        out=Path("runs/gpt2-classic"), data="data/fineweb",
         batch_rows=480, micro_batch="auto",  # 491,520 tokens
         optim=OptimConfig(adamw_lr=6e-4, weight_decay=0.1),
         schedule=ScheduleConfig(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hotlap.common.errors import DataError
 from hotlap.common.terminal import printable
+from hotlap.model.config import GPT2Config
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer, check_bpe_size
 from hotlap.model.weights import lineage, open_model
-from hotlap.train.config import LoopConfig, PretrainConfig
+from hotlap.train.config import GPT2PretrainConfig, LoopConfig, PretrainConfig
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.rows import PackedRows, packed_rows
 from hotlap.train.data.shards import fingerprint, shard_paths
@@ -80,7 +81,8 @@ def on_base(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
         raise ValueError(
             f"{shards} has shards of another tokenizer than the base; make them with --tokenizer {path}"
         )
-    return dataclasses.replace(config, model=shape, tokenizer=str(path)), folder
+    kind = GPT2PretrainConfig if isinstance(shape, GPT2Config) else PretrainConfig
+    return kind(**vars(config) | {"model": shape, "tokenizer": str(path)}), folder
 
 
 def check_sizes(config: PretrainConfig, world: World) -> None:
