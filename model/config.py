@@ -15,6 +15,7 @@ MLP_RATIO = 4  # hidden width of the MLP / width
 GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # supported by the attention kernels
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ class HfExportConfig(ExportConfig):
     other extras are refused; the presets *-portable have none.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: StoredDtype = "float32"
     """Of the weights in the file. bfloat16 halves it, and rounds."""
 
 

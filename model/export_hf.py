@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import processors
 
 from hotlap.common.files import write
 from hotlap.common.terminal import printable
@@ -41,7 +43,7 @@ def export_hf(config: HfExportConfig) -> Path:
         fields = stock_config(model.config, kind) | special_ids(tokenizer) | {"dtype": config.dtype}
         write_json(partial / CONFIG, fields | {OURS: about})
         write_json(partial / "generation_config.json", generation_fields(tokenizer))
-        tokenizer.save(partial / TOKENIZER)
+        write(partial / TOKENIZER, beginning_with_bos(tokenizer))
         write_json(partial / "tokenizer_config.json", tokenizer_fields(model.config))
         write(partial / "chat_template.jinja", chat_template(tokenizer))
         if has_card := (config.model / RUN_CARD).is_file():
@@ -89,14 +91,22 @@ def generation_fields(tokenizer: Tokenizer) -> dict:
     }
 
 
+def beginning_with_bos(tokenizer: Tokenizer) -> str:
+    """tokenizer.json by which plain text begins with <|bos|>, as documents do in training."""
+    found = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    found.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B:1", special_tokens=[("<|bos|>", tokenizer.bos)]
+    )
+    return found.to_str()
+
+
 def tokenizer_fields(config: Shape) -> dict:
-    """tokenizer_config.json, by which plain text begins with <|bos|>, as documents do in training."""
+    """tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
         "eos_token": "<|assistant_end|>",
         "pad_token": "<|bos|>",
-        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context,

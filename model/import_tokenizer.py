@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tokenizers
+
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
@@ -43,7 +45,7 @@ def read_tokenizer(folder: Path, config: dict) -> tuple[Tokenizer, list[str]]:
         return gpt2(), list(SPECIAL_TOKENS[1:])
     try:
         fields = read_object(path)
-        return convert(path, fields if path.name == TOKENIZER else with_merges(fields, folder), config)
+        return convert(fields if path.name == TOKENIZER else with_merges(fields, folder), config)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from None
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -67,20 +69,24 @@ def with_merges(vocabulary: dict, folder: Path) -> dict:
     }
 
 
-def convert(path: Path, fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
+def convert(fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
+    """`read_tokenizer`, of the object in a tokenizer.json."""
     special = special_tokens(fields, config)
     missing = [token for token in SPECIAL_TOKENS if token not in special]
-    plain = not any(fields.get(name) for name in ("normalizer", "post_processor", "truncation", "padding"))
-    if plain and not missing:
-        return Tokenizer.load(path), []
-    model, pattern = fields["model"], split_pattern(fields)
+    model = fields["model"]
     if fields.get("normalizer"):
         raise DataError("it normalises text, and ours do not")
+    contents = {token["content"] for token in fields["added_tokens"]}
+    if contents.issuperset(SPECIAL_TOKENS):  # it is one of ours, but for what Transformers adds
+        text = json.dumps(fields | {"post_processor": None, "truncation": None, "padding": None})
+        Tokenizer(text)  # says what is wrong
+        return Tokenizer(tokenizers.Tokenizer.from_str(text).to_str()), []
     if model["type"] != "BPE":
         raise DataError(f"its model is {model['type']!r}; it must be byte-level BPE")
     if found := [name for name in OPTIONS if model.get(name)]:
         raise DataError(f"{found[0]}={model[found[0]]!r} is not supported")
-    ranks = ranks_of(model["vocab"], {token["content"] for token in fields["added_tokens"]})
+    pattern = split_pattern(fields)
+    ranks = ranks_of(model["vocab"], contents)
     tokenizer = from_ranks(ranks, pattern, (*special, *missing))
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if merges != json.loads(tokenizer.definition)["model"]["merges"]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from hotlap.model.stock import stock_class
 from hotlap.model.tokenizer import SMALLEST_BPE
 from hotlap.train.presets import PRETRAIN, TALKS, from_depth, gpt2_grade, gpt2_grade_sft, tiny, tiny_sft
 
@@ -26,6 +27,13 @@ def test_every_preset_is_valid(name):
     config = PRETRAIN[name]()
     assert config.validate() == config
     assert config.tokenizer != "bpe" or config.model.vocab_size >= SMALLEST_BPE
+
+
+@pytest.mark.parametrize("name", [name for name in PRETRAIN if name.endswith("-portable")])
+def test_portable_presets_are_stock_and_otherwise_the_same(name):
+    found, full = PRETRAIN[name](), PRETRAIN[name.removesuffix("-portable")]()
+    assert stock_class(found.model) == "apertus" and found.out.parts[1] == name
+    assert dataclasses.replace(found, out=full.out, model=full.model) == full
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 30])
