@@ -71,7 +71,9 @@ def on_base(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
     """
     folder, shape, tokenizer = open_model(config.base)
     path = lineage(folder)[-1] / TOKENIZER
-    if config.model not in (type(config.model)(), shape):
+    ids = shape.vocab_size  # which the tokenizer decides
+    asked, default = (dataclasses.replace(s, vocab_size=ids) for s in (config.model, type(config.model)()))
+    if asked not in (default, shape):
         raise ValueError(f"base={config.base} has its own shape; leave out flags and presets with another")
     if config.tokenizer not in ("bpe", str(path)):
         raise ValueError(f"tokenizer={config.tokenizer}: the base has its own; leave it out")
