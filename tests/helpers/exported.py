@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from helpers.adapters import PLAIN
+from helpers.commands import BAD_DATA, assert_error
 from helpers.talks import with_a_sum, with_python
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +27,13 @@ def imported(folder: Path, name: str = "back") -> Path:
     out = folder.parent / name
     assert main(["import", "hf", str(folder), "--out", str(out)]) == 0
     return out
+
+
+def assert_refused(capsys, folder: Path, *parts: str) -> None:
+    """`hotlap import hf` says on one line what in the folder cannot be ours, and writes nothing."""
+    code = main(["import", "hf", str(folder), "--out", str(folder.parent / "out")])
+    assert_error(capsys, code, BAD_DATA, str(folder), *parts)
+    assert not (folder.parent / "out").exists()
 
 
 def shard(folder: Path) -> None:
