@@ -315,10 +315,10 @@ class ImportConfig:
     """Folder with config.json, a tokenizer, and .safetensors files."""
     out: Path = Path("imported")
     """Folder to write; it must be empty or not exist yet."""
-    context: int = 0
-    """Longest sequence of the model that is written, in tokens; a GPT-2 loses the positions beyond. 0: as it
-    is."""
+    context: int | None = None
+    """A shorter context, in tokens; a GPT-2 loses the positions beyond."""
 
     def validate(self) -> ImportConfig:
-        at_least(self, 0, "context", zero="as it is")
+        if self.context is not None:
+            at_least(self, 1, "context")
         return self

@@ -115,7 +115,7 @@ def test_a_shorter_context_keeps_the_first_positions(hf, made, capsys):
     with torch.no_grad():
         assert torch.equal(ours(out)[0](ids), ours(made.parent / "back")[0](ids))
     assert ours(out)[0].config.context == 16
-    for context, text in (("65", "must be at most the model's 64"), ("-1", "--context -1 must be 0")):
+    for context, text in (("65", "must be at most the model's 64"), ("0", "--context 0 must be at least 1")):
         code = main(["import", "hf", str(hf), "--out", str(hf.parent / "no"), "--context", context])
         assert_error(capsys, code, USAGE, text)
 
