@@ -191,7 +191,7 @@ COMMANDS: Table = {
     }),
     "import": Group("import a model of other programs", {
         "hf": Command(
-            "a model of Transformers (Apertus, NanoChat, an export) as a model directory",
+            "a model of Transformers (Apertus, NanoChat, GPT-2, an export) as a model directory",
             "model.config:ImportConfig", "model.import_hf:main",
         ),
     }),

@@ -36,9 +36,10 @@ from hotlap.common.memory import require_memory
 from hotlap.common.process import keep_freed_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.kernels.fp8 import check_fp8
-from hotlap.model.config import GPTConfig
+from hotlap.model.build import build
+from hotlap.model.config import Shape
 from hotlap.model.flops import causal_flops, mfu, nanochat_flops, peak_flops
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.data.shards import shard_documents, write_shard
 from hotlap.train.distributed.memory import row_bytes
@@ -63,7 +64,7 @@ INSIDE = ("relu2",)  # used in place of one of them that is switched off
 UNTIMED = 2  # warm-up steps
 BOS = 0
 
-Batches = Callable[[GPTConfig, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]
+Batches = Callable[[Shape, int, int, World], AbstractContextManager[Iterator[list[Batch]]]]
 
 
 def bench_training(config: TrainingConfig) -> list[dict]:
@@ -102,7 +103,7 @@ def bench_training(config: TrainingConfig) -> list[dict]:
     return rows
 
 
-def check_sizes(name: str, shape: GPTConfig, rows: int, passes: int, fp8: bool = False) -> None:
+def check_sizes(name: str, shape: Shape, rows: int, passes: int, fp8: bool = False) -> None:
     """Raise ValueError if a pass of this many rows, or the tokens of all passes, cannot be in memory."""
     each = row_bytes(shape, "none", "fp8" if fp8 else "auto")
     require_memory(f"{name} with --rows {rows}", rows * each, "lower --rows", default_device())
@@ -112,7 +113,7 @@ def check_sizes(name: str, shape: GPTConfig, rows: int, passes: int, fp8: bool =
 
 def bench_model(
     name: str,
-    shape: GPTConfig,
+    shape: Shape,
     off: tuple[str, ...],
     config: TrainingConfig,
     budget: Budget,
@@ -156,7 +157,7 @@ def bench_model(
 
 
 @contextlib.contextmanager
-def random_batches(shape: GPTConfig, count: int, steps: int, world: World) -> Iterator[Iterator[list[Batch]]]:
+def random_batches(shape: Shape, count: int, steps: int, world: World) -> Iterator[Iterator[list[Batch]]]:
     """This rank's batches of `count` rows for `steps` steps, read from a temporary shard as training does."""
     random = np.random.default_rng(0)
     together = count * world.size
@@ -190,7 +191,7 @@ def switched_off(names: tuple[str, ...]) -> Iterator[None]:
 
 @compiled_or_failed()
 def measure_training(
-    shape: GPTConfig,
+    shape: Shape,
     count: int,
     steps: int,
     compiled: bool,
@@ -236,10 +237,10 @@ def measure_training(
     }
 
 
-def made(shape: GPTConfig, compiled: bool, fp8: bool, world: World) -> tuple[GPT, MuonAdamW]:
+def made(shape: Shape, compiled: bool, fp8: bool, world: World) -> tuple[Transformer, MuonAdamW]:
     """A model and its optimizer, built as in training."""
     with torch.device("meta"):
-        model = GPT(shape, fast_dtype(world.device.type, shape.width))
+        model = build(shape, fast_dtype(world.device.type, shape.width))
     if fp8:
         model.use_fp8()
     parallelize(model, world, "none", compiled)

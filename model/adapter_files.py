@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
-from hotlap.model.config import GPTConfig
-from hotlap.model.gpt import GPT
+from hotlap.model.config import Shape
 from hotlap.model.lora import LoRA, adapted_layers, adapter_shapes, update
 from hotlap.model.peft import is_peft, read_peft, read_peft_config
 from hotlap.model.tensors import listed, local_part, read_tensors, stored_tensors, tensor_differences
+from hotlap.model.transformer import Transformer
 
 ADAPTER = "adapter.json"
 
@@ -63,7 +63,7 @@ def read_lora(folder: Path) -> LoRA | None:
     return LoRA(fields["rank"], fields["alpha"], bases, fields["base_sha256"])
 
 
-def read_adapters(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
+def read_adapters(folder: Path, config: Shape) -> dict[str, Tensor]:
     """The adapters in a folder, whole, in float32, by our names. DataError lists tensors that do not fit."""
     if is_peft(folder):
         return read_peft(folder, config)
@@ -81,7 +81,7 @@ def read_adapters(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merge(model: GPT, folder: Path) -> None:
+def merge(model: Transformer, folder: Path) -> None:
     """Add the adapters in a folder to the float32 weights of a model, whole or sharded, in place."""
     tensors, scale = read_adapters(folder, model.config), read_lora(folder).scale
     for i, block in enumerate(model.blocks):

@@ -77,20 +77,9 @@ class GPTConfig:
 
     def validate(self) -> GPTConfig:
         """Return self, or raise ValueError naming the first field that cannot work."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
+        check_types(self)
         at_least(self, 1, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim not in HEAD_DIMS:
-            raise ValueError(
-                f"width={self.width} / heads={self.heads} gives heads of {self.head_dim}; attention "
-                f"supports {', '.join(map(str, HEAD_DIMS))}"
-            )
+        check_heads(self)
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
         positive(self, "qk_gain")
@@ -124,25 +113,126 @@ class GPTConfig:
         return cls(**fields).validate()
 
 
-def counts_of(config: GPTConfig) -> dict[str, int]:
+@dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a `GPT2`. The defaults are its smallest size, with 124M parameters."""
+
+    architecture: str = dataclasses.field(default="gpt2", init=False)
+    """Tells config.json from that of a `GPT`, which has no such field."""
+    vocab_size: int = 50304
+    """Rows of the table of tokens: GPT-2's 50,257, our special ones, and padding to a multiple of 64."""
+    context: int = 1024
+    """Longest sequence in tokens, and number of learned positions."""
+    layers: int = 12
+    """Number of transformer blocks."""
+    width: int = 768
+    """Size of the residual stream."""
+    heads: int = 12
+    """Attention heads."""
+    document_masks: bool = False
+    """Train each document of a packed row on its own, from the first position on; without, its tokens see the
+    documents before it too, and a row has all positions, as in nanoGPT. Imported models have it.
+    """
+
+    softcap: ClassVar[float] = 0.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many keys each layer sees, the query's own included: all."""
+        return (self.context,) * self.layers
+
+    def validate(self) -> GPT2Config:
+        """Return self, or raise ValueError naming the first field that cannot work."""
+        check_types(self)
+        at_least(self, 1, "vocab_size", "context", "layers", "width", "heads")
+        check_heads(self)
+        return self
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> GPT2Config:
+        """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        if missing := sorted(known - set(fields)):
+            raise ValueError(f"model field {missing[0]!r} is missing")
+        return cls(**{name: value for name, value in fields.items() if name != "architecture"}).validate()
+
+
+Shape = GPTConfig | GPT2Config
+
+
+def shape_from(fields: dict) -> Shape:
+    """The configuration of either kind of model, from what config.json holds. ValueError for what is none."""
+    if (name := fields.get("architecture")) is None:
+        return GPTConfig.from_dict(fields)
+    if name != "gpt2":
+        raise ValueError(f"architecture={name!r} is unknown; hotlap has gpt2, and its own without that field")
+    return GPT2Config.from_dict(fields)
+
+
+def check_types(config: Shape) -> None:
+    """Raise ValueError for a field whose value has another type than its default."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
+
+
+def check_heads(config: Shape) -> None:
+    """Raise ValueError for heads that do not divide the width into sizes that attention supports."""
+    if config.width % config.heads:
+        raise ValueError(f"width={config.width} is not a multiple of heads={config.heads}")
+    if config.heads % config.kv_heads:
+        raise ValueError(f"heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
+    if config.head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"width={config.width} / heads={config.heads} gives heads of {config.head_dim}; attention "
+            f"supports {', '.join(map(str, HEAD_DIMS))}"
+        )
+
+
+def counts_of(config: Shape) -> dict[str, int]:
     """As `parameter_counts` in flops.py, of a model of this shape, however large, without building it."""
-    c, kv = config, config.kv_heads * config.head_dim
+    counts = gpt2_counts(config) if isinstance(config, GPT2Config) else gpt_counts(config)
+    return counts | {"matmul": counts["matrices"] + counts["head"], "total": sum(counts.values())}
+
+
+def gpt2_counts(c: GPT2Config) -> dict[str, int]:
+    biases, norms = (5 + MLP_RATIO) * c.width, 4 * c.width  # of a block
+    return {
+        "matrices": c.layers * c.width * (4 * c.width + 2 * MLP_RATIO * c.width),
+        "head": c.vocab_size * c.width,  # which is the table of tokens
+        "embeddings": c.context * c.width,
+        "scalars": c.layers * (biases + norms) + 2 * c.width,
+    }
+
+
+def gpt_counts(c: GPTConfig) -> dict[str, int]:
+    kv = c.kv_heads * c.head_dim
     with_values = -(-c.layers // 2) if c.value_embeddings else 0  # layers
     matrices = c.layers * c.width * (2 * c.width + 2 * kv + 2 * MLP_RATIO * c.width)
     matrices += with_values * min(GATE_CHANNELS, c.width) * c.kv_heads
     matrices += min(SMEAR_CHANNELS, c.width) if c.smear else 0
-    counts = {
+    return {
         "matrices": matrices,
         "head": c.vocab_size * c.width,
         "embeddings": c.vocab_size * (c.width + with_values * kv),
         "scalars": (2 * c.layers if c.residual_scalars else 0) + c.smear + c.backout,
     }
-    return counts | {"matmul": matrices + counts["head"], "total": sum(counts.values())}
 
 
-def rotary_bytes(config: GPTConfig) -> int:
-    """Bytes of a model's tables of cosines and sines."""
-    return 4 * config.context * config.head_dim
+def rotary_bytes(config: Shape) -> int:
+    """Bytes of a model's tables of cosines and sines, of which GPT-2 has none."""
+    return 0 if isinstance(config, GPT2Config) else 4 * config.context * config.head_dim
 
 
 @dataclass(frozen=True)
@@ -235,6 +325,13 @@ class ImportConfig:
 
     model_field: ClassVar[str] = "model"
     model: Path = Path("model")
-    """Folder with config.json, tokenizer.json and .safetensors files."""
+    """Folder with config.json, a tokenizer, and .safetensors files."""
     out: Path = Path("imported")
     """Folder to write; it must be empty or not exist yet."""
+    context: int | None = None
+    """A shorter context, in tokens; a GPT-2 loses the positions beyond."""
+
+    def validate(self) -> ImportConfig:
+        if self.context is not None:
+            at_least(self, 1, "context")
+        return self

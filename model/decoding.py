@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hotlap.common.gpu import captured, to_device
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
 from hotlap.model.kv_cache import KVCache, Span
+from hotlap.model.transformer import Transformer
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class Decoder:
     steps, but only in place. FSDP2 gathers weights in other memory each time: sharded models run eagerly.
     """
 
-    def __init__(self, model: GPT, cache: KVCache):
+    def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache, self.device = model, cache, cache.device
         # A sharded model's weights are DTensors. Their module, which takes a second to import, has the class.
         sharded = hasattr(model.embedding.weight, "device_mesh")

@@ -23,7 +23,6 @@ from hotlap.kernels.decode_linear import most_rows
 from hotlap.kernels.dispatch import kernel_choice
 from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts
-from hotlap.model.gpt import GPT
 from hotlap.model.kv_cache import KVCache, Span
 from hotlap.model.next_tokens import next_tokens
 from hotlap.model.request import FinishReason, Request, Token
@@ -31,6 +30,7 @@ from hotlap.model.sampling import Sampling
 from hotlap.model.slots import Slots
 from hotlap.model.tool_calls import ToolCalls
 from hotlap.model.tools import TOOLS, Tools
+from hotlap.model.transformer import Transformer
 
 if TYPE_CHECKING:  # the engine runs where the tokenizer's libraries are not installed
     from hotlap.model.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Engine:
     `generate` and `complete` stop when their own requests are done, so they need an unsharded model.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64, chunk: int = CHUNK):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 64, chunk: int = CHUNK):
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
         if chunk < 1:

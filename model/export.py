@@ -16,7 +16,7 @@ from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.adapter_files import read_adapters, read_lora
-from hotlap.model.config import AdapterExportConfig, ExportConfig
+from hotlap.model.config import AdapterExportConfig, ExportConfig, GPT2Config
 from hotlap.model.peft import write_peft
 from hotlap.model.stock import extras_of, stock_class
 from hotlap.model.weights import (
@@ -50,6 +50,11 @@ def export_adapter(config: AdapterExportConfig) -> Path:
             raise ValueError(
                 f"{folder} has no adapters, for it was trained whole; export its weights with `hotlap export "
                 "weights`, or train with --lora-rank"
+            )
+        if isinstance(shape, GPT2Config):
+            raise ValueError(
+                f"{folder}: adapters of a GPT-2 cannot be written as PEFT's, whose layers for it have other "
+                "parts; `hotlap export weights` merges them"
             )
         if stock_class(shape) != "apertus":
             log.warning(

@@ -16,7 +16,7 @@ from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.chat_template import chat_template
-from hotlap.model.config import GPTConfig, HfExportConfig, Sampling
+from hotlap.model.config import HfExportConfig, Sampling, Shape
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import CODE, OWN_CLASS, code_config, code_weights, write_code
 from hotlap.model.hf_card import KEPT, RUN_CARD, card
@@ -58,7 +58,7 @@ def export_hf(config: HfExportConfig) -> Path:
     return config.out
 
 
-def class_of(config: GPTConfig) -> str:
+def class_of(config: Shape) -> str:
     """The stock class for a model, or else our own."""
     if kind := stock_class(config):
         return kind
@@ -107,7 +107,7 @@ def beginning_with_bos(tokenizer: Tokenizer) -> str:
     return found.to_str()
 
 
-def tokenizer_fields(config: GPTConfig) -> dict:
+def tokenizer_fields(config: Shape) -> dict:
     """tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -16,9 +16,10 @@ import re
 import torch
 import torch.nn as nn
 
-from hotlap.model.config import MLP_RATIO, GPTConfig
-from hotlap.model.gpt import GPT, Linear
+from hotlap.model.build import build
+from hotlap.model.config import MLP_RATIO, GPT2Config, Shape
 from hotlap.model.lora import LoRA, adapter_count, add_adapters, is_adapter
+from hotlap.model.transformer import Linear, Transformer
 
 # Data-sheet peak in dense bf16 FLOP/s, by words in the driver's name of the GPU; the first match counts.
 # Sources: NVIDIA's data sheets of each card (without sparsity, float32 accumulation), AMD's of the MI300X.
@@ -57,12 +58,14 @@ def of_card(peaks: tuple[tuple[str, float], ...], name: str) -> float | None:
     return next((peak for words, peak in peaks if re.search(rf"\b{words}\b", name)), None)
 
 
-def parameter_counts(model: GPT) -> dict[str, int]:
+def parameter_counts(model: Transformer) -> dict[str, int]:
     """Number of parameters by part, without adapters. `matmul` is `matrices` plus `head`: all weights of
-    matmuls.
+    matmuls, a tied embedding among them.
     """
-    linear = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, Linear)}
-    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    matmuls = [m.weight for m in model.modules() if isinstance(m, Linear)] + [model.head.weight]
+    linear = {id(weight): weight.numel() for weight in matmuls}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = {id(weight): weight.numel() for weight in tables if id(weight) not in linear}
     head = model.head.weight.numel()
     total = sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name))
     return {
@@ -75,27 +78,27 @@ def parameter_counts(model: GPT) -> dict[str, int]:
     }
 
 
-def adapters_of(model: GPT) -> int:
+def adapters_of(model: Transformer) -> int:
     """Number of parameters of its adapters."""
     return 0 if model.lora is None else adapter_count(model.config, model.lora.rank)
 
 
-def matmul_flops(model: GPT) -> int:
+def matmul_flops(model: Transformer) -> int:
     """Per token, of the products with weights."""
     frozen = 0 if model.lora is None else 2
     return (6 - frozen) * parameter_counts(model)["matmul"] + 6 * adapters_of(model)
 
 
-def meta_model(config: GPTConfig, lora: LoRA | None = None) -> GPT:
+def meta_model(config: Shape, lora: LoRA | None = None) -> Transformer:
     """The model on the meta device, to count with."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = build(config)
     if lora:
         add_adapters(model, lora)
     return model
 
 
-def nanochat_flops(model: GPT, T: int | None = None) -> int:
+def nanochat_flops(model: Transformer, T: int | None = None) -> int:
     """Training FLOPs per token for rows of T tokens, by nanochat's formula."""
     c = model.config
     T = T or c.context
@@ -103,7 +106,7 @@ def nanochat_flops(model: GPT, T: int | None = None) -> int:
     return matmul_flops(model) + attention
 
 
-def causal_flops(model: GPT, T: int | None = None) -> int:
+def causal_flops(model: Transformer, T: int | None = None) -> int:
     """Training FLOPs per token for rows of T tokens, counting only the keys that each query sees."""
     c = model.config
     T = T or c.context
@@ -116,7 +119,7 @@ def causal_flops(model: GPT, T: int | None = None) -> int:
 
 
 def training_bytes(
-    model: GPT, rows: int, T: int, shards: int = 1, activation_bytes: int = 2
+    model: Transformer, rows: int, T: int, shards: int = 1, activation_bytes: int = 2
 ) -> dict[str, int]:
     """Bytes of memory by part, for a training step on one of `shards` ranks with `rows` rows of T tokens.
 
@@ -134,7 +137,7 @@ def training_bytes(
     sharded = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],
-        "optimizer": 4 * blocks + 8 * (counts["total"] - blocks),
+        "optimizer": (8 if isinstance(c, GPT2Config) else 4) * blocks + 8 * (counts["total"] - blocks),
     }
     if adapters:  # the rest is frozen
         sharded = {

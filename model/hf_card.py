@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hotlap.common.terminal import printable
-from hotlap.model.config import GPTConfig, HfExportConfig, counts_of
+from hotlap.model.config import HfExportConfig, Shape, counts_of
 from hotlap.model.export_code import OWN_CLASS
 from hotlap.model.stock_config import CLASSES
 
@@ -43,7 +43,7 @@ APERTUS_NOTES = (
 )
 
 
-def card(config: HfExportConfig, shape: GPTConfig, kind: str, stage: str | None, has_card: bool) -> str:
+def card(config: HfExportConfig, shape: Shape, kind: str, stage: str | None, has_card: bool) -> str:
     """The text. kind: the class; has_card: whether the run's own card lies beside it."""
     what, prompt = "A chat model, which answers messages.", CHAT
     if stage == "pretrain":

@@ -20,10 +20,11 @@ from hotlap.common.log import log
 from hotlap.common.memory import require_memory
 from hotlap.common.terminal import printable
 from hotlap.kernels.rms_norm import EPS
-from hotlap.model.config import GPTConfig, ImportConfig, counts_of, rotary_bytes
+from hotlap.model.build import build
+from hotlap.model.config import GPT2Config, GPTConfig, ImportConfig, Shape, counts_of, rotary_bytes
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import OWN_CLASS, code_weights, config_of, our_weights
-from hotlap.model.gpt import GPT
+from hotlap.model.gpt2_files import MASK, PREFIX, from_gpt2, gpt2_shape, to_gpt2
 from hotlap.model.hf_card import KEPT
 from hotlap.model.import_tokenizer import read_tokenizer
 from hotlap.model.stock import (
@@ -38,7 +39,6 @@ from hotlap.model.stock import (
 )
 from hotlap.model.stock_config import OURS, our_config, shown
 from hotlap.model.tensors import Stored, listed, tensors_in
-from hotlap.model.tokenizer import TOKENIZER
 from hotlap.model.weights import CONFIG, STATE, WEIGHTS, save_model
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -46,11 +46,12 @@ PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEAR = {True: 1e-2, False: 1e-6}  # how far from 1 the RMS of a row is by rounding: to 16 bits, or to float32
 
-Reader = Callable[[Path, dict], tuple[GPTConfig, dict[str, Tensor]]]
+Reader = Callable[[Path, dict], tuple[Shape, dict[str, Tensor]]]
 
 
 def import_hf(config: ImportConfig) -> Path:
     """Write a model directory of ours, and return it. DataError says what in the model cannot be ours."""
+    config.validate()
     with new_folder(config.out) as partial:
         folder = config.model
         if not (folder / CONFIG).is_file():
@@ -64,7 +65,7 @@ def import_hf(config: ImportConfig) -> Path:
             )
         try:
             shape, weights = read(folder, fields)
-            tokenizer, names = read_tokenizer(folder / TOKENIZER, fields)
+            tokenizer, names = read_tokenizer(folder, fields)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
         if tokenizer.vocab_size > shape.vocab_size:
@@ -73,12 +74,14 @@ def import_hf(config: ImportConfig) -> Path:
                 "%s has no %s: they get rows of their own, the mean of all, which fine-tuning can train",
                 folder, ", ".join(names),
             )  # fmt: skip
+        if config.context:
+            weights, shape = cropped(weights, shape, config.context)
         with torch.device("meta"):
-            model = GPT(shape)
+            model = build(shape)
         model.load_state_dict(weights, assign=True)
         save_model(partial, model, tokenizer)
         ours = fields.get(OURS)
-        stage = ours.get("stage") if isinstance(ours, dict) else None
+        stage = ours.get("stage") if isinstance(ours, dict) else BASE.get(fields["model_type"])
         if isinstance(stage, str) and re.fullmatch(r"[a-z]{1,20}", stage):
             write(partial / STATE, json.dumps({"stage": stage}) + "\n")
     return config.out
@@ -112,31 +115,59 @@ def read_own(folder: Path, fields: dict) -> tuple[GPTConfig, dict[str, Tensor]]:
     return shape, our_weights(read_weights(folder, fields, shape, OWN_CLASS))
 
 
+def read_gpt2(folder: Path, fields: dict) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """Our configuration and weights of a GPT-2. Old files have names without the prefix, and constant masks;
+    some have the head, too.
+    """
+    shape, stored = gpt2_shape(fields), tensors_in(weight_files(folder))
+    check_claim(folder, shape, stored)
+    with torch.device("meta"):
+        ours = build(shape).state_dict()
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
+    expected = {prefix + name.removeprefix(PREFIX): tensor for name, tensor in to_gpt2(ours).items()}
+    embedding = f"{prefix}wte.weight"
+    if HEAD in stored:
+        expected[HEAD] = expected[embedding]
+    stored = {name: tensor for name, tensor in stored.items() if not MASK.fullmatch(name)}
+    theirs = read_as_float32(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    if HEAD in theirs and not torch.equal(theirs[HEAD], theirs[embedding]):
+        raise DataError(f"{HEAD} differs from {embedding}; our GPT-2 has one tensor for both")
+    theirs = {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
+    return shape, from_gpt2(theirs, [*ours])
+
+
 READERS: dict[str, Reader] = {  # by model_type
     "apertus": read_apertus,
     "nanochat": read_nanochat,
     OWN_CLASS: read_own,
+    "gpt2": read_gpt2,
 }
+BASE = {"gpt2": "pretrain"}  # the stage of models whose files do not say
 
 
 def read_weights(folder: Path, fields: dict, shape: GPTConfig, kind: str) -> dict[str, Tensor]:
     """The tensors of a class, in float32; a tied head is copied."""
-    claimed = counts_of(shape)["total"]
     stored = tensors_in(weight_files(folder))
-    if claimed > 2 * sum(math.prod(tensor.shape) for tensor in stored.values()):
-        raise DataError(
-            f"{CONFIG} is of a model of {claimed:,} parameters, but the tensors there are of less"
-        )
+    check_claim(folder, shape, stored)
     with torch.device("meta"):
-        weights = GPT(shape).state_dict()
+        weights = build(shape).state_dict()
         expected = code_weights(weights) if kind == OWN_CLASS else to_stock(weights, shape, kind)
     tied = fields.get("tie_word_embeddings") and HEAD not in stored
     if tied:
         del expected[HEAD]
-    needed = 8 * claimed + 2 * rotary_bytes(shape)  # theirs and ours, and the tables of who opens it
-    require_memory(f"the model in {folder}", needed, "use a machine with more, or a smaller model")
     theirs = read_as_float32(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     return theirs | ({HEAD: theirs[EMBEDDING].clone()} if tied else {})
+
+
+def check_claim(folder: Path, shape: Shape, stored: dict[str, Stored]) -> None:
+    """Raise DataError or ValueError for a config.json of far more than the tensors, or the memory, hold."""
+    claimed = counts_of(shape)["total"]
+    if claimed > 2 * sum(math.prod(tensor.shape) for tensor in stored.values()):
+        raise DataError(
+            f"{CONFIG} is of a model of {claimed:,} parameters, but the tensors there are of less"
+        )
+    needed = 8 * claimed + 2 * rotary_bytes(shape)  # theirs and ours, and the tables of who opens it
+    require_memory(f"the model in {folder}", needed, "use a machine with more, or a smaller model")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -218,18 +249,27 @@ def embedding_of(folder: Path, rows: Tensor) -> Tensor:
     return torch.where(rms < 1 - near, rows * scale, rows).float()
 
 
-def grown(
-    weights: dict[str, Tensor], shape: GPTConfig, vocab_size: int
-) -> tuple[dict[str, Tensor], GPTConfig]:
-    """The weights with rows for more ids. They are the mean of all rows, so that a new token is as likely as
-    the average one; with rows of zeros it could be likelier than most.
+def grown(weights: dict[str, Tensor], shape: Shape, vocab_size: int) -> tuple[dict[str, Tensor], Shape]:
+    """The weights with rows for more ids, padded to a multiple of 64, as for pretraining. They are the mean
+    of all rows, so that the logit of a new token is the mean logit: by Jensen's inequality, its probability
+    is at most the average one. With rows of zeros it could be likelier than most.
     """
-    more = vocab_size - shape.vocab_size
-    rows = {
-        name: torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(more, -1)])
-        for name in ("embedding.weight", "head.weight")
+    rows = -(-vocab_size // 64) * 64
+    tables = {
+        name: torch.cat([table, table.mean(0, keepdim=True).expand(rows - len(table), -1)])
+        for name, table in weights.items()
+        if name in ("embedding.weight", "head.weight")
     }
-    return weights | rows, dataclasses.replace(shape, vocab_size=vocab_size)
+    return weights | tables, dataclasses.replace(shape, vocab_size=rows)
+
+
+def cropped(weights: dict[str, Tensor], shape: Shape, context: int) -> tuple[dict[str, Tensor], Shape]:
+    """The weights of a model with a shorter context."""
+    if context > shape.context:
+        raise ValueError(f"context={context} must be at most the model's {shape.context}")
+    if isinstance(shape, GPT2Config):
+        weights = weights | {"positions.weight": weights["positions.weight"][:context].clone()}
+    return weights, dataclasses.replace(shape, context=context)
 
 
 def main(config: ImportConfig) -> None:

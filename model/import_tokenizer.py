@@ -9,9 +9,12 @@ import tokenizers
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
+from hotlap.common.log import log
+from hotlap.model.gpt2_tokenizer import gpt2
 from hotlap.model.tokenizer import (
     GPT2_PATTERN,
     SPECIAL_TOKENS,
+    TOKENIZER,
     Tokenizer,
     byte_level_alphabet,
     from_ranks,
@@ -23,22 +26,47 @@ OURS = {  # of nanochat's, whose calls of Python are expressions, as those of ou
     "<|output_start|>": "<|result_start|>",
     "<|output_end|>": "<|result_end|>",
 }
+VOCABULARY, MERGES, END = "vocab.json", "merges.txt", "<|endoftext|>"
+GPT2_BOS = 50256  # where config.json leaves it out
 OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 
 
-def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[str]]:
+def read_tokenizer(folder: Path, config: dict) -> tuple[Tokenizer, list[str]]:
     """The tokenizer, and those of our special tokens that it lacked, which follow its own.
 
-    config: of config.json, whose bos_token_id becomes <|bos|>. DataError says what cannot be ours.
+    config: of config.json, whose bos_token_id becomes <|bos|>. A GPT-2 without a tokenizer gets OpenAI's.
+    DataError says what cannot be ours.
     """
-    if not path.is_file():
-        raise DataError(f"there is no {path.name}; a vocabulary in other files cannot be read")
+    path = next((folder / name for name in (TOKENIZER, VOCABULARY) if (folder / name).is_file()), None)
+    if path is None:
+        if config.get("model_type") != "gpt2":
+            raise DataError(f"there is no {TOKENIZER}; a vocabulary in other files cannot be read")
+        log.info("%s has no tokenizer, and gets OpenAI's", folder)
+        return gpt2(), list(SPECIAL_TOKENS[1:])
     try:
-        return convert(read_object(path), config)
+        fields = read_object(path)
+        return convert(fields if path.name == TOKENIZER else with_merges(fields, folder), config)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from None
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name} is not a tokenizer ({error!r})") from error
+
+
+def with_merges(vocabulary: dict, folder: Path) -> dict:
+    """The fields of a tokenizer.json, from the two files that GPT-2 came with: vocab.json, and merges."""
+    if not (folder / MERGES).is_file():
+        raise DataError(f"there is no {MERGES} beside it")
+    first, *lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+    lines = lines if first.startswith("#version") else [first, *lines]
+    return {
+        "added_tokens": [{"content": END, "id": vocabulary[END], "special": True}],
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": [line for line in lines if line],
+        },
+    }
 
 
 def convert(fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
@@ -71,7 +99,7 @@ def special_tokens(fields: dict, config: dict) -> list[str]:
     added = sorted(fields["added_tokens"], key=lambda token: token["id"])
     if plain := [token["content"] for token in added if not token.get("special")]:
         raise DataError(f"{plain[0]!r} is a token that text may spell; ours have none outside of the BPE")
-    bos = config.get("bos_token_id")
+    bos = config.get("bos_token_id", GPT2_BOS if config.get("model_type") == "gpt2" else None)
     names = [OURS.get(token["content"], token["content"]) for token in added]
     if "<|bos|>" not in names:
         names = ["<|bos|>" if token["id"] == bos else name for token, name in zip(added, names, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hotlap.common.memory import amount, free_memory, require_memory
 from hotlap.kernels.decode_attention import decode_attention
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import Shape
 
 GROWTH = 128  # the cache grows in multiples of this many tokens per slot, and so do rings
 SHARE = 0.8  # of the free memory, that slots may take: a pass needs some too
@@ -30,7 +30,7 @@ class Span(NamedTuple):
     tokens: int  # T
 
 
-def ring_lengths(config: GPTConfig, length: int, chunk: int | None) -> list[int]:
+def ring_lengths(config: Shape, length: int, chunk: int | None) -> list[int]:
     """Positions of each layer for sequences of up to `length` tokens, `chunk` of which are added at once.
 
     chunk: None is any number of them, so nothing is a ring.
@@ -44,13 +44,13 @@ def ring_lengths(config: GPTConfig, length: int, chunk: int | None) -> list[int]
     ]
 
 
-def slot_bytes(config: GPTConfig, length: int, chunk: int | None, dtype: torch.dtype) -> int:
+def slot_bytes(config: Shape, length: int, chunk: int | None, dtype: torch.dtype) -> int:
     """Bytes of a slot."""
     positions = sum(ring_lengths(config, length, chunk))
     return 2 * positions * config.kv_heads * config.head_dim * dtype.itemsize
 
 
-def fitting_slots(config: GPTConfig, chunk: int, dtype: torch.dtype, device: torch.device, most: int) -> int:
+def fitting_slots(config: Shape, chunk: int, dtype: torch.dtype, device: torch.device, most: int) -> int:
     """How many slots for whole contexts fit the free memory, at most `most`. ValueError if none does."""
     one, free = slot_bytes(config, config.context, chunk, dtype), free_memory(device)
     if SHARE * free < one:
@@ -62,7 +62,7 @@ def fitting_slots(config: GPTConfig, chunk: int, dtype: torch.dtype, device: tor
 
 
 def check_cache(
-    config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device, chunk: int | None = None
+    config: Shape, slots: int, length: int, dtype: torch.dtype, device, chunk: int | None = None
 ) -> None:
     """Raise ValueError if a `KVCache` with room for `length` tokens in each slot is more than the memory."""
     hint = "ask for fewer tokens (--max-tokens) or fewer sequences at once"
@@ -79,7 +79,7 @@ class KVCache:
     """
 
     def __init__(
-        self, config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device, chunk: int | None = None
+        self, config: Shape, slots: int, length: int, dtype: torch.dtype, device, chunk: int | None = None
     ):
         check_cache(config, slots, length, dtype, device, chunk)
         self.config, self.slots, self.length, self.chunk = config, slots, length, chunk

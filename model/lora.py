@@ -17,10 +17,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from hotlap.kernels.batch_invariant import product
-from hotlap.model.config import MLP_RATIO, GPTConfig
+from hotlap.model.config import MLP_RATIO, Shape
 
 if TYPE_CHECKING:
-    from hotlap.model.gpt import GPT
+    from hotlap.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Adapter(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def adapted_layers(config: GPTConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+def adapted_layers(config: Shape) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Inputs, and outputs of each part, of the layers of a block that get adapters, by name."""
     c, q, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
     return {
@@ -66,8 +66,8 @@ def adapted_layers(config: GPTConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     }
 
 
-def add_adapters(model: GPT, lora: LoRA) -> None:
-    """Freeze a model that is whole, and add adapters, which `GPT.init_weights` fills."""
+def add_adapters(model: Transformer, lora: LoRA) -> None:
+    """Freeze a model that is whole, and add adapters, which `init_weights` fills."""
     model.requires_grad_(False)
     for block in model.blocks:
         for name, (inputs, outputs) in adapted_layers(model.config).items():
@@ -76,7 +76,7 @@ def add_adapters(model: GPT, lora: LoRA) -> None:
     model.lora = lora
 
 
-def adapter_shapes(config: GPTConfig, rank: int) -> dict[str, tuple[int, int]]:
+def adapter_shapes(config: Shape, rank: int) -> dict[str, tuple[int, int]]:
     """The shapes of a block's adapters, by their names in the block."""
     shapes = {}
     for name, (inputs, outputs) in adapted_layers(config).items():
@@ -85,12 +85,12 @@ def adapter_shapes(config: GPTConfig, rank: int) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def adapter_count(config: GPTConfig, rank: int) -> int:
+def adapter_count(config: Shape, rank: int) -> int:
     """Parameters of a model's adapters."""
     return config.layers * sum(rows * columns for rows, columns in adapter_shapes(config, rank).values())
 
 
-def check_rank(config: GPTConfig, rank: int) -> None:
+def check_rank(config: Shape, rank: int) -> None:
     """ValueError if adapters of this rank would not be smaller than what they adapt."""
     most = min(min(inputs, *outputs) for inputs, outputs in adapted_layers(config).values())
     if rank > most:
@@ -104,12 +104,12 @@ def is_adapter(name: str) -> bool:
     return ".adapter." in name
 
 
-def base_weights(model: GPT) -> dict[str, Tensor]:
+def base_weights(model: Transformer) -> dict[str, Tensor]:
     """The model's weights but for its adapters, by name."""
     return {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
 
 
-def trained_weights(model: GPT) -> dict[str, Tensor]:
+def trained_weights(model: Transformer) -> dict[str, Tensor]:
     """What training changes, by name: the adapters of a model that has some, else all weights."""
     weights = model.state_dict()
     return weights if model.lora is None else {n: t for n, t in weights.items() if is_adapter(n)}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hotlap.kernels.rms_norm import EPS
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import GPT2Config, GPTConfig, Shape
+from hotlap.model.gpt2_files import to_gpt2
 from hotlap.model.lora import adapted_layers
 
 LAYERS = "model.layers"
@@ -46,8 +47,10 @@ def extras_of(config: GPTConfig) -> list[str]:
     return found + (["window_pattern"] if set(config.windows) != {config.context} else [])
 
 
-def stock_class(config: GPTConfig) -> str | None:
-    """The class that computes the same as a model of ours: "apertus", "nanochat", or None."""
+def stock_class(config: Shape) -> str | None:
+    """The class that computes the same as a model of ours: "apertus", "nanochat", "gpt2", or None."""
+    if isinstance(config, GPT2Config):
+        return "gpt2"
     if extras_of(config):
         return None
     if not config.softcap:
@@ -55,7 +58,7 @@ def stock_class(config: GPTConfig) -> str | None:
     return "nanochat" if config.qk_gain == 1 else None
 
 
-def not_stock(config: GPTConfig) -> list[str]:
+def not_stock(config: Shape) -> list[str]:
     """Why no stock class computes the same as a model of ours: the fields, and their values."""
     if stock_class(config):
         return []
@@ -63,13 +66,16 @@ def not_stock(config: GPTConfig) -> list[str]:
     return [f"{name}={getattr(config, name)!r}" for name in names]
 
 
-def to_stock(weights: dict[str, Tensor], config: GPTConfig, kind: str) -> dict[str, Tensor]:
+def to_stock(weights: dict[str, Tensor], config: Shape, kind: str) -> dict[str, Tensor]:
     """A whole model's weights as those of a class, float32, by its names. Nothing shares memory with them."""
     return dict(stock_tensors(weights, config, kind))
 
 
-def stock_tensors(weights: dict[str, Tensor], config: GPTConfig, kind: str) -> Iterator[tuple[str, Tensor]]:
+def stock_tensors(weights: dict[str, Tensor], config: Shape, kind: str) -> Iterator[tuple[str, Tensor]]:
     """`to_stock`, one tensor after the other."""
+    if kind == "gpt2":
+        yield from to_gpt2(weights).items()
+        return
     embedding = weights["embedding.weight"]
     yield EMBEDDING, normalised(embedding) if kind == "apertus" else embedding.clone()
     yield HEAD, weights["head.weight"].clone()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hotlap.common.errors import DataError
-from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
+from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig, Shape
+from hotlap.model.gpt2_files import gpt2_fields
 
 NORM_EPS = 1e-6  # of all our norms
 OURS = "hotlap"  # an object in config.json with what only we need; Transformers keeps it
-CLASSES = {"apertus": "ApertusForCausalLM", "nanochat": "NanoChatForCausalLM"}
+CLASSES = {"apertus": "ApertusForCausalLM", "nanochat": "NanoChatForCausalLM", "gpt2": "GPT2LMHeadModel"}
 ACTIVATIONS = {"apertus": "xielu", "nanochat": "relu2"}
 DEFAULTS = {  # of fields that a file may leave out, by Transformers
     "apertus": {"rms_norm_eps": 1e-5},
@@ -29,8 +30,10 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def stock_config(config: GPTConfig, kind: str) -> dict[str, Any]:
+def stock_config(config: Shape, kind: str) -> dict[str, Any]:
     """The fields of a class that say what a model of ours computes."""
+    if kind == "gpt2":
+        return gpt2_fields(config)
     fields: dict[str, Any] = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,

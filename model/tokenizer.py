@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, single characters, or GPT-2's vocabulary.
+"""Text to token ids and back: byte-level BPE, or single characters.
 
 Trained and stored with Hugging Face `tokenizers` (tokenizer.json), encoded with `tiktoken` from the same
 ranks, which gives the same ids several times faster. Special tokens exist only as ids, above every id that
@@ -47,8 +47,8 @@ TOKENIZER = "tokenizer.json"  # in a model's folder
 class Tokenizer:
     """Ids 0 to `text_size` - 1 are text; the special tokens follow.
 
-    definition: the content of tokenizer.json. Make one with `train_bpe`, `train_characters`, `load` or
-    `gpt2`.
+    definition: the content of tokenizer.json. Make one with `train_bpe`, `train_characters`, `load`,
+    or `gpt2` of gpt2_tokenizer.py.
     """
 
     def __init__(self, definition: str):
@@ -186,18 +186,6 @@ def train_characters(text: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return finish(tokenizer)
-
-
-def gpt2() -> Tokenizer:
-    """GPT-2's 50,256 text tokens and our special tokens; <|bos|> has the id of GPT-2's <|endoftext|>."""
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' errors are OSErrors
-        raise OSError(
-            f"cannot download GPT-2's vocabulary ({error}); on a machine with network access, run "
-            "python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")' and copy TIKTOKEN_CACHE_DIR here"
-        ) from error
-    return from_ranks(encoding._mergeable_ranks, GPT2_PATTERN)
 
 
 def from_ranks(ranks: dict[bytes, int], pattern: str, special: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:

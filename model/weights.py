@@ -23,20 +23,21 @@ from hotlap.common.files import read_object, write
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.adapter_files import check_bases, merge, read_lora
-from hotlap.model.config import GPTConfig, counts_of, rotary_bytes
-from hotlap.model.gpt import GPT
+from hotlap.model.build import build
+from hotlap.model.config import Shape, counts_of, rotary_bytes, shape_from
 from hotlap.model.lora import base_weights
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.peft import PEFT_CONFIG, is_peft
 from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
+from hotlap.model.transformer import Transformer
 
 CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state.json"
 CHECKPOINTS, BEST = "checkpoints", "best.json"  # in the folder of a run
 SHOWN = 5  # models listed in an error
 
 
-def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Write a model, with its weights in one file, into an existing folder."""
     save_description(folder, model.config, tokenizer)
     try:
@@ -45,7 +46,7 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
 
 
-def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
+def save_description(folder: Path, config: Shape, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json."""
     text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
     write(folder / CONFIG, text)
@@ -54,7 +55,7 @@ def save_description(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> N
 
 def load_model(
     path: str | Path, device: torch.device, compute_dtype: torch.dtype | None = None
-) -> tuple[GPT, Tokenizer]:
+) -> tuple[Transformer, Tokenizer]:
     """Load model and tokenizer from a model directory, or from the newest checkpoint of a run.
 
     compute_dtype: None is the fastest one on this device.
@@ -64,13 +65,13 @@ def load_model(
     require_memory(f"the model in {folder}", needed, "use a smaller one", device)
     compute_dtype = compute_dtype or fast_dtype(device.type, config.width)
     with torch.device("meta"):
-        model = GPT(config, compute_dtype)
+        model = build(config, compute_dtype)
     model.to_empty(device=device).init_weights()  # for buffers that are not stored
     load_weights(model, folder)
     return model.eval(), tokenizer
 
 
-def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
+def open_model(path: str | Path) -> tuple[Path, Shape, Tokenizer]:
     """Find the model of a path and check its hashes, and those of its base if it has adapters. Returns its
     folder, shape and tokenizer.
     """
@@ -91,7 +92,7 @@ def open_model(path: str | Path) -> tuple[Path, GPTConfig, Tokenizer]:
     return folders[0], config, tokenizer
 
 
-def check_size(folder: Path, config: GPTConfig) -> None:
+def check_size(folder: Path, config: Shape) -> None:
     """Raise DataError or ValueError for a config.json that claims far more than the folder has weights, or
     more context than the device has memory, before a model of that shape is built.
     """
@@ -107,9 +108,9 @@ def check_size(folder: Path, config: GPTConfig) -> None:
     require_memory(what, tables, "lower it there", default_device())
 
 
-def load_config(folder: Path) -> GPTConfig:
+def load_config(folder: Path) -> Shape:
     try:
-        return GPTConfig.from_dict(read_object(folder / CONFIG))
+        return shape_from(read_object(folder / CONFIG))
     except DataError:
         raise
     except ValueError as error:
@@ -139,7 +140,7 @@ def stage(folder: Path) -> str | None:
     return found
 
 
-def load_weights(model: GPT, folder: Path) -> None:
+def load_weights(model: Transformer, folder: Path) -> None:
     """Load the weights in a folder into a model, sharded or not. Names, shapes and dtypes must be the same:
     nothing is cast. Each process reads only what it needs, without waiting for others.
 

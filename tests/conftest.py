@@ -105,7 +105,7 @@ def hub_server(monkeypatch):
     """A hub on this machine, empty, that downloads are from. Waiting between attempts takes little time."""
     from helpers.hub_server import running_hub
 
-    from hotlap.train.data import download
+    from hotlap.common import download
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")

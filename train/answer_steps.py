@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.answer_rows import AnswerSet, Group, teaches
 from hotlap.train.data.rows import check_rows
 from hotlap.train.policy_losses import AnswerBatch, log_probabilities
@@ -32,13 +32,18 @@ class AnswerSteps:
     """
 
     def __init__(
-        self, config: RLConfig, questions: list[Question], sampler: Sampler, reference: GPT | None, run: Path
+        self,
+        config: RLConfig,
+        questions: list[Question],
+        sampler: Sampler,
+        reference: Transformer | None,
+        run: Path,
     ):
         self.config, self.questions, self.sampler, self.reference = config, questions, sampler, reference
         self.run, self.world, self.padding = run, sampler.world, sampler.tokenizer.bos
         self.warned = False
 
-    def __call__(self, model: GPT, state: RunState, micro_rows: int) -> Iterator[list[AnswerBatch]]:
+    def __call__(self, model: Transformer, state: RunState, micro_rows: int) -> Iterator[list[AnswerBatch]]:
         """This rank's micro-batches of each step to come; collective. With several updates for each set of
         answers, `state.carried` has those that the next step needs again.
         """
@@ -65,11 +70,11 @@ class AnswerSteps:
                 state.carried.update(found.to_json(), made_by=made_by)
             yield [self.completed(batch) for batch in self.batches(model, found, micro_rows)]
 
-    def one_row(self, model: GPT) -> AnswerBatch:
+    def one_row(self, model: Transformer) -> AnswerBatch:
         """A row to measure memory by, once the engine has taken its part."""
         return self.completed(self.batches(model, self.sampled(model, 0), 1)[0])
 
-    def sampled(self, model: GPT, number: int) -> AnswerSet:
+    def sampled(self, model: Transformer, number: int) -> AnswerSet:
         """The `number`-th set of answers. Groups whose rewards are all equal teach nothing: other questions
         replace them, as often as `resample` says. ValueError if every reward fails.
         """
@@ -121,7 +126,7 @@ class AnswerSteps:
             found += order[start : start + count - len(found)]
         return found
 
-    def answered(self, model: GPT, asked: list[int], number: int, attempt: int) -> list[Group]:
+    def answered(self, model: Transformer, asked: list[int], number: int, attempt: int) -> list[Group]:
         """The sampled answers to each of the questions."""
         samples = self.config.samples
         draws = [
@@ -133,7 +138,7 @@ class AnswerSteps:
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     @torch.no_grad()
-    def remember(self, model: GPT, found: AnswerSet, micro_rows: int) -> None:
+    def remember(self, model: Transformer, found: AnswerSet, micro_rows: int) -> None:
         """Give each answer its log-probabilities by a training pass with the weights it was sampled with."""
         rows = []
         for batch in self.batches(model, found, micro_rows):
@@ -149,7 +154,7 @@ class AnswerSteps:
         starts = range(rank * micro_rows, self.config.batch_rows, micro_rows * self.world.size)
         return [number for start in starts for number in range(start, start + micro_rows)]
 
-    def batches(self, model: GPT, found: AnswerSet, micro_rows: int) -> list[AnswerBatch]:
+    def batches(self, model: Transformer, found: AnswerSet, micro_rows: int) -> list[AnswerBatch]:
         """This rank's, without `reference`. On a GPU, rows are as long in every step, so that its passes are
         captured once.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from hotlap.common.checks import at_least, positive
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import GPT2Config, GPTConfig
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig, rows_in_all
 
@@ -36,11 +36,14 @@ class OptimConfig:
     adapter_lr: float = 0.003
     """AdamW's learning rate for adapters (lora-rank) at width 768, ten times 3e-4, which AdamW would take for
     all weights; it falls with the root of the width."""
+    adamw_lr: float = 6e-4
+    """AdamW's learning rate for all weights of a GPT-2, for which the four above have no meaning."""
     weight_decay: float = 0.28
-    """Cautious weight decay of the block matrices, multiplied by the learning rate at each step."""
+    """Cautious weight decay of the block matrices, or AdamW's of all matrices of a GPT-2, multiplied by the
+    learning rate at each step."""
 
     def validate(self) -> OptimConfig:
-        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adapter_lr")
+        positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adapter_lr", "adamw_lr")
         at_least(self, 0, "weight_decay")
         return self
 
@@ -125,6 +128,8 @@ class PretrainConfig(StageConfig):
     tokenizer: str = "bpe"
     """bpe (with model.vocab-size tokens) or characters, trained on the data; gpt2; or a tokenizer.json."""
     model: GPTConfig = field(default_factory=GPTConfig)
+    base: Path | None = None
+    """Start from this run or model, in its shape and with its tokenizer; None starts from random weights."""
     validation_tokens: int = 0
     """Tokens to validate on, from the start of the validation split; 0 means all."""
 
@@ -140,10 +145,18 @@ class PretrainConfig(StageConfig):
         return self
 
 
+@dataclass(frozen=True)
+class GPT2PretrainConfig(PretrainConfig):
+    """Train a GPT-2 on text: its shape has other flags than that of our own models."""
+
+    model: GPT2Config = field(default_factory=GPT2Config)
+
+
 # Of stages that come after fine-tuning and change the model a little: a twentieth of fine-tuning's rates.
 LATER_OPTIM = OptimConfig(
-    matrix_lr=0.001, embedding_lr=0.015, head_lr=0.0004, scalar_lr=0.025, adapter_lr=0.001, weight_decay=0.0
-)
+    matrix_lr=0.001, embedding_lr=0.015, head_lr=0.0004, scalar_lr=0.025, adapter_lr=0.001, adamw_lr=3e-6,
+    weight_decay=0.0,
+)  # fmt: skip
 LATER_SCHEDULE = ScheduleConfig(warmup_steps=10, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=100)
 
 
@@ -179,7 +192,7 @@ class SFTConfig(TuneConfig):
     (which are downloaded); or a .jsonl or .parquet file with records {"messages": [...]}."""
     epochs: float = 0.0
     """Train for at least this many passes over the conversations, even beyond loop.steps."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(adamw_lr=6e-5, weight_decay=0.0))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
             warmup_steps=0, warmdown=0.5, final_lr=0.0, momentum_warmup_steps=300

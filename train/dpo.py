@@ -13,7 +13,7 @@ from hotlap.common.files import write
 from hotlap.common.log import log
 from hotlap.kernels.cross_entropy import IGNORE
 from hotlap.model.adapter_files import weights_sha256
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.model.weights import TOKENIZER, lineage, model_folder
 from hotlap.train.config import DPOConfig
 from hotlap.train.data.preference_rows import PairRows, PairTokens, pair_digests, pair_rows
@@ -116,7 +116,7 @@ def all_pairs(config: DPOConfig, world: World) -> Iterator[Pair]:
 
 
 @torch.no_grad()
-def held_out(model: GPT, rows: PairRows, loss: Loss, at_once: int, world: World) -> dict[str, float]:
+def held_out(model: Transformer, rows: PairRows, loss: Loss, at_once: int, world: World) -> dict[str, float]:
     """The loss and its metrics over the held-out pairs, divided among the ranks; collective."""
     sums: dict[str, float] = {}
     weight, total = 0, rows.epoch_rows()

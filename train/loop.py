@@ -13,9 +13,9 @@ import torch
 from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.model.flops import mfu, nanochat_flops, peak_flops
-from hotlap.model.gpt import GPT
 from hotlap.model.lora import trained_weights
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.train.config import LoopConfig
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.memory import explain_out_of_memory
@@ -39,7 +39,7 @@ from hotlap.train.step_checks import StepChecker, check_copies
 def fit(
     config: LoopConfig,
     schedule: ScheduleConfig,
-    model: GPT,
+    model: Transformer,
     optimizer: MuonAdamW,
     tokenizer: Tokenizer,
     batches: Iterator[list[Batch]],
@@ -141,7 +141,7 @@ def fit(
     return world.gather(last)[0]  # rank 0's measurements
 
 
-def step_metrics(model: GPT, world: World) -> Callable[..., dict[str, float]]:
+def step_metrics(model: Transformer, world: World) -> Callable[..., dict[str, float]]:
     """Return a function that computes a step's line of metrics.jsonl."""
     flops, peak = nanochat_flops(model), peak_flops(world.device)
 

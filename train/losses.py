@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.rows import Batch
 
 # The sum to minimise, and sums to log by name (detached). All are 0-d tensors on the model's device.
-Loss = Callable[[GPT, Any], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Transformer, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def next_token_loss(model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy in nats, summed over the targets. The weight is the number of targets."""
     return model(batch.inputs, batch.targets, document_start=batch.document_start), {}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from hotlap.common.gpu import captured
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.rows import Batch
 from hotlap.train.losses import Loss
 
@@ -33,7 +33,7 @@ class Graph:
     sums: Sums
     gradients: list[Tensor | None]  # of the model's parameters
 
-    def replay(self, model: GPT) -> Sums:
+    def replay(self, model: Transformer) -> Sums:
         self.graph.replay()
         for parameter, gradient in zip(model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
@@ -49,7 +49,7 @@ class Passes:
     between passes. FSDP2 gathers weights in other memory each time: sharded models run eagerly.
     """
 
-    def __init__(self, model: GPT, loss: Loss):
+    def __init__(self, model: Transformer, loss: Loss):
         self.model, self.loss = model, loss
         weight = model.head.weight
         self.captures = weight.device.type == "cuda" and not isinstance(weight, DTensor)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.rows import Batch
 from hotlap.train.losses import Loss
 from hotlap.train.rl_config import RLConfig
@@ -67,12 +67,12 @@ def policy_loss(config: RLConfig) -> Loss:
     return partial(answer_loss, config=config)
 
 
-def log_probabilities(model: GPT, batch: Batch) -> Tensor:
+def log_probabilities(model: Transformer, batch: Batch) -> Tensor:
     """Of each target, in nats: (B, T) float32; 0 where there is none."""
     return -model(batch.inputs, batch.targets, reduction="none").view(batch.targets.shape)
 
 
-def answer_loss(model: GPT, batch: AnswerBatch, config: RLConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def answer_loss(model: Transformer, batch: AnswerBatch, config: RLConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over the answers, and sums to log. Those over tokens are means over a step's tokens."""
     logprobs = log_probabilities(model, batch)
     active = batch.targets != IGNORE

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.config import DPOConfig
 from hotlap.train.data.preference_rows import PairBatch
 from hotlap.train.losses import Loss
@@ -35,7 +35,7 @@ def preference_loss(config: DPOConfig) -> Loss:
     return partial(pair_loss, config=config)
 
 
-def log_probabilities(model: GPT, batch: PairBatch) -> Tensor:
+def log_probabilities(model: Transformer, batch: PairBatch) -> Tensor:
     """Of each target, in nats: (B, 2, T) float32; 0 where there is none."""
     flat = (tensor.flatten(0, 1) for tensor in (batch.inputs, batch.targets, batch.document_start))
     inputs, targets, document_start = flat
@@ -43,7 +43,7 @@ def log_probabilities(model: GPT, batch: PairBatch) -> Tensor:
     return -losses.view(batch.targets.shape)
 
 
-def pair_loss(model: GPT, batch: PairBatch, config: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def pair_loss(model: Transformer, batch: PairBatch, config: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over the pairs, and sums to log. Those over an answer's tokens are means over them.
 
     Log ratios are taken token by token before anything is summed, so that they are exactly 0 while the model

@@ -7,8 +7,15 @@ import math
 from pathlib import Path
 
 from hotlap.common.checks import TOO_LARGE
-from hotlap.model.config import GPTConfig, counts_of
-from hotlap.train.config import DPOConfig, LoopConfig, OptimConfig, PretrainConfig, SFTConfig
+from hotlap.model.config import GPTConfig, Shape, counts_of
+from hotlap.train.config import (
+    DPOConfig,
+    GPT2PretrainConfig,
+    LoopConfig,
+    OptimConfig,
+    PretrainConfig,
+    SFTConfig,
+)
 from hotlap.train.data.mixtures import parts_of
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.rl_config import RLConfig
@@ -16,7 +23,7 @@ from hotlap.train.rl_config import RLConfig
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
 DEEPEST = 1000  # far beyond where the rules were tried: 50 trillion parameters
-RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adamw_lr")
 
 FINEWEB_VALIDATION = 10_485_760  # tokens, by the track's rules
 GPT2_TOKENS = 1.15e9  # of the gpt2-124m run
@@ -123,6 +130,23 @@ def gpt2_124m() -> PretrainConfig:
     )  # fmt: skip
 
 
+def gpt2_classic() -> GPT2PretrainConfig:
+    """nanoGPT's GPT-2 (124M): OpenAI's architecture, here with its biases, and AdamW. On FineWeb in place of
+    OpenWebText, whose rows are cut anywhere and not masked at the ends of documents.
+    """
+    steps, warmup = 600_000, 2000
+    return GPT2PretrainConfig(
+        out=Path("runs/gpt2-classic"), data="data/fineweb",
+        batch_rows=480, micro_batch="auto",  # 491,520 tokens
+        optim=OptimConfig(adamw_lr=6e-4, weight_decay=0.1),
+        schedule=ScheduleConfig(
+            warmup_steps=warmup, warmdown=1 - warmup / steps, final_lr=0.1, decay="cosine"
+        ),
+        loop=LoopConfig(steps, evaluate_every=1000, save_every=1000, clip=1.0),
+        validation_tokens=FINEWEB_VALIDATION,
+    )  # fmt: skip
+
+
 def gpt2_grade(depth: int = 24) -> PretrainConfig:
     """nanochat's speedrun to GPT-2 (1.5B) grade: 8 tokens per matmul parameter."""
     rules = from_depth(depth, ratio=8)
@@ -194,7 +218,7 @@ def scaled(optim: OptimConfig, share: float, decay: float | None = None) -> Opti
     return OptimConfig(**rates, weight_decay=optim.weight_decay * share if decay is None else decay)
 
 
-def matmul_parameters(config: GPTConfig) -> int:
+def matmul_parameters(config: Shape) -> int:
     """Number of parameters in matmuls: all but embeddings and scalars."""
     return counts_of(config)["matmul"]
 
@@ -203,6 +227,7 @@ PRETRAIN = {
     "shakespeare-char": shakespeare_char,
     "tiny": tiny,
     "gpt2-124m": gpt2_124m,
+    "gpt2-classic": gpt2_classic,
     "d12": lambda: from_depth(12),
     "d20": lambda: from_depth(20),
     "d24": lambda: from_depth(24),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 from hotlap.common.errors import DataError
-from hotlap.model.tokenizer import check_bpe_size
-from hotlap.train.config import LoopConfig, PretrainConfig
+from hotlap.model.config import GPT2Config
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer, check_bpe_size
+from hotlap.model.weights import lineage, open_model
+from hotlap.train.config import GPT2PretrainConfig, LoopConfig, PretrainConfig
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.rows import PackedRows, packed_rows
 from hotlap.train.data.shards import fingerprint, shard_paths
@@ -28,6 +31,9 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
     """
     config = config.validate()
     with joined() as world, evaluated_aside(config, world) as config:
+        base = None
+        if config.base:
+            config, base = on_base(config)
         check_sizes(config, world)
 
         def data():
@@ -35,7 +41,7 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
 
         with opened(config, world, data) as (tokenizer, folder):
             vocab_size = -(-tokenizer.vocab_size // 64) * 64  # padded: matmuls are faster
-            shape = dataclasses.replace(config.model, vocab_size=vocab_size)
+            shape = config.model if base else dataclasses.replace(config.model, vocab_size=vocab_size)
             rows, held_out = (
                 packed_rows(folder, split, tokenizer, shape.context, config.seed, limit)
                 for split, limit in (("train", 0), ("validation", config.validation_tokens))
@@ -53,8 +59,31 @@ def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
                 evaluate=lambda model, at_once: validation(model, held_out, tokenizer, at_once, world),
                 data=fingerprint([*shard_paths(folder, "train"), *shard_paths(folder, "validation")]),
                 source=str(folder), about=describe_length(config, loop, rows), loop=loop,
+                base=base,
             )  # fmt: skip
             return train(config, stage, world, warm_up)
+
+
+def on_base(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
+    """The config with the shape and tokenizer of its base, and the base's folder. ValueError if it asks for
+    others.
+    """
+    folder, shape, tokenizer = open_model(config.base)
+    path = lineage(folder)[-1] / TOKENIZER
+    ids = shape.vocab_size  # which the tokenizer decides
+    asked, default = (dataclasses.replace(s, vocab_size=ids) for s in (config.model, type(config.model)()))
+    if asked not in (default, shape):
+        raise ValueError(f"base={config.base} has its own shape; leave out flags and presets with another")
+    if config.tokenizer not in ("bpe", str(path)):
+        raise ValueError(f"tokenizer={config.tokenizer}: the base has its own; leave it out")
+    shards = shard_folder(config.data)
+    beside = shards / TOKENIZER if shards else path
+    if beside.exists() and Tokenizer.load(beside).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{shards} has shards of another tokenizer than the base; make them with --tokenizer {path}"
+        )
+    kind = GPT2PretrainConfig if isinstance(shape, GPT2Config) else PretrainConfig
+    return kind(**vars(config) | {"model": shape, "tokenizer": str(path)}), folder
 
 
 def check_sizes(config: PretrainConfig, world: World) -> None:

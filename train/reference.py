@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hotlap.common.errors import DataError
 from hotlap.common.files import replacing
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.preference_rows import PairRows, PairTokens
 from hotlap.train.data.preferences import SIDES
 from hotlap.train.distributed.sharding import sharded_modules
@@ -28,7 +28,12 @@ REFERENCE = "reference.npz"  # a .safetensors would make the run a model
 
 
 def fill_reference(
-    model: GPT, rows: dict[str, PairRows], micro_rows: int, run: Path, facts: dict[str, str], world: World
+    model: Transformer,
+    rows: dict[str, PairRows],
+    micro_rows: int,
+    run: Path,
+    facts: dict[str, str],
+    world: World,
 ) -> None:
     """Fill the reference of all pairs, from the run's file if it has it, else from the model, which must have
     the weights of the base; collective.
@@ -49,7 +54,7 @@ def fill_reference(
     world.together(lambda: write_reference(run / REFERENCE, tokens, facts) if world.is_main else None)
 
 
-def compute_reference(model: GPT, rows: PairRows, micro_rows: int, world: World, name: str) -> None:
+def compute_reference(model: Transformer, rows: PairRows, micro_rows: int, world: World, name: str) -> None:
     """This rank's part of the first epoch, in the micro-batches of training."""
     from tqdm import tqdm
 

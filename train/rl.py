@@ -11,7 +11,7 @@ import torch
 
 from hotlap.common.log import log
 from hotlap.kernels.batch_invariant import batch_invariant, batch_invariant_works
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import Shape
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import check_tools, named_tools
 from hotlap.model.weights import TOKENIZER, load_model
@@ -91,7 +91,7 @@ def reinforce(config: RLConfig) -> dict[str, float]:
                 )  # fmt: skip
 
 
-def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: GPTConfig) -> list[Question]:
+def questions(config: RLConfig, split: str, tokenizer: Tokenizer, shape: Shape) -> list[Question]:
     """A split's questions that fit in the context: all to train on, or as many as validate. ValueError if
     none is left to train on.
     """

@@ -13,12 +13,12 @@ import torch
 from hotlap.common.errors import DataError
 from hotlap.model.conversation import render_prompt, spoken
 from hotlap.model.engine import CHUNK, Engine
-from hotlap.model.gpt import GPT
 from hotlap.model.kv_cache import fitting_slots
 from hotlap.model.request import Request
 from hotlap.model.sampling import Sampling
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.tools import Tools
+from hotlap.model.transformer import Transformer
 from hotlap.train.distributed.world import World
 from hotlap.train.rewards.guarded import Failure
 
@@ -74,7 +74,7 @@ class Sampler:
         self.tokenizer, self.score, self.max_tokens, self.world = tokenizer, score, max_tokens, world
         self.engine: Engine | None = None
 
-    def __call__(self, model: GPT, questions: list[Question], draws: list[Draw]) -> list[Answer]:
+    def __call__(self, model: Transformer, questions: list[Question], draws: list[Draw]) -> list[Answer]:
         """An answer for each draw of the questions, the same on all ranks; collective. They do not depend on
         how many ranks share the work, but for rounding.
         """
@@ -85,7 +85,9 @@ class Sampler:
         found = self.world.together(lambda: self._scored(mine, asked, requests))
         return [answer for answers in found for answer in answers]
 
-    def _generate(self, model: GPT, asked: list[Question], seeds: list[int], most: int) -> list[Request]:
+    def _generate(
+        self, model: Transformer, asked: list[Question], seeds: list[int], most: int
+    ) -> list[Request]:
         if self.engine is None:
             device = model.embedding.weight.device
             slots = fitting_slots(model.config, CHUNK, model.compute_dtype, device, min(most, MOST_AT_ONCE))

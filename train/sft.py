@@ -12,7 +12,7 @@ from pathlib import Path
 from hotlap.common.checks import TOO_LARGE
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import Shape
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER, open_model
 from hotlap.model.weights import stage as stage_of
@@ -93,7 +93,7 @@ def passes(config: SFTConfig | DPOConfig, rows: PackedRows | PairRows, steps: in
     return f"{'at most ' if config.loop.minutes else ''}{epochs:.1f} epochs"
 
 
-def open_chat_model(config: TuneConfig) -> tuple[Path, GPTConfig, Tokenizer]:
+def open_chat_model(config: TuneConfig) -> tuple[Path, Shape, Tokenizer]:
     """The folder, shape and tokenizer of the base. ValueError if it is no chat model."""
     base, shape, tokenizer = open_model(config.base)
     if stage_of(base) == "pretrain":

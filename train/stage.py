@@ -25,11 +25,12 @@ from hotlap.common.process import keep_freed_memory
 from hotlap.common.terminal import printable
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.adapter_files import weights_sha256
-from hotlap.model.config import GPTConfig
+from hotlap.model.build import build
+from hotlap.model.config import Shape
 from hotlap.model.flops import causal_flops, nanochat_flops, parameter_counts
-from hotlap.model.gpt import GPT
 from hotlap.model.lora import LoRA, adapter_count, add_adapters, check_rank
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.model.weights import lineage, load_weights, model_folder, run_checkpoints
 from hotlap.train.config import LoopConfig, StageConfig, TuneConfig
 from hotlap.train.data.preference_rows import PairRows
@@ -72,13 +73,13 @@ class Stage:
 
     name: str
     """Recorded in checkpoints: a model whose stage is pretrain is not asked questions."""
-    shape: GPTConfig
+    shape: Shape
     tokenizer: Tokenizer
     loss: Loss
-    batches: Callable[[GPT, RunState, int], Iterator[list[Batch]]]
+    batches: Callable[[Transformer, RunState, int], Iterator[list[Batch]]]
     """(model, what the run has done, rows of a micro-batch) -> this rank's micro-batches of each step to
     come."""
-    evaluate: Callable[[GPT, int], dict[str, float]] | None
+    evaluate: Callable[[Transformer, int], dict[str, float]] | None
     """(model, rows per forward pass) -> metrics over all ranks, with names that begin with validation_."""
     data: str
     """Fingerprint of the data; a resumed run must have the same."""
@@ -90,14 +91,14 @@ class Stage:
     """config.loop, with its steps adapted to the data."""
     base: Path | None = None
     """Model directory to start from; None starts from random weights."""
-    prepare: Callable[[GPT, int], None] | None = None
+    prepare: Callable[[Transformer, int], None] | None = None
     """(model with the weights of the base, rows of a micro-batch): what the batches need of the base, before
     anything is trained or loaded; collective."""
-    one_row: Callable[[GPT], Batch] | None = None
+    one_row: Callable[[Transformer], Batch] | None = None
     """(model) -> a row to measure a pass by, where drawing the first of `batches` would write to the run."""
 
 
-def check_machine(config: StageConfig, world: World, shape: GPTConfig | None = None) -> None:
+def check_machine(config: StageConfig, world: World, shape: Shape | None = None) -> None:
     """Raise ValueError or ImportError if this machine or number of ranks cannot run the config. Creates
     nothing.
 
@@ -182,7 +183,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     check_machine(config, world, stage.shape)
     micro_rows = micro_batch_rows(config.micro_batch, common_rows(config), world)
     with torch.device("meta"):
-        model = GPT(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
+        model = build(stage.shape, compute_dtype(config.dtype, world, stage.shape.width))
     if lora_rank(config):
         base = stage.base.resolve()
         sha256 = world.together(lambda: weights_sha256(lineage(base)) if world.is_main else None)[0]
@@ -238,7 +239,7 @@ def train(config: StageConfig, stage: Stage, world: World, warm_up: bool = False
     return last
 
 
-def validated(model: GPT, stage: Stage, micro_rows: int, state: RunState) -> dict[str, float]:
+def validated(model: Transformer, stage: Stage, micro_rows: int, state: RunState) -> dict[str, float]:
     """The validation of a model as it is used, with the step that it has been trained to; collective."""
     if stage.evaluate is None:
         raise ValueError(f"{stage.source} has nothing to validate on, which --eval-only asks for")
@@ -255,10 +256,10 @@ def closing(config: StageConfig, last: dict[str, float], text: str) -> str:
 
 def row_batches(
     rows: PackedRows | PairRows, config: StageConfig, steps: int, world: World
-) -> Callable[[GPT, int, int], Iterator[list[Batch]]]:
+) -> Callable[[Transformer, int, int], Iterator[list[Batch]]]:
     """Stage.batches from packed rows, prefetched by a thread. steps: of the whole run."""
 
-    def batches(model: GPT, state: RunState, micro_rows: int) -> Iterator[list[Batch]]:
+    def batches(model: Transformer, state: RunState, micro_rows: int) -> Iterator[list[Batch]]:
         found = step_batches(
             rows, batch_rows=config.batch_rows, micro_rows=micro_rows, start=state.step,
             first=state.tokens // rows.row_tokens, rank=world.rank, world=world.size,
@@ -269,7 +270,7 @@ def row_batches(
     return batches
 
 
-def describe(model: GPT, out: Path, about: str, world: World, micro_rows: int) -> None:
+def describe(model: Transformer, out: Path, about: str, world: World, micro_rows: int) -> None:
     """Log parameters, FLOPs, data, and the memory needed on each rank. micro_rows: sequences of a pass."""
     counts, T = parameter_counts(model), model.config.context
     log.info(

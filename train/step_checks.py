@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hotlap.common.errors import RankLost
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Transformer
 from hotlap.train.config import Policy
 from hotlap.train.data.rows import Batch
 from hotlap.train.distributed.sharding import local, replica_count
@@ -36,7 +36,9 @@ class StepChecker:
         self.policy, self.recent = policy, recent
         self.skipped_in_a_row = 0
 
-    def accepts(self, world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> bool:
+    def accepts(
+        self, world: World, step: int, outcome: Outcome, model: Transformer, micro: list[Batch]
+    ) -> bool:
         """Whether to update the weights; collective. Raises FloatingPointError if the run must stop."""
         finite = math.isfinite(outcome.loss) and math.isfinite(outcome.norm)
         if finite:
@@ -80,7 +82,9 @@ class StepChecker:
             self.recent[name] = [*self.recent[name], value][-WINDOW:]
 
 
-def describe_nonfinite(world: World, step: int, outcome: Outcome, model: GPT, micro: list[Batch]) -> str:
+def describe_nonfinite(
+    world: World, step: int, outcome: Outcome, model: Transformer, micro: list[Batch]
+) -> str:
     """Describe which ranks have a NaN or infinite loss or gradient, and on which batch."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     finite = all(bool(g.isfinite().all()) for g in gradients)
@@ -108,7 +112,7 @@ def batch_name(micro: list[Batch]) -> str:
     return f"{digest.hexdigest()[:12]} {weight}{''.join(batch.about() for batch in micro)}"
 
 
-def check_copies(world: World, model: GPT, optimizer: MuonAdamW, step: int) -> None:
+def check_copies(world: World, model: Transformer, optimizer: MuonAdamW, step: int) -> None:
     """Raise RankLost, naming rank and tensor, if copies that should be equal differ between ranks.
 
     Compares the optimiser state that every rank keeps whole, the model's buffers, and, between replicas,

@@ -43,6 +43,7 @@ def configs() -> dict[str, type]:
         }
     parts = (
         "GPTConfig",
+        "GPT2Config",
         "LoopConfig",
         "OptimConfig",
         "ScheduleConfig",

@@ -56,7 +56,7 @@ ROWS: list[Row] = [
     ("export hf sft --dtype int8 --out new", None, USAGE, r"'int8'.*'--dtype'"),
     ("import hf none --out new", None, NO_INPUT, r"no config\.json in none"),
     ("import hf model --out base", None, CANNOT_CREATE, r"base exists already.*--out"),
-    ("import hf model --out new", None, BAD_DATA, r"model/config\.json: model_type=None cannot be imported; known: apertus, nanochat, hotlap"),
+    ("import hf model --out new", None, BAD_DATA, r"model/config\.json: model_type=None cannot be imported; known: apertus, nanochat, hotlap, gpt2"),
     ("import hf bad --out new", model("config.json", '{"model_type": "llama"}'), BAD_DATA, r"model_type='llama' cannot be imported"),
     ("import hf bad --out new", model("config.json", '{"model_type": "apertus"}'), BAD_DATA, r"bad: vocab_size=None must be a whole number from 1"),
     ("import hf bad --out new", model("config.json", '{"model_type": "hotlap"}'), BAD_DATA, r"bad: vocab_size is missing"),

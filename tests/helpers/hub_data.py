@@ -31,7 +31,7 @@ def add_climbmix(server: HubServer, folder: Path) -> None:
 def add_fineweb(server: HubServer, folder: Path, monkeypatch, tokens: int = 20) -> None:
     """The validation shard and two training shards, in tokens of a small tokenizer in place of GPT-2's."""
     small = tokenizers.train_bpe(["of small things"] * 9, 290)
-    monkeypatch.setattr(tokenizers, "gpt2", lambda: small)
+    monkeypatch.setattr(public, "gpt2", lambda: small)
     monkeypatch.setattr(public, "GPT2_BOS", small.bos)
     monkeypatch.setattr(public, "FINEWEB", dataclasses.replace(datasets.FINEWEB, pinned={}))
     for i, name in enumerate(datasets.FINEWEB.names(2)):

@@ -11,9 +11,9 @@ import threading
 import zipfile
 from collections.abc import Iterator
 
-from hotlap.train.data import package_archive
-from hotlap.train.data.download import Content
-from hotlap.train.data.package_archive import PackageArchive
+from hotlap.common import package_archive
+from hotlap.common.download import Content
+from hotlap.common.package_archive import PackageArchive
 
 
 def tar_archive(members: dict[str, str]) -> bytes:

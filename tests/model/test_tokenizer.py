@@ -4,8 +4,6 @@ import json
 import random
 
 import pytest
-import requests
-import tiktoken
 import tokenizers
 from helpers.tools import LINES
 
@@ -19,7 +17,6 @@ from hotlap.model.tokenizer import (
     Tokenizer,
     encodable_parts,
     from_ranks,
-    gpt2,
     train_bpe,
     train_characters,
 )
@@ -214,26 +211,3 @@ def test_a_file_that_is_no_tokenizer_is_a_data_error(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"not a hotlap tokenizer\.json"):
         Tokenizer.load(path)
-
-
-def test_gpt2_without_a_network_says_what_to_do(monkeypatch):
-    def offline(name):
-        raise requests.exceptions.ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(OSError, match=r"no route to host.*TIKTOKEN_CACHE_DIR"):
-        gpt2()
-
-
-def test_gpt2_keeps_its_ids_and_puts_ours_above(monkeypatch):
-    """With a small vocabulary in the place of GPT-2's, whose text ids stay and whose own special one goes."""
-    small = train_bpe(LINES * 20, 320)
-    ranks = {small.token_bytes(i): i for i in range(small.text_size)}
-    encoding = tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
-    tokenizer = gpt2()
-    assert tokenizer.bos == len(ranks)
-    for text in [*LINES, *random_texts(100)]:
-        assert tokenizer.encode(text) == encoding.encode_ordinary(text)

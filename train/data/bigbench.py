@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from hotlap.common.download import Content
 from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
 from hotlap.common.log import log
-from hotlap.train.data.download import Content
+from hotlap.common.package_archive import PackageArchive, download_archive
 from hotlap.train.data.hub import DownloadPlan
 from hotlap.train.data.kept_lines import keep_lines, kept_lines
-from hotlap.train.data.package_archive import PackageArchive, download_archive
 
 ARCHIVE = PackageArchive(
     "bigbench",

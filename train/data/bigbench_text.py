@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hotlap.common.files import cache_folder
 from hotlap.common.log import log
+from hotlap.common.package_archive import download_archive
 from hotlap.train.data.bigbench import ARCHIVE, archived_tasks, talks, tidied
 from hotlap.train.data.english import is_english, without_token_spaces
 from hotlap.train.data.kept_lines import distinct_shuffled, keep_lines, kept_lines
-from hotlap.train.data.package_archive import download_archive
 
 RULES = 1  # counts changes of what is taken and how, so that an older version's lines are not read
 SHORTEST = 100  # characters of a text

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from hotlap.common.download import Content
 from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
-from hotlap.train.data.download import Content
 from hotlap.train.data.shards import read_shard
 
 LARGEST_ROW_GROUP = 1 << 30  # bytes; ClimbMix's hold 1024 documents, a few MB

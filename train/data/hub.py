@@ -18,12 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hotlap.common.errors import DataError
-from hotlap.common.files import file_sha256, write
-from hotlap.common.log import log
-from hotlap.common.terminal import printable
-from hotlap.train.data.datasets import Dataset
-from hotlap.train.data.download import (
+from hotlap.common.download import (
     Content,
     check_content,
     data_package,
@@ -31,6 +26,11 @@ from hotlap.train.data.download import (
     persistent,
     require_free_space,
 )
+from hotlap.common.errors import DataError
+from hotlap.common.files import file_sha256, write
+from hotlap.common.log import log
+from hotlap.common.terminal import printable
+from hotlap.train.data.datasets import Dataset
 
 RECORD, STAGING = "hub.json", ".hub"
 AT_ONCE = 4  # files downloaded or hashed in parallel

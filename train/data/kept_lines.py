@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hotlap.common.download import require_free_space
 from hotlap.common.errors import DataError
 from hotlap.common.files import replacing
-from hotlap.train.data.download import require_free_space
 
 LARGEST = 1 << 27  # bytes of the lines of one file, compressed
 LETTERS = re.compile(r"\w+")

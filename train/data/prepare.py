@@ -12,6 +12,7 @@ from typing import Literal
 from hotlap.common.checks import at_least
 from hotlap.common.log import log
 from hotlap.model import tokenizer as tokenizers
+from hotlap.model.gpt2_tokenizer import gpt2
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import public
 from hotlap.train.data.datasets import CLIMBMIX
@@ -142,7 +143,7 @@ def make_tokenizer(kind: str, vocab_size: int, train: Iterable[str], everything:
 
 def named_tokenizer(name: str) -> Tokenizer:
     """`gpt2`, or the tokenizer in a file."""
-    return tokenizers.gpt2() if name == "gpt2" else Tokenizer.load(name)
+    return gpt2() if name == "gpt2" else Tokenizer.load(name)
 
 
 def make_data(config: DataConfig) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hotlap.common.download import require_free_space
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.model import tokenizer as tokenizers
+from hotlap.model.gpt2_tokenizer import gpt2
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import hub
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
-from hotlap.train.data.download import require_free_space
 from hotlap.train.data.file_documents import table_documents
 from hotlap.train.data.shards import encoded, read_shard, write_shard
 
@@ -28,7 +28,7 @@ def fineweb(folder: Path, shards: int) -> None:
     names = FINEWEB.names(shards)
     path = folder / TOKENIZER
     if not path.exists():
-        tokenizer = tokenizers.gpt2()  # first: its download may fail
+        tokenizer = gpt2()  # first: its download may fail
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     elif Tokenizer.load(path).bos != GPT2_BOS:

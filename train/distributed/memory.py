@@ -10,10 +10,10 @@ import torch
 
 from hotlap.common.errors import is_out_of_memory
 from hotlap.common.memory import GB, memory_of, require_memory
-from hotlap.model.config import MLP_RATIO, GPTConfig, counts_of, rotary_bytes
+from hotlap.model.config import MLP_RATIO, Shape, counts_of, rotary_bytes
 from hotlap.model.flops import training_bytes
-from hotlap.model.gpt import GPT
 from hotlap.model.lora import adapter_count
+from hotlap.model.transformer import Transformer
 from hotlap.train.config import Dtype, Recompute
 from hotlap.train.data.rows import Batch, check_rows
 from hotlap.train.distributed.sharding import replica_count, shard_count
@@ -36,14 +36,14 @@ def processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def rank_bytes(model: GPT, world: World, rows: int) -> dict[str, int]:
+def rank_bytes(model: Transformer, world: World, rows: int) -> dict[str, int]:
     """Estimated memory of a training step on one rank by part, from shapes. rows: of a micro-batch."""
     shards = world.size // replica_count(model)
     return training_bytes(model, rows, model.config.context, shards, model.compute_dtype.itemsize)
 
 
 def check_memory(
-    shape: GPTConfig,
+    shape: Shape,
     world: World,
     *,
     step_rows: int,
@@ -76,7 +76,7 @@ def check_memory(
     require_memory(what, batches, "lower --batch-rows", processes=processes())
 
 
-def row_bytes(shape: GPTConfig, recompute: Recompute, dtype: Dtype) -> int:
+def row_bytes(shape: Shape, recompute: Recompute, dtype: Dtype) -> int:
     """The least that the backward pass needs of a row: of each layer its input, or without recomputation all
     that the backward pass of its matmuls and of its attention reads.
     """
@@ -101,7 +101,12 @@ def micro_batch_rows(choice: str, batch_rows: int, world: World) -> int:
 
 
 def largest_micro_batch(
-    model: GPT, batch_rows: int, world: World, loss: Loss, one_row: Callable[[], Batch], sequences: int = 1
+    model: Transformer,
+    batch_rows: int,
+    world: World,
+    loss: Loss,
+    one_row: Callable[[], Batch],
+    sequences: int = 1,
 ) -> int:
     """Rows of the largest micro-batch that divides the step's rows and fits in memory, equal on all ranks.
     sequences: of a row.
@@ -123,7 +128,7 @@ def largest_micro_batch(
     return next(rows for rows in range(min(fit, per_rank), 0, -1) if per_rank % rows == 0)
 
 
-def measure_bytes(model: GPT, world: World, loss: Loss, batch: Batch) -> int:
+def measure_bytes(model: Transformer, world: World, loss: Loss, batch: Batch) -> int:
     """Peak memory of a forward and backward pass."""
     torch.cuda.reset_peak_memory_stats(world.device)
     loss(model, batch)[0].backward()

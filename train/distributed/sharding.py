@@ -1,4 +1,4 @@
-"""Activation checkpointing, torch.compile and FSDP2, applied to a finished GPT.
+"""Activation checkpointing, torch.compile and FSDP2, applied to a finished model.
 
 The order matters: each block is checkpointed, then compiled, then sharded. Then memory is allocated and
 weights are initialised: each rank generates every parameter whole and keeps its rows, so that any number of
@@ -28,14 +28,14 @@ from torch.utils.checkpoint import (
 from hotlap.common.log import log
 from hotlap.kernels.dispatch import fast_dtype
 from hotlap.kernels.fp8 import check_fp8
-from hotlap.model.gpt import GPT
+from hotlap.model.transformer import Embedding, Transformer
 from hotlap.train.config import Recompute
 from hotlap.train.distributed.world import World
 
 MAX_GRAPHS = 64  # compiled variants of a block's forward
 
 
-def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -> None:
+def parallelize(model: Transformer, world: World, recompute: Recompute, compile: bool) -> None:
     """Prepare a model on the meta device for training on all ranks, in place."""
     if compile:  # layers x stages x (training, validation): beyond the limit, blocks would run uncompiled
         torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
@@ -47,7 +47,7 @@ def parallelize(model: GPT, world: World, recompute: Recompute, compile: bool) -
     if world.size > 1:
         shard(model, mesh_of(world))
     else:
-        for table in (model.embedding, *model.value_embeddings.values()):
+        for table in (m for m in model.modules() if isinstance(m, Embedding)):
             table.accumulate = True
 
 
@@ -68,14 +68,15 @@ def shard_count(world: World) -> int:
     return local if local > 1 and world.size % local == 0 else world.size
 
 
-def shard(model: GPT, mesh: DeviceMesh) -> None:
+def shard(model: Transformer, mesh: DeviceMesh) -> None:
     """Apply FSDP2 block by block. The last block stays gathered, because backward needs it first."""
     low = model.compute_dtype if model.compute_dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     for i, block in enumerate(model.blocks):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=i < len(model.blocks) - 1)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for table in model.value_embeddings.values():
+    tables = [m for m in model.modules() if isinstance(m, Embedding) and m is not model.embedding]
+    for table in tables:
         fully_shard(table, mesh=mesh, mp_policy=exact)
         table.set_unshard_in_backward(False)  # its gradient does not depend on its weight
     fully_shard(model, mesh=mesh, mp_policy=exact)
@@ -84,11 +85,11 @@ def shard(model: GPT, mesh: DeviceMesh) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def sharded_modules(model: GPT) -> list[FSDPModule]:
+def sharded_modules(model: Transformer) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def materialize(model: GPT, device: torch.device, seed: int) -> None:
+def materialize(model: Transformer, device: torch.device, seed: int) -> None:
     """Allocate and initialise a model on the meta device, sharded or not.
 
     Each rank generates one whole parameter at a time and keeps its rows, so that the weights do not depend on
@@ -138,7 +139,7 @@ def should_compile(choice: str, device: torch.device) -> bool:
     return True
 
 
-def set_gradient_sync(model: GPT, i: int, count: int) -> None:
+def set_gradient_sync(model: Transformer, i: int, count: int) -> None:
     """Call before micro-batch i of count: gather parameters only for the first, and reduce gradients only
     after the last.
     """
@@ -156,7 +157,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def replica_count(model: GPT) -> int:
+def replica_count(model: Transformer) -> int:
     """How many ranks hold the same shard of each parameter."""
     mesh = getattr(model.head.weight, "device_mesh", None)
     return mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
@@ -175,7 +176,7 @@ def compute_dtype(choice: str, world: World, width: int) -> torch.dtype:
     return getattr(torch, choice)
 
 
-def use_fp8(model: GPT, dtype: str) -> None:
+def use_fp8(model: Transformer, dtype: str) -> None:
     """If dtype is fp8, use fp8 in the layers that are large enough to benefit."""
     if dtype == "fp8" and not model.use_fp8():
         log.warning("fp8: no layer is large enough to benefit; computing in bfloat16")

@@ -10,8 +10,8 @@ import torch
 
 from hotlap.common.gpu import widest
 from hotlap.kernels.cross_entropy import IGNORE
-from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.model.weights import TOKENIZER
 from hotlap.train.data.rows import PackedRows, packed_rows, validation_batches
 from hotlap.train.data.shards import documents_in, encoded
@@ -23,7 +23,7 @@ BATCH_TOKENS = 16_384  # per forward pass
 
 @torch.no_grad()
 def validation(
-    model: GPT, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, world: World
+    model: Transformer, rows: PackedRows, tokenizer: Tokenizer, batch_rows: int, world: World
 ) -> dict[str, float]:
     """validation_loss in nats per token, and validation_bpb in bits per byte of text, without special tokens.
 
@@ -60,7 +60,7 @@ def held_out_rows(source: str | Path, tokenizer: Tokenizer, context: int, limit:
     return PackedRows([lambda: documents], context, 0, shuffle=False)
 
 
-def bits_per_byte(model: GPT, rows: PackedRows, tokenizer: Tokenizer, world: World) -> dict:
+def bits_per_byte(model: Transformer, rows: PackedRows, tokenizer: Tokenizer, world: World) -> dict:
     """Loss and bits per byte, with the number of rows and their length."""
     batch_rows = max(1, BATCH_TOKENS // model.config.context)
     scores = validation(model, rows, tokenizer, batch_rows, world)

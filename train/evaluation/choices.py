@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from hotlap.common.errors import DataError
-from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.train.evaluation.batching import by_length
 
 
@@ -25,7 +25,7 @@ def letter_ids(letters: str, tokenizer: Tokenizer) -> list[int]:
 
 @torch.inference_mode()
 def likeliest_letters(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], letters: list[str], bar: tqdm
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], letters: list[str], bar: tqdm
 ) -> list[str]:
     """For each prompt, which of its letters the model is most likely to say next; of equals, the first.
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.model.gpt import GPT
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.train.data.rows import prefetch
 from hotlap.train.distributed.world import World
 from hotlap.train.evaluation.batching import by_length, failing_as
@@ -126,7 +126,7 @@ def longest(example: Example) -> int:
 
 
 @torch.inference_mode()
-def read_on(model: GPT, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Tensor], list[Tensor]]:
+def read_on(model: Transformer, read: list[Row], tokenizer: Tokenizer) -> tuple[list[Tensor], list[Tensor]]:
     """For each row: the losses of its scored tokens in nats, and whether each token was the most likely one.
 
     Raises FloatingPointError if a logit is not finite.
@@ -158,7 +158,7 @@ def is_right(task: Task, index: int, losses: list[Tensor], likeliest: list[Tenso
     return min(range(len(means)), key=means.__getitem__) == task.examples[index]["gold"]
 
 
-def count_right(model: GPT, tokenizer: Tokenizer, task: Task, world: World, bar: tqdm) -> int:
+def count_right(model: Transformer, tokenizer: Tokenizer, task: Task, world: World, bar: tqdm) -> int:
     """How many of a task's examples the model gets right, over all ranks; collective."""
     right = 0
     for batch in prefetch(batches(task, tokenizer, model.config.context, world.rank, world.size)):
@@ -172,7 +172,7 @@ def count_right(model: GPT, tokenizer: Tokenizer, task: Task, world: World, bar:
     return int(world.total(right)[0])
 
 
-def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: list[Task], world: World) -> dict:
+def evaluate_core(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], world: World) -> dict:
     """CORE, the mean over tasks of (accuracy - chance) / (1 - chance), and each task's accuracy; collective.
 
     95 % intervals are Wilson's for accuracies; for CORE, the tasks' are added in quadrature, as if

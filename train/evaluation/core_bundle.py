@@ -13,8 +13,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotlap.common.errors import DataError
-from hotlap.train.data.download import (
+from hotlap.common.download import (
     Content,
     check_content,
     data_package,
@@ -24,6 +23,7 @@ from hotlap.train.data.download import (
     require_free_space,
     unpack,
 )
+from hotlap.common.errors import DataError
 
 CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CORE_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"

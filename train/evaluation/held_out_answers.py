@@ -9,7 +9,7 @@ from hotlap.train.evaluation.pass_at_k import mean_pass_at_k
 from hotlap.train.rollouts import Draw, Question, Sampler, seed_of
 
 if TYPE_CHECKING:
-    from hotlap.model.gpt import GPT
+    from hotlap.model.transformer import Transformer
 
 RIGHT = 1.0  # the reward from which on an answer counts as right
 
@@ -25,7 +25,7 @@ class HeldOut:
             for sample in range(samples)
         ]
 
-    def scores(self, model: GPT, at_once: int = 0) -> dict[str, float]:
+    def scores(self, model: Transformer, at_once: int = 0) -> dict[str, float]:
         """The mean reward, pass@1 and pass@`samples` with 95 % intervals; collective. An answer whose reward
         failed is not right.
         """

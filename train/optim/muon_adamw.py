@@ -1,6 +1,7 @@
 """Muon for the block matrices and AdamW for everything else, as one optimiser.
 
 Parameter groups, learning rates and betas are nanochat's. Matrices of one shape are orthogonalised together.
+A GPT-2 has nanoGPT's groups: AdamW for all of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.optim.adamw import adamw
 
 from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_squares
 from hotlap.kernels.orthogonalize import orthogonalize
-from hotlap.model.gpt import GPT
+from hotlap.model.gpt2 import GPT2
 from hotlap.model.lora import is_adapter
+from hotlap.model.transformer import Transformer
 from hotlap.train.config import OptimConfig
 from hotlap.train.distributed.sharding import local
 from hotlap.train.optim.exchange import Exchange, assign_owners
@@ -30,10 +32,65 @@ SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
 
 
-def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
+def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict]:
     """The model's parameters that are trained, with their names, in groups that share hyperparameters."""
-    adamw_rate = (model.config.width / 768) ** -0.5  # rates were tuned at width 768
-    groups: dict[str, dict] = {
+    rules = (gpt2_rules if isinstance(model, GPT2) else gpt_rules)(config, model.config.width)
+    members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the base of adapters
+            continue
+        if is_adapter(name):
+            members["adapters"].append((name, parameter))
+        elif isinstance(model, GPT2):
+            members["vectors" if parameter.ndim == 1 else "matrices"].append((name, parameter))
+        elif name.startswith("blocks."):
+            members[f"muon {tuple(parameter.shape)}"].append((name, parameter))
+        else:
+            key = next((key for key in rules if name.startswith(key)), None)
+            if key is None:
+                raise ValueError(f"no parameter group matches {name}; add one to parameter_groups")
+            members[key].append((name, parameter))
+    result = []
+    for key, named in members.items():
+        rule = rules.get(key) or {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+        names, parameters = zip(*named, strict=True)
+        result.append(
+            {
+                "params": list(parameters),
+                "names": names,
+                "muon": key.startswith("muon"),
+                "peak_lr": rule["lr"],
+                "peak_weight_decay": rule["weight_decay"],
+                "eps": ADAM_EPS,
+                **rule,
+            }
+        )
+    return result
+
+
+def gpt2_rules(config: OptimConfig, width: int) -> dict[str, dict]:
+    """nanoGPT's: one rate, and weight decay for what has rows, the embeddings too."""
+    adamw = {"lr": config.adamw_lr, "betas": (0.9, 0.95), "eps": SCALAR_EPS}
+    return {
+        "matrices": adamw | {"weight_decay": config.weight_decay},
+        "vectors": adamw | {"weight_decay": 0.0},
+        "adapters": adapter_rule(config, width),
+    }
+
+
+def adapter_rule(config: OptimConfig, width: int) -> dict:
+    return {
+        "lr": config.adapter_lr * (width / 768) ** -0.5,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.0,
+        "eps": SCALAR_EPS,
+    }
+
+
+def gpt_rules(config: OptimConfig, width: int) -> dict[str, dict]:
+    """By the beginning of parameters' names; of what Muon does not train."""
+    adamw_rate = (width / 768) ** -0.5  # rates were tuned at width 768
+    return {
         "embedding": {
             "lr": config.embedding_lr * adamw_rate,
             "betas": (0.8, 0.995),
@@ -54,42 +111,8 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict]:
         "x0_scale": {"lr": config.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "smear": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
         "backout": {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": SCALAR_EPS},
-        "adapters": {
-            "lr": config.adapter_lr * adamw_rate,
-            "betas": (0.9, 0.999),
-            "weight_decay": 0.0,
-            "eps": SCALAR_EPS,
-        },
+        "adapters": adapter_rule(config, width),
     }
-    members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:  # the base of adapters
-            continue
-        if is_adapter(name):
-            members["adapters"].append((name, parameter))
-        elif name.startswith("blocks."):
-            members[f"muon {tuple(parameter.shape)}"].append((name, parameter))
-        else:
-            key = next((key for key in groups if name.startswith(key)), None)
-            if key is None:
-                raise ValueError(f"no parameter group matches {name}; add one to parameter_groups")
-            members[key].append((name, parameter))
-    result = []
-    for key, named in members.items():
-        rule = groups.get(key) or {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
-        names, parameters = zip(*named, strict=True)
-        result.append(
-            {
-                "params": list(parameters),
-                "names": names,
-                "muon": key.startswith("muon"),
-                "peak_lr": rule["lr"],
-                "peak_weight_decay": rule["weight_decay"],
-                "eps": ADAM_EPS,
-                **rule,
-            }
-        )
-    return result
 
 
 def sharded_like(parameter: Tensor, part: Tensor) -> Tensor:
@@ -110,7 +133,7 @@ class MuonAdamW(torch.optim.Optimizer):
     rank and every checkpoint has the same keys.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig):
+    def __init__(self, model: Transformer, config: OptimConfig):
         super().__init__(parameter_groups(model, config.validate()), {})
         self.momentum = 0.95
         self.dtype = model.compute_dtype  # of the orthogonalisation

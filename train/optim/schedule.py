@@ -8,12 +8,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hotlap.common.checks import at_least, between
 
 if TYPE_CHECKING:
-    from hotlap.model.gpt import GPT
+    from hotlap.model.transformer import Transformer
     from hotlap.train.optim.muon_adamw import MuonAdamW
 
 
@@ -24,7 +24,9 @@ class ScheduleConfig:
     warmup_steps: int = 40
     """Steps of linear learning-rate warmup."""
     warmdown: float = 0.65
-    """Fraction of the run, at its end, over which the learning rate decays linearly."""
+    """Fraction of the run, at its end, over which the learning rate decays."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the learning rate decays: along a line, or half a cosine."""
     final_lr: float = 0.05
     """Final learning rate, as a fraction of the peak."""
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
@@ -85,7 +87,10 @@ def rows_in_all(config: ScheduleConfig, batch_rows: int, steps: int) -> int:
 def lr_share(config: ScheduleConfig, step: int, done: float) -> float:
     """Fraction of the peak learning rate at `step` and the completed fraction `done` of the run."""
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    fall = config.final_lr + (1 - config.final_lr) * warmdown_factor(config, done)
+    left = warmdown_factor(config, done)
+    if config.decay == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    fall = config.final_lr + (1 - config.final_lr) * left
     return rise * fall * stage_at(config, done)[0] ** 0.5
 
 
@@ -107,7 +112,9 @@ def decay_share(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_schedule(model: GPT, optimizer: MuonAdamW, config: ScheduleConfig, step: int, done: float) -> float:
+def set_schedule(
+    model: Transformer, optimizer: MuonAdamW, config: ScheduleConfig, step: int, done: float
+) -> float:
     """Set model and optimiser up for `step`, and return the fraction of the peak learning rate."""
     share = lr_share(config, step, done)
     for group in optimizer.param_groups:

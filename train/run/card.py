@@ -16,7 +16,7 @@ from hotlap.common.files import read_object
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.adapter_files import read_lora
-from hotlap.model.config import GPTConfig, counts_of
+from hotlap.model.config import Shape, counts_of
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.lora import LoRA, adapter_count
 from hotlap.model.manifest import MANIFEST, read_manifest
@@ -45,7 +45,7 @@ class Made:
     path: Path
     state: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
-    shape: GPTConfig | None = None
+    shape: Shape | None = None
     machine: str = ""
     lora: LoRA | None = None
 

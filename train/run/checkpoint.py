@@ -32,11 +32,11 @@ from hotlap.common.files import file_sha256, sync
 from hotlap.common.log import log
 from hotlap.common.machine import versions
 from hotlap.model.adapter_files import ADAPTER, save_lora
-from hotlap.model.config import GPTConfig
-from hotlap.model.gpt import GPT
+from hotlap.model.config import Shape
 from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import FORMAT, MANIFEST, manifest_text
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.model.weights import CHECKPOINTS, CONFIG, STATE, TOKENIZER, save_description
 from hotlap.train.distributed.world import World
 from hotlap.train.faults import fault
@@ -59,7 +59,7 @@ class Snapshot:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    config: GPTConfig
+    config: Shape
     tokenizer: Tokenizer
     state: dict
     random: dict
@@ -103,7 +103,7 @@ class Saver:
 
     def save(
         self,
-        model: GPT,
+        model: Transformer,
         optimizer: MuonAdamW,
         tokenizer: Tokenizer,
         state: RunState,

@@ -12,11 +12,11 @@ from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.options import differences
 from hotlap.model.adapter_files import read_lora
-from hotlap.model.gpt import GPT
 from hotlap.model.lora import LoRA, trained_weights
 from hotlap.model.manifest import verify
 from hotlap.model.tensors import listed, read_tensors, tensor_differences
 from hotlap.model.tokenizer import Tokenizer
+from hotlap.model.transformer import Transformer
 from hotlap.model.weights import CHECKPOINTS, STATE, TOKENIZER, load_config, model_folder, run_checkpoints
 from hotlap.train.distributed.world import World
 from hotlap.train.optim.muon_adamw import MuonAdamW
@@ -29,7 +29,7 @@ from hotlap.train.run.state import RunState
 def resume_from(
     run: Path,
     choice: str,
-    model: GPT,
+    model: Transformer,
     optimizer: MuonAdamW,
     world: World,
     accept: Callable[[Path, dict, RunState], RunState] = lambda folder, manifest, state: state,
@@ -133,7 +133,9 @@ def restore_random_state(path: Path) -> None:
         raise DataError(f"{path} is not a random state: {error!r}; use another checkpoint") from error
 
 
-def load_checkpoint(folder: Path, manifest: dict, model: GPT, optimizer: MuonAdamW, world: World) -> None:
+def load_checkpoint(
+    folder: Path, manifest: dict, model: Transformer, optimizer: MuonAdamW, world: World
+) -> None:
     """Load model, optimiser and random state in place. manifest: as verified.
 
     Raises DataError, before changing anything, that lists fields and tensors that differ as `saved X, current

@@ -15,7 +15,7 @@ from hotlap.common.errors import Interrupted
 from hotlap.common.log import log
 from hotlap.common.memory import amount
 from hotlap.common.plots import new_figure
-from hotlap.model.config import GPTConfig, counts_of
+from hotlap.model.config import Shape, counts_of
 from hotlap.model.weights import CONFIG, listed
 from hotlap.train.data.prepare import prepare
 from hotlap.train.data.shards import shard_paths, shard_tokens
@@ -59,7 +59,7 @@ def check_folder(out: Path) -> None:
         raise FileExistsError(f"{out} holds {names[0]} and no series; choose another --out")
 
 
-def checkpoint_bytes(shape: GPTConfig) -> int:
+def checkpoint_bytes(shape: Shape) -> int:
     """Weights and optimizer state of a model."""
     counts = counts_of(shape)
     return 8 * counts["matrices"] + 12 * (counts["total"] - counts["matrices"])

@@ -19,10 +19,10 @@ pytest.importorskip("huggingface_hub")
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow  # noqa: E402
 
+from hotlap.common.download import Content  # noqa: E402
 from hotlap.common.errors import DataError  # noqa: E402
 from hotlap.train.data import hub  # noqa: E402
 from hotlap.train.data.datasets import CLIMBMIX, FINEWEB  # noqa: E402
-from hotlap.train.data.download import Content  # noqa: E402
 
 VALIDATION, TRAIN = "fineweb_val_000000.bin", "fineweb_train_000001.bin"
 SHARDS = dataclasses.replace(FINEWEB, pinned={})

@@ -9,8 +9,9 @@ import pytest
 from helpers.package_server import serving, tar_archive
 from helpers.small_runs import write_text
 
+from hotlap.common import package_archive
 from hotlap.common.errors import DataError
-from hotlap.train.data import package_archive, shakespeare
+from hotlap.train.data import shakespeare
 from hotlap.train.data.pydocs import python_documentation
 from hotlap.train.data.sources import documents, documents_of, shard_folder, split_documents
 

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 from helpers.core_bundles import mixed_tasks, write_bundle
 
+from hotlap.common import download
 from hotlap.common.errors import DataError
-from hotlap.train.data import download
 from hotlap.train.evaluation import core_bundle
 from hotlap.train.evaluation.core_bundle import read_bundle, read_list
 

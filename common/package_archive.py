@@ -11,9 +11,9 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from hotlap.common.download import TIMEOUT, Content, check_content, fetch_url, require_free_space
 from hotlap.common.errors import DataError
 from hotlap.common.files import cache_folder
-from hotlap.train.data.download import TIMEOUT, Content, check_content, fetch_url, require_free_space
 
 
 class PackageArchive(NamedTuple):
