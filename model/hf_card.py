@@ -59,7 +59,7 @@ def card(config: HfExportConfig, shape: Shape, kind: str, stage: str | None, has
         about += f" [{RUN_CARD}]({RUN_CARD}) says how it was trained, on what data, and its scores."
     notes = [f"It was trained on at most {shape.context:,} tokens at once: use no more.", *NOTES]
     notes += APERTUS_NOTES if kind == "apertus" else CODE_NOTES if kind == OWN_CLASS else ()
-    notes += [SMEAR_NOTE] if shape.smear else []
+    notes += [SMEAR_NOTE] if kind == OWN_CLASS and shape.smear else []
     trust = ", trust_remote_code=True" if kind == OWN_CLASS else ""
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
