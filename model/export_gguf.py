@@ -21,7 +21,7 @@ from hotlap.common.files import replacing
 from hotlap.common.terminal import printable
 from hotlap.kernels.rms_norm import EPS
 from hotlap.model.chat_template import chat_template
-from hotlap.model.config import MLP_RATIO, ROPE_BASE, GGUFExportConfig, GPTConfig
+from hotlap.model.config import MLP_RATIO, ROPE_BASE, GGUFExportConfig, GPT2Config, GPTConfig, Shape
 from hotlap.model.export_hf import special_ids
 from hotlap.model.stock import EMBEDDING, HEAD, XIELU, extras_of, stock_tensors
 from hotlap.model.tokenizer import GPT2_PATTERN, SPLIT_PATTERN, Tokenizer, byte_level_alphabet
@@ -74,8 +74,13 @@ def imported() -> ModuleType:
     return gguf
 
 
-def check(config: GGUFExportConfig, shape: GPTConfig, tokenizer: Tokenizer) -> None:
+def check(config: GGUFExportConfig, shape: Shape, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a model that llama.cpp cannot hold."""
+    if isinstance(shape, GPT2Config):
+        raise ValueError(
+            f"{config.model} is a GPT-2, which this export does not write; `hotlap export hf` does, for "
+            "Transformers"
+        )
     if extras := extras_of(shape) + (["softcap"] if shape.softcap else []):
         values = ", ".join(f"{name}={getattr(shape, name)!r}" for name in extras)
         raise ValueError(

@@ -85,9 +85,9 @@ def test_flags_that_a_base_decides_are_refused(folder, capsys):
         (["--tokenizer", "gpt2"], "--tokenizer gpt2: the base has its own; leave it out"),
     ):
         assert_error(capsys, main([*start, *flags]), USAGE, text)
-    assert_error(
-        capsys, main(["export", "adapter", str(folder / "lora"), "--out", str(folder / "x")]), USAGE, "GPT-2"
-    )
+    for kind in ("adapter", "gguf"):
+        code = main(["export", kind, str(folder / "lora"), "--out", str(folder / "x")])
+        assert_error(capsys, code, USAGE, "GPT-2")
 
 
 def test_the_optimizer_is_nanogpt_s():
