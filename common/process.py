@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 # Parameters of glibc's mallopt: free memory at the heap's end beyond the first is returned to the system, and
 # allocations above the second are mapped on their own, and returned when they are freed.
@@ -46,3 +48,14 @@ def end_with_parent() -> None:
     control = c_function("prctl")
     if control:
         control(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Kill a process that was started with start_new_session, and all that it has started; on Windows, which
+    has no sessions, the process alone.
+    """
+    with suppress(ProcessLookupError):  # it has ended by itself
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

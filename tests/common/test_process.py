@@ -1,6 +1,7 @@
 """What a process sets before it computes on a CPU."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -45,3 +46,15 @@ def test_freed_memory_is_kept_or_nothing_happens_where_the_c_library_cannot(monk
     process.keep_freed_memory()
     monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())
     process.keep_freed_memory()
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_ending_a_session_ends_its_process_where_there_are_sessions_and_where_not(windows, monkeypatch):
+    if windows:
+        monkeypatch.delattr(os, "killpg")
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    ) as child:
+        process.end_session(child)
+        assert child.wait() == -signal.SIGKILL
+    process.end_session(child)  # which is nothing more to end

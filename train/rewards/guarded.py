@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from hotlap.common.log import log
+from hotlap.common.process import end_session
 from hotlap.train.rewards.worker import START_SECONDS
 
 REWARD_SECONDS = 10.0  # of a call
@@ -79,8 +80,7 @@ class Process:
 
     def end(self) -> None:
         """End it, and all that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_session(self.process)
         self.pipe.close()
         self.process.wait()
 

@@ -7,16 +7,16 @@ fails, a warning says so, and the run goes on without it.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from hotlap.common.log import log
+from hotlap.common.process import end_session
 from hotlap.common.terminal import printable
 
 OUTPUT = "tracker.log"  # in the run's folder: what the tracker prints
@@ -68,8 +68,7 @@ def tracked(tracker: str, run: Path) -> Iterator[None]:
                 "%s: %s has not finished %g s after the run, and is stopped; metrics.jsonl has all there is",
                 run, tracker, LAST_SECONDS,
             )  # fmt: skip
-            with suppress(ProcessLookupError):  # it has ended just now
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            end_session(process)
             watch.join()
 
 
