@@ -192,7 +192,8 @@ def model_folder(path: str | Path | None) -> Path:
 def what_is_at(path: Path) -> str:
     """Why a path has no model, and what to do."""
     if names_best(path) and run_checkpoints(path.parent.parent):
-        return f"{path.parent.parent} has no best checkpoint, for none of those it has was validated"
+        run = path.parent.parent
+        return f"{run}/{BEST} names none of the checkpoints that are there; give {run} for the newest one"
     if not os.path.exists(path):
         return f"no model at {path}"
     if not os.path.isdir(path):

@@ -10,7 +10,9 @@ import dataclasses
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -140,6 +142,9 @@ def evaluated_aside(config: Config, world: World) -> Iterator[Config]:
         start = str(config.out) if run_checkpoints(config.out) else "no"
     with ExitStack() as stack:
         folder = None
+        if threading.current_thread() is threading.main_thread():  # else SIGTERM would leave the folder there
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, before)
         if world.is_main:
             beside = config.out.parent if os.access(config.out.parent, os.W_OK) else None
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eval-", dir=beside))

@@ -15,6 +15,7 @@ ROWS: list[Row] = [
     ("sweep --variants model.layres=2 --out new", None, USAGE, r"key in model\.layres=2: 'model\.layres'; did you mean 'model\.layers'"),
     ("sweep --variants '' --out new", None, USAGE, r"'' trains the same as 'base'"),
     ("sweep --variants model.layers=2 --out text.txt", None, CANNOT_CREATE, r"text\.txt cannot be a run's directory"),
+    ("sweep --base eval_only=true --variants model.layers=2 --out new", None, USAGE, r"'base' is to train, and eval_only=true trains nothing"),
     ("sweep --variants model.smear --out new", None, USAGE, r"'model\.smear' is not a string of TOML"),
     ("sweep --variants model.smear=true --out new", None, USAGE, r"'model\.smear=true' trains the same as 'base'"),
     ("sweep --variants model.layers=2 model.layers=2 --out new", None, USAGE, r"--variants has 'model\.layers=2' twice"),

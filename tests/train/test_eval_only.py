@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,14 @@ def test_ranks_share_the_work_and_agree(runs):
     assert found[0] == found[1]
     assert found[0]["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
     assert everything(runs) == before
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setattr("hotlap.train.pretrain.validation", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small_run(tmp_path, loop=LoopConfig(2), eval_only=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.glob(".eval-*"))

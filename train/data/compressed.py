@@ -107,5 +107,5 @@ def check_growth(path: Path, count: int, size: int) -> None:
     if count > max(FREE, MOST_TIMES * size):
         raise DataError(
             f"{path} expands more than {MOST_TIMES} times, to over {FREE >> 20} MB, which text does not; if "
-            "you trust it, decompress it"
+            "you trust it, decompress it (a table: save it as JSON Lines)"
         )

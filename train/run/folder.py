@@ -162,7 +162,7 @@ def base_of(run: Path, config: dict) -> Path:
     trained in, as far as --out tells; it may be gone.
     """
     base, out, place = Path(config["base"]), Path(config["out"]), run.resolve()
-    moved = not (base.is_absolute() or out.is_absolute() or base.exists())
+    moved = not (base.is_absolute() or out.is_absolute() or run_of(base).exists())
     if moved and place.parts[-len(out.parts) :] == out.parts:
         return Path(*place.parts[: -len(out.parts)]) / base
     return base

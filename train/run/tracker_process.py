@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hotlap.common.files import read_object, write
+from hotlap.common.locks import lock
 from hotlap.train.run.metrics import METRICS, step_line
+from hotlap.train.run.trackers import OUTPUT
 
 PROJECT = "hotlap"
 IDENTITY = "tracker.json"  # in the run's folder, so that a resumed run goes on in the same curves
@@ -44,19 +46,27 @@ def main(tracker: str, run: str) -> None:
     over = threading.Event()
     threading.Thread(target=wait_for_end, args=(over,), daemon=True).start()
     folder = Path(run)
-    identity = identity_of(folder)
-    sent = identity.sent.get(tracker, -1)
-    config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    with TRACKERS[tracker](folder, identity, config) as log:
-        try:
-            for values in appended(folder / METRICS, over):
-                step = values.pop("step")
-                if step > sent:  # others have been taken again
-                    log(step, {k: v for k, v in values.items() if type(v) in (int, float)})
-                    sent = step
-        finally:
-            identity.sent[tracker] = sent
-            write(folder / IDENTITY, json.dumps(asdict(identity), indent=1) + "\n")
+    with open(folder / OUTPUT, "ab") as file:
+        lock(file, wait=True)  # for the process of a run that was killed, which still sends
+        send(tracker, folder, over)
+
+
+def send(tracker: str, run: Path, over: threading.Event) -> None:
+    """Send steps until the run is over. What is sent is noted as it is, for this process may be killed."""
+    identity = identity_of(run)
+    config = read_object(run / "config.json") if (run / "config.json").exists() else {}
+    with TRACKERS[tracker](run, identity, config) as log:
+        identity.sent.setdefault(tracker, -1)
+        note(run, identity)
+        for lines in appended(run / METRICS, over):
+            try:
+                for values in lines:
+                    step = values.pop("step")
+                    if step > identity.sent[tracker]:  # others have been taken again
+                        log(step, {k: v for k, v in values.items() if type(v) in (int, float)})
+                        identity.sent[tracker] = step
+            finally:
+                note(run, identity)
 
 
 def wait_for_end(over: threading.Event) -> None:
@@ -68,16 +78,15 @@ def wait_for_end(over: threading.Event) -> None:
     os._exit(1)
 
 
-def appended(path: Path, over: threading.Event) -> Iterator[dict]:
+def appended(path: Path, over: threading.Event) -> Iterator[list[dict]]:
     """The lines of metrics.jsonl, as they are written, until the run is over."""
-    rest = b""
+    rest, last = b"", False
     with open(path, "rb") as file:
-        while True:
+        while not last:
             last = over.wait(POLL)
             *lines, rest = (rest + file.read()).split(b"\n")
-            yield from filter(None, map(step_line, lines))
-            if last:
-                return
+            if lines:
+                yield [*filter(None, map(step_line, lines))]
 
 
 def identity_of(run: Path) -> Identity:
@@ -87,6 +96,10 @@ def identity_of(run: Path) -> Identity:
         return Identity(secrets.token_hex(4), "/".join(run.resolve().parts[-2:]), {})
     found = read_object(path)
     return Identity(str(found["id"]), str(found["name"]), dict(found["sent"]))
+
+
+def note(run: Path, identity: Identity) -> None:
+    write(run / IDENTITY, json.dumps(asdict(identity), indent=1) + "\n")
 
 
 @contextmanager

@@ -119,6 +119,8 @@ def check(variants: Mapping[str, Variant]) -> None:
     base = variants[BASE].config
     for name, variant in variants.items():
         variant.config.validate()
+        if variant.config.eval_only:
+            raise ValueError(f"{name!r} is to train, and eval_only=true trains nothing; leave it out")
         if shared_by_all(variant.config) != shared_by_all(base):
             raise ValueError(f"{name!r} changes data or tokenizer, which all variants share; use --base")
     if len({folder_name(name) for name in variants}) < len(variants):

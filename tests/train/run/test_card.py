@@ -199,6 +199,8 @@ def test_a_base_is_found_from_another_folder_than_the_run_was_trained_in(trained
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir()
     assert base_of(Path("runs/sft"), config) == Path("runs/base")
+    best = "runs/base/checkpoints/best"  # is no folder
+    assert base_of(run, config | {"base": best}) == Path(best)
     elsewhere = {"base": "runs/other", "out": "new/sft"}
     assert base_of(run, elsewhere) == Path("runs/other")
     assert base_of(run, config | {"base": "/gone"}) == Path("/gone")

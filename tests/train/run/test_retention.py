@@ -105,11 +105,11 @@ def test_of_rewards_the_highest_is_the_best_and_of_losses_the_lowest():
     assert score({}) is score({"validation_loss": math.nan}) is score({"validation_pass_at_1": 1.0}) is None
 
 
-def test_a_run_without_a_validation_says_that_it_has_no_best_checkpoint(tmp_path, caplog):
+def test_a_run_whose_best_checkpoint_is_unknown_says_so(tmp_path, caplog):
     config = small_run(tmp_path, loop=LoopConfig(2))
     pretrain(config)
     (config.out / "best.json").unlink()
-    with pytest.raises(FileNotFoundError, match="run has no best checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"run/best\.json names none of the checkpoints"):
         named(config.out)
     (config.out / "best.json").write_text("{")
     with pytest.raises(DataError, match=r"best\.json is not JSON"):
