@@ -10,6 +10,7 @@ from helpers.tools import tiny_config
 from hotlap.bench import inference, modded, peers, training
 from hotlap.bench.peer_steps import nanochat_step, nanochat_uses_fp8, nanogpt_step
 from hotlap.cli import main
+from hotlap.model.build import build
 from hotlap.model.gpt import GPT
 
 CPU = torch.device("cpu")
@@ -93,12 +94,11 @@ def test_our_step_is_the_same_in_micro_batches(monkeypatch):
     shape, models = tiny_config(context=32), []
     tokens = torch.randint(shape.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
 
-    class Kept(GPT):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            models.append(self)
+    def kept(*arguments) -> GPT:
+        models.append(build(*arguments))
+        return models[-1]
 
-    monkeypatch.setattr(training, "GPT", Kept)
+    monkeypatch.setattr(training, "build", kept)
     monkeypatch.setattr(training, "fast_dtype", lambda *_: torch.float32)
     for rows in (4, 2):
         peers.our_step(shape, rows, CPU)(tokens)
@@ -244,7 +244,7 @@ def test_a_peers_step_is_the_same_in_micro_batches(stand_ins, peer):
 def test_both_sides_have_the_windows_that_are_asked_for(stand_ins, tmp_path, monkeypatch):
     ours = []
     monkeypatch.setattr(peers, "model_config", lambda name: tiny_config(context=256))
-    monkeypatch.setattr(training, "GPT", lambda shape, dtype: ours.append(shape) or GPT(shape, dtype))
+    monkeypatch.setattr(training, "build", lambda shape, dtype: ours.append(shape) or build(shape, dtype))
     both = peers.PeersConfig(**stand_ins, models=("tiny",), rows=1, seconds=0.01, out=tmp_path / "out")
     for pattern, attention in (("SL", "SDPA, with a mask in layers with a window"), ("L", "SDPA")):
         ours.clear()

@@ -15,7 +15,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
-TIMEOUT = 10_000  # milliseconds for the page to get anywhere
+TIMEOUT = 30_000  # milliseconds for the page to get anywhere, on a busy machine
 
 
 @contextlib.contextmanager
