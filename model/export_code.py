@@ -69,6 +69,11 @@ def config_of(fields: dict[str, Any]) -> GPTConfig:
         raise DataError(f"{error.args[0]} is missing") from None
     except ValueError as error:
         raise DataError(f"our models cannot have its shape: {error}") from None
+    types = fields.get("layer_types")
+    if not isinstance(types, list) or len(types) != config.layers:  # before a list of as many is made
+        raise DataError(
+            f"layer_types={shown(types)} must be a list of num_hidden_layers={config.layers} kinds"
+        )
     for name, value in code_config(config).items():
         if name not in ("architectures", "auto_map") and fields.get(name) != value:
             raise DataError(f"{name}={shown(fields.get(name))} is not supported; it must be {shown(value)}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tokenizers
-
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
@@ -18,6 +16,7 @@ from hotlap.model.tokenizer import (
     Tokenizer,
     byte_level_alphabet,
     from_ranks,
+    parsed,
 )
 
 OURS = {  # of nanochat's, whose calls of Python are expressions, as those of our calculator
@@ -80,7 +79,7 @@ def convert(fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
     if contents.issuperset(SPECIAL_TOKENS):  # it is one of ours, but for what Transformers adds
         text = json.dumps(fields | {"post_processor": None, "truncation": None, "padding": None})
         Tokenizer(text)  # says what is wrong
-        return Tokenizer(tokenizers.Tokenizer.from_str(text).to_str()), []
+        return Tokenizer(parsed(text).to_str()), []
     if model["type"] != "BPE":
         raise DataError(f"its model is {model['type']!r}; it must be byte-level BPE")
     if found := [name for name in OPTIONS if model.get(name)]:

@@ -16,6 +16,7 @@ DEFAULTS = {  # of fields that a file may leave out, by Transformers
     "apertus": {"rms_norm_eps": 1e-5},
     "nanochat": {"rms_norm_eps": NORM_EPS, "final_logit_softcapping": 15.0},
 }
+DEFAULT_ROPE: dict[str, dict] = {"apertus": {"rope_type": "llama3"}, "nanochat": {}}
 ROPE = {"rope_type": "default", "rope_theta": ROPE_BASE}
 NEEDED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -75,7 +76,7 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
     for name, values in held.items():
         if fields.get(name, values[0]) not in values:
             raise DataError(f"{name}={shown(fields[name])} is not supported; it must be {values[0]}")
-    check_rope(fields)
+    check_rope(fields, kind)
     softcap = fields.get("final_logit_softcapping") if kind == "nanochat" else None
     known = HARMLESS | {*held, "rope_parameters", "rope_scaling"}
     known |= {"final_logit_softcapping"} if kind == "nanochat" else set()
@@ -96,13 +97,15 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
         raise DataError(f"our models cannot have its shape: {error}") from None
 
 
-def check_rope(fields: dict[str, Any]) -> None:
-    """Raise DataError for other rotary positions than ours, also where Transformers before 5 writes them."""
-    found = fields.get("rope_parameters")
-    if found is None:
-        found = {"rope_theta": fields.get("rope_theta")} | (fields.get("rope_scaling") or {})
+def check_rope(fields: dict[str, Any], kind: str) -> None:
+    """Raise DataError for other rotary positions than ours. Fields are read as Transformers does: rope_scaling,
+    where versions before 5 write them, comes before rope_parameters.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    found = fields.get(name) or DEFAULT_ROPE[kind]
     if not isinstance(found, dict):
-        raise DataError(f"rope_parameters={shown(found)} must be an object")
+        raise DataError(f"{name}={shown(found)} must be an object")
+    found = {"rope_theta": fields.get("rope_theta")} | found
     theta, scaling = found.get("rope_theta"), found.get("rope_type", found.get("type", "default"))
     if scaling != "default":
         raise DataError(f"rope_type={shown(scaling)} is not supported; our positions are not scaled")

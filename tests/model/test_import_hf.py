@@ -117,7 +117,12 @@ def test_bfloat16_becomes_float32(made, tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "rope_type='llama3' is not"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=10000.0 is not"),
-        ({"rope_parameters": None, "rope_theta": None}, "rope_theta=None is not supported"),
+        ({"rope_parameters": None}, "rope_type='llama3' is not"),  # Apertus' default
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_theta": None},
+            "rope_theta=None is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type='linear' is not"),  # beside rope_parameters
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear' is not"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] must be an object"),
         ({"num_attention_heads": 3}, "width=64 is not a multiple of heads=3"),
