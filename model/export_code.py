@@ -71,9 +71,7 @@ def config_of(fields: dict[str, Any]) -> GPTConfig:
         raise DataError(f"our models cannot have its shape: {error}") from None
     types = fields.get("layer_types")
     if not isinstance(types, list) or len(types) != config.layers:  # before a list of as many is made
-        raise DataError(
-            f"layer_types={shown(types)} must be a list of num_hidden_layers={config.layers} kinds"
-        )
+        raise DataError(f"layer_types={shown(types)} must have num_hidden_layers={config.layers} kinds")
     for name, value in code_config(config).items():
         if name not in ("architectures", "auto_map") and fields.get(name) != value:
             raise DataError(f"{name}={shown(fields.get(name))} is not supported; it must be {shown(value)}")

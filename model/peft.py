@@ -147,6 +147,6 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], lora: LoRA, config: GPT
         "bias": "none",
         "inference_mode": True,
     }
-    metadata = {BASE_SHA256: lora.base_sha256} if lora.base_sha256 else None
-    save_tensors(found, folder / PEFT_WEIGHTS, metadata)
+    metadata = {BASE_SHA256: lora.base_sha256} if lora.base_sha256 else {}
+    save_tensors(found, folder / PEFT_WEIGHTS, **metadata)
     write(folder / PEFT_CONFIG, json.dumps(fields, indent=1) + "\n")

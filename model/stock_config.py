@@ -98,8 +98,8 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
 
 
 def check_rope(fields: dict[str, Any], kind: str) -> None:
-    """Raise DataError for other rotary positions than ours. Fields are read as Transformers does: rope_scaling,
-    where versions before 5 write them, comes before rope_parameters.
+    """Raise DataError for other rotary positions than ours. As Transformers reads them, rope_scaling, where
+    versions before 5 write, comes before rope_parameters.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     found = fields.get(name) or DEFAULT_ROPE[kind]

@@ -124,11 +124,9 @@ def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
             raise DataError(f"cannot read {path}: {error}") from error
 
 
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write whole tensors as one .safetensors file. OSError if it cannot be written, such as on a full disk."""
-    metadata = {"format": "pt"} | (metadata or {})  # which Transformers needs to be told
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
+    """Write whole tensors as one .safetensors file. OSError if it cannot be, such as on a full disk."""
+    metadata |= {"format": "pt"}  # which Transformers needs to be told
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
