@@ -189,7 +189,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_as_float32(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the tensors of these names and shapes. DataError lists what differs."""
+    """Exactly the tensors of these names and shapes. DataError lists what differs, or is not finite."""
     found = [f"{name}: {'missing' if name in shapes else 'unknown'}" for name in {*stored} ^ {*shapes}]
     for name in {*stored} & {*shapes}:
         if len(stored[name].parts) > 1:
@@ -209,6 +209,8 @@ def read_as_float32(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]
                 }
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {path}: {error}") from error
+    if damaged := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise DataError(f"not all numbers are finite in {listed(damaged)}; copy the model again")
     return tensors
 
 

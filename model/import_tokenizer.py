@@ -47,7 +47,7 @@ def read_tokenizer(folder: Path, config: dict) -> tuple[Tokenizer, list[str]]:
         return convert(fields if path.name == TOKENIZER else with_merges(fields, folder), config)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from None
-    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path.name} is not a tokenizer ({error!r})") from error
 
 
@@ -55,7 +55,12 @@ def with_merges(vocabulary: dict, folder: Path) -> dict:
     """The fields of a tokenizer.json, from the two files that GPT-2 came with: vocab.json, and merges."""
     if not (folder / MERGES).is_file():
         raise DataError(f"there is no {MERGES} beside it")
-    first, *lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+    if END not in vocabulary:
+        raise DataError(f"it has no {END}")
+    try:
+        first, *lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{MERGES} beside it is not UTF-8 text: {error}") from error
     lines = lines if first.startswith("#version") else [first, *lines]
     return {
         "added_tokens": [{"content": END, "id": vocabulary[END], "special": True}],

@@ -171,6 +171,14 @@ def test_tensors_that_differ_are_listed(nanochat, capsys):
     assert_refused(capsys, nanochat, "extra: unknown; lm_head.weight: missing")
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(nanochat, capsys, number):
+    head = load_file(nanochat / WEIGHTS)[HEAD]
+    head[3, 5] = number
+    change(nanochat / WEIGHTS, **{HEAD: head})
+    assert_refused(capsys, nanochat, f"not all numbers are finite in {HEAD}")
+
+
 def test_a_damaged_file_is_named(nanochat, capsys):
     (nanochat / WEIGHTS).write_bytes((nanochat / WEIGHTS).read_bytes()[:-1])
     assert_refused(capsys, nanochat, WEIGHTS)
