@@ -10,7 +10,8 @@ from torch import Tensor
 from hotlap.common.errors import DataError
 from hotlap.common.files import write
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
-from hotlap.model.stock_config import NORM_EPS, OURS, shown
+from hotlap.model.foreign_config import OURS, shown
+from hotlap.model.stock_config import NORM_EPS
 
 OWN_CLASS = "hotlap"  # the model_type
 CODE = Path(__file__).with_name("modeling_hotlap.py")

@@ -16,9 +16,10 @@ from hotlap.model.chat_template import chat_template
 from hotlap.model.config import HfExportConfig, Sampling, Shape
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import CODE, OWN_CLASS, code_config, code_weights, write_code
+from hotlap.model.foreign_config import OURS
 from hotlap.model.hf_card import KEPT, RUN_CARD, card
 from hotlap.model.stock import EMBEDDING, not_stock, stock_class, to_stock
-from hotlap.model.stock_config import OURS, stock_config
+from hotlap.model.stock_config import stock_config
 from hotlap.model.tensors import save_tensors
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer, parsed
 from hotlap.model.weights import CONFIG, WEIGHTS, lineage, load_config, load_model, model_folder, stage

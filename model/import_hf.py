@@ -24,6 +24,7 @@ from hotlap.model.build import build
 from hotlap.model.config import GPT2Config, GPTConfig, ImportConfig, Shape, counts_of, rotary_bytes
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import OWN_CLASS, code_weights, config_of, our_weights
+from hotlap.model.foreign_config import OURS, shown
 from hotlap.model.gpt2_files import MASK, PREFIX, from_gpt2, gpt2_shape, to_gpt2
 from hotlap.model.hf_card import KEPT
 from hotlap.model.import_tokenizer import read_tokenizer
@@ -37,7 +38,7 @@ from hotlap.model.stock import (
     normalised,
     to_stock,
 )
-from hotlap.model.stock_config import OURS, our_config, shown
+from hotlap.model.stock_config import our_config
 from hotlap.model.tensors import Stored, listed, tensors_in
 from hotlap.model.weights import CONFIG, STATE, WEIGHTS, save_model
 
