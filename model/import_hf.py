@@ -40,7 +40,7 @@ from hotlap.model.stock import (
 )
 from hotlap.model.stock_config import our_config
 from hotlap.model.tensors import Stored, listed, tensors_in
-from hotlap.model.weights import CONFIG, STATE, WEIGHTS, save_model
+from hotlap.model.weights import CONFIG, STATE, WEIGHTS, is_model, run_checkpoints, save_model
 
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
@@ -59,6 +59,9 @@ def import_hf(config: ImportConfig) -> Path:
             raise FileNotFoundError(f"no {CONFIG} in {folder}; give the folder of a model of Transformers")
         fields = read_object(folder / CONFIG)
         read = READERS.get(str(fields.get("model_type")))
+        theirs = {"model_type", "architectures"} & {*fields}
+        if not theirs and (is_model(folder) or run_checkpoints(folder)):
+            raise DataError(f"{folder} is a model of hotlap already, which all commands open")
         if read is None:
             raise DataError(
                 f"{folder / CONFIG}: model_type={shown(fields.get('model_type'))} cannot be imported; "
@@ -267,12 +270,18 @@ def grown(weights: dict[str, Tensor], shape: Shape, vocab_size: int) -> tuple[di
 
 
 def cropped(weights: dict[str, Tensor], shape: Shape, context: int) -> tuple[dict[str, Tensor], Shape]:
-    """The weights of a model with a shorter context."""
+    """The weights of a model with a shorter context, in which it computes the same."""
     if context > shape.context:
         raise ValueError(f"context={context} must be at most the model's {shape.context}")
+    shorter = dataclasses.replace(shape, context=context)
+    if shorter.windows != tuple(min(window, context) for window in shape.windows):
+        raise ValueError(
+            f"context={context} would shorten the model's attention windows, too, which are a quarter of its "
+            f"context of {shape.context}; leave it out"
+        )
     if isinstance(shape, GPT2Config):
         weights = weights | {"positions.weight": weights["positions.weight"][:context].clone()}
-    return weights, dataclasses.replace(shape, context=context)
+    return weights, shorter
 
 
 def main(config: ImportConfig) -> None:

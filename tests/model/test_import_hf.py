@@ -13,6 +13,7 @@ from helpers.tools import tiny_config
 from safetensors.torch import load_file, save_file
 
 from hotlap.cli import main
+from hotlap.model.import_hf import cropped
 from hotlap.model.stock import EMBEDDING, HEAD, normalised
 from hotlap.model.weights import load_model
 
@@ -164,6 +165,13 @@ def test_a_tensor_that_we_have_no_place_for_is_refused_by_name(apertus, capsys, 
 def test_the_softcap_is_theirs(nanochat):
     edit(nanochat / "config.json", final_logit_softcapping=20.0)
     assert load_model(imported(nanochat), CPU, torch.float32)[0].config.softcap == 20
+
+
+def test_a_shorter_context_that_would_change_the_windows_is_refused():
+    shape = tiny_config(context=1024, window_pattern="SL")
+    with pytest.raises(ValueError, match="context=512 would shorten the model's attention windows"):
+        cropped({}, shape, 512)
+    assert cropped({}, shape, 128)[1].windows == (128,) * shape.layers
 
 
 def test_tensors_that_differ_are_listed(nanochat, capsys):
