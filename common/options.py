@@ -54,7 +54,8 @@ def parse(
 
     --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE
     overrides them, and other flags override the file. If the class has a `model_field`, its name, a word
-    without a flag and --model set that field. ValueError for what cannot be read.
+    without a flag and --model set that field. Its `start`, if it has one, gives the defaults for what is in
+    FILE. ValueError for what cannot be read.
     """
     first = Flags(prog=command, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)  # ONLY_FLAGS names these
@@ -74,7 +75,8 @@ def parse(
     chosen, rest = first.parse_known_args(arguments)
     if getattr(chosen, "preset", None) and getattr(chosen, "depth", None) is not None:
         raise ValueError("--preset and --depth exclude each other; give one of them")
-    start = kind()
+    table = read_table(chosen.config) if chosen.config else {}
+    start = kind.start(table) if hasattr(kind, "start") else kind()
     if getattr(chosen, "preset", None):
         start = presets[known(chosen.preset, presets, "preset")]()
     if getattr(chosen, "depth", None) is not None:
@@ -84,7 +86,7 @@ def parse(
             text = str(error).replace(f"depth={chosen.depth}", f"--depth {chosen.depth}")
             raise ValueError(text) from None
     if chosen.config:
-        start = merge(start, read_table(chosen.config), str(chosen.config))
+        start = merge(start, table, str(chosen.config))
     if model_field:
         rest = [re.sub(r"^--model(?==|$)", f"--{model_field}", word) for word in rest]
     check_switches(start, rest)

@@ -329,7 +329,7 @@ class ImportConfig:
     out: Path = Path("imported")
     """Folder to write; it must be empty or not exist yet."""
     context: int | None = None
-    """A shorter context, in tokens; a GPT-2 loses the positions beyond."""
+    """A shorter context, in tokens; a GPT-2 loses the positions beyond, and attention windows must fit."""
 
     def validate(self) -> ImportConfig:
         if self.context is not None:

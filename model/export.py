@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -69,15 +70,25 @@ def export_adapter(config: AdapterExportConfig) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder to write, which becomes `out` in the end; after an error nothing of it is left."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """Yields a folder to write, which becomes `out` in the end; after an error nothing of it is left.
+
+    An `out` that exists and is empty stays the folder it is: it may be where the user is, a link or a mount.
+    """
+    given = out.is_dir()
+    if os.path.lexists(out) and not (given and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; name a new folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
+    unique = secrets.token_hex(4)
+    partial = out / f".tmp-{unique}" if given else out.with_name(f".tmp-{out.name}-{unique}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir()
     try:
         yield partial
-        partial.rename(out)
+        if not given:
+            partial.rename(out)
+            return
+        for path in sorted(partial.iterdir()):
+            path.rename(out / path.name)
+        partial.rmdir()
     except BaseException:
         shutil.rmtree(partial)
         raise

@@ -10,7 +10,8 @@ from torch import Tensor
 from hotlap.common.errors import DataError
 from hotlap.common.files import write
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig
-from hotlap.model.stock_config import NORM_EPS, OURS, shown
+from hotlap.model.foreign_config import OURS, shown
+from hotlap.model.stock_config import NORM_EPS
 
 OWN_CLASS = "hotlap"  # the model_type
 CODE = Path(__file__).with_name("modeling_hotlap.py")
@@ -69,6 +70,9 @@ def config_of(fields: dict[str, Any]) -> GPTConfig:
         raise DataError(f"{error.args[0]} is missing") from None
     except ValueError as error:
         raise DataError(f"our models cannot have its shape: {error}") from None
+    types = fields.get("layer_types")
+    if not isinstance(types, list) or len(types) != config.layers:  # before a list of as many is made
+        raise DataError(f"layer_types={shown(types)} must have num_hidden_layers={config.layers} kinds")
     for name, value in code_config(config).items():
         if name not in ("architectures", "auto_map") and fields.get(name) != value:
             raise DataError(f"{name}={shown(fields.get(name))} is not supported; it must be {shown(value)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ def export_gguf(config: GGUFExportConfig) -> Path:
     ValueError names what llama.cpp cannot hold.
     """
     gguf = imported()
-    if config.out.exists():
+    if os.path.lexists(config.out):  # a link to nothing, too
         raise FileExistsError(f"{config.out} exists already; name a new file with --out")
     folder, shape, tokenizer = open_model(config.model)
     check(config, shape, tokenizer)

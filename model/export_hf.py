@@ -6,10 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import tokenizers
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import processors
 
 from hotlap.common.files import write
@@ -19,10 +16,12 @@ from hotlap.model.chat_template import chat_template
 from hotlap.model.config import HfExportConfig, Sampling, Shape
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import CODE, OWN_CLASS, code_config, code_weights, write_code
+from hotlap.model.foreign_config import OURS
 from hotlap.model.hf_card import KEPT, RUN_CARD, card
 from hotlap.model.stock import EMBEDDING, not_stock, stock_class, to_stock
-from hotlap.model.stock_config import OURS, stock_config
-from hotlap.model.tokenizer import TOKENIZER, Tokenizer
+from hotlap.model.stock_config import stock_config
+from hotlap.model.tensors import save_tensors
+from hotlap.model.tokenizer import TOKENIZER, Tokenizer, parsed
 from hotlap.model.weights import CONFIG, WEIGHTS, lineage, load_config, load_model, model_folder, stage
 
 
@@ -70,13 +69,6 @@ def class_of(config: Shape) -> str:
     return OWN_CLASS
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, {"format": "pt"})  # Transformers needs to be told
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
 def write_json(path: Path, fields: dict) -> None:
     write(path, json.dumps(fields, indent=1) + "\n")
 
@@ -100,7 +92,7 @@ def generation_fields(tokenizer: Tokenizer) -> dict:
 
 def beginning_with_bos(tokenizer: Tokenizer) -> str:
     """tokenizer.json by which plain text begins with <|bos|>, as documents do in training."""
-    found = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    found = parsed(tokenizer.definition)
     found.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B:1", special_tokens=[("<|bos|>", tokenizer.bos)]
     )

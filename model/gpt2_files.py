@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hotlap.common.errors import DataError
 from hotlap.model.config import MLP_RATIO, GPT2Config
+from hotlap.model.foreign_config import OURS, check_fields, check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,23 +25,17 @@ LAYERS = {
 MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:masked_)?bias")  # stored by old versions: constants
 NEEDED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 NORM_EPS = 1e-5
-# Fields that change nothing about what a trained model computes, or that the weights show.
-HARMLESS = {
-    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id",
-    "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attn_pdrop", "embd_pdrop",
-    "resid_pdrop", "n_ctx", "task_specific_params", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn", "return_dict",
-    "output_hidden_states", "output_attentions", "id2label", "label2id", "chunk_size_feed_forward",
-    "output_past", "hotlap", *NEEDED,
+KNOWN = {
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "task_specific_params", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "reorder_and_upcast_attn", "output_past", *NEEDED,
 }  # fmt: skip
 
 
 def gpt2_shape(fields: dict[str, Any]) -> GPT2Config:
     """Our configuration for a config.json. DataError names a field that our GPT-2 does not have."""
-    for name in NEEDED:
-        if type(fields.get(name)) is not int or fields[name] < 1:
-            raise DataError(f"{name}={fields.get(name)!r} must be a whole number from 1")
-    held = {  # the first is what Transformers takes for a field that is not there
+    check_sizes(fields, NEEDED)
+    held = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (NORM_EPS,),
         "n_inner": (None, MLP_RATIO * fields["n_embd"]),
@@ -49,13 +44,8 @@ def gpt2_shape(fields: dict[str, Any]) -> GPT2Config:
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
     }
-    for name, values in held.items():
-        if fields.get(name, values[0]) not in values:
-            raise DataError(f"{name}={fields[name]!r:.40} is not supported; it must be {values[0]}")
-    for name, value in fields.items():
-        if name not in HARMLESS | {*held} and value:
-            raise DataError(f"{name}={value!r:.40} is not supported; our GPT-2 has nothing like it")
-    ours = fields.get("hotlap")
+    check_fields(fields, held, KNOWN)
+    ours = fields.get(OURS)
     masks = ours.get("document_masks", True) if isinstance(ours, dict) else True
     try:
         return GPT2Config(

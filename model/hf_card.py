@@ -51,7 +51,7 @@ def card(config: HfExportConfig, shape: Shape, kind: str, stage: str | None, has
     about = (
         f"{what} It has {counts_of(shape)['total']:,} parameters: {shape.layers} layers, width "
         f"{shape.width}, {shape.heads} query heads, {shape.kv_heads} key and value heads, "
-        f"{shape.vocab_size:,} ids. Trained with hotlap{f', last stage {stage}' if stage else ''}; weights "
+        f"{shape.vocab_size:,} ids. Exported by hotlap{f', last stage {stage}' if stage else ''}; weights "
         f"in {config.dtype}, for "
         + ("a class of its own." if kind == OWN_CLASS else f"`{CLASSES[kind]}` of Transformers.")
     )

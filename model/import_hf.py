@@ -24,6 +24,7 @@ from hotlap.model.build import build
 from hotlap.model.config import GPT2Config, GPTConfig, ImportConfig, Shape, counts_of, rotary_bytes
 from hotlap.model.export import new_folder
 from hotlap.model.export_code import OWN_CLASS, code_weights, config_of, our_weights
+from hotlap.model.foreign_config import OURS, shown
 from hotlap.model.gpt2_files import MASK, PREFIX, from_gpt2, gpt2_shape, to_gpt2
 from hotlap.model.hf_card import KEPT
 from hotlap.model.import_tokenizer import read_tokenizer
@@ -37,9 +38,9 @@ from hotlap.model.stock import (
     normalised,
     to_stock,
 )
-from hotlap.model.stock_config import OURS, our_config, shown
+from hotlap.model.stock_config import our_config
 from hotlap.model.tensors import Stored, listed, tensors_in
-from hotlap.model.weights import CONFIG, STATE, WEIGHTS, save_model
+from hotlap.model.weights import CONFIG, STATE, WEIGHTS, is_model, run_checkpoints, save_model
 
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
@@ -58,6 +59,9 @@ def import_hf(config: ImportConfig) -> Path:
             raise FileNotFoundError(f"no {CONFIG} in {folder}; give the folder of a model of Transformers")
         fields = read_object(folder / CONFIG)
         read = READERS.get(str(fields.get("model_type")))
+        theirs = {"model_type", "architectures"} & {*fields}
+        if not theirs and (is_model(folder) or run_checkpoints(folder)):
+            raise DataError(f"{folder} is a model of hotlap already, which all commands open")
         if read is None:
             raise DataError(
                 f"{folder / CONFIG}: model_type={shown(fields.get('model_type'))} cannot be imported; "
@@ -189,7 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_as_float32(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the tensors of these names and shapes. DataError lists what differs."""
+    """Exactly the tensors of these names and shapes. DataError lists what differs, or is not finite."""
     found = [f"{name}: {'missing' if name in shapes else 'unknown'}" for name in {*stored} ^ {*shapes}]
     for name in {*stored} & {*shapes}:
         if len(stored[name].parts) > 1:
@@ -209,6 +213,8 @@ def read_as_float32(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]
                 }
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {path}: {error}") from error
+    if damaged := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise DataError(f"not all numbers are finite in {listed(damaged)}; copy the model again")
     return tensors
 
 
@@ -264,12 +270,18 @@ def grown(weights: dict[str, Tensor], shape: Shape, vocab_size: int) -> tuple[di
 
 
 def cropped(weights: dict[str, Tensor], shape: Shape, context: int) -> tuple[dict[str, Tensor], Shape]:
-    """The weights of a model with a shorter context."""
+    """The weights of a model with a shorter context, in which it computes the same."""
     if context > shape.context:
         raise ValueError(f"context={context} must be at most the model's {shape.context}")
+    shorter = dataclasses.replace(shape, context=context)
+    if shorter.windows != tuple(min(window, context) for window in shape.windows):
+        raise ValueError(
+            f"context={context} would shorten the model's attention windows, too, which are a quarter of its "
+            f"context of {shape.context}; leave it out"
+        )
     if isinstance(shape, GPT2Config):
         weights = weights | {"positions.weight": weights["positions.weight"][:context].clone()}
-    return weights, dataclasses.replace(shape, context=context)
+    return weights, shorter
 
 
 def main(config: ImportConfig) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tokenizers
-
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
@@ -18,6 +16,7 @@ from hotlap.model.tokenizer import (
     Tokenizer,
     byte_level_alphabet,
     from_ranks,
+    parsed,
 )
 
 OURS = {  # of nanochat's, whose calls of Python are expressions, as those of our calculator
@@ -48,7 +47,7 @@ def read_tokenizer(folder: Path, config: dict) -> tuple[Tokenizer, list[str]]:
         return convert(fields if path.name == TOKENIZER else with_merges(fields, folder), config)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from None
-    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path.name} is not a tokenizer ({error!r})") from error
 
 
@@ -56,7 +55,12 @@ def with_merges(vocabulary: dict, folder: Path) -> dict:
     """The fields of a tokenizer.json, from the two files that GPT-2 came with: vocab.json, and merges."""
     if not (folder / MERGES).is_file():
         raise DataError(f"there is no {MERGES} beside it")
-    first, *lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+    if END not in vocabulary:
+        raise DataError(f"it has no {END}")
+    try:
+        first, *lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{MERGES} beside it is not UTF-8 text: {error}") from error
     lines = lines if first.startswith("#version") else [first, *lines]
     return {
         "added_tokens": [{"content": END, "id": vocabulary[END], "special": True}],
@@ -80,7 +84,7 @@ def convert(fields: dict, config: dict) -> tuple[Tokenizer, list[str]]:
     if contents.issuperset(SPECIAL_TOKENS):  # it is one of ours, but for what Transformers adds
         text = json.dumps(fields | {"post_processor": None, "truncation": None, "padding": None})
         Tokenizer(text)  # says what is wrong
-        return Tokenizer(tokenizers.Tokenizer.from_str(text).to_str()), []
+        return Tokenizer(parsed(text).to_str()), []
     if model["type"] != "BPE":
         raise DataError(f"its model is {model['type']!r}; it must be byte-level BPE")
     if found := [name for name in OPTIONS if model.get(name)]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hotlap.common.errors import DataError
@@ -23,7 +22,7 @@ from hotlap.model import stock
 from hotlap.model.config import GPTConfig
 from hotlap.model.lora import LoRA, adapted_layers
 from hotlap.model.stock import LAYERS, turned
-from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
+from hotlap.model.tensors import listed, read_tensors, save_tensors, stored_tensors, tensor_differences
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -148,6 +147,6 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], lora: LoRA, config: GPT
         "bias": "none",
         "inference_mode": True,
     }
-    metadata = {"format": "pt"} | ({BASE_SHA256: lora.base_sha256} if lora.base_sha256 else {})
-    save_file(found, folder / PEFT_WEIGHTS, metadata)
+    metadata = {BASE_SHA256: lora.base_sha256} if lora.base_sha256 else {}
+    save_tensors(found, folder / PEFT_WEIGHTS, **metadata)
     write(folder / PEFT_CONFIG, json.dumps(fields, indent=1) + "\n")

@@ -6,28 +6,23 @@ from typing import Any
 
 from hotlap.common.errors import DataError
 from hotlap.model.config import MLP_RATIO, ROPE_BASE, GPTConfig, Shape
+from hotlap.model.foreign_config import OURS, check_fields, check_sizes, shown
 from hotlap.model.gpt2_files import gpt2_fields
 
 NORM_EPS = 1e-6  # of all our norms
-OURS = "hotlap"  # an object in config.json with what only we need; Transformers keeps it
 CLASSES = {"apertus": "ApertusForCausalLM", "nanochat": "NanoChatForCausalLM", "gpt2": "GPT2LMHeadModel"}
 ACTIVATIONS = {"apertus": "xielu", "nanochat": "relu2"}
 DEFAULTS = {  # of fields that a file may leave out, by Transformers
     "apertus": {"rms_norm_eps": 1e-5},
     "nanochat": {"rms_norm_eps": NORM_EPS, "final_logit_softcapping": 15.0},
 }
+DEFAULT_ROPE: dict[str, dict] = {"apertus": {"rope_type": "llama3"}, "nanochat": {}}
 ROPE = {"rope_type": "default", "rope_theta": ROPE_BASE}
 NEEDED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
 )  # fmt: skip
-# Fields that change nothing about what a trained model computes, or that the weights show.
-HARMLESS = {
-    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id",
-    "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "return_dict",
-    "output_hidden_states", "output_attentions", "id2label", "label2id", "chunk_size_feed_forward",
-    "tie_word_embeddings", "num_key_value_heads", "rope_theta", OURS, *NEEDED,
-}  # fmt: skip
+KNOWN = {"attention_dropout", "tie_word_embeddings", "num_key_value_heads", "rope_theta", *NEEDED}
 
 
 def stock_config(config: Shape, kind: str) -> dict[str, Any]:
@@ -61,9 +56,7 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
     """The configuration of a model of ours that computes what these fields of a class say, but for qk_gain,
     which is among Apertus' weights. DataError names a field that our models do not have.
     """
-    for name in NEEDED:
-        if type(fields.get(name)) is not int or fields[name] < 1:
-            raise DataError(f"{name}={fields.get(name)!r} must be a whole number from 1")
+    check_sizes(fields, NEEDED)
     fields = DEFAULTS[kind] | fields
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     held = {
@@ -72,16 +65,9 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
         "intermediate_size": (MLP_RATIO * width,),
         "head_dim": (width / heads, None),
     }
-    for name, values in held.items():
-        if fields.get(name, values[0]) not in values:
-            raise DataError(f"{name}={shown(fields[name])} is not supported; it must be {values[0]}")
-    check_rope(fields)
+    check_fields(fields, held, KNOWN | {"rope_parameters", "rope_scaling", *DEFAULTS[kind]})
+    check_rope(fields, kind)
     softcap = fields.get("final_logit_softcapping") if kind == "nanochat" else None
-    known = HARMLESS | {*held, "rope_parameters", "rope_scaling"}
-    known |= {"final_logit_softcapping"} if kind == "nanochat" else set()
-    for name, value in fields.items():
-        if name not in known and value:
-            raise DataError(f"{name}={shown(value)} is not supported; our models have nothing like it")
     ours = fields.get(OURS)
     masks = ours.get("document_masks", True) if isinstance(ours, dict) else True
     try:
@@ -96,13 +82,15 @@ def our_config(fields: dict[str, Any], kind: str) -> GPTConfig:
         raise DataError(f"our models cannot have its shape: {error}") from None
 
 
-def check_rope(fields: dict[str, Any]) -> None:
-    """Raise DataError for other rotary positions than ours, also where Transformers before 5 writes them."""
-    found = fields.get("rope_parameters")
-    if found is None:
-        found = {"rope_theta": fields.get("rope_theta")} | (fields.get("rope_scaling") or {})
+def check_rope(fields: dict[str, Any], kind: str) -> None:
+    """Raise DataError for other rotary positions than ours. As Transformers reads them, rope_scaling, where
+    versions before 5 write, comes before rope_parameters.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    found = fields.get(name) or DEFAULT_ROPE[kind]
     if not isinstance(found, dict):
-        raise DataError(f"rope_parameters={shown(found)} must be an object")
+        raise DataError(f"{name}={shown(found)} must be an object")
+    found = {"rope_theta": fields.get("rope_theta")} | found
     theta, scaling = found.get("rope_theta"), found.get("rope_type", found.get("type", "default"))
     if scaling != "default":
         raise DataError(f"rope_type={shown(scaling)} is not supported; our positions are not scaled")
@@ -110,7 +98,3 @@ def check_rope(fields: dict[str, Any]) -> None:
         raise DataError(f"rope_theta={shown(theta)} is not supported; it must be {ROPE_BASE:g}")
     if found.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise DataError(f"partial_rotary_factor={found['partial_rotary_factor']!r} is not supported")
-
-
-def shown(value: object) -> str:
-    return f"{value!r:.40}"

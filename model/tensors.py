@@ -1,4 +1,4 @@
-"""Tensors in a folder's .safetensors files: what is there, and reading it into a model, whole or sharded.
+"""Tensors in .safetensors files: what is there, reading it into a model, whole or sharded, and writing one.
 
 A tensor may lie in parts, the shards that the ranks of a run wrote with torch.distributed.checkpoint. Each
 process reads what it needs, without a process group.
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from hotlap.common.errors import DataError
 from hotlap.model.manifest import TENSORS
@@ -121,6 +122,15 @@ def read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> None:
                         read_part(file.get_slice(name), part, *mine[name])
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {path}: {error}") from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
+    """Write whole tensors as one .safetensors file. OSError if it cannot be, such as on a full disk."""
+    metadata |= {"format": "pt"}  # which Transformers needs to be told
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -224,6 +224,16 @@ def finish(tokenizer: tokenizers.Tokenizer, special: tuple[str, ...] = SPECIAL_T
     return Tokenizer(tokenizer.to_str())
 
 
+def parsed(definition: str) -> tokenizers.Tokenizer:
+    """The content of a tokenizer.json as a tokenizer of the library, which reads more of it than ours does.
+    DataError says what it cannot read.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # they have no class of their own
+        raise DataError(f"the library tokenizers cannot read the tokenizer: {error}") from error
+
+
 def byte_level_alphabet() -> dict[int, str]:
     """The printable character of each byte in tokenizer.json, by GPT-2's table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

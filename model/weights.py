@@ -15,8 +15,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object, write
@@ -28,7 +26,7 @@ from hotlap.model.config import Shape, counts_of, rotary_bytes, shape_from
 from hotlap.model.lora import base_weights
 from hotlap.model.manifest import MANIFEST, TENSORS, verify
 from hotlap.model.peft import PEFT_CONFIG, is_peft
-from hotlap.model.tensors import listed, read_tensors, stored_tensors, tensor_differences
+from hotlap.model.tensors import listed, read_tensors, save_tensors, stored_tensors, tensor_differences
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.model.transformer import Transformer
 
@@ -40,10 +38,7 @@ SHOWN = 5  # models listed in an error
 def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Write a model, with its weights in one file, into an existing folder."""
     save_description(folder, model.config, tokenizer)
-    try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+    save_tensors(model.state_dict(), folder / WEIGHTS)
 
 
 def save_description(folder: Path, config: Shape, tokenizer: Tokenizer) -> None:

@@ -133,6 +133,12 @@ class PretrainConfig(StageConfig):
     validation_tokens: int = 0
     """Tokens to validate on, from the start of the validation split; 0 means all."""
 
+    @classmethod
+    def start(cls, table: dict) -> PretrainConfig:
+        """The defaults for what a configuration file holds: those of a GPT-2, if it is of a run of one."""
+        model = table.get("model")
+        return GPT2PretrainConfig() if isinstance(model, dict) and "architecture" in model else cls()
+
     @property
     def tokens(self) -> int:
         """Training tokens of the run, unless it ends by the clock."""

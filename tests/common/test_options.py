@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hotlap.common.options import as_typed, differences, flat, parse, to_json
+from hotlap.model.config import GPT2Config
 from hotlap.train import presets, pretrain, sft
-from hotlap.train.config import DPOConfig
+from hotlap.train.config import DPOConfig, GPT2PretrainConfig
 from hotlap.train.data import prepare
 from hotlap.train.evaluation import command
 from hotlap.train.rl_config import RLConfig
@@ -58,6 +59,12 @@ def test_the_config_json_of_a_run_gives_its_configuration(tmp_path, config):
     assert changed == dataclasses.replace(
         config, out=Path("new"), loop=dataclasses.replace(config.loop, steps=7)
     )
+
+
+def test_the_config_json_of_a_gpt_2_gives_its_configuration(tmp_path):
+    config = dataclasses.replace(GPT2PretrainConfig(), model=GPT2Config(layers=3), seed=5)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert parse_pretrain("--config", str(tmp_path / "config.json")) == config
 
 
 def test_values_of_every_type_come_from_a_file(tmp_path):

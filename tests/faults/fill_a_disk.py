@@ -40,6 +40,7 @@ WRITERS = (  # a file or folder of a full disk, and the command or function that
     ("tokenizer.json", ["tokenizer", "--source", "FROM/text.txt", "--vocab-size", "300", "--out"]),
     ("shards", ["data", "--source", "FROM/text.txt", "--tokenizer", "FROM/model/tokenizer.json", "--out"]),
     ("exported", ["export", "weights", "--model", "FROM/model", "--out"]),
+    ("for_transformers", ["export", "hf", "FROM/model", "--out"]),
     ("scores.json", ["eval", "--model", "FROM/model", "--tasks", "samples", "--out"]),
     ("talk.jsonl", lambda path: files.append(path, "x" * 4096)),
     ("curves.png", lambda path: save_figure(new_figure(), path)),

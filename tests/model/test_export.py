@@ -1,7 +1,9 @@
 """Models written for others: the same weights, in one file, over nothing that was there."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,25 @@ def test_a_folder_that_holds_something_is_not_written_to(run, tmp_path, capsys):
     assert [p.name for p in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
     assert main(["export", "weights", *flags]) == 0
+
+
+def test_an_empty_folder_stays_the_one_it_was(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", "weights", "--model", str(run), "--out", "."]) == 0
+    assert sorted(os.listdir(".")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for path in Path().iterdir():
+        path.unlink()
+    assert main(["export", "weights", "--model", str(run), "--out", str(tmp_path / "link")]) == 0
+    assert len(os.listdir(".")) == 3
+
+
+@pytest.mark.parametrize("command", ["weights", "gguf"])
+def test_a_link_to_nothing_is_not_written_over(run, tmp_path, capsys, command):
+    (tmp_path / "out").symlink_to("nowhere")
+    code = main(["export", command, "--model", str(run), "--out", str(tmp_path / "out")])
+    assert_error(capsys, code, CANNOT_CREATE, "out exists already", "--out")
 
 
 def test_what_cannot_be_exported_is_one_line(run, tmp_path, capsys):

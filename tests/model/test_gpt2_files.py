@@ -175,9 +175,9 @@ def test_damaged_files_are_refused_by_name(hf, capsys):
     [
         ("merges.txt", None, "there is no merges.txt"),
         ("merges.txt", b"#version: 0.2\n", "its merges are not in the order of its ids"),
-        ("merges.txt", b"\xff\xfe", "vocab.json is not a tokenizer"),
+        ("merges.txt", b"\xff\xfe", "merges.txt beside it is not UTF-8 text"),
         ("vocab.json", b"[]", "no JSON object"),
-        ("vocab.json", b'{"a": 0}', "vocab.json is not a tokenizer (KeyError('<|endoftext|>'))"),
+        ("vocab.json", b'{"a": 0}', "vocab.json: it has no <|endoftext|>"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_ours_is_refused(hf, capsys, name, content, text):

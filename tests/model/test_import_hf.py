@@ -13,6 +13,7 @@ from helpers.tools import tiny_config
 from safetensors.torch import load_file, save_file
 
 from hotlap.cli import main
+from hotlap.model.import_hf import cropped
 from hotlap.model.stock import EMBEDDING, HEAD, normalised
 from hotlap.model.weights import load_model
 
@@ -117,7 +118,12 @@ def test_bfloat16_becomes_float32(made, tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "rope_type='llama3' is not"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=10000.0 is not"),
-        ({"rope_parameters": None, "rope_theta": None}, "rope_theta=None is not supported"),
+        ({"rope_parameters": None}, "rope_type='llama3' is not"),  # Apertus' default
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_theta": None},
+            "rope_theta=None is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type='linear' is not"),  # beside rope_parameters
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear' is not"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] must be an object"),
         ({"num_attention_heads": 3}, "width=64 is not a multiple of heads=3"),
@@ -161,9 +167,24 @@ def test_the_softcap_is_theirs(nanochat):
     assert load_model(imported(nanochat), CPU, torch.float32)[0].config.softcap == 20
 
 
+def test_a_shorter_context_that_would_change_the_windows_is_refused():
+    shape = tiny_config(context=1024, window_pattern="SL")
+    with pytest.raises(ValueError, match="context=512 would shorten the model's attention windows"):
+        cropped({}, shape, 512)
+    assert cropped({}, shape, 128)[1].windows == (128,) * shape.layers
+
+
 def test_tensors_that_differ_are_listed(nanochat, capsys):
     change(nanochat / WEIGHTS, **{HEAD: None, "extra": torch.ones(1)})
     assert_refused(capsys, nanochat, "extra: unknown; lm_head.weight: missing")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(nanochat, capsys, number):
+    head = load_file(nanochat / WEIGHTS)[HEAD]
+    head[3, 5] = number
+    change(nanochat / WEIGHTS, **{HEAD: head})
+    assert_refused(capsys, nanochat, f"not all numbers are finite in {HEAD}")
 
 
 def test_a_damaged_file_is_named(nanochat, capsys):

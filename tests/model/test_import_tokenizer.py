@@ -121,6 +121,11 @@ def test_a_tokenizer_that_cannot_be_ours_is_refused(nanochat, tiny_tokenizer, ca
     assert_refused(capsys, nanochat, "tokenizer.json", said)
 
 
+def test_what_the_library_cannot_read_is_refused(nanochat, capsys):
+    edit(nanochat / "tokenizer.json", version=3)
+    assert_refused(capsys, nanochat, "tokenizer.json: the library tokenizers cannot read the tokenizer")
+
+
 def test_a_model_without_a_tokenizer_is_refused(nanochat, capsys):
     (nanochat / "tokenizer.json").unlink()
     assert_refused(capsys, nanochat, "there is no tokenizer.json")

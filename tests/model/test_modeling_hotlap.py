@@ -275,6 +275,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "hotlap"]
         ({"rope_theta": 10000.0}, "rope_theta=10000.0 is not supported; it must be 100000.0"),
         ({"sliding_window": 64}, "sliding_window=64 is not supported; it must be 128"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
+        ({"num_hidden_layers": 10**12}, "layer_types=.* must have num_hidden_layers=10+ kinds"),
         ({"hidden_size": 63}, "our models cannot have its shape: width=63"),
         ({"smear": "yes"}, "our models cannot have its shape: smear='yes'"),
         ({"final_logit_softcapping": -1.0}, "softcap=-1.0"),
