@@ -100,7 +100,7 @@ def save(path: Path, rows: list[dict], device: torch.device, **more: object) -> 
         **more,
         "rows": rows,
     }
-    files.write(path, json.dumps(content, indent=1) + "\n")
+    files.write_object(path, content)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)

@@ -63,6 +63,11 @@ def write(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
+def write_object(path: Path, fields: dict) -> None:
+    """Write an object as a JSON file, as `write` does."""
+    write(path, json.dumps(fields, indent=1) + "\n")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields where to write a file that then replaces `path`. After an error nothing of it is left."""

@@ -129,7 +129,7 @@ def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> P
         "tiles": {key: asdict(tile) for key, tile in tiles.items()},
         "choices": choices,
     }
-    files.write(path, json.dumps(text, indent=1))
+    files.write_object(path, text)
     _tuned.cache_clear()
     pick_tile.cache_clear()
     return path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import processors
 
-from hotlap.common.files import write
+from hotlap.common.files import write, write_object
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.model.chat_template import chat_template
@@ -46,10 +45,10 @@ def export_hf(config: HfExportConfig) -> Path:
         if kind == OWN_CLASS:
             about["window_pattern"] = model.config.window_pattern
         fields |= special_ids(tokenizer) | {"dtype": config.dtype, OURS: about}
-        write_json(partial / CONFIG, fields)
-        write_json(partial / "generation_config.json", generation_fields(tokenizer))
+        write_object(partial / CONFIG, fields)
+        write_object(partial / "generation_config.json", generation_fields(tokenizer))
         write(partial / TOKENIZER, beginning_with_bos(tokenizer))
-        write_json(partial / "tokenizer_config.json", tokenizer_fields(model.config))
+        write_object(partial / "tokenizer_config.json", tokenizer_fields(model.config))
         write(partial / "chat_template.jinja", chat_template(tokenizer))
         if has_card := (config.model / RUN_CARD).is_file():
             shutil.copyfile(config.model / RUN_CARD, partial / RUN_CARD)
@@ -67,10 +66,6 @@ def class_of(config: Shape) -> str:
         ", ".join(not_stock(config)), CODE.name,
     )  # fmt: skip
     return OWN_CLASS
-
-
-def write_json(path: Path, fields: dict) -> None:
-    write(path, json.dumps(fields, indent=1) + "\n")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -7,7 +7,6 @@ exchanging the halves of each head of queries and keys makes up for. Adapters se
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import read_object, write
+from hotlap.common.files import read_object, write_object
 from hotlap.model import stock
 from hotlap.model.config import GPTConfig
 from hotlap.model.lora import LoRA, adapted_layers
@@ -149,4 +148,4 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], lora: LoRA, config: GPT
     }
     metadata = {BASE_SHA256: lora.base_sha256} if lora.base_sha256 else {}
     save_tensors(found, folder / PEFT_WEIGHTS, **metadata)
-    write(folder / PEFT_CONFIG, json.dumps(fields, indent=1) + "\n")
+    write_object(folder / PEFT_CONFIG, fields)

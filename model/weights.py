@@ -8,7 +8,6 @@ which are merged into their base as it is loaded (adapter_files.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import read_object, write
+from hotlap.common.files import read_object, write_object
 from hotlap.common.memory import require_memory
 from hotlap.kernels.dispatch import default_device, fast_dtype
 from hotlap.model.adapter_files import check_bases, merge, read_lora
@@ -43,8 +42,7 @@ def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 
 def save_description(folder: Path, config: Shape, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json."""
-    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    write(folder / CONFIG, text)
+    write_object(folder / CONFIG, dataclasses.asdict(config))
     tokenizer.save(folder / TOKENIZER)
 
 

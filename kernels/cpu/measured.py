@@ -51,7 +51,7 @@ def fastest(question: str, candidates: dict[str, Callable[[], Callable[[], objec
     log.info("%s: %s (measured on this CPU: %s)", question, best, rest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, json.dumps({**answers, question: best}, indent=1) + "\n")
+        files.write_object(path, {**answers, question: best})
     except OSError as error:
         log.info("cannot keep this answer: %s", error)
     return best

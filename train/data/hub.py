@@ -27,7 +27,7 @@ from hotlap.common.download import (
     require_free_space,
 )
 from hotlap.common.errors import DataError
-from hotlap.common.files import file_sha256, write
+from hotlap.common.files import file_sha256, write_object
 from hotlap.common.log import log
 from hotlap.common.terminal import printable
 from hotlap.train.data.datasets import Dataset
@@ -248,7 +248,7 @@ def read_record(dataset: Dataset, folder: Path) -> dict[str, Content]:
 def write_record(dataset: Dataset, folder: Path, record: dict[str, Content]) -> None:
     files = {name: content._asdict() for name, content in sorted(record.items())}
     fields = {"repo": dataset.repo, "revision": dataset.revision, "files": files}
-    write(folder / RECORD, json.dumps(fields, indent=1) + "\n")
+    write_object(folder / RECORD, fields)
 
 
 def folder_bytes(folder: Path) -> int:

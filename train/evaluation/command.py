@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
-from hotlap.common.files import cache_folder, write
+from hotlap.common.files import cache_folder, write_object
 from hotlap.common.log import log
 from hotlap.common.machine import circumstances
 from hotlap.common.terminal import printable
@@ -131,7 +130,7 @@ def evaluate_model(config: EvalConfig) -> dict:
         if world.is_main:
             print(printable(as_table(result)), flush=True)  # before the disk turns out to be full
             if config.out:
-                write(config.out, json.dumps(result, indent=1) + "\n")
+                write_object(config.out, result)
             if keep(config.model, result):
                 write_card(config.model)
     return result

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 
 from hotlap.common.errors import DataError
-from hotlap.common.files import read_object, write
+from hotlap.common.files import read_object, write_object
 from hotlap.common.log import log
 from hotlap.model.weights import is_model, run_checkpoints
 
@@ -46,7 +45,7 @@ def keep(model: Path, result: dict) -> bool:
     about = {name: result[name] for name in ABOUT} | {"checkpoint": Path(result["folder"]).name}
     scores = kept_scores(model) | {task: score | about for task, score in result["scores"].items()}
     try:
-        write(model / KEPT, json.dumps({"scores": scores}, indent=1) + "\n")
+        write_object(model / KEPT, {"scores": scores})
     except OSError as error:
         if error.errno not in REFUSED:
             raise

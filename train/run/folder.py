@@ -133,7 +133,7 @@ def write_config(run: Path, config: Any) -> None:
 
 def write_machine(run: Path, device: torch.device, ranks: int) -> None:
     """Record the device, versions and date of a start that trains; the last one counts."""
-    files.write(run / MACHINE, json.dumps({**circumstances(device), "ranks": ranks}, indent=1) + "\n")
+    files.write_object(run / MACHINE, {**circumstances(device), "ranks": ranks})
 
 
 def read_machine(run: Path) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hotlap.common.files import read_object, write
+from hotlap.common.files import read_object, write_object
 from hotlap.common.locks import lock
 from hotlap.train.run.metrics import METRICS, step_line
 from hotlap.train.run.trackers import OUTPUT
@@ -99,7 +99,7 @@ def identity_of(run: Path) -> Identity:
 
 
 def note(run: Path, identity: Identity) -> None:
-    write(run / IDENTITY, json.dumps(asdict(identity), indent=1) + "\n")
+    write_object(run / IDENTITY, asdict(identity))
 
 
 @contextmanager

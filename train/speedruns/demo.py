@@ -51,7 +51,7 @@ def tiny_speedrun(config: TinyConfig) -> dict[str, float]:
         scores["seconds"] = round(time.perf_counter() - began, 1)
         write_summary(run, scores, sample_conversation(engine))
         # written last: it marks the run as complete
-        files.write(scores_path, json.dumps(scores, indent=1) + "\n")
+        files.write_object(scores_path, scores)
     print(printable((run / "report.md").read_text(encoding="utf-8", errors="replace")))
     chat = f"python chat.py {tuned.out}"
     print(printable(f"report: {run / 'report.md'}\nchat:   {chat}\npage:   {chat} --web"))

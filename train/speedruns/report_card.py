@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +57,7 @@ def write_report_card(run: Path, seen_from: str = "") -> list[str]:
         "gains": gains,
         "published": [dataclasses.asdict(record) for record in published],
     }  # fmt: skip
-    files.write(run / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
+    files.write_object(run / f"{NAME}.json", content)
     drawn = draw(run / f"{NAME}.png", {s.name: s.scores for s in stages}, published, ORDER, *facts(stages))
     figure = f"{NAME}.png" if drawn else ""
     rest = published_lines() if published else []

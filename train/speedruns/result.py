@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ def write_result(
     """
     device, date = read_machines(runs)
     result = {**result, "device": device, "date": date}
-    files.write(out / "result.json", json.dumps(result, indent=1) + "\n")
+    files.write_object(out / "result.json", result)
     draw_comparison(runs, records, score, out / "curves.png", device, date)
     lines = [f"# {title[0].upper()}{title[1:]}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {shown(value)} |" for name, value in result.items()]

@@ -7,7 +7,6 @@ A law is bpb = A x^-b, or with enough runs bpb = E + A x^-b, where E is the irre
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -295,7 +294,7 @@ def write(
         "laws": {axis: dataclasses.asdict(law) for axis, law in laws.items()},
         "peers": [dataclasses.asdict(p) for p in peers],
     }
-    files.write(out / "scaling.json", json.dumps(content, indent=1) + "\n")
+    files.write_object(out / "scaling.json", content)
     if draw(points, laws, peers, out / "scaling.png", *facts):
         lines = [*lines, "", "![scaling](scaling.png)"]
     files.write(out / "scaling.md", "\n".join(lines) + "\n")

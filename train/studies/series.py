@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -85,7 +84,7 @@ def check_source(config: PretrainConfig, path: Path) -> None:
     """Record the data of a new series. ValueError if a series was made of other data."""
     source = {"data": config.data, "tokenizer": config.tokenizer}
     if not path.exists():
-        files.write(path, json.dumps(source, indent=1) + "\n")
+        files.write_object(path, source)
     elif (made := files.read_object(path)) != source:
         raise ValueError(
             f"{path.parent} was started with {made}, not {source}; choose another --out, or restore them"

@@ -226,7 +226,7 @@ def seconds_per_step(
     share = saved.get(BASE, now[BASE]) / now[BASE]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
     if world.is_main:
-        files.write(path, json.dumps(speeds, indent=1) + "\n")
+        files.write_object(path, speeds)
     return speeds
 
 
@@ -294,7 +294,7 @@ def write(out: Path, rows: list[dict], facts: tuple[str, str], seconds: float, b
         "base": json.loads(json.dumps(dataclasses.asdict(base), default=str)),
         "rows": rows,
     }
-    files.write(out / "sweep.json", json.dumps(content, indent=1) + "\n")
+    files.write_object(out / "sweep.json", content)
     lines = [f"{facts[0]}, {facts[1]}. Each run: {equal}.", "", markdown(rows), "", EXPLAINED, ""]
     if draw(rows, out / "sweep.png", equal, *facts):
         lines += ["![differences](sweep.png)", ""]
