@@ -218,7 +218,7 @@ def test_a_full_disk_does_not_lose_the_scores(base, tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(command, "OPENINGS", ("a bad",))
-    monkeypatch.setattr(command, "write", full)
+    monkeypatch.setattr(command, "write_object", full)
     with pytest.raises(OSError, match="No space left"):
         command.main(EvalConfig(base, ("samples",), out=tmp_path / "out.json"))
     assert str(base) in capsys.readouterr().out

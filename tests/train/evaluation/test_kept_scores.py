@@ -61,7 +61,7 @@ def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(run, monkeypa
     def refused(path, text):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(kept_scores, "write", refused)
+    monkeypatch.setattr(kept_scores, "write_object", refused)
     assert evaluate_model(EvalConfig(run, ("facts",)))["scores"]["facts"]["n"] == 2
     assert caplog.text.count("cannot be written to, so no scores are kept there; use --out") == 1
 
