@@ -78,6 +78,10 @@ def minutes(field: str, form: str) -> tuple:
     return (f"{XEON}/minutes.json", "minutes --data pydocs", "hotlap", field, form)
 
 
+def portable(provider: str) -> tuple:
+    return (f"{ZEN4}/portable.json", "tiny", provider, "validation_bpb", ".3f")
+
+
 SHOWN = ("unknown_refused_of_198", "facts_of_534")
 LONG, DOCUMENTS = "long_attention {} d24 2x8192x12x128", "document_attention both d24 8x2048x12x128"
 MLP, HEAD = "linear_relu2 both d24 16384x1536x6144", "linear_cross_entropy both d24 16384x1536x32768"
@@ -95,6 +99,11 @@ def beside_nanochat(batch: int) -> tuple:
 
 
 CLAIMS = [  # a document, a text in it with {} for figures, and the figures
+    (
+        "docs/interop.md",
+        "reaches {} bits per byte in 250 steps, `tiny-portable` {} in as many steps, and {} in as much time",
+        [portable("full recipe"), portable("portable, as many steps"), portable("portable, as much time")],
+    ),
     ("README.md", "tests a chat model in {} s", [demo("seconds")]),
     (
         "README.md",
