@@ -25,7 +25,7 @@ from hotlap.common.log import log
 from hotlap.common.machine import device_name, log_warnings
 from hotlap.common.terminal import printable
 from hotlap.kernels.dispatch import default_device
-from hotlap.model.config import GPTConfig
+from hotlap.model.config import GPT2_BOS, GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.train.data.rows import Batch, PackedRows, prefetched, step_batches
 from hotlap.train.data.shards import shard_documents, shard_paths
@@ -44,7 +44,6 @@ from hotlap.train.speedruns.records import (
 )
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = PRETRAIN | {GPT2_GRADE: gpt2_grade}
-GPT2_BOS = 50256  # starts a document in GPT-2's token shards
 ASSUMES = (
     "every step takes as long as those measured; validation, checkpoints and compilation are not counted; "
     "and the recipe's tokens suffice to reach the goal, which only a run shows"

@@ -11,9 +11,8 @@ from typing import Any
 
 from hotlap.common.options import Flags, choices, settings
 
-Words = dict[
-    str, dict[str, list[str]]
-]  # by what was typed so far: the words that follow, each with its values
+# By what was typed so far: the words that follow, each with its values.
+Words = dict[str, dict[str, list[str]]]
 
 BASH = """\
 _hotlap() {

@@ -11,9 +11,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-BEYOND = (
-    1 << 30
-)  # the place of the byte that is locked on Windows, which lets nobody else read what is locked
+# The place of the byte that is locked on Windows, which lets nobody else read what is locked.
+BEYOND = 1 << 30
 PAUSE = 0.05  # seconds between two tries on Windows
 
 

@@ -14,6 +14,7 @@ ROPE_BASE = 100_000.0  # base of the rotary frequencies
 MLP_RATIO = 4  # hidden width of the MLP / width
 GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
+GPT2_BOS = 50256  # <|endoftext|>, which starts a document in GPT-2's vocabulary
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # supported by the attention kernels
 StoredDtype = Literal["float32", "bfloat16"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
 from hotlap.common.log import log
+from hotlap.model.config import GPT2_BOS
 from hotlap.model.gpt2_tokenizer import gpt2
 from hotlap.model.tokenizer import (
     GPT2_PATTERN,
@@ -26,7 +27,6 @@ OURS = {  # of nanochat's, whose calls of Python are expressions, as those of ou
     "<|output_end|>": "<|result_end|>",
 }
 VOCABULARY, MERGES, END = "vocab.json", "merges.txt", "<|endoftext|>"
-GPT2_BOS = 50256  # where config.json leaves it out
 OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 
 

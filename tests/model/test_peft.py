@@ -179,7 +179,6 @@ def test_what_only_hotlap_can_use_says_so(tmp_path, random_model, tiny_tokenizer
 
 
 def test_peft_itself_computes_the_same(run, folder):
-    """With PEFT and Transformers installed, which the tests do not need."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     c, weights = SHAPE, stock(load_model(run.parent / "base", CPU, torch.float32)[0])
     config = transformers.ApertusConfig(

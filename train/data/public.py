@@ -10,6 +10,7 @@ import numpy as np
 from hotlap.common.download import require_free_space
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
+from hotlap.model.config import GPT2_BOS
 from hotlap.model.gpt2_tokenizer import gpt2
 from hotlap.model.tokenizer import TOKENIZER, Tokenizer
 from hotlap.train.data import hub
@@ -17,7 +18,6 @@ from hotlap.train.data.datasets import CLIMBMIX, FINEWEB
 from hotlap.train.data.file_documents import table_documents
 from hotlap.train.data.shards import encoded, read_shard, write_shard
 
-GPT2_BOS = 50256
 TOKEN_BYTES = (1.3, 2.6)  # at most, per byte of ClimbMix's parquet files, for 2-byte and 4-byte tokens
 
 
