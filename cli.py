@@ -160,7 +160,7 @@ COMMANDS: Table = {
     ),
     "sweep": Command(
         "train variants of a recipe and compare them",
-        "train.studies.config:SweepConfig", "train.studies.sweep:main",
+        "train.studies.config:SweepConfig", "train.studies.fill_table:main",
     ),
     "scaling": Command(
         "train several depths and fit scaling laws",

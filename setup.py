@@ -45,5 +45,6 @@ setup(
         "hotlap.kernels": ["tuned/*.json"],
         "hotlap.kernels.cpu": ["*.c", "*.h"],
         "hotlap.serve": ["blocklist-example.txt"],
+        "hotlap.train.speedruns": ["shapes.json"],
     },
 )

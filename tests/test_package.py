@@ -75,6 +75,7 @@ def test_it_has_code_data_types_and_no_tests(installed):
     package = installed / "hotlap"
     names = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     assert {"py.typed", "cli.py", "serve/blocklist-example.txt", "kernels/cpu/common.h"} <= names
+    assert "train/speedruns/shapes.json" in names
     data = {
         p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*") if p.suffix in (".c", ".json")
     }

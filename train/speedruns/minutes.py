@@ -1,12 +1,12 @@
 """karpathy/autoresearch's speedrun: the best bits per byte that a device reaches in a fixed time.
 
-Depth, context and batch are chosen from the FLOP/s that a short trial measures.
+Depth, context, batch and vocabulary are chosen from the FLOP/s that a short trial measures, and from the size
+of the corpus: `shapes.py` has the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from pathlib import Path
@@ -33,20 +33,12 @@ from hotlap.train.speedruns.config import MinutesConfig
 from hotlap.train.speedruns.plan import confirm, download_words, plan
 from hotlap.train.speedruns.records import MINUTES, of_recipe
 from hotlap.train.speedruns.result import write_result
+from hotlap.train.speedruns.shapes import TrainingShape, best_shape, own_rows_and_corpus
 
 VOCABULARY = 8192
 NO_LIMIT = 1_000_000  # steps: the clock ends the run
 TRIAL = GPTConfig.from_depth(4, VOCABULARY, 512)
 TRIAL_SECONDS = 3.0
-
-# FLOPs of a run; then the depth, context and tokens per step with the best bits per byte among those tried.
-# Between rows, depth and tokens are interpolated over log FLOPs and rounded down.
-BEST = (
-    # A minute or two on two CPU cores, `pydocs`: 1.413, or 1.414 with half the tokens per step. 3 layers of
-    # width 256 reached 1.586 with 4,096 tokens per step and 1.694 with 8,192; 4 layers 1.714 (one run each).
-    (2e13, 2, 512, 1 << 13),
-    (1.2e17, 8, 2048, 1 << 19),  # karpathy/autoresearch's baseline: 300 s of an H100, 0.9979 bits per byte
-)
 
 
 def minutes_speedrun(config: MinutesConfig) -> dict:
@@ -58,11 +50,16 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
     config.validate()
     with joined() as world:
         hub, data = config.data == "climbmix", config.data
+        own, corpus = world.together(lambda: own_rows_and_corpus(data) if world.is_main else None)[0]
         flops = trial_flops(world, config.dtype)
+        shape, why = best_shape(60 * config.minutes * flops, corpus, own)
         if hub:
             data = f"data/climbmix-{VOCABULARY}"
+            shape = dataclasses.replace(shape, vocab_size=VOCABULARY)
+        if (config.out / CONFIG).exists():
+            why = "as the run was started with"
         recipe = dataclasses.replace(
-            timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
+            timed(config.out, data, config.minutes, shape), dtype=config.dtype, resume="auto",
             validation_tokens=40 * REFERENCE_BATCH if hub else 0,
         )  # fmt: skip
         recipe = as_begun(recipe).validate()
@@ -73,6 +70,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         lines = plan(recipe, world, download)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
         lines["length"] += f"; ends after {MOST_EPOCHS} epochs if the corpus is a single shard"
+        lines["shape"] = f"{recipe.batch_rows * recipe.model.context:,} tokens a step: {why}"
         if not confirm(title, lines, config.yes, world):
             return {}
         if hub:
@@ -115,28 +113,13 @@ def trial_flops(world: World, dtype: str) -> float:
     return nanochat_flops(model) * ids.numel() * world.size * (steps - 1) / seconds
 
 
-def timed(out: Path, data: str, minutes: float, flops: float) -> PretrainConfig:
-    """The configuration of a run of this many minutes at `flops` FLOP/s."""
-    depth, context, tokens = best_shape(60 * minutes * flops)
+def timed(out: Path, data: str, minutes: float, shape: TrainingShape) -> PretrainConfig:
+    """The configuration of a run of this many minutes."""
     return PretrainConfig(
-        out=out, data=data, model=GPTConfig.from_depth(depth, VOCABULARY, context),
-        batch_rows=max(1, tokens // context), micro_batch="auto",
+        out=out, data=data, model=shape.model, batch_rows=shape.batch_rows, micro_batch="auto",
         schedule=ScheduleConfig(warmup_steps=20, final_lr=0.0, momentum_warmup_steps=200),
         loop=LoopConfig(NO_LIMIT, NO_LIMIT, NO_LIMIT, minutes=minutes),
     )  # fmt: skip
-
-
-def best_shape(flops: float) -> tuple[int, int, int]:
-    """Depth, context and tokens per step for a run of this many FLOPs, from the table."""
-    (low, depth, context, tokens), (high, deepest, longest, most) = next(
-        (a, b) for a, b in itertools.pairwise(BEST) if flops < b[0] or b is BEST[-1]
-    )
-    place = max(0.0, math.log(flops / low) / math.log(high / low)) + 1e-9  # a row itself is not rounded down
-    return (
-        int(depth + place * (deepest - depth)),
-        context if place < 0.5 else longest,
-        1 << int(math.log2(tokens) + place * math.log2(most / tokens)),
-    )
 
 
 def as_begun(recipe: PretrainConfig) -> PretrainConfig:

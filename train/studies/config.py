@@ -14,7 +14,10 @@ MOST_FLOPS = 1e40  # that are looked at for a depth
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Train variants of a recipe at equal tokens or equal time, and compare them with the recipe."""
+    """Train variants of a recipe at equal tokens or equal time, and compare them with the recipe.
+
+    --fill-table: search for what `hotlap speedrun minutes` trains best on this device in --seconds.
+    """
 
     variants: tuple[str, ...] = ()
     """Each is a string of TOML assignments: "model.smear=false optim.matrix_lr=0.01"."""
@@ -27,12 +30,33 @@ class SweepConfig:
     seeds: int = 3
     """Runs of each variant."""
     out: Path = Path("runs/sweep")
-    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png."""
+    """Folder for the runs and the table: sweep.json, sweep.md and sweep.png; with --fill-table, shapes.json
+    and shapes.md."""
+    fill_table: bool = False
+    """Search for the best depth, batch, context and vocabulary, and add them to the table from which `hotlap
+    speedrun minutes` chooses."""
+    data: str = "pydocs"
+    """For --fill-table: the text or the folder of token shards, as in `hotlap speedrun minutes`."""
+    yes: bool = False
+    """For --fill-table: start without asking for confirmation."""
 
     def validate(self) -> SweepConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         at_least(self, 0, "seconds", zero="equal tokens")
         at_least(self, 1, "seeds")
+        if not self.fill_table:
+            if self.data != "pydocs" or self.yes:
+                raise ValueError(
+                    "--data and --yes are for --fill-table; without it, data is part of the recipe: "
+                    "--base 'data=\"text.txt\"'"
+                )
+            return self
+        if self.variants or self.base or self.preset != "tiny":
+            raise ValueError("--fill-table has variants and a recipe of its own; leave out the others")
+        if not self.seconds:
+            raise ValueError("--fill-table needs --seconds, such as 300 for `hotlap speedrun minutes`")
+        if self.seeds < 2:
+            raise ValueError(f"seeds={self.seeds} must be at least 2 for --fill-table, to see the noise")
         return self
 
 

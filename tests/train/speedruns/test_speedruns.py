@@ -1,7 +1,6 @@
 """The speedruns: plan, download, training, result."""
 
 import dataclasses
-import itertools
 import json
 import sys
 
@@ -22,7 +21,6 @@ from hotlap.train.presets import gpt2_124m, gpt2_grade
 from hotlap.train.pretrain import MOST_EPOCHS, pretrain
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns import minutes, track
-from hotlap.train.speedruns.minutes import BEST, best_shape
 
 TRACK = [
     "speedrun",
@@ -153,14 +151,6 @@ def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
     assert rows * 32 == pytest.approx(len(text), rel=0.2)  # a token a character, of which some validate
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["lr_share"] < 0.2 and lines[-1]["seconds"] < 600
-
-
-def test_more_work_gets_a_larger_model_and_the_table_s_own_where_it_has_it():
-    shapes = [best_shape(10.0**e) for e in range(10, 20)]
-    for smaller, larger in itertools.pairwise(shapes):
-        assert all(a <= b for a, b in zip(smaller, larger, strict=True))
-    for flops, *shape in BEST:
-        assert best_shape(flops) == tuple(shape)
 
 
 def test_the_trial_counts_the_work_of_its_steps(monkeypatch):
