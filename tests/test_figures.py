@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hotlap.model.flops import meta_model, nanochat_flops
+from hotlap.train.presets import gpt2_124m, gpt2_grade
+from hotlap.train.speedruns.records import RECORDS, dollars_per_hour, throughput
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 H100 = "nvidia-h100-80gb-hbm3"
@@ -293,6 +297,16 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
         )
     ),
     (
+        "docs/h100.md",
+        "our d12 made {} tokens/s at 65,536 tokens a step",
+        [race("hotlap")],
+    ),
+    (
+        "docs/h100.md",
+        "against {} at four times that",
+        [(f"{H100}/training.json", "d12 4x32x2048", "hotlap", "tokens_per_second", "3 digits")],
+    ),
+    (
         "README.md",
         "After {} s on one thread of an AMD EPYC (Zen 4), it refused {} instead of {} of 198 questions about "
         "held-out unknown names, and still answered {} of 534 facts",
@@ -329,6 +343,43 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
 def test_a_document_gives_the_figures_of_its_result_file(document, text, figures):
     words = " ".join((ROOT / document).read_text(encoding="utf-8").split())
     assert text.format(*(figure(*source) for source in figures)) in words
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("gpt2-124m", gpt2_124m()), ("gpt2-grade", gpt2_grade())])
+def test_the_estimates_of_speedruns_are_those_of_their_plans(name, recipe):
+    lines = (ROOT / "docs/h100.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| `{name}`"))
+    flops = nanochat_flops(meta_model(recipe.model))
+    assert f"| {recipe.tokens / 1e9:.3f}B | {flops / 1e9:.3f} GFLOP |" in row
+    for gpus in (1, 8):
+        found = throughput("NVIDIA H100 80GB HBM3", gpus, flops)
+        hours = recipe.tokens / found.tokens_per_second / 3600
+        time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.1f} minutes"
+        cost = dollars_per_hour("NVIDIA H100 80GB HBM3", gpus)[0] * hours
+        assert f" {100 * found.mfu:.1f} % MFU, " in row and f" {time}, ${cost:.2f} |" in row
+
+
+def test_a_step_of_many_passes_takes_what_the_document_calculates():
+    rows = json.loads((RESULTS / H100 / "training.json").read_text(encoding="utf-8"))["rows"]
+    (step,) = (row for row in rows if row["case"] == "d24 4x16x2048")
+    one, optimizer = (step["passes_ms"] + step["data_wait_ms"]) / 4, step["optimizer_ms"]
+    recipe = gpt2_grade()
+    passes = recipe.batch_rows // 16
+    hours = recipe.loop.steps * (passes * one + optimizer) / 3.6e6
+    words = " ".join((ROOT / "docs/h100.md").read_text(encoding="utf-8").split())
+    assert f"{passes} x {one:.1f} + {optimizer:.1f} ms for 1,048,576 tokens, {hours:.1f} hours" in words
+
+
+def test_the_records_in_the_document_are_those_of_the_table():
+    words = " ".join((ROOT / "docs/speedruns.md").read_text(encoding="utf-8").split())
+    first, last = (next(t for t in RECORDS if t.name.startswith(name)) for name in ("#1 ", "#89 "))
+    run_6 = next(t for t in RECORDS if t.name.startswith("run 6 "))
+    assert f"| {last.seconds:.1f} s with {last.tokens / 1e6:.0f}M tokens (#89" in words
+    assert f"| {run_6.seconds / 3600:.2f} hours, CORE {run_6.score:.4f} (run 6" in words
+    assert f"took {first.seconds / 60:.1f} minutes" in words
+    assert f"{first.seconds / last.seconds:.0f} times as long" in words
+    assert f"read {first.tokens / last.tokens:.0f} times as much text" in words
+    assert f"at {first.tokens_per_second / last.tokens_per_second:.2f} times the tokens/s" in words
 
 
 def test_the_table_of_ablations_is_that_of_its_result_file():

@@ -231,6 +231,13 @@ RECORDS = (
     ),
 )  # fmt: skip
 
+# Our own steps on one GPU, in bf16: what is measured, the card, FLOPs per token and MFU by nanochat's formula
+# (bench/results/nvidia-h100-80gb-hbm3/training.json).
+OURS = (
+    ("d12, 4 x 32 rows a step", "H100", 759_696_048, 0.4403),
+    ("d24, 4 x 16 rows a step", "H100", 4_775_225_616, 0.5289),
+)
+
 # Dollars per hour of one GPU.
 PRICES = {
     "H100": (3.0, f"{NANOCHAT} README.md of 2026: about $3, $24 for eight"),
@@ -260,12 +267,17 @@ def card(name: str) -> str | None:
 def throughput(name: str, gpus: int, flops_per_token: float) -> Throughput | None:
     """Expected throughput in bf16 of `gpus` GPUs with the driver's name `name`; None if its peak is unknown.
 
-    The MFU is that of the bf16 record on the same GPU with the most similar FLOPs per token (nanochat's
-    formula).
+    The MFU is what we measured on one such GPU, or else that of the bf16 record on it, at the most similar
+    FLOPs per token (nanochat's formula). We have measured no group of GPUs.
     """
     words = card(name)
     if words is None:
         return None
+    ours = [(what, flops, mfu) for what, device, flops, mfu in OURS if device == words]
+    if gpus == 1 and ours:
+        what, _, mfu = min(ours, key=lambda row: abs(math.log(row[1] / flops_per_token)))
+        assumes = f"{mfu:.0%} MFU, as measured with hotlap on one {words} ({what})"
+        return Throughput(mfu * PEAKS[words] / flops_per_token, mfu, assumes)
     records = [t for t in RECORDS if t.device == words and t.nanochat_mfu is not None and not t.fp8]
     if records:
         near = min(records, key=lambda t: abs(math.log(t.flops_per_token / flops_per_token)))

@@ -1,11 +1,14 @@
 """The records of others agree with themselves, and carry what they are from."""
 
 import datetime
+import json
+from pathlib import Path
 
 import pytest
 
 from hotlap.model.config import GPTConfig
 from hotlap.model.flops import PEAK_BF16, meta_model, nanochat_flops, parameter_counts
+from hotlap.train.presets import gpt2_124m
 from hotlap.train.speedruns.records import (
     BATCH,
     D24_QUARTER,
@@ -73,13 +76,26 @@ def test_what_is_expected_of_a_card_is_what_its_nearest_record_reached_there():
     eight = throughput("NVIDIA H100 80GB HBM3", 8, run_1.flops_per_token)
     assert eight.tokens_per_second == pytest.approx(run_1.tokens_per_second)
     assert "run 1 d24" in eight.assumes and "50%" in eight.assumes
-    one = throughput("NVIDIA H100 80GB HBM3", 1, run_1.flops_per_token)
-    assert 8 * one.tokens_per_second == pytest.approx(eight.tokens_per_second)
+    two = throughput("NVIDIA H100 80GB HBM3", 2, run_1.flops_per_token)
+    assert 4 * two.tokens_per_second == pytest.approx(eight.tokens_per_second)
     unknown = throughput("NVIDIA GeForce RTX 4090", 1, 1e9)
     assert unknown.tokens_per_second == pytest.approx(0.35 * 165.2e12 / 1e9)
     assert "no record" in unknown.assumes
     for name in (CPU, "NVIDIA RTX 4090 Laptop GPU"):
         assert throughput(name, 1, 1e9) is None
+
+
+def test_what_is_expected_of_one_card_is_what_we_measured_there():
+    """The constants are those of the result file, which an installed package does not have."""
+    path = Path(__file__).parents[3] / "bench/results/nvidia-h100-80gb-hbm3/training.json"
+    rows = {row["case"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    for depth, case, share in ((12, "d12 4x32x2048", "44%"), (24, "d24 4x16x2048", "53%")):
+        flops = nanochat_flops(meta_model(GPTConfig.from_depth(depth)))
+        found = throughput("NVIDIA H100 80GB HBM3", 1, flops)
+        assert found.tokens_per_second == pytest.approx(rows[case]["tokens_per_second"], rel=2e-4)
+        assert found.assumes.startswith(f"{share} MFU, as measured with hotlap on one H100 (d{depth}")
+    between = throughput("NVIDIA H100 80GB HBM3", 1, nanochat_flops(meta_model(gpt2_124m().model)))
+    assert "(d12" in between.assumes
 
 
 def test_a_price_has_a_source_or_is_not_known():
