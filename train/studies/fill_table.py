@@ -124,8 +124,8 @@ def plan(config: SweepConfig, begun: dict, start: TrainingShape, axes: tuple[str
         "starts with": f"{start} ({begun['from']})",
         "tries": f"the next smaller and larger {', '.join(words)}, and on where it gets better; "
         f"{config.seeds} runs each",
-        "time": f"about {shown} of training for the first {fewest} shapes, and often as long again; start-up "
-        "and validation of each run come on top, and what is done is kept if you stop it",
+        "time": f"about {shown} of training for the first {fewest} shapes, and often as long again; "
+        "start-up, timing and validation come on top, and what is done is kept if you stop it",
         "writes": f"a row of {own_table()}, from which `hotlap speedrun minutes` chooses",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from statistics import mean
+from statistics import mean, median, variance
 
 from hotlap.train.speedruns.shapes import TrainingShape
 
@@ -23,21 +23,23 @@ def search(
     gets better by more than the noise, until no neighbour is better.
     """
     best, found = start, {start: score(start)}
+
+    def scored(shape: TrainingShape) -> float:
+        if shape not in found:
+            found[shape] = score(shape)
+        return mean(found[shape])
+
     moved = True
     while moved:
         moved = False
         for axis in axes:
-            for direction in (-1, 1):
-                here = best
-                while to := neighbour(best, axis, direction):
-                    if to not in found:
-                        found[to] = score(to)
-                    if not better(to, best, found):
-                        break
-                    best = to
-                if best != here:  # the way back leads to what was worse
-                    moved = True
+            ways = [way for way in (-1, 1) if neighbour(best, axis, way)]
+            way = min(ways, key=lambda way: scored(neighbour(best, axis, way)), default=0)
+            while way and (to := neighbour(best, axis, way)):
+                scored(to)
+                if not better(to, best, found):
                     break
+                best, moved = to, True
     return best, found
 
 
@@ -61,8 +63,12 @@ def better(a: TrainingShape, b: TrainingShape, found: Scores) -> bool:
 
 
 def noise(found: Scores) -> float:
-    """Standard deviation between seeds, pooled over the shapes, as each has few seeds."""
+    """Standard deviation between seeds, from the median variance of the shapes: each has few seeds, and a
+    shape that is unstable must not hide what others gain. 0 if no shape has scores.
+    """
     finite = [scores for scores in found.values() if all(map(math.isfinite, scores))]
-    freedom = sum(len(scores) - 1 for scores in finite)
-    squares = sum((score - mean(scores)) ** 2 for scores in finite for score in scores)
-    return (squares / freedom) ** 0.5 if freedom else 0.0
+    if not finite:
+        return 0.0
+    freedom = min(map(len, finite)) - 1
+    expected = (1 - 2 / (9 * freedom)) ** 3  # the median of variances / their mean (Wilson and Hilferty)
+    return (median(map(variance, finite)) / expected) ** 0.5

@@ -207,7 +207,7 @@ def seconds_per_step(
     times: dict[tuple[str, int], list[float]] = {(n, i): [] for n in stages for i in range(len(stages[n]))}
     for turn in range(TURNS):
         for (name, i), found in times.items():
-            place = out / f"timing-{turn}-{folder_name(name)}-{i}"
+            place = out / f"timing-{len(saved)}-{turn}-{folder_name(name)}-{i}"  # ranks meet by its name
             run = variant_run(stages[name][i], str(folder), PROBED, 0, place)
             if world.is_main:
                 shutil.rmtree(run.out, ignore_errors=True)

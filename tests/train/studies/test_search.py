@@ -44,6 +44,25 @@ def test_noise_of_a_tenth_of_a_doubling_costs_no_more_than_itself(seed):
     assert (found.step_tokens, found.vocab_size) == (2048, 2048)
 
 
+def test_one_unstable_shape_does_not_hide_what_others_gain():
+    score, _ = landscape(TrainingShape(4, 512, 2048, 2048), 0.002)
+
+    def unstable(shape):
+        return [3.0, 1.5, 1.5] if shape.depth == 1 else score(shape)
+
+    found, scores = search(START, AXES, unstable)
+    assert (found.step_tokens, found.vocab_size) == (2048, 2048) and found.depth > 2
+    assert noise(scores) < 0.004
+
+
+def test_the_noise_is_that_of_a_seed():
+    draws = random.Random(0)
+    for seeds in (2, 3, 5):
+        shapes = {TrainingShape(i, 64, 64, 512): [draws.gauss(1, 0.01) for _ in range(seeds)]
+                  for i in range(1, 400)}  # fmt: skip
+        assert noise(shapes) == pytest.approx(0.01, rel=0.1)
+
+
 def test_where_there_is_nothing_but_noise_the_start_mostly_stays():
     def flat(seed):
         draws = random.Random(seed)
