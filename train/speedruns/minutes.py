@@ -19,6 +19,7 @@ from hotlap.model.gpt import GPT
 from hotlap.model.weights import CONFIG
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, TOKENIZER_SHARDS, climbmix_with_tokenizer
 from hotlap.train.data.rows import Batch
+from hotlap.train.data.sources import shard_folder
 from hotlap.train.distributed.sharding import compute_dtype, materialize, parallelize
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.loop import LoopConfig
@@ -70,7 +71,8 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         lines = plan(recipe, world, download)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
         lines["length"] += f"; ends after {MOST_EPOCHS} epochs if the corpus is a single shard"
-        lines["shape"] = f"{recipe.batch_rows * recipe.model.context:,} tokens a step: {why}"
+        vocabulary = "" if shard_folder(data) else f", vocabulary {recipe.model.vocab_size:,}"
+        lines["shape"] = f"{recipe.batch_rows * recipe.model.context:,} tokens a step{vocabulary}: {why}"
         if not confirm(title, lines, config.yes, world):
             return {}
         if hub:
