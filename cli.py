@@ -162,6 +162,10 @@ COMMANDS: Table = {
         "train variants of a recipe and compare them",
         "train.studies.config:SweepConfig", "train.studies.sweep:main",
     ),
+    "compare": Command(
+        "how much less compute a change needs, over a ladder of sizes",
+        "train.studies.config:CompareConfig", "train.studies.compare:main",
+    ),
     "scaling": Command(
         "train several depths and fit scaling laws",
         "train.studies.config:ScalingConfig", "train.studies.scaling:main",

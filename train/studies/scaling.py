@@ -105,7 +105,7 @@ def train_series(
     price: tuple[float, str] | None,
 ) -> str:
     with shared_data(next(iter(runs.values())), config.out, world) as folder:
-        world.together(lambda: check_vocabulary(config))
+        world.together(lambda: check_vocabulary(config.out, config.vocab_size, "--vocab-size "))
         check_epochs([*runs.values()], folder, MOST_EPOCHS, world)
         points = []
         for depth, run in runs.items():
@@ -141,13 +141,15 @@ def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, P
     return runs
 
 
-def check_vocabulary(config: ScalingConfig) -> None:
-    """ValueError if the tokenizer has another size: head parameters count towards the length of a run."""
-    size = -(-Tokenizer.load(config.out / TOKENIZER).vocab_size // 64) * 64
-    if size != -(-config.vocab_size // 64) * 64:
+def check_vocabulary(out: Path, given: int, flag: str) -> None:
+    """ValueError if the tokenizer of a series has another size than given: head parameters count towards the
+    length of a run. flag: that gives a size.
+    """
+    size = -(-Tokenizer.load(out / TOKENIZER).vocab_size // 64) * 64
+    if size != -(-given // 64) * 64:
         raise ValueError(
-            f"vocab_size={config.vocab_size}, but the tokenizer has {size} ids (rounded up to a multiple of "
-            f"64); give --vocab-size {size} and another --out"
+            f"vocab_size={given}, but the tokenizer has {size} ids (rounded up to a multiple of 64); give "
+            f"{flag}{size} and another --out"
         )
 
 
@@ -172,8 +174,7 @@ def train_point(run: PretrainConfig, world: World) -> Point:
 
 def cost(run: PretrainConfig) -> tuple[float, float]:
     """FLOPs (nanochat's formula) and tokens of a run."""
-    tokens = run.loop.steps * run.batch_rows * run.model.context
-    return float(nanochat_flops(meta_model(run.model)) * tokens), float(tokens)
+    return float(nanochat_flops(meta_model(run.model)) * run.tokens), float(run.tokens)
 
 
 def fit_law(x: Sequence[float], bpb: Sequence[float]) -> Law:
