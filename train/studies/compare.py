@@ -47,48 +47,50 @@ def compare(config: CompareConfig) -> str:
     ladder = plan(config)
     some = next(iter(ladder[min(ladder)].values()))  # what is asked of it is the same for all
     with joined() as world:
-        first = runs_of(ladder, some.data, 0, config.out)
-        check_series([*first.values()], config.out, world, keep=False)
+        first = [run for *_, run in runs_of(ladder, some.data, 1, config.out)]
+        check_series(first, config.out, world, keep=False)
         with shared_data(some, config.out, world) as folder:
             size = some.model.vocab_size
             world.together(lambda: check_vocabulary(config.out, size, "--base model.vocab_size="))
-            check_epochs([*first.values()], folder, MOST_EPOCHS, world)
+            check_epochs(first, folder, MOST_EPOCHS, world)
+            series = runs_of(ladder, str(folder), config.seeds, config.out)
+            new = world.together(
+                lambda: [finished(run) is None for *_, run in series] if world.is_main else None
+            )[0]
             speeds = {depth: speed(ladder[depth], depth, folder, config.out, world) for depth in ladder}
-            runs = [runs_of(ladder, str(folder), seed, config.out) for seed in range(config.seeds)]
-            return train_series(config, runs, speeds, world)
+            seconds = [run.loop.steps * speeds[depth][name] for _, depth, name, run in series]
+            return train_series(config, series, new, seconds, world)
 
 
-def speed(recipes: Mapping[str, PretrainConfig], depth: int, folder: Path, out: Path, world: World) -> dict:
+def runs_of(ladder: Ladder, data: str, seeds: int, out: Path) -> list[tuple[int, int, str, PretrainConfig]]:
+    """Seed, depth, recipe and run of a series, in the order in which they are trained."""
+    return [
+        (seed, depth, name, variant_run(
+            recipe, data, recipe.loop.steps, seed, out / f"d{depth}-{folder_name(name)}-{seed}"
+        ))
+        for seed in range(seeds) for depth, recipes in ladder.items() for name, recipe in recipes.items()
+    ]  # fmt: skip
+
+
+def speed(
+    recipes: Mapping[str, PretrainConfig], depth: int, folder: Path, out: Path, world: World
+) -> dict[str, float]:
     """Seconds per step of each recipe at a depth, timed by turns."""
     variants = {name: Variant(recipe) for name, recipe in recipes.items()}
+    place = out / "timing" / f"d{depth}-{folder_name(next(iter(recipes)))}"
     if world.is_main:
         log.info("depth %d: timing", depth)
-    return seconds_per_step(
-        variants, folder, out / "timing" / f"d{depth}-{folder_name(next(iter(recipes)))}", world
-    )
-
-
-def runs_of(ladder: Ladder, data: str, seed: int, out: Path) -> dict[tuple[int, str], PretrainConfig]:
-    """The runs of a seed, by depth and recipe, from the smallest to the largest."""
-    return {
-        (depth, name): variant_run(
-            recipe, data, recipe.loop.steps, seed, out / f"d{depth}-{folder_name(name)}-{seed}"
-        )
-        for depth, recipes in ladder.items()
-        for name, recipe in recipes.items()
-    }  # fmt: skip
+    return seconds_per_step(variants, folder, place, world)
 
 
 def train_series(
     config: CompareConfig,
-    runs: Sequence[Mapping[tuple[int, str], PretrainConfig]],
-    speeds: Mapping[int, Mapping[str, float]],
+    series: Sequence[tuple[int, int, str, PretrainConfig]],
+    new: Sequence[bool],
+    seconds: Sequence[float],
     world: World,
 ) -> str:
-    """runs: of each seed. speeds: seconds per step by depth and recipe."""
-    series = [(seed, *place, run) for seed, of_seed in enumerate(runs) for place, run in of_seed.items()]
-    seconds = [run.loop.steps * speeds[depth][name] for _, depth, name, run in series]
-    new = world.together(lambda: [finished(run) is None for *_, run in series] if world.is_main else None)[0]
+    """series: as of `runs_of`. new: whether a run is still to be trained. seconds: that its steps take."""
     clock, expected, overhead, found = time.monotonic(), 0.0, 0.0, []
     for i, (seed, depth, name, run) in enumerate(series):
         left = sum(s + overhead for s, needed in zip(seconds[i:], new[i:], strict=True) if needed)
@@ -122,8 +124,8 @@ def plan(config: CompareConfig) -> Ladder:
         )
     if find_spec("scipy") is None:
         raise ImportError("the interval of a multiplier needs scipy: pip install 'hotlap[stats]'")
-    base = merge(preset(config.preset), assignments(config.base), "--base")
-    texts = [" ".join(text.split()) for text in (config.a, *config.b)]
+    base = merge(preset_of(config.preset), assignments(config.base), "--base")
+    texts = [text.strip() for text in (config.a, *config.b)]
     if twice := [text for text in texts if texts.count(text) > 1]:
         raise ValueError(f"{twice[0]!r} is there twice; give each recipe once, and --seeds for more runs")
     recipes = {text or BASE: merge(base, assignments(text), text) for text in texts}
@@ -139,7 +141,7 @@ def plan(config: CompareConfig) -> Ladder:
     return ladder
 
 
-def preset(name: str) -> PretrainConfig:
+def preset_of(name: str) -> PretrainConfig:
     found = PRETRAIN[known(name, PRETRAIN, "preset")]()
     if not isinstance(found.model, GPTConfig):
         raise ValueError(f"preset={name} is a GPT-2, for which there are no rules of sizes; choose another")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from hotlap.common import files
 from hotlap.common.plots import caption, new_figure, save_figure
-from hotlap.train.studies.config import CompareConfig
+from hotlap.train.studies.config import FEWEST, CompareConfig
+from hotlap.train.studies.laws import Law, fit_law
 from hotlap.train.studies.multiplier import Multiplier, NoLaw, Pairs, multiplier
 
 
@@ -74,6 +75,18 @@ def verdict(found: Comparison, a: str) -> str:
     return text + "."
 
 
+def laws_of(runs: Sequence[Trained], recipe: str) -> dict[str, Law | None]:
+    """A recipe's bits per byte over FLOPs and over seconds, by the means over seeds; None with too few."""
+    done = [run for run in runs if run.recipe == recipe and run.bpb is not None]
+    by_depth = [[run for run in done if run.depth == depth] for depth in sorted({r.depth for r in done})]
+    scores = [mean(run.bpb for run in some) for some in by_depth]
+    enough = len(scores) >= FEWEST
+    return {
+        axis: fit_law([getattr(some[0], axis) for some in by_depth], scores) if enough else None
+        for axis in ("flops", "seconds")
+    }
+
+
 def bounds(low: float, high: float) -> str:
     digits = 3 if high - low < 0.05 else 2
     return f"{low:.{digits}f} to {high:.{digits}f}"
@@ -124,6 +137,7 @@ def write(config: CompareConfig, runs: Sequence[Trained], facts: tuple[str, str]
     a, *others = dict.fromkeys(run.recipe for run in runs)
     found = [comparison(runs, a, b) for b in others]
     depths = sorted({run.depth for run in runs})
+    laws = {name: laws_of(runs, name) for name in (a, *others)}
     verdicts = [verdict(one, a) for one in found]
     content = {
         "device": facts[0],
@@ -134,12 +148,16 @@ def write(config: CompareConfig, runs: Sequence[Trained], facts: tuple[str, str]
         "comparisons": [
             dataclasses.asdict(one) | {"verdict": text} for one, text in zip(found, verdicts, strict=True)
         ],
+        "laws": {
+            name: {axis: law and dataclasses.asdict(law) for axis, law in both.items()}
+            for name, both in laws.items()
+        },
         "runs": [dataclasses.asdict(run) for run in runs],
     }
     files.write_object(config.out / "compare.json", content)
     lines = [*verdicts, "", f"{facts[0]}, {facts[1]}. Preset {config.preset}. {config.base}".strip(), ""]
     lines += [*table(found, depths), "", EXPLAINED, "", *run_table(runs)]
-    drawn = draw(runs, found, a, config, facts)
+    drawn = draw(runs, found, laws, config, facts)
     text = "\n".join(lines) + "\n"
     files.write(config.out / "compare.md", text + ("\n![compare](compare.png)\n" if drawn else ""))
     return text
@@ -148,23 +166,23 @@ def write(config: CompareConfig, runs: Sequence[Trained], facts: tuple[str, str]
 def draw(
     runs: Sequence[Trained],
     found: Sequence[Comparison],
-    a: str,
+    laws: Mapping[str, Mapping[str, Law | None]],
     config: CompareConfig,
     facts: tuple[str, str],
 ) -> bool:
-    """The runs with a law for each recipe, and the multipliers over compute."""
+    """The runs with the law of each recipe, A first, and the multipliers over compute."""
     figure = new_figure(figsize=(11, 4.4))
     if figure is None:
         return False
     left, right = figure.subplots(1, 2)
-    colors = {name: f"C{i}" for i, name in enumerate((a, *(one.recipe for one in found)))}
+    a, colors = next(iter(laws)), {name: f"C{i}" for i, name in enumerate(laws)}
     for name, color in colors.items():
         some = [r for r in runs if r.recipe == name and r.bpb is not None]
         x, y = np.array([r.flops for r in some]), np.array([r.bpb for r in some])
         left.plot(x, y, "o", color=color, ms=3, label=name)
-        if len(set(x)) > 1:
-            slope, start = np.polyfit(np.log(x), np.log(y), 1)
-            left.plot(ends := np.array([x.min(), x.max()]), np.exp(start) * ends**slope, color=color, lw=0.8)
+        if law := laws[name]["flops"]:
+            line = np.geomspace(x.min(), x.max(), 50)
+            left.plot(line, [law.at(value) for value in line], color=color, lw=0.8)
     largest = {r.depth: r.flops for r in runs if r.recipe == a}
     for one in found:
         if one.compute is None:

@@ -1,7 +1,5 @@
 """`hotlap scaling`: train several depths, each compute-optimally, fit scaling laws, and predict which depth
 to train for a budget of FLOPs, hours or dollars.
-
-A law is bpb = A x^-b, or with enough runs bpb = E + A x^-b, where E is the irreducible loss.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
 from hotlap.train.run.folder import read_machines
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig
+from hotlap.train.studies.laws import FEWEST_FOR_FLOOR, Law, fit_law
 from hotlap.train.studies.series import (
     check_epochs,
     check_series,
@@ -39,7 +38,6 @@ from hotlap.train.studies.series import (
 )
 
 AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
-FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit noise
 FAR = 10  # no law is drawn or used beyond this multiple of the largest run
 DEEPEST = 100
 UNTIMED = 2  # first steps, not timed
@@ -61,32 +59,6 @@ class Point:
     def flops_per_second(self) -> float | None:
         speed = self.tokens_per_second
         return None if speed is None else self.flops / self.tokens * speed
-
-
-@dataclass(frozen=True)
-class Law:
-    """bpb = floor + factor * x^-exponent.
-
-    exponent_error: standard error. floors: the range of the floor when any one run is left out.
-    """
-
-    floor: float
-    factor: float
-    exponent: float
-    exponent_error: float
-    floors: tuple[float, float] | None
-    residual: float
-    """Root mean square error of the fit, in bits per byte."""
-
-    def at(self, x: float) -> float:
-        return self.floor + self.factor * x**-self.exponent
-
-    def __str__(self) -> str:
-        text = f"exponent {self.exponent:.3f} ± {self.exponent_error:.3f}, RMS error {self.residual:.4f}"
-        if self.floors:
-            low, high = self.floors
-            text += f", floor {self.floor:.3f} ({low:.3f} to {high:.3f} with any one run left out)"
-        return text
 
 
 def scaling(config: ScalingConfig) -> str:
@@ -175,34 +147,6 @@ def train_point(run: PretrainConfig, world: World) -> Point:
 def cost(run: PretrainConfig) -> tuple[float, float]:
     """FLOPs (nanochat's formula) and tokens of a run."""
     return float(nanochat_flops(meta_model(run.model)) * run.tokens), float(run.tokens)
-
-
-def fit_law(x: Sequence[float], bpb: Sequence[float]) -> Law:
-    """Least squares of log(bpb - floor) over log x. The floor is the best-fitting one if there are enough
-    runs, else 0.
-    """
-    x, y = np.asarray(x, float), np.asarray(bpb, float)
-    if len(x) < FEWEST_FOR_FLOOR:
-        return with_floor(x, y, 0.0)
-    found = best_floor(x, y)
-    others = [best_floor(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
-    return dataclasses.replace(with_floor(x, y, found), floors=(min(others), max(others)))
-
-
-def best_floor(x: np.ndarray, y: np.ndarray) -> float:
-    floors = np.linspace(0, 0.999 * y.min(), 1000)
-    return float(min(floors, key=lambda floor: with_floor(x, y, floor).residual))
-
-
-def with_floor(x: np.ndarray, y: np.ndarray, floor: float) -> Law:
-    logs = np.log(x) - np.log(x).mean()
-    values = np.log(y - floor)
-    slope = float(logs @ values / (logs @ logs))
-    factor = float(np.exp(values.mean() - slope * np.log(x).mean()))
-    left = values - values.mean() - slope * logs
-    error = float((left @ left / (len(x) - 2) / (logs @ logs)) ** 0.5)
-    residual = float(np.sqrt(np.mean((floor + factor * x**slope - y) ** 2)))
-    return Law(float(floor), factor, -slope, error, None, residual)
 
 
 def table(points: Sequence[Point]) -> list[str]:

@@ -39,7 +39,10 @@ def test_the_command_trains_times_writes_and_keeps_no_checkpoints(work, capsys, 
         done.append(config.out.name)
         raise FloatingPointError("the loss is nan")
 
+    assert content["laws"]["base"]["flops"]["exponent"] > 0
     done.clear()
+    monkeypatch.setattr(sweep, "pretrain", lambda config: pytest.fail("timed again"))
+    assert main(["compare", "", SAME, *FLAGS, "--seeds", "1"]) == 0 and not done
     monkeypatch.setattr(series, "pretrain", diverge)
     monkeypatch.setattr(compare, "seconds_per_step", lambda variants, *given: dict.fromkeys(variants, 0.1))
     assert main(["compare", "", SAME, SLOWER, *FLAGS, "--seeds", "2"]) == 0
