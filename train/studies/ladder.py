@@ -16,6 +16,7 @@ from hotlap.train.optim.schedule import rows_in_all
 from hotlap.train.presets import RATES, matmul_parameters
 
 BATCH_EXPONENT = 0.383
+COARSEST = 8  # a batch is at least so many of what it is rounded to
 
 
 def tokens_per_parameter(recipe: PretrainConfig) -> float:
@@ -36,8 +37,7 @@ def rung(recipe: PretrainConfig, share: Fraction, ratio: float) -> PretrainConfi
         kv_heads=kv_heads,
     )  # fmt: skip
     growth = matmul_parameters(model) / matmul_parameters(shape)
-    unit = math.lcm(*(Fraction(part).limit_denominator(64).denominator for part, _ in recipe.schedule.stages))
-    rows = unit * max(1, round(recipe.batch_rows * growth**BATCH_EXPONENT / unit))
+    rows = batch_near(recipe.batch_rows * growth**BATCH_EXPONENT, recipe)
     faster = (rows / recipe.batch_rows) ** 0.5
     optim = dataclasses.replace(
         recipe.optim, **{name: faster * getattr(recipe.optim, name) for name in RATES},
@@ -55,3 +55,15 @@ def rung(recipe: PretrainConfig, share: Fraction, ratio: float) -> PretrainConfi
         recipe, model=model, batch_rows=rows, optim=optim, loop=dataclasses.replace(recipe.loop, steps=steps),
         micro_batch="auto" if recipe.micro_batch.isdigit() else recipe.micro_batch,
     )  # fmt: skip
+
+
+def batch_near(wanted: float, recipe: PretrainConfig) -> int:
+    """Rows of a step, within 6 % of what is wanted or one row for each part of a stage, so that ranks and
+    stages can share them as they share the recipe's: its powers of two are kept as far as that allows.
+    """
+    shares = (Fraction(rows).limit_denominator(64) for rows, _ in recipe.schedule.stages)
+    parts = math.lcm(*(share.denominator for share in shares))
+    unit = 1
+    while recipe.batch_rows % (2 * unit * parts) == 0 and 2 * unit * parts * COARSEST <= wanted:
+        unit *= 2
+    return unit * parts * max(1, round(wanted / (unit * parts)))

@@ -51,6 +51,12 @@ def test_tokens_follow_the_ratio_also_in_stages():
         assert run.batch_rows % 4 == 0
 
 
+def test_ranks_can_share_a_batch_at_all_depths_of_a_large_recipe():
+    assert not [d for d in range(4, 31) if at(d, from_depth(12)).batch_rows % 8]
+    odd = dataclasses.replace(tiny(), batch_rows=18)
+    assert at(4, odd).batch_rows == 18
+
+
 def test_heads_stay_whole_and_share_keys_as_before():
     grouped = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, heads=6, kv_heads=3))
     model = at(3, grouped).model
