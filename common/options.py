@@ -167,12 +167,15 @@ def flags_of(config: Any) -> list[str]:
 
 
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A configuration's flags, each with the type of its field."""
+    """A configuration's flags, each with the type of its field. What has a place has no flag."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, name, hint = getattr(config, field.name), field.name.replace("_", "-"), hints[field.name]
+        marks = [str(mark) for mark in getattr(hint, "__metadata__", ())]
+        if "Positional" in marks:
+            continue
         if dataclasses.is_dataclass(value):
-            omitted = "OmitArgPrefixes" in map(str, getattr(hint, "__metadata__", ()))
+            omitted = "OmitArgPrefixes" in marks
             yield from settings(value, prefix if omitted else f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint

@@ -66,8 +66,9 @@ def verdict(found: Comparison, a: str) -> str:
     elif found.compute.found:
         text = f"{found.recipe} needs {found.compute.overall} times the compute of {a}"
     else:
-        low, high = found.compute.overall.low, found.compute.overall.high
-        text = f"{found.recipe}: no difference to {a} found; {bounds(low, high)} times its compute"
+        text = (
+            f"{found.recipe}: no difference to {a} found; {found.compute.overall.interval} times its compute"
+        )
     if found.time:
         text += f", and {found.time.overall} times its time"
     if found.diverged:
@@ -85,11 +86,6 @@ def laws_of(runs: Sequence[Trained], recipe: str) -> dict[str, Law | None]:
         axis: fit_law([getattr(some[0], axis) for some in by_depth], scores) if enough else None
         for axis in ("flops", "seconds")
     }
-
-
-def bounds(low: float, high: float) -> str:
-    digits = 3 if high - low < 0.05 else 2
-    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def table(comparisons: Sequence[Comparison], depths: Sequence[int]) -> list[str]:

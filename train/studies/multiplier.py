@@ -45,9 +45,16 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def interval(self) -> str:
+        return f"{self.low:.{self.digits}f} to {self.high:.{self.digits}f}"
+
+    @property
+    def digits(self) -> int:
+        return 3 if self.high - self.low < 0.05 else 2
+
     def __str__(self) -> str:
-        digits = 3 if self.high - self.low < 0.05 else 2
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        return f"{self.value:.{self.digits}f} ({self.interval})"
 
 
 @dataclass(frozen=True)
