@@ -150,6 +150,10 @@ COMMANDS: Table = {
         "evaluate a model on lm-eval's tasks, or your own",
         "train.evaluation.config:LmEvalConfig", "train.evaluation.lm_eval_command:main",
     ),
+    "verify": Command(
+        "check a record of speedrun minutes",
+        "train.speedruns.config:VerifyConfig", "train.speedruns.verify:main",
+    ),
     "report": Command(
         "rewrite a run's report",
         "train.config:ReportConfig", "train.run.report:main",
