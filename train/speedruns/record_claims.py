@@ -71,9 +71,7 @@ def fitting_clock(record: dict) -> str:
         if not 0 < run["tokens"] == run["steps"] * step:
             raise DataError(f"{name} has {run['tokens']:,} tokens, not {run['steps']:,} steps of {step:,}")
         if not 0 < run["seconds"] <= 60 * LATE * minutes + 2 * run["seconds"] / run["steps"]:
-            raise DataError(
-                f"{name} took {run['seconds']:.1f} s of training, not {minutes:g} minutes or less"
-            )
+            raise DataError(f"{name} trained for {run['seconds']:.1f} s, not at most {minutes:g} minutes")
         ceiling = max(run["before"]["matmul"], run["after"]["matmul"]) * run["ranks"]
         share = run["tokens"] * flops / run["seconds"] / ceiling if ceiling else math.inf
         highest = max(highest, share / (FP8 if config["dtype"] == "fp8" else 1))
@@ -105,7 +103,5 @@ def lacks(record: dict) -> str:
     if record["minutes"] != MINUTES:
         return f"a row has runs of {MINUTES:g} minutes, and these are of {record['minutes']:g}"
     if len(record["runs"]) < FEWEST_RUNS:
-        return (
-            f"it has {len(record['runs'])} runs, and a row at least {FEWEST_RUNS}; give --runs {FEWEST_RUNS}"
-        )
+        return f"a row has at least {FEWEST_RUNS} runs, and this is {len(record['runs'])}; give --runs 3"
     return ""
