@@ -103,6 +103,10 @@ BENCHMARKS: Table = {
         "nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race",
         "bench.config:PeersConfig", "bench.peers:main",
     ),
+    "records": Command(
+        "the table of records of speedrun minutes: add one, write the page",
+        "bench.config:RecordsConfig", "bench.records:main",
+    ),
     "compare": Command(
         "what got slower between two result files",
         "bench.compare:CompareConfig", "bench.compare:main",

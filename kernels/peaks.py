@@ -41,7 +41,8 @@ def measure_ceilings(device: torch.device, clock: Clock = time.perf_counter) -> 
         clock=clock,
     )
     copied = 2 * source.numel() * source.element_size()
-    workers = torch.get_num_threads() if clock is time.process_time else 1  # each counts its own seconds
+    by_thread = device.type == "cpu" and clock is time.process_time  # which adds the seconds of all of them
+    workers = torch.get_num_threads() if by_thread else 1
     return Ceilings(
         workers * copied / timings["copy"].median,
         workers * 2 * size**3 / timings["matmul"].median,

@@ -13,7 +13,7 @@ from helpers.tools import tiny_config
 from hotlap.cli import main
 from hotlap.train.data.sources import TEXTS
 from hotlap.train.speedruns import minutes
-from hotlap.train.speedruns.record_file import RECORD, content_sha256, statistics_of
+from hotlap.train.speedruns.record_file import PROTOCOL, RECORD, content_sha256, statistics_of
 
 CEILING = {"copy": 1e10, "matmul": 1e12, "dtype": "float32"}
 CORPUS = tuple(
@@ -44,6 +44,28 @@ def make_record(out: Path, *flags: str) -> Path:
     with small_race():
         assert main([*COMMAND, "--out", str(out), *flags]) == 0
     return out / RECORD
+
+
+def invented_record(path: Path, mean: float = 1.4, device: str = "CPU, 2 threads", **fields) -> Path:
+    """Write a record of three runs that nobody made, as far as its own numbers show."""
+    runs = [
+        {
+            "seed": seed, "bpb": mean + spread, "seconds": 299.0, "tokens": 32 * 32 * 100, "steps": 100,
+            "device": device, "ranks": 1, "weights_sha256": f"{seed}" * 64, "tokenizer_sha256": "a" * 64,
+            "before": dict(CEILING), "after": dict(CEILING),
+        }
+        for seed, spread in enumerate((-0.002, 0.0, 0.002))
+    ]  # fmt: skip
+    model = dataclasses.asdict(tiny_config(**MODEL))
+    config = {"model": model, "batch_rows": 32, "validation_tokens": 0, "dtype": "auto", "data": "pydocs"}
+    record = {
+        "protocol": PROTOCOL, "minutes": 5.0, "corpus": "pydocs", "config": config,
+        "data": {"train_sha256": "b" * 64, "validation_sha256": "c" * 64},
+        "code": {"sha256": "d" * 64, "commit": "0123456789"}, "versions": {}, "date": "2026-01-02 03:04 UTC",
+        "runs": runs, **statistics_of([run["bpb"] for run in runs]), **fields,
+    }  # fmt: skip
+    path.write_text(json.dumps(record | {"sha256": content_sha256(record)}), encoding="utf-8")
+    return path
 
 
 def rewritten(path: Path, change: Callable[[dict], object], runs_too: bool = False) -> Path:

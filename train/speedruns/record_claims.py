@@ -16,6 +16,7 @@ LATE = 1.01  # times the minutes, and two steps: one is begun if the average wou
 # A laptop that is too hot, or saves its battery, computes at about half its speed. On two cores shared with
 # other programs, eight measurements of the ceiling differed by 3 %.
 STEADY = 0.75  # the slowest measured ceiling over the fastest
+MOST_LAYERS = 1000  # each takes a moment to count
 FP8 = 2  # times the FLOP/s of bfloat16, in which the ceiling is measured
 
 
@@ -62,9 +63,12 @@ def fitting_clock(record: dict) -> str:
     """Tokens by the steps, seconds by the minutes, and FLOPs by what the device can do."""
     config, minutes, highest = record["config"], record["minutes"], 0.0
     try:
-        model = meta_model(shape_from(config["model"]))
+        shape = shape_from(config["model"])
     except (ValueError, TypeError) as error:
         raise DataError(f"its model cannot be built by this version of hotlap: {error}") from error
+    if shape.layers > MOST_LAYERS:
+        raise DataError(f"its model has {shape.layers:,} layers; a record has up to {MOST_LAYERS}")
+    model = meta_model(shape)
     step, flops = config["batch_rows"] * model.config.context, causal_flops(model)
     for run in record["runs"]:
         name = f"the run with seed {run['seed']}"

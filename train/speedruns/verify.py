@@ -21,7 +21,7 @@ from hotlap.train.data.sources import TEXTS
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.evaluation.bits_per_byte import bits_per_byte, held_out_rows
 from hotlap.train.evaluation.contamination import seen_share
-from hotlap.train.run.folder import run_of
+from hotlap.train.run.folder import MACHINE, run_of
 from hotlap.train.run.metrics import METRICS, number, read_metrics
 from hotlap.train.speedruns.config import VerifyConfig
 from hotlap.train.speedruns.corpora import (
@@ -32,7 +32,7 @@ from hotlap.train.speedruns.corpora import (
     training_sha256,
 )
 from hotlap.train.speedruns.record_claims import CLAIMS, close, lacks
-from hotlap.train.speedruns.record_file import read_record, summary
+from hotlap.train.speedruns.record_file import CEILINGS, read_record, summary
 
 # Kernels, dtypes and devices round otherwise; two seeds differ by more.
 SAME_BITS = 0.002
@@ -129,7 +129,12 @@ def run_claims(checkpoint: Path, run: dict, record: dict) -> Iterator[Claim]:
         if not close(said, state.get(name)):
             raise DataError(f"{checkpoint / STATE} says {name} {state.get(name)}, and the record {said}")
     check_metrics(lines, run, run_of(checkpoint) / METRICS)
-    yield HOLDS, "its steps, tokens and seconds are those of the checkpoint and of each line of its metrics"
+    for name in (MACHINE, CEILINGS):
+        found = read_object(run_of(checkpoint) / name)
+        for field in {*found} & {*run}:
+            if found[field] != run[field]:
+                raise DataError(f"{run_of(checkpoint) / name} says another {field} than the record")
+    yield HOLDS, "its steps, tokens, seconds and device are those that checkpoint, metrics and machine say"
 
 
 def check_metrics(lines: list[dict], run: dict, path: Path) -> None:

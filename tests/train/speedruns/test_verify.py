@@ -115,6 +115,10 @@ EDITS = {
     "not finite": (lambda record: record.update(mean=float("nan")), "mean is nan"),
     "negative": (set_run("bpb", -1.0), "bpb is -1.0"),
     "a field less": (lambda record: record.pop("data"), "no data"),
+    "other ceilings": (set_run("before", CEILING | {"copy": 2e10}), "ceilings.json says another before"),
+    "other ranks": (set_run("ranks", 8), "machine.json says another ranks"),
+    "too large": (set_run("tokens", 10**400), "runs 0 tokens is 1000"),
+    "many layers": (lambda r: r["config"]["model"].update(layers=10**9), "1,000,000,000 layers"),
     "another model": (lambda record: record["config"]["model"].update(towers=2), "unknown model field"),
 }  # fmt: skip
 
