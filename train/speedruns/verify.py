@@ -34,8 +34,8 @@ from hotlap.train.speedruns.corpora import (
 from hotlap.train.speedruns.record_claims import CLAIMS, close, lacks
 from hotlap.train.speedruns.record_file import CEILINGS, read_record, summary
 
-# Kernels, dtypes and devices round otherwise; two seeds differ by more.
-SAME_BITS = 0.002
+# Kernels, dtypes and devices round otherwise: the demo's model in float32 and bfloat16 differs by 0.00006.
+SAME_BITS = 0.0005
 # Of the runs of 13 words in the validation text, the training text naturally holds: pydocs 18 %, docs 7 %,
 # bigbench 5 %, shakespeare none. A model that was trained on the validation text has seen all.
 SEEN = 0.3
