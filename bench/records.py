@@ -45,7 +45,7 @@ def read_records(folder: Path) -> Records:
             several_runs(record)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        if lacking := lacks(record):
+        if lacking := lacks(record["minutes"], len(record["runs"])):
             raise DataError(f"{path} is no row of the table: {lacking}")
         found[path.name] = record
     return found
@@ -132,7 +132,8 @@ def content_of(records: Records) -> str:
 
 def add(path: Path, folder: Path) -> Path:
     """Verify a record, and copy it into the folder. ValueError if it is no row, or a claim is left open."""
-    if lacking := lacks(read_record(path)):
+    record = read_record(path)
+    if lacking := lacks(record["minutes"], len(record["runs"])):
         raise ValueError(f"{path} is no row of the table: {lacking}")
     record, left = verify(VerifyConfig(path))
     if left:

@@ -69,6 +69,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
     tokens of the last shard.
     """
     config.validate()
+    folders = run_folders(config)
     with joined() as world:
         hub, data = config.data == "climbmix", config.data
         flops = trial_flops(world, config.dtype)
@@ -78,7 +79,6 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
             timed(config.out, data, config.minutes, flops), dtype=config.dtype, resume="auto",
             validation_tokens=40 * REFERENCE_BATCH if hub else 0,
         )  # fmt: skip
-        folders = run_folders(config)
         recipe = as_begun(dataclasses.replace(recipe, out=folders[0])).validate()
         tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
         shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
@@ -87,6 +87,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         lines = plan(recipe, world, download, config.runs)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
         lines["length"] += f"; ends after {MOST_EPOCHS} epochs if the corpus is a single shard"
+        lines["record"] = record_words(config)
         if not confirm(title, lines, config.yes, world):
             return {}
         if hub:
@@ -137,23 +138,28 @@ def complete(run: Path) -> bool:
     return bool(checkpoints) and bool(read_object(checkpoints[-1] / STATE).get("finished"))
 
 
+def record_words(config: MinutesConfig) -> str:
+    """The line of the plan about the record, and what would make it a row of the table."""
+    if config.data not in CORPORA:
+        return f"none: {config.data} is no corpus of the race ({', '.join(CORPORA)})"
+    lacking = lacks(config.minutes, config.runs)
+    return f"{config.out / RECORD}" + (f", no row of the table: {lacking}" if lacking else "")
+
+
 def record_lines(
     config: MinutesConfig, recipe: PretrainConfig, folders: list[Path], runs: list[dict]
 ) -> list[str]:
-    """Write record.json. Returns what to say of it."""
+    """Write record.json if there can be one. Returns what to say of it."""
     if config.data not in CORPORA:
-        return [f"No {RECORD}: {config.data} is no corpus of the race ({', '.join(CORPORA)})."]
+        return [f"Record: {record_words(config)}."]
     if missing := [folder for folder in folders if not (folder / CEILINGS).exists()]:
-        return [f"No {RECORD}: the speed of the device was not measured with {missing[0]}."]
+        return [f"Record: none, as the speed of the device was not measured with {missing[0]}."]
     data = recipe.out / "data" if config.data in TEXTS else Path(recipe.data)
-    entries = [
-        run_entry(folder, seed, last) for seed, (folder, last) in enumerate(zip(folders, runs, strict=True))
-    ]
+    pairs = zip(folders, runs, strict=True)
+    entries = [run_entry(folder, seed, last) for seed, (folder, last) in enumerate(pairs)]
     record = write_record(config.out, config.data, recipe, data, entries)
-    lines = [f"{config.out / RECORD}: {summary(record)}. `hotlap verify {config.out / RECORD}` checks it."]
-    if lacking := lacks(record):
-        lines += ["", f"It is no row of the table of records: {lacking}."]
-    return lines
+    check = f"`hotlap verify {config.out / RECORD}` checks it."
+    return [f"{summary(record)}. Record: {record_words(config)}. {check}"]
 
 
 def trial_flops(world: World, dtype: str) -> float:

@@ -194,5 +194,5 @@ def main(config: VerifyConfig) -> None:
     """`hotlap verify`."""
     record, left = verify(config)
     print(summary(record) + (f"; {len(left)} of its claims cannot be checked here" if left else ""))
-    if lacking := lacks(record):
+    if lacking := lacks(record["minutes"], len(record["runs"])):
         print(f"no row of the table: {lacking}")

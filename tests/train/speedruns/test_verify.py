@@ -219,7 +219,7 @@ def test_a_second_start_changes_nothing_that_was_measured(race, capsys):
 
 def test_one_run_is_a_record_but_no_row(tmp_path, capsys):
     path = make_record(tmp_path / "run")
-    assert "It is no row of the table" in capsys.readouterr().out
+    assert "no row of the table: a row has at least 3 runs" in capsys.readouterr().out
     with small_race():
         assert verify(path) == 0
         assert "a row has at least 3 runs, and this is 1" in capsys.readouterr().out
