@@ -93,7 +93,8 @@ def row(name: str, record: dict) -> str:
     cells = (
         device_of(record), f"{record['mean']:.4f} ± {half:.4f}", str(len(runs)), f"{seconds:.0f}",
         f"{tokens / 1e6:.2f}M", f"{ceiling_of(record, 'matmul') / 1e12:.3g}",
-        f"{ceiling_of(record, 'copy') / 1e9:.3g}", record["date"], record["code"]["commit"] or "installed",
+        f"{ceiling_of(record, 'copy') / 1e9:.3g}", record["date"][:10],
+        record["code"]["commit"] or "installed",
     )  # fmt: skip
     return "| " + " | ".join(map(cell, cells)) + f" | [{name}]({name}) |"
 
@@ -113,10 +114,13 @@ def draw(records: Records, path: Path) -> bool:
         return False
     panels = figure.subplots(1, len(corpora), squeeze=False)[0]
     for axes, (corpus, rows) in zip(panels, corpora.items(), strict=True):
-        for record in rows.values():
-            half = record["mean"] - record["interval"][0]
-            place = ceiling_of(record, "matmul") / 1e12
-            axes.errorbar(place, record["mean"], half, fmt="o", ms=4, capsize=3, label=device_of(record)[:40])
+        for i, device in enumerate(dict.fromkeys(map(device_of, rows.values()))):
+            own = [record for record in rows.values() if device_of(record) == device]
+            axes.errorbar(
+                [ceiling_of(record, "matmul") / 1e12 for record in own], [record["mean"] for record in own],
+                [record["mean"] - record["interval"][0] for record in own],
+                fmt="o", ms=4, capsize=3, color=f"C{i}", label=device[:60],
+            )  # fmt: skip
         axes.set(title=corpus, xscale="log", xlabel="TFLOP/s of a matmul, measured", ylabel="bits per byte")
         axes.title.set_fontsize(8)
         axes.grid(alpha=0.3)

@@ -47,7 +47,7 @@ def several_runs(record: dict) -> str:
     for name, value in statistics_of([run["bpb"] for run in runs]).items():
         if not close(record[name], value):
             raise DataError(f"{name} is {record[name]}, and that of its runs is {value}")
-    return f"mean, sigma and interval are those of {len(runs)} runs"
+    return "mean, sigma and interval are those of " + (f"{len(runs)} runs" if len(runs) > 1 else "a run")
 
 
 def close(found: object, expected: object) -> bool:
