@@ -103,6 +103,10 @@ BENCHMARKS: Table = {
         "nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race",
         "bench.config:PeersConfig", "bench.peers:main",
     ),
+    "records": Command(
+        "the table of records of speedrun minutes: add one, write the page",
+        "bench.config:RecordsConfig", "bench.records:main",
+    ),
     "compare": Command(
         "what got slower between two result files",
         "bench.compare:CompareConfig", "bench.compare:main",
@@ -149,6 +153,10 @@ COMMANDS: Table = {
     "lm-eval": Command(
         "evaluate a model on lm-eval's tasks, or your own",
         "train.evaluation.config:LmEvalConfig", "train.evaluation.lm_eval_command:main",
+    ),
+    "verify": Command(
+        "check a record of speedrun minutes",
+        "train.speedruns.config:VerifyConfig", "train.speedruns.verify:main",
     ),
     "report": Command(
         "rewrite a run's report",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import re
-import subprocess
 import tempfile
 import traceback
 from itertools import chain, count
@@ -16,30 +14,13 @@ from pathlib import Path
 import torch
 
 from hotlap.common import files
+from hotlap.common.code import commit
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
 from hotlap.common.machine import circumstances, device_name, device_state, now
 
 RESULTS = Path("bench/results")  # in the current folder, usually the checkout
 TITLE = "# Measurements"  # first line of the page
-
-
-@functools.cache
-def commit(checkout: Path = Path(__file__).parent) -> str:
-    """The commit of a checkout, ours by default, with + if files differ from it; empty outside a checkout.
-
-    Nothing is written: `git describe --dirty` would update the checkout's index.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("describe", "--always", "--abbrev=10") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def device_folder(device: torch.device) -> Path:
