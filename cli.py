@@ -103,6 +103,10 @@ BENCHMARKS: Table = {
         "nanoGPT, nanochat or modded-nanogpt beside ours: steps, or a race",
         "bench.config:PeersConfig", "bench.peers:main",
     ),
+    "records": Command(
+        "the table of records of speedrun minutes: add one, write the page",
+        "bench.config:RecordsConfig", "bench.records:main",
+    ),
     "compare": Command(
         "what got slower between two result files",
         "bench.compare:CompareConfig", "bench.compare:main",
@@ -150,6 +154,10 @@ COMMANDS: Table = {
         "evaluate a model on lm-eval's tasks, or your own",
         "train.evaluation.config:LmEvalConfig", "train.evaluation.lm_eval_command:main",
     ),
+    "verify": Command(
+        "check a record of speedrun minutes",
+        "train.speedruns.config:VerifyConfig", "train.speedruns.verify:main",
+    ),
     "report": Command(
         "rewrite a run's report",
         "train.config:ReportConfig", "train.run.report:main",
@@ -161,6 +169,10 @@ COMMANDS: Table = {
     "sweep": Command(
         "train variants of a recipe and compare them",
         "train.studies.config:SweepConfig", "train.studies.fill_table:main",
+    ),
+    "compare": Command(
+        "how much less compute a change needs, over a ladder of sizes",
+        "train.studies.config:CompareConfig", "train.studies.compare:main",
     ),
     "scaling": Command(
         "train several depths and fit scaling laws",

@@ -211,6 +211,20 @@ class PeersConfig:
 
 
 @dataclass(frozen=True)
+class RecordsConfig:
+    """Write the table of records from the files in a folder, after adding one whose claims all hold."""
+
+    add: Path | None = None
+    """A record.json with its runs beside it; it is verified, then copied."""
+    out: Path = Path("bench/records")
+    """Folder of the records, and of the page and the picture that are made from them."""
+
+    def validate(self) -> RecordsConfig:
+        """Return self: there is no number to check."""
+        return self
+
+
+@dataclass(frozen=True)
 class StaticConfig:
     """Compile every kernel for six GPU architectures, and fail if one would run badly."""
 

@@ -15,16 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from hotlap.bench import plots, results
 from hotlap.bench.breakdown import kernel_times, listed
+from hotlap.bench.cases import NO_TIME, Budget, failure, start_afresh
 from hotlap.bench.config import InferenceConfig
 from hotlap.bench.models import model_config
-from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.peer_steps import nanochat_attention, nanochat_decoding, nanochat_model, shape_beside
-from hotlap.bench.timing import NO_TIME, Budget, failure, measure, start_afresh
 from hotlap.common import files
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.timing import measure
 from hotlap.kernels.cpu.threads import threads_for
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.peaks import measure_ceilings
 from hotlap.model.config import GPTConfig
 from hotlap.model.decoding import Decoder, Row
 from hotlap.model.flops import parameter_counts

@@ -18,25 +18,15 @@ import torch
 
 from hotlap.bench import plots, results
 from hotlap.bench.accuracy import as_tuple, is_plain_torch, mistake, right_answer
+from hotlap.bench.cases import FAILED, NO_TIME, Budget, compiled_or_failed, failure, start_afresh
 from hotlap.bench.config import KernelsConfig
 from hotlap.bench.operations import operations
-from hotlap.bench.peaks import Ceilings, measure_ceilings
 from hotlap.bench.providers import Function, Operation
-from hotlap.bench.timing import (
-    FAILED,
-    NO_TIME,
-    Budget,
-    Timing,
-    buffer_sets,
-    compiled_or_failed,
-    failure,
-    measure,
-    side_stream,
-    start_afresh,
-)
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.timing import Timing, buffer_sets, measure, side_stream
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.peaks import Ceilings, measure_ceilings
 
 UNFINISHED = "did not finish: it hung, or its process was killed"  # the note of a row
 PLAIN = "plain torch: there is no kernel of ours for this on this device"

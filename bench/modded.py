@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 from hotlap.bench import results
-from hotlap.bench.timing import Timing, synchronize
 from hotlap.common.log import log
+from hotlap.common.timing import Timing, synchronize
 from hotlap.model.config import GPTConfig
 
 PLAIN = "records/track_3_optimization/train_gpt_simple.py"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from hotlap.bench import results
+from hotlap.bench.cases import start_afresh
 from hotlap.bench.config import SpeedrunConfig
 from hotlap.bench.plots import draw
-from hotlap.bench.timing import start_afresh
 from hotlap.bench.training import Batches, check_sizes, measure_training, random_batches
 from hotlap.common.errors import known
 from hotlap.common.log import log

@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hotlap.bench import modded, results
+from hotlap.bench.cases import NO_TIME, Budget, failure, start_afresh
 from hotlap.bench.config import PeersConfig
 from hotlap.bench.models import ROWS, model_config
 from hotlap.bench.peer_steps import Step, nanochat_attention, nanochat_step, nanogpt_step, shape_beside
 from hotlap.bench.race import race
-from hotlap.bench.timing import NO_TIME, Budget, Timing, failure, measure, start_afresh
 from hotlap.bench.training import made
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
+from hotlap.common.timing import Timing, measure
 from hotlap.kernels.dispatch import default_device
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.config import GPTConfig

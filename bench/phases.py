@@ -21,12 +21,12 @@ from hotlap.bench.breakdown import BreakdownConfig, break_down
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels, is_fault
 from hotlap.bench.operations import BUILDERS, operations
-from hotlap.bench.peaks import measure_ceilings
 from hotlap.bench.training import TrainingConfig, bench_training
 from hotlap.bench.tune import TuneConfig, tune
 from hotlap.common import files
 from hotlap.common.machine import device_name
 from hotlap.kernels.dispatch import default_device
+from hotlap.kernels.peaks import measure_ceilings
 from hotlap.kernels.tiles import tuned_file
 
 TESTS = Path(__file__).parents[1] / "tests"

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from hotlap.common import files
+from hotlap.common.code import commit
 from hotlap.common.errors import DataError
 from hotlap.common.log import log
-from hotlap.common.machine import circumstances, commit, device_name, device_state, now
+from hotlap.common.machine import circumstances, device_name, device_state, now
 
 RESULTS = Path("bench/results")  # in the current folder, usually the checkout
 TITLE = "# Measurements"  # first line of the page

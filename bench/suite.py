@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hotlap.bench import phases, results
+from hotlap.bench.cases import NO_TIME
 from hotlap.bench.config import SuiteConfig, suite_flags
 from hotlap.bench.phases import Phase
-from hotlap.bench.timing import NO_TIME
 from hotlap.common import files
 from hotlap.common.errors import DataError, guarded, known
 from hotlap.common.log import log, set_up_logging

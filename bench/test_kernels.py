@@ -13,9 +13,9 @@ pytest.importorskip("pytest_benchmark")
 
 from hotlap.bench.kernels import costs, needed_sets, prepared
 from hotlap.bench.operations import operations
-from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.timing import synchronize
+from hotlap.common.timing import synchronize
 from hotlap.kernels.dispatch import default_device, fast_dtype
+from hotlap.kernels.peaks import measure_ceilings
 
 DEVICE = default_device()
 ROWS = 16384 if DEVICE.type == "cuda" else 256

@@ -18,22 +18,22 @@ import numpy as np
 import torch
 
 from hotlap.bench import plots, results
-from hotlap.bench.config import TrainingConfig
-from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
-from hotlap.bench.timing import (
+from hotlap.bench.cases import (
     NO_TIME,
     OUT_OF_MEMORY,
     Budget,
     Stopwatch,
-    Timing,
     compiled_or_failed,
     failure,
     start_afresh,
 )
+from hotlap.bench.config import TrainingConfig
+from hotlap.bench.models import MEDIAN_DOCUMENT, NANOCHAT_MFU, ROWS, SPREAD, model_config
 from hotlap.common.log import log
 from hotlap.common.machine import log_warnings
 from hotlap.common.memory import require_memory
 from hotlap.common.process import keep_freed_memory
+from hotlap.common.timing import Timing
 from hotlap.kernels.dispatch import default_device, fast_dtype, kernel_choice
 from hotlap.kernels.fp8 import check_fp8
 from hotlap.model.build import build

@@ -21,11 +21,11 @@ from functools import partial
 
 import torch
 
-from hotlap.bench import timing
 from hotlap.bench.config import TuneConfig
 from hotlap.bench.static import MODULES
-from hotlap.bench.timing import Call
+from hotlap.common import timing
 from hotlap.common.log import log
+from hotlap.common.timing import Call
 from hotlap.kernels.attention import attention, case_key
 from hotlap.kernels.dispatch import INTERPRETED, device_facts, kernel_choice, triton
 from hotlap.kernels.orthogonalize import GRAM_CHOICE, POLAR_EXPRESS, _steps

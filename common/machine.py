@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -49,24 +48,6 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     runtimes = {"cuda": torch.version.cuda, "rocm": torch.version.hip}
     return found | {name: version for name, version in runtimes.items() if version}
-
-
-@functools.cache
-def commit(checkout: Path = Path(__file__).parent) -> str:
-    """The commit of a checkout, ours by default, with + if files differ from it; empty outside a checkout.
-
-    Nothing is written: `git describe --dirty` would update the checkout's index.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("describe", "--always", "--abbrev=10") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def now() -> str:

@@ -37,10 +37,10 @@ def caption(figure: Any, *facts: str) -> None:
     )  # fmt: skip
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as an image, whole or not at all."""
+def save_figure(figure: Any, path: Path, of: str | None = None) -> None:
+    """Write a figure as an image, whole or not at all. of: what a PNG says in itself that it is made from."""
     with replacing(path) as part:
-        figure.savefig(part, dpi=120, format=path.suffix[1:])
+        figure.savefig(part, dpi=120, format=path.suffix[1:], metadata={"Source": of} if of else None)
 
 
 @functools.cache

@@ -86,6 +86,12 @@ def portable(provider: str) -> tuple:
     return (f"{ZEN4}/portable.json", "tiny", provider, "validation_bpb", ".3f")
 
 
+def multiplier(change: str, *fields: str) -> list[tuple]:
+    """Values with their intervals."""
+    ends = [f"{field}{end}" for field in fields for end in ("", "_low", "_high")]
+    return [(f"{ZEN4}/compare.json", "all depths", change, field, ".2f") for field in ends]
+
+
 SHOWN = ("unknown_refused_of_198", "facts_of_534")
 LONG, DOCUMENTS = "long_attention {} d24 2x8192x12x128", "document_attention both d24 8x2048x12x128"
 MLP, HEAD = "linear_relu2 both d24 16384x1536x6144", "linear_cross_entropy both d24 16384x1536x32768"
@@ -107,6 +113,17 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
         "docs/interop.md",
         "reaches {} bits per byte in 250 steps, `tiny-portable` {} in as many steps, and {} in as much time",
         [portable("full recipe"), portable("portable, as many steps"), portable("portable, as much time")],
+    ),
+    *(
+        ("docs/speedruns.md", text, multiplier(change, "compute", "time", "tenfold"))
+        for text, change in (
+            ("to hurt | {} ({} to {}) | {} ({} to {}) | x {} ({} to {})", "schedule.warmdown=0.0"),
+            ("to help | {} ({} to {}) | {} ({} to {}) | x {} ({} to {})", "model.value_embeddings=true"),
+            (
+                "the rounding | {} ({} to {}): no difference found | {} ({} to {}) | x {} ({} to {})",
+                "model.qk_gain=1.201",
+            ),
+        )
     ),
     ("README.md", "tests a chat model in {} s", [demo("seconds")]),
     (

@@ -1,9 +1,10 @@
 import pytest
 from helpers.tools import tiny_config
 
-from hotlap.bench import inference, kernels, peaks, peers, timing, training
+from hotlap.bench import inference, kernels, peers, training
 from hotlap.bench.models import model_config
-from hotlap.common import machine
+from hotlap.common import machine, timing
+from hotlap.kernels import peaks
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,13 @@ from helpers.bench_functions import train_together
 from helpers.ranks import run_ranks
 from helpers.tools import tiny_config
 
-from hotlap.bench import inference, peaks, results, timing, training
+from hotlap.bench import cases, inference, results, training
+from hotlap.bench.cases import Budget
 from hotlap.bench.inference import InferenceConfig, bench_inference
 from hotlap.bench.kernels import KernelsConfig, bench_kernels
-from hotlap.bench.timing import Budget, Timing, measure
-from hotlap.common import machine
+from hotlap.common import machine, timing
+from hotlap.common.timing import Timing, measure
+from hotlap.kernels import peaks
 from hotlap.model.flops import peak_flops
 from hotlap.train.distributed.world import joined
 
@@ -139,7 +141,7 @@ def test_a_cpu_that_others_use_is_warned_of(monkeypatch, caplog):
 
 def test_a_case_is_begun_where_there_is_time_for_one_like_the_last(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(cases.time, "monotonic", lambda: now)
     budget = Budget(1)
     assert budget.fits()
     now += 25

@@ -8,8 +8,9 @@ import types
 import pytest
 import torch
 
-from hotlap.bench import timing
-from hotlap.bench.timing import Stopwatch, measure
+from hotlap.bench.cases import Stopwatch
+from hotlap.common import timing
+from hotlap.common.timing import measure
 
 GPU = torch.device("cuda")
 LAUNCH, KERNEL = 20e-6, 10e-6  # seconds

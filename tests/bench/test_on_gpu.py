@@ -5,9 +5,9 @@ import torch
 
 from hotlap.bench.kernels import memory_of, prepared
 from hotlap.bench.operations import operations
-from hotlap.bench.peaks import measure_ceilings
-from hotlap.bench.timing import measure, side_stream
 from hotlap.common.machine import device_state
+from hotlap.common.timing import measure, side_stream
+from hotlap.kernels.peaks import measure_ceilings
 from hotlap.model.flops import peak_flops
 
 pytestmark = pytest.mark.gpu

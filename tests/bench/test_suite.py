@@ -18,9 +18,9 @@ from helpers.suite_phases import (
 )
 
 from hotlap.bench import phases, suite
+from hotlap.bench.cases import NO_TIME
 from hotlap.bench.phases import Phase
 from hotlap.bench.suite import SuiteConfig, run_suite
-from hotlap.bench.timing import NO_TIME
 
 
 @pytest.fixture

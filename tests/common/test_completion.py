@@ -42,6 +42,7 @@ def completed(shell: str, line: str, folder) -> set[str]:
         ("hotlap eval --mod", {"--model"}),
         ("hotlap export weights --o", {"--out"}),
         ("hotlap nonsense --o", set()),
+        ("hotlap compare --b", {"--base"}),
     ],
 )
 def test_commands_flags_and_choices(shell, line, offered, tmp_path):

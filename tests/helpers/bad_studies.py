@@ -31,6 +31,15 @@ ROWS: list[Row] = [
     ("ablations --only base --out new", None, USAGE, r"nothing to compare with the base"),
     ("ablations --seeds -1 --out new", None, USAGE, r"--seeds -1 must be at least 1"),
     (f"ablations --base model.layers={MANY} --only GELU --out new", None, USAGE, r"training .* parameters needs at least"),
+    # compare
+    ("compare --out new", None, USAGE, r"nothing to compare; give A and B"),
+    ("compare '' --out new", None, USAGE, r"nothing to compare; give A and B"),
+    ("compare '' model.smaer=false --out new", None, USAGE, r"did you mean 'model\.smear'"),
+    ("compare '' model.smear=false --depths 1 2 --out new", None, USAGE, r"depths.* must be at least 3 different depths"),
+    ("compare '' model.smear=false --ratio -1 --out new", None, USAGE, r"--ratio -1(\.0)? must be 0 \(the preset's\) or more"),
+    ("compare '' model.smear=false --preset tinny --out new", None, USAGE, r"did you mean 'tiny'"),
+    ("compare '' model.smear=false --out text.txt", None, CANNOT_CREATE, r"text\.txt cannot be a run's directory"),
+    ("compare '' model.smear=false --out .", None, CANNOT_CREATE, r"\. holds .* and no series; choose another --out"),
     # scaling
     (f"{SCALING} --depths 1 2", None, USAGE, r"depths.* must be at least 3 different depths"),
     (f"{SCALING} --depths 1,2,3", None, USAGE, r"--depths '1,2,3' must be as many numbers as --help shows"),

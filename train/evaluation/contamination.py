@@ -106,8 +106,8 @@ class Records:
         return self.seen_whole | {self.owners[i] for i in np.flatnonzero(self.seen[self.of_owner])}
 
 
-def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, Overlap]:
-    """For each task, which of its records are in the training texts, one message or document each."""
+def looked_in(records: dict[str, list[str]], texts: Iterable[str]) -> Records:
+    """The records, with those marked that are in the texts."""
     looked_for = Records(records)
     batch: list[list[str]] = []
     count = 0
@@ -118,6 +118,20 @@ def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, O
             looked_for.look_in(batch)
             batch, count = [], 0
     looked_for.look_in(batch)
+    return looked_for
+
+
+def seen_share(held_out: list[str], texts: Iterable[str]) -> float:
+    """The share of the runs of 13 words in held-out documents that are in the training texts, too. Those that
+    more than ten of the documents share do not count; 0 if there are none.
+    """
+    seen = looked_in({"": held_out}, texts).seen
+    return float(seen.mean()) if len(seen) else 0.0
+
+
+def overlaps(records: dict[str, list[str]], texts: Iterable[str]) -> dict[str, Overlap]:
+    """For each task, which of its records are in the training texts, one message or document each."""
+    looked_for = looked_in(records, texts)
     seen = looked_for.seen_records()
     return {
         task: Overlap(len(found), [texts_[i] for i in found[:3]])

@@ -12,6 +12,7 @@ from hotlap.train.data.mixtures import parts_of
 from hotlap.train.presets import PAIRS, PROMPTS, TALKS, check_depth
 
 MOST_RUNS = 1000
+MOST_TIMED_RUNS = 30
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class MinutesConfig:
     out: Path = Path("runs/minutes")
     """Folder for the run."""
     minutes: float = 5.0
-    """Minutes of training, without start-up, compilation and validation."""
+    """Minutes of training, without start-up, compilation and validation; a record has 5."""
+    runs: int = 1
+    """Number of runs, each with its own seed; a row of the table of records has at least 3."""
     data: str = "climbmix"
     """climbmix, pydocs, docs, shakespeare, bigbench, text or .jsonl files, or a folder of token shards."""
     dtype: Dtype = "auto"
@@ -40,6 +43,22 @@ class MinutesConfig:
     def validate(self) -> MinutesConfig:
         """Return self, or raise ValueError naming the first invalid field."""
         positive(self, "minutes")
+        between(self, 1, MOST_TIMED_RUNS, "runs")
+        return self
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check a record of `hotlap speedrun minutes`: docs/records.md says what it shows, and what it cannot."""
+
+    word_field: ClassVar[str] = "record"
+    record: Path = Path("runs/minutes/record.json")
+    """record.json."""
+    checkpoint: Path | None = None
+    """Folder of its run or runs, or of one model; what is beside the record if not given."""
+
+    def validate(self) -> VerifyConfig:
+        """Return self: there is no number to check."""
         return self
 
 

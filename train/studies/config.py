@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from hotlap.common.checks import at_least, positive
 from hotlap.train.presets import check_depth
 
@@ -61,6 +63,40 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Train a recipe and changes of it over a ladder of sizes: how much less compute do they need?
+
+    A and B are strings of TOML assignments, such as "optim.matrix_lr=0.01 model.smear=false"; "" is the
+    preset itself. Each is a recipe at the preset's depth, and is carried to the others by nanochat's rules.
+    Finished runs are kept: rerun with more depths, seeds or changes to extend the series.
+    """
+
+    a: tyro.conf.Positional[str] = ""
+    """The recipe to compare with."""
+    b: tyro.conf.Positional[tuple[str, ...]] = ()
+    """One or more recipes, each compared with A."""
+    preset: str = "tiny"
+    """The recipe that A and B change: a preset of `hotlap pretrain`."""
+    base: str = ""
+    """Assignments for A and B: 'data="bigbench" model.context=128'."""
+    depths: tuple[int, ...] = (2, 3, 4, 5)
+    """Numbers of layers, at least three."""
+    ratio: float = 0
+    """Training tokens per matmul parameter; 0: as many as the preset."""
+    seeds: int = 2
+    """Runs of each recipe at each depth."""
+    out: Path = Path("runs/compare")
+    """Folder for the runs and the results: compare.json, compare.md and compare.png."""
+
+    def validate(self) -> CompareConfig:
+        """Return self, or raise ValueError naming the first invalid field."""
+        check_depths(self.depths)
+        at_least(self, 0, "ratio", zero="the preset's")
+        at_least(self, 1, "seeds")
+        return self
+
+
+@dataclass(frozen=True)
 class ScalingConfig:
     """Train several depths, each compute-optimally, and fit scaling laws to their losses.
 
@@ -96,12 +132,7 @@ class ScalingConfig:
 
     def validate(self) -> ScalingConfig:
         """Return self, or raise ValueError naming the first invalid field."""
-        if len(set(self.depths)) != len(self.depths) or len(self.depths) < FEWEST:
-            raise ValueError(
-                f"depths={list(self.depths)} must be at least {FEWEST} different depths: a law fits any two"
-            )
-        for depth in self.depths:
-            check_depth(depth)
+        check_depths(self.depths)
         positive(self, "ratio")
         at_least(self, 1, "vocab_size", "context")
         at_least(self, 0, "seed")
@@ -133,3 +164,13 @@ class AblationsConfig:
         at_least(self, 0, "seconds", zero="equal tokens")
         at_least(self, 1, "seeds")
         return self
+
+
+def check_depths(depths: tuple[int, ...]) -> None:
+    """ValueError if a law cannot be fitted to models of these depths."""
+    if len(set(depths)) != len(depths) or len(depths) < FEWEST:
+        raise ValueError(
+            f"depths={list(depths)} must be at least {FEWEST} different depths: a law fits any two"
+        )
+    for depth in depths:
+        check_depth(depth)

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import mean
 
 from hotlap.common import files
+from hotlap.common.code import commit
 from hotlap.common.log import log
-from hotlap.common.machine import commit
 from hotlap.common.terminal import printable
 from hotlap.train.data.shards import shard_paths, shard_tokens
 from hotlap.train.data.sources import shard_folder

@@ -1,7 +1,5 @@
 """`hotlap scaling`: train several depths, each compute-optimally, fit scaling laws, and predict which depth
 to train for a budget of FLOPs, hours or dollars.
-
-A law is bpb = A x^-b, or with enough runs bpb = E + A x^-b, where E is the irreducible loss.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
 from hotlap.train.run.folder import read_machines
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig
+from hotlap.train.studies.laws import FEWEST_FOR_FLOOR, Law, fit_law
 from hotlap.train.studies.series import (
     check_epochs,
     check_series,
@@ -39,7 +38,6 @@ from hotlap.train.studies.series import (
 )
 
 AXES = {"flops": "training FLOPs", "weights": "matmul parameters", "tokens": "training tokens"}
-FEWEST_FOR_FLOOR = 6  # runs needed to fit E: with fewer, three parameters fit noise
 FAR = 10  # no law is drawn or used beyond this multiple of the largest run
 DEEPEST = 100
 UNTIMED = 2  # first steps, not timed
@@ -63,32 +61,6 @@ class Point:
         return None if speed is None else self.flops / self.tokens * speed
 
 
-@dataclass(frozen=True)
-class Law:
-    """bpb = floor + factor * x^-exponent.
-
-    exponent_error: standard error. floors: the range of the floor when any one run is left out.
-    """
-
-    floor: float
-    factor: float
-    exponent: float
-    exponent_error: float
-    floors: tuple[float, float] | None
-    residual: float
-    """Root mean square error of the fit, in bits per byte."""
-
-    def at(self, x: float) -> float:
-        return self.floor + self.factor * x**-self.exponent
-
-    def __str__(self) -> str:
-        text = f"exponent {self.exponent:.3f} ± {self.exponent_error:.3f}, RMS error {self.residual:.4f}"
-        if self.floors:
-            low, high = self.floors
-            text += f", floor {self.floor:.3f} ({low:.3f} to {high:.3f} with any one run left out)"
-        return text
-
-
 def scaling(config: ScalingConfig) -> str:
     """Train the series, write the results, and return scaling.md's text."""
     price = dollars_per_hour(device_name(default_device()), int(os.environ.get("WORLD_SIZE", 1)))
@@ -105,7 +77,7 @@ def train_series(
     price: tuple[float, str] | None,
 ) -> str:
     with shared_data(next(iter(runs.values())), config.out, world) as folder:
-        world.together(lambda: check_vocabulary(config))
+        world.together(lambda: check_vocabulary(config.out, config.vocab_size, "--vocab-size "))
         check_epochs([*runs.values()], folder, MOST_EPOCHS, world)
         points = []
         for depth, run in runs.items():
@@ -141,13 +113,15 @@ def check(config: ScalingConfig, price: tuple[float, str] | None) -> dict[int, P
     return runs
 
 
-def check_vocabulary(config: ScalingConfig) -> None:
-    """ValueError if the tokenizer has another size: head parameters count towards the length of a run."""
-    size = -(-Tokenizer.load(config.out / TOKENIZER).vocab_size // 64) * 64
-    if size != -(-config.vocab_size // 64) * 64:
+def check_vocabulary(out: Path, given: int, flag: str) -> None:
+    """ValueError if the tokenizer of a series has another size than given: head parameters count towards the
+    length of a run. flag: that gives a size.
+    """
+    size = -(-Tokenizer.load(out / TOKENIZER).vocab_size // 64) * 64
+    if size != -(-given // 64) * 64:
         raise ValueError(
-            f"vocab_size={config.vocab_size}, but the tokenizer has {size} ids (rounded up to a multiple of "
-            f"64); give --vocab-size {size} and another --out"
+            f"vocab_size={given}, but the tokenizer has {size} ids (rounded up to a multiple of 64); give "
+            f"{flag}{size} and another --out"
         )
 
 
@@ -172,36 +146,7 @@ def train_point(run: PretrainConfig, world: World) -> Point:
 
 def cost(run: PretrainConfig) -> tuple[float, float]:
     """FLOPs (nanochat's formula) and tokens of a run."""
-    tokens = run.loop.steps * run.batch_rows * run.model.context
-    return float(nanochat_flops(meta_model(run.model)) * tokens), float(tokens)
-
-
-def fit_law(x: Sequence[float], bpb: Sequence[float]) -> Law:
-    """Least squares of log(bpb - floor) over log x. The floor is the best-fitting one if there are enough
-    runs, else 0.
-    """
-    x, y = np.asarray(x, float), np.asarray(bpb, float)
-    if len(x) < FEWEST_FOR_FLOOR:
-        return with_floor(x, y, 0.0)
-    found = best_floor(x, y)
-    others = [best_floor(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
-    return dataclasses.replace(with_floor(x, y, found), floors=(min(others), max(others)))
-
-
-def best_floor(x: np.ndarray, y: np.ndarray) -> float:
-    floors = np.linspace(0, 0.999 * y.min(), 1000)
-    return float(min(floors, key=lambda floor: with_floor(x, y, floor).residual))
-
-
-def with_floor(x: np.ndarray, y: np.ndarray, floor: float) -> Law:
-    logs = np.log(x) - np.log(x).mean()
-    values = np.log(y - floor)
-    slope = float(logs @ values / (logs @ logs))
-    factor = float(np.exp(values.mean() - slope * np.log(x).mean()))
-    left = values - values.mean() - slope * logs
-    error = float((left @ left / (len(x) - 2) / (logs @ logs)) ** 0.5)
-    residual = float(np.sqrt(np.mean((floor + factor * x**slope - y) ** 2)))
-    return Law(float(floor), factor, -slope, error, None, residual)
+    return float(nanochat_flops(meta_model(run.model)) * run.tokens), float(run.tokens)
 
 
 def table(points: Sequence[Point]) -> list[str]:

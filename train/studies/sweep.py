@@ -115,8 +115,8 @@ def run_variants(variants: Mapping[str, Variant], seconds: float, seeds: int, ou
 
 
 def check(variants: Mapping[str, Variant]) -> None:
-    """Raise ValueError for what cannot be compared."""
-    base = variants[BASE].config
+    """Raise ValueError for what cannot be compared. The first variant is the base."""
+    base = next(iter(variants.values())).config
     for name, variant in variants.items():
         variant.config.validate()
         if variant.config.eval_only:
@@ -196,14 +196,15 @@ def seconds_per_step(
 
     The fastest step is the one least disturbed by other processes; variants take turns, so that load on the
     machine slows all of them. Kept in steps.json for when the series is resumed. Variants added later are
-    timed beside the base, and scaled by the base's saved time.
+    timed beside the first, the base, and scaled by the base's saved time.
     """
+    base = next(iter(variants))
     path = out / "steps.json"
     saved = world.together(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})[0]
     new = [name for name in variants if name not in saved]
     if not new:
         return saved
-    stages = {name: one_size(variants[name].config) for name in dict.fromkeys((BASE, *new))}
+    stages = {name: one_size(variants[name].config) for name in dict.fromkeys((base, *new))}
     times: dict[tuple[str, int], list[float]] = {(n, i): [] for n in stages for i in range(len(stages[n]))}
     for turn in range(TURNS):
         for (name, i), found in times.items():
@@ -223,7 +224,7 @@ def seconds_per_step(
             "warning: the median step takes %.1f times as long as the fastest: the machine is busy, and the "
             "variants may not get the same training time", spread
         )  # fmt: skip
-    share = saved.get(BASE, now[BASE]) / now[BASE]
+    share = saved.get(base, now[base]) / now[base]
     speeds = {name: share * seconds for name, seconds in now.items()} | saved
     if world.is_main:
         files.write_object(path, speeds)

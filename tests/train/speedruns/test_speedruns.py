@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers.commands import USAGE, assert_error
+from helpers.records import CEILING
 from helpers.small_runs import MODEL, small_run
 from helpers.tools import tiny_config
 
@@ -122,6 +123,7 @@ def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
     cached(hub_server, tmp_path, monkeypatch)
     monkeypatch.setattr(minutes, "VOCABULARY", 300)
     monkeypatch.setattr(minutes, "trial_flops", lambda world, dtype: 1e9)
+    monkeypatch.setattr(minutes, "ceilings", lambda world: dict(CEILING))
     monkeypatch.setattr(minutes, "REFERENCE_BATCH", 20)
     real = minutes.timed
 
@@ -141,6 +143,11 @@ def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
     )  # the device is measured otherwise: another shape, but for the run
     assert main(command) == 0
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    capsys.readouterr()
+    assert main(["verify", "run/record.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "scored again" in printed and "its training shards are those in" in printed
+    assert "not checked" not in printed
 
 
 def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):

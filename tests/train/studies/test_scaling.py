@@ -8,6 +8,7 @@ import pytest
 
 from hotlap.cli import main
 from hotlap.train.studies import scaling
+from hotlap.train.studies.laws import fit_law
 from hotlap.train.studies.scaling import (
     AXES,
     Point,
@@ -18,7 +19,6 @@ from hotlap.train.studies.scaling import (
     deepest,
     depth_run,
     draw,
-    fit_law,
 )
 
 SMALL = ScalingConfig(depths=(1, 2, 3), ratio=1, vocab_size=512, context=64)

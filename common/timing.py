@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,32 +17,16 @@ from typing import NamedTuple
 
 import torch
 
-from hotlap.common.errors import is_out_of_memory
 from hotlap.common.gpu import captured
 from hotlap.common.log import log
 
 Call = Callable[[int], object]  # call(i) uses buffer set i
+Clock = Callable[[], float]  # seconds
 
 BLOCK_SECONDS = 2e-3  # shortest block to time, far above the clocks' resolution
 WARM_UP_SECONDS = 0.05
 FEWEST_SAMPLES = 5
-# Notes of rows without a time.
-NO_TIME = "skipped: no time left"
-OUT_OF_MEMORY = "out of memory; give fewer --rows"
-FAILED = "does not run:"
 CACHE_FACTOR = 2.5  # size of all buffer sets, as a multiple of the last-level cache
-
-
-@contextlib.contextmanager
-def compiled_or_failed(**options: bool) -> Iterator[None]:
-    """What reaches torch.compile's limit of variants fails, instead of being timed uncompiled. options: of
-    AOTAutograd.
-    """
-    import torch._functorch.config
-
-    dynamo = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-    with dynamo, torch._functorch.config.patch(**options):
-        yield
 
 
 @dataclass(frozen=True)
@@ -82,14 +63,15 @@ def measure(
     sets: int = 1,
     seconds: float = 0.3,
     capture: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each variant for about `seconds`, interleaved. A variant is called with the index of a buffer set.
 
     capture: time a CUDA graph of the calls; not for calls that wait for the GPU, such as whole training
-    steps. Raises what a variant raises.
+    steps. clock: of a CPU. Raises what a variant raises.
     """
     with side_stream(device) if capture else contextlib.nullcontext():
-        blocks = {name: _block(name, call, device, sets, capture) for name, call in variants.items()}
+        blocks = {name: _block(name, call, device, sets, capture, clock) for name, call in variants.items()}
         samples: dict[str, list[float]] = {name: [] for name in variants}
         began, order = time.perf_counter(), list(variants)
         while (
@@ -108,7 +90,7 @@ class Block(NamedTuple):
     graph: bool = False
 
 
-def _block(name: str, call: Call, device: torch.device, sets: int, capture: bool) -> Block:
+def _block(name: str, call: Call, device: torch.device, sets: int, capture: bool, clock: Clock) -> Block:
     synchronize(device)
     began, calls = time.perf_counter(), 0
     while calls < 3 or time.perf_counter() - began < WARM_UP_SECONDS:
@@ -119,15 +101,15 @@ def _block(name: str, call: Call, device: torch.device, sets: int, capture: bool
     count = max(1, min(1000, round(BLOCK_SECONDS / one)))
     count = -(-count // sets) * sets if count > 1 else 1  # a multiple of the buffer sets
     if device.type != "cuda":
-        return Block(lambda: _host_seconds(call, count, sets))
+        return Block(lambda: _host_seconds(call, count, sets, clock))
     return _device_block(name, call, max(count, sets), sets, capture)
 
 
-def _host_seconds(call: Call, count: int, sets: int) -> float:
-    began = time.perf_counter()
+def _host_seconds(call: Call, count: int, sets: int, clock: Clock) -> float:
+    began = clock()
     for i in range(count):
         call(i % sets)
-    return (time.perf_counter() - began) / count
+    return (clock() - began) / count
 
 
 def _device_block(name: str, call: Call, count: int, sets: int, capture: bool) -> Block:
@@ -209,59 +191,3 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class Stopwatch:
-    """Seconds between marks in a device's work. Only reading them waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
-        synchronize(device)
-        self.mark()
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        synchronize(self.device)
-        pairs = itertools.pairwise(self.marks)
-        if self.device.type == "cuda":
-            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
-        return [after - before for before, after in pairs]
-
-
-class Budget:
-    """A time limit for a sequence of cases: start one only if there is time for one like the last."""
-
-    def __init__(self, minutes: float):
-        """0 minutes: no limit."""
-        if not 0 <= minutes < math.inf:
-            raise ValueError(f"minutes={minutes} must be 0 (no limit) or more")
-        self.end = time.monotonic() + 60 * minutes if minutes else math.inf
-        self.began: float | None = None
-
-    def fits(self) -> bool:
-        """Whether to start a case now. Call it once before each case."""
-        now = time.monotonic()
-        last = 0 if self.began is None else now - self.began
-        self.began = now
-        return now + last < self.end
-
-
-def start_afresh(device: torch.device) -> None:
-    """Drop compiled code, which counts towards torch.compile's limit per function, and free memory."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def failure(error: Exception) -> str:
-    """The note of a row for an error."""
-    if is_out_of_memory(error):
-        return OUT_OF_MEMORY
-    return f"{FAILED} {' '.join(str(error).split())[:120] or type(error).__name__}"
