@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from hotlap.common.code import code_sha256
 from hotlap.common.errors import DataError
 from hotlap.common.files import read_object
@@ -155,7 +157,8 @@ def check_metrics(lines: list[dict], run: dict, path: Path) -> None:
 
 def same_bits(checkpoint: Path, run: dict, record: dict, documents: list[bytes], world: World) -> str:
     """The checkpoint's bits per byte of the validation text, computed again, are the record's."""
-    model, tokenizer = load_model(checkpoint, world.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(record["config"]["dtype"])
+    model, tokenizer = load_model(checkpoint, world.device, dtype)  # None: the fastest here, as auto means
     if loses_text(tokenizer, documents, record["data"]["validation_sha256"]):
         raise DataError(f"the tokenizer of {checkpoint} loses a part of the validation text")
     source = record["corpus"] if record["corpus"] in TEXTS else record["config"]["data"]
