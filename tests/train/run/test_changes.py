@@ -21,6 +21,7 @@ from hotlap.train.run.folder import read_machine, write_config
 from hotlap.train.run.state import RunState
 from hotlap.train.speedruns.minutes import as_begun
 from hotlap.train.speedruns.minutes import timed as timed_recipe
+from hotlap.train.speedruns.shapes import TrainingShape
 
 
 @pytest.fixture(autouse=True)
@@ -241,11 +242,12 @@ def test_a_checkpoint_that_does_not_say_its_configuration_is_extended_with_a_war
 
 
 def test_a_speedrun_of_minutes_is_not_extended(tmp_path):
-    recipe = timed_recipe(tmp_path, "text", 1.0, 1e12)
+    shape = TrainingShape(depth=2, context=128, step_tokens=1024, vocab_size=300)
+    recipe = timed_recipe(tmp_path, "text", 1.0, shape)
     write_config(tmp_path, recipe)
     assert as_begun(recipe) == recipe
     with pytest.raises(ValueError, match=r"loop\.minutes: saved 1\.0, current 2\.0; choose another --out"):
-        as_begun(timed_recipe(tmp_path, "text", 2.0, 1e12))
+        as_begun(timed_recipe(tmp_path, "text", 2.0, shape))
 
 
 def test_what_is_compared_by_content_may_have_another_name(tmp_path, caplog):
