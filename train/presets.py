@@ -22,6 +22,7 @@ from hotlap.train.rl_config import RLConfig
 
 REFERENCE_DEPTH = 12  # where nanochat tuned its learning rates
 REFERENCE_BATCH = 1 << 19  # tokens
+BATCH_EXPONENT = 0.383  # of the best batch over the tokens of a run
 DEEPEST = 1000  # far beyond where the rules were tried: 50 trillion parameters
 RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adamw_lr")
 
@@ -80,7 +81,7 @@ def from_depth(depth: int, vocab_size: int = 32768, context: int = 2048, ratio: 
     tokens = ratio * matmul_parameters(model)
     reference = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size, context)
     growth = tokens / (ratio * matmul_parameters(reference))
-    batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
+    batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**BATCH_EXPONENT))
     share = (batch / REFERENCE_BATCH) ** 0.5
     steps = round(tokens / batch)
     if context > batch:

@@ -13,9 +13,8 @@ from fractions import Fraction
 
 from hotlap.train.config import PretrainConfig
 from hotlap.train.optim.schedule import rows_in_all
-from hotlap.train.presets import RATES, matmul_parameters
+from hotlap.train.presets import BATCH_EXPONENT, RATES, matmul_parameters
 
-BATCH_EXPONENT = 0.383
 COARSEST = 8  # a batch is at least so many of what it is rounded to
 
 
