@@ -16,6 +16,7 @@ GATE_CHANNELS = 12  # channels of the residual stream that a value gate reads
 SMEAR_CHANNELS = 24
 GPT2_BOS = 50256  # <|endoftext|>, which starts a document in GPT-2's vocabulary
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # supported by the attention kernels
+ADDED_FIELDS = {"document_masks", "qk_gain", "bigram_rows"}  # of a GPTConfig, which older files lack
 StoredDtype = Literal["float32", "bfloat16"]
 
 
@@ -43,6 +44,10 @@ class GPTConfig:
     """Train each document of a packed row on its own; without, its tokens see the documents before it too."""
     qk_gain: float = 1.2
     """Factor on queries and keys after QK-norm, which sharpens attention."""
+    bigram_rows: int = 0
+    """Rows of a hashed table of bigrams: the row of each token and the one before is added to the token's
+    embedding. 0 turns this off.
+    """
     value_embeddings: bool = True
     """Add a gated per-token embedding to the attention values in every other layer."""
     residual_scalars: bool = True
@@ -84,7 +89,7 @@ class GPTConfig:
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may hold only the letters S and L")
         positive(self, "qk_gain")
-        at_least(self, 0, "softcap", zero="off")
+        at_least(self, 0, "softcap", "bigram_rows", zero="off")
         return self
 
     @classmethod
@@ -98,8 +103,7 @@ class GPTConfig:
     def from_dict(cls, fields: dict) -> GPTConfig:
         """The inverse of `dataclasses.asdict`; an unknown or missing field is a ValueError that names it.
 
-        Only document_masks and qk_gain may be missing: older files lack them, and their models were trained
-        with the defaults.
+        Only ADDED_FIELDS may be missing: the models of older files were trained with the defaults.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if {"architectures", "model_type"} & set(fields):
@@ -109,7 +113,7 @@ class GPTConfig:
             )
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown model field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(fields) - {"document_masks", "qk_gain"}):
+        if missing := sorted(known - set(fields) - ADDED_FIELDS):
             raise ValueError(f"model field {missing[0]!r} is missing")
         return cls(**fields).validate()
 
@@ -226,7 +230,7 @@ def gpt_counts(c: GPTConfig) -> dict[str, int]:
     return {
         "matrices": matrices,
         "head": c.vocab_size * c.width,
-        "embeddings": c.vocab_size * (c.width + with_values * kv),
+        "embeddings": c.vocab_size * (c.width + with_values * kv) + c.bigram_rows * c.width,
         "scalars": (2 * c.layers if c.residual_scalars else 0) + c.smear + c.backout,
     }
 

@@ -23,6 +23,7 @@ NAMES = {  # of our fields, by the names that Transformers expects
     "num_key_value_heads": "kv_heads",
     "max_position_embeddings": "context",
     "qk_gain": "qk_gain",
+    "bigram_rows": "bigram_rows",
     "value_embeddings": "value_embeddings",
     "residual_scalars": "residual_scalars",
     "smear": "smear",

@@ -1,7 +1,7 @@
 """GPT: a decoder-only transformer with rotary positions, QK-norm, parameter-free RMSNorm and ReLU^2.
 
-The extras of the speedruns (value embeddings, residual and x0 scalars, smear, backout, logit softcap) are
-each a few lines behind a field of `GPTConfig`.
+The extras of the speedruns (bigrams, value embeddings, residual and x0 scalars, smear, backout, logit
+softcap) are each a few lines behind a field of `GPTConfig`.
 """
 # B batch, T time, D width, H heads, K kv heads, C head dim, V vocab
 
@@ -147,6 +147,8 @@ class GPT(Transformer):
         self.value_embeddings = nn.ModuleDict(
             {str(i): Embedding(config.vocab_size, kv_width) for i in config.value_embedding_layers}
         )
+        if config.bigram_rows:
+            self.bigrams = Embedding(config.bigram_rows, config.width)
         if config.residual_scalars:
             self.residual_scale = nn.Parameter(torch.empty(config.layers))
             self.x0_scale = nn.Parameter(torch.empty(config.layers))
@@ -183,6 +185,8 @@ class GPT(Transformer):
                 yield f"blocks.{i}.attention.value_gate.weight", uniform(attention.value_gate.weight, 0, 0.02)
         for layer, table in self.value_embeddings.items():
             yield f"value_embeddings.{layer}.weight", uniform(table.weight, -bound, bound)
+        if c.bigram_rows:
+            yield "bigrams.weight", torch.zeros(self.bigrams.weight.shape)
         if c.residual_scalars:
             yield "residual_scale", torch.linspace(1.15, 1.05, c.layers)
             yield "x0_scale", torch.linspace(0.20, 0.05, c.layers)
@@ -207,6 +211,11 @@ class GPT(Transformer):
         x = rms_norm(self.embedding(ids, self.compute_dtype, runs))  # (B, T, D)
         if c.smear:
             x = self.smeared(x, document_start, cache)
+        if c.bigram_rows:
+            previous = previous_ids(ids, document_start) if cache is None else cache.previous_ids
+            pairs = bigram_hash(ids, previous, c.bigram_rows)
+            bigrams = self.bigrams(pairs, x.dtype, token_runs(pairs, self.bigrams.weight))
+            x, _ = rms_norm_residual(bigrams, x)  # norm of x + bigrams
         x0, middle = x, None
         for i, block in enumerate(self.blocks):
             mix = None
@@ -235,3 +244,17 @@ class GPT(Transformer):
             previous = previous * (t > document_start).unsqueeze(-1)
         gate = self.smear_scale.to(x.dtype) * sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * previous
+
+
+def previous_ids(ids: Tensor, document_start: Tensor | None) -> Tensor:
+    """The id before each of ids (B, T); -1 for the first of a document."""
+    previous = F.pad(ids[:, :-1], (1, 0), value=-1)
+    if document_start is None:
+        return previous
+    t = torch.arange(ids.shape[1], device=ids.device)
+    return previous.masked_fill(t <= document_start, -1)
+
+
+def bigram_hash(ids: Tensor, previous: Tensor, rows: int) -> Tensor:
+    """The row, from 0 to rows - 1, of each id and the one before. All (B, T)."""
+    return (ids.long() * 0x9E3779B1 + previous.long() * 0x85EBCA77) % rows

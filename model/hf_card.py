@@ -29,9 +29,9 @@ CODE_NOTES = (
     "`trust_remote_code=True` lets it run. Read it first: it is 300 lines.",
     "`hotlap import hf` reads this model again.",
 )
-SMEAR_NOTE = (
-    "It has smear, which needs the token before each one. Engines that batch rows of their own do not keep "
-    "it, so vLLM and `generate_batch` are refused."
+TOKEN_BEFORE_NOTE = (
+    "It has smear or bigrams, which need the token before each one. Engines that batch rows of their own do "
+    "not keep it, so vLLM and `generate_batch` are refused."
 )
 APERTUS_NOTES = (
     "Apertus' activation xIELU has the parameters at which it is ReLU². Its optional CUDA extension (the "
@@ -59,7 +59,7 @@ def card(config: HfExportConfig, shape: Shape, kind: str, stage: str | None, has
         about += f" [{RUN_CARD}]({RUN_CARD}) says how it was trained, on what data, and its scores."
     notes = [f"It was trained on at most {shape.context:,} tokens at once: use no more.", *NOTES]
     notes += APERTUS_NOTES if kind == "apertus" else CODE_NOTES if kind == OWN_CLASS else ()
-    notes += [SMEAR_NOTE] if kind == OWN_CLASS and shape.smear else []
+    notes += [TOKEN_BEFORE_NOTE] if kind == OWN_CLASS and (shape.smear or shape.bigram_rows) else []
     trust = ", trust_remote_code=True" if kind == OWN_CLASS else ""
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",

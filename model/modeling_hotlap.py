@@ -5,9 +5,9 @@
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 A decoder-only transformer with rotary positions, QK-norm, parameter-free RMSNorm and ReLU^2. Its extras are
-each behind a field of `HotlapConfig`: attention windows by layer, value embeddings, residual scalars, smear,
-backout, and a softcap of the logits. Weights have hotlap's names after "model.", but for the head, which is
-`lm_head` here. Needs torch and transformers, and not hotlap.
+each behind a field of `HotlapConfig`: attention windows by layer, bigrams, value embeddings, residual
+scalars, smear, backout, and a softcap of the logits. Weights have hotlap's names after "model.", but for the
+head, which is `lm_head` here. Needs torch and transformers, and not hotlap.
 
 MIT License. Copyright (c) the authors of hotlap.
 """
@@ -48,6 +48,7 @@ class HotlapConfig(PreTrainedConfig):
     layer_types: list[str] | None = None  # "full_attention" or "sliding_attention" for each layer
     sliding_window: int | None = None  # keys that a query of a sliding layer sees, its own included
     qk_gain: float = 1.2  # factor on queries and keys after QK-norm
+    bigram_rows: int = 0  # of a hashed table of bigrams; 0: none
     value_embeddings: bool = True  # in every other layer, the last one included
     residual_scalars: bool = True
     smear: bool = True
@@ -186,6 +187,8 @@ class HotlapModel(HotlapPreTrainedModel):
         self.value_embeddings = nn.ModuleDict(
             {str(i): nn.Embedding(config.vocab_size, kv_width) for i in config.value_embedding_layers}
         )
+        if config.bigram_rows:
+            self.bigrams = nn.Embedding(config.bigram_rows, config.hidden_size)
         if config.residual_scalars:
             self.residual_scale = nn.Parameter(torch.ones(layers))
             self.x0_scale = nn.Parameter(torch.zeros(layers))
@@ -211,7 +214,9 @@ class HotlapModel(HotlapPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The normalised residual stream (B, T, D) that the head reads. ValueError without ids."""
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("give input_ids, not inputs_embeds: smear and value embeddings read the ids")
+            raise ValueError(
+                "give input_ids, not inputs_embeds: bigrams, smear and value embeddings need ids"
+            )
         c, cache = self.config, (past_key_values if cache is None else cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=c)
@@ -224,8 +229,13 @@ class HotlapModel(HotlapPreTrainedModel):
             makers |= {"sliding_attention": create_sliding_window_causal_mask}
             given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
             masks = {kind: makers[kind](config=c, inputs_embeds=x, **given) for kind in {*c.layer_types}}
+        if c.smear or c.bigram_rows:
+            before = self.ids_before(input_ids, position_ids, cache)
         if c.smear:
-            x = self.smeared(x, input_ids, position_ids, cache)
+            x = self.smeared(x, before)
+        if c.bigram_rows:
+            pairs = (input_ids.long() * 0x9E3779B1 + before.long() * 0x85EBCA77) % c.bigram_rows
+            x = rms_norm(x + self.bigrams(pairs), c.rms_norm_eps)
         rotary = rotary_tables(position_ids, c.head_dim, c.rope_theta)
         x0, middle = x, None
         for i, block in enumerate(self.blocks):
@@ -239,16 +249,22 @@ class HotlapModel(HotlapPreTrainedModel):
             x = x - self.backout_scale * middle
         return BaseModelOutputWithPast(last_hidden_state=rms_norm(x, c.rms_norm_eps), **{CACHE: cache})
 
-    def smeared(self, x, input_ids, position_ids, cache):
-        """x (B, T, D), with a gated share of the token before added to each but the first, at position 0.
+    def smeared(self, x, before):
+        """x (B, T, D), with a gated share of the token before (B, T), if there is one, added to each."""
+        previous = rms_norm(self.embedding(before.clamp(min=0)), self.config.rms_norm_eps)
+        gate = self.smear_scale * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * previous * (before >= 0).unsqueeze(-1)
+
+    def ids_before(self, input_ids, position_ids, cache):
+        """The id before each (B, T), -1 for the first, at position 0.
 
         The cache gets one layer more, whose keys are the ids: what repeats, reorders or crops a cache does so
         to them.
         """
         if self.config._attn_implementation == "vllm" or not isinstance(cache, Cache | None):
             raise ValueError(
-                "smear needs the token before each, which engines that batch rows of their own, such as vLLM "
-                "and generate_batch(), do not keep; call generate(), or train without smear"
+                "smear and bigrams need the token before each, which engines that batch rows of their own, "
+                "such as vLLM and generate_batch(), do not keep; call generate(), or train without them"
             )
         whole = input_ids
         if cache is not None:
@@ -257,10 +273,8 @@ class HotlapModel(HotlapPreTrainedModel):
                 cache.layers.append(DynamicLayer())
             keys = input_ids[:, None, :, None]
             whole = cache.update(keys, keys[..., :0], layer)[0][:, 0, :, 0]  # (B, S)
-        before = F.pad(whole, (1, 0))[:, -x.shape[1] - 1 : -1]
-        previous = rms_norm(self.embedding(before), self.config.rms_norm_eps)
-        gate = self.smear_scale * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        return x + gate * previous * (position_ids > 0).unsqueeze(-1)
+        before = F.pad(whole, (1, 0))[:, -input_ids.shape[1] - 1 : -1]
+        return before.masked_fill(position_ids == 0, -1)
 
 
 def positions_of(input_ids, attention_mask, cache) -> torch.Tensor:

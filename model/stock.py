@@ -42,7 +42,7 @@ LEARNT = ("alpha_p", "alpha_n")  # tensors (1,); the others have no dimension
 
 def extras_of(config: GPTConfig) -> list[str]:
     """The fields of a model that add what neither class has."""
-    switches = ("value_embeddings", "residual_scalars", "smear", "backout")
+    switches = ("bigram_rows", "value_embeddings", "residual_scalars", "smear", "backout")
     found = [name for name in switches if getattr(config, name)]
     return found + (["window_pattern"] if set(config.windows) != {config.context} else [])
 

@@ -82,7 +82,7 @@ def random_model():
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.startswith(("blocks", "head", "smear", "backout")):
+                if name.startswith(("blocks", "head", "smear", "backout", "bigrams")):
                     parameter.normal_(0, 0.2, generator=generator)
         return model
 

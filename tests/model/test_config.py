@@ -61,6 +61,7 @@ def test_causal_flops_count_the_keys_that_each_query_sees(T):
     "fields",
     [
         {}, {"layers": 5, "kv_heads": 1}, {"value_embeddings": False, "residual_scalars": False},
+        {"bigram_rows": 77},
         {"smear": False, "backout": False, "layers": 1}, {"width": 32, "heads": 1, "kv_heads": 1},
     ],
 )  # fmt: skip
@@ -106,7 +107,7 @@ def test_the_dictionary_form_is_exact():
     assert GPTConfig.from_dict(fields) == config
     with pytest.raises(ValueError, match="'dropout'"):
         GPTConfig.from_dict(fields | {"dropout": 0.1})
-    del fields["qk_gain"], fields["document_masks"]
+    del fields["qk_gain"], fields["document_masks"], fields["bigram_rows"]
     assert GPTConfig.from_dict(fields) == config, "older models have the default"
     del fields["smear"]
     with pytest.raises(ValueError, match="'smear' is missing"):

@@ -19,7 +19,7 @@ def ids_of(B, T, seed=0, vocab=320):
 
 
 CONFIGS = {
-    "all extras": tiny_config(layers=3),
+    "all extras": tiny_config(layers=3, bigram_rows=5000),
     "no extras": tiny_config(
         value_embeddings=False, residual_scalars=False, smear=False, backout=False, softcap=0.0
     ),
@@ -46,6 +46,10 @@ def naive_logits(model, ids):
     if c.smear:
         gate = w["smear_scale"] * torch.sigmoid(x[1:, :24] @ w["smear_gate.weight"].T)
         x = torch.cat((x[:1], x[1:] + gate * x[:-1]))
+    if c.bigram_rows:
+        pairs = zip(ids.tolist(), [-1, *ids.tolist()[:-1]], strict=True)
+        rows = [(id * 0x9E3779B1 + before * 0x85EBCA77) % c.bigram_rows for id, before in pairs]
+        x = norm(x + w["bigrams.weight"][rows])
     x0 = x
     for i, window in enumerate(c.windows):
         if c.residual_scalars:
@@ -181,8 +185,8 @@ def test_packed_documents_have_the_losses_of_each_alone(name, random_model):
 
 CHANGES = {
     "context": 1024, "layers": 4, "width": 128, "heads": 1, "kv_heads": 2, "vocab_size": 640,
-    "window_pattern": "L", "document_masks": False, "qk_gain": 1.0, "value_embeddings": False,
-    "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
+    "window_pattern": "L", "document_masks": False, "qk_gain": 1.0, "bigram_rows": 100,
+    "value_embeddings": False, "residual_scalars": False, "smear": False, "backout": False, "softcap": 0.0,
 }  # fmt: skip
 
 
@@ -231,7 +235,7 @@ def test_initial_weights_are_a_function_of_the_seed():
 
 
 def test_initial_weights_have_the_scales_of_nanochat():
-    model = GPT(tiny_config(width=128, heads=4, kv_heads=4)).init_weights()
+    model = GPT(tiny_config(width=128, heads=4, kv_heads=4, bigram_rows=10)).init_weights()
     w = {name: p.detach() for name, p in model.named_parameters()}
     for name, std in (
         ("embedding.weight", 0.8), ("head.weight", 0.001), ("blocks.0.attention.qkv.weight", 128**-0.5),
@@ -241,6 +245,7 @@ def test_initial_weights_have_the_scales_of_nanochat():
     assert not w["blocks.0.attention.proj.weight"].any() and not w["blocks.1.mlp.proj.weight"].any()
     assert w["residual_scale"].tolist() == pytest.approx([1.15, 1.05])
     assert w["x0_scale"].tolist() == pytest.approx([0.20, 0.05])
+    assert not w["bigrams.weight"].any()
     assert w["smear_scale"].item() == 0 and w["backout_scale"].item() == pytest.approx(0.2)
 
 

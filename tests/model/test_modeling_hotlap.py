@@ -30,9 +30,10 @@ PLAIN = {
     "qk_gain": 1.0,
 }
 CONFIGS = {
-    "all extras": {},
+    "all extras": {"bigram_rows": 5000},
     "an odd number of layers": {"layers": 3},
     "no extra": PLAIN,
+    "bigrams": PLAIN | {"bigram_rows": 5000},
     "value embeddings": PLAIN | {"value_embeddings": True},
     "residual scalars": PLAIN | {"residual_scalars": True},
     "smear": PLAIN | {"smear": True},
@@ -63,7 +64,7 @@ def same_model(model):
 @pytest.fixture(scope="module")
 def pair(random_model):
     """A model of ours with every extra and windows of 128 of 512 tokens, of grouped heads, and its copy."""
-    model = random_model(tiny_config(vocab_size=300, layers=4, context=512, kv_heads=1))
+    model = random_model(tiny_config(vocab_size=300, layers=4, context=512, kv_heads=1, bigram_rows=5000))
     with torch.no_grad():
         for name in ("smear_scale", "x0_scale", "residual_scale", "backout_scale"):
             getattr(model, name).add_(0.5)  # so that a wrong token before shows
@@ -208,21 +209,22 @@ def engines_attention():
     del ALL_ATTENTION_FUNCTIONS._global_mapping["vllm"]
 
 
-def test_engines_see_each_layer_once_and_smear_is_refused(random_model, engines_attention):
-    for smear in (False, True):
-        model = random_model(tiny_config(layers=3, context=512, smear=smear))
+@pytest.mark.parametrize("fields", [{"smear": True}, {"bigram_rows": 99}], ids=str)
+def test_engines_see_each_layer_once_and_the_token_before_is_refused(random_model, engines_attention, fields):
+    for extra in ({}, fields):
+        model = random_model(tiny_config(**({"layers": 3, "context": 512, "smear": False} | extra)))
         copy, ids = same_model(model), ids_of(1, 9)
         copy.config._attn_implementation = "vllm"
         ask = partial(copy.model, ids, position_ids=torch.arange(9)[None], use_cache=False, notes="mine")
-        if smear:
-            with pytest.raises(ValueError, match=r"smear needs the token before each.*vLLM"):
+        if extra:
+            with pytest.raises(ValueError, match=r"smear and bigrams need the token before each.*vLLM"):
                 ask()
         else:
             ask()
             seen = [(i, window, 32**-0.5, "mine") for i, window in enumerate((128, 128, None))]
             assert engines_attention == seen
     masks = dict.fromkeys(("full_attention", "sliding_attention"))  # as generate_batch gives them
-    with pytest.raises(ValueError, match="smear needs the token before each"):
+    with pytest.raises(ValueError, match="smear and bigrams need the token before each"):
         same_model(model)(ids, masks, torch.arange(9)[None], cache=object())
 
 

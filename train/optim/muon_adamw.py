@@ -30,6 +30,9 @@ ADAM_EPS = 1e-10
 # one slows learning.
 SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
+# Most bigrams are rare. With momentum, a row would go on moving long after its bigram occurred; with the
+# embedding's decay of 0.001, rows would hold what occurred once.
+BIGRAM_DECAY = 0.1
 
 
 def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict]:
@@ -95,6 +98,11 @@ def gpt_rules(config: OptimConfig, width: int) -> dict[str, dict]:
             "lr": config.embedding_lr * adamw_rate,
             "betas": (0.8, 0.995),
             "weight_decay": 0.001,
+        },
+        "bigrams": {
+            "lr": config.embedding_lr * adamw_rate,
+            "betas": (0.0, 0.995),
+            "weight_decay": BIGRAM_DECAY,
         },
         "value_embeddings": {
             "lr": config.embedding_lr / 2 * adamw_rate,

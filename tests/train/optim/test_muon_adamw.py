@@ -22,6 +22,7 @@ def model_with_gradients(seed: int = 0, **fields) -> GPT:
 @pytest.mark.parametrize("extras", [True, False])
 def test_every_parameter_is_in_one_group_under_its_name(extras):
     fields = dict.fromkeys(("value_embeddings", "residual_scalars", "smear", "backout"), extras)
+    fields["bigram_rows"] = 100 * extras
     model = GPT(tiny_config(layers=3, kv_heads=1, **fields))
     groups = MuonAdamW(model, OptimConfig()).param_groups
     named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
@@ -122,12 +123,13 @@ def test_adamw_groups_match_torch_adamw():
 
 
 def test_the_numbers_of_adamw_are_those_of_nanochat():
-    """At the width of 768, for which its learning rates are. eps of the scalars is ours."""
+    """At the width of 768, for which its learning rates are. eps of the scalars and the bigrams are ours."""
     with torch.device("meta"):
-        model = GPT(tiny_config(width=768, heads=6, kv_heads=6, layers=3))
+        model = GPT(tiny_config(width=768, heads=6, kv_heads=6, layers=3, bigram_rows=10))
     rules = {  # learning rate, betas, weight decay, eps
         "head": (0.008, (0.8, 0.96), 0.01, 1e-10),
         "embedding": (0.3, (0.8, 0.995), 0.001, 1e-10),
+        "bigrams": (0.3, (0.0, 0.995), 0.1, 1e-10),
         "value_embeddings": (0.15, (0.8, 0.995), 0.01, 1e-10),
         "residual_scale": (0.005, (0.8, 0.95), 0.05, 1e-8),
         "x0_scale": (0.5, (0.96, 0.95), 0.0, 1e-8),
