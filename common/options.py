@@ -54,8 +54,8 @@ def parse(
 
     --preset NAME and --depth N set the initial values, from `presets` and `depth`. --config FILE
     overrides them, and other flags override the file. If the class has a `model_field`, its name, a word
-    without a flag and --model set that field; a `word_field` is set by its name or a word. Its `start`, if it
-    has one, gives the defaults for what is in FILE. ValueError for what cannot be read.
+    without a flag and --model set that field. Its `start`, if it has one, gives the defaults for what is in
+    FILE. ValueError for what cannot be read.
     """
     first = Flags(prog=command, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)  # ONLY_FLAGS names these
@@ -69,11 +69,8 @@ def parse(
         first.add_argument("--depth", type=int)
         rows["--depth N"] = "start from nanochat's rules for a model of N layers"
     model_field = getattr(kind, "model_field", None)
-    word_field = getattr(kind, "word_field", model_field)
     if model_field:
         rows["MODEL, --model MODEL"] = f"the same as --{model_field} MODEL"
-    elif word_field:
-        rows[word_field.upper()] = f"the same as --{word_field} {word_field.upper()}"
     rows["--debug"] = "show the traceback of an error"
     chosen, rest = first.parse_known_args(arguments)
     if getattr(chosen, "preset", None) and getattr(chosen, "depth", None) is not None:
@@ -96,8 +93,8 @@ def parse(
     text = "\n".join(f"  {flag:22} {about}" for flag, about in rows.items())
     description = f"{(kind.__doc__ or '').strip()}\n\n{text}"
     config, unknown = from_flags(start, rest, prog=command, description=description)
-    if word_field and unknown and not unknown[0].startswith("-"):
-        config, _ = from_flags(config, [f"--{word_field}={unknown.pop(0)}"])
+    if model_field and unknown and not unknown[0].startswith("-"):
+        config, _ = from_flags(config, [f"--{model_field}={unknown.pop(0)}"])
     if unknown:
         raise ValueError(f"{unexpected(unknown, start, rows)}; `{command} --help` lists the flags")
     return config

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import tyro
+
 from hotlap.common.checks import between, positive
 from hotlap.train.config import Dtype
 from hotlap.train.data.mixtures import parts_of
@@ -51,8 +53,7 @@ class MinutesConfig:
 class VerifyConfig:
     """Check a record of `hotlap speedrun minutes`: docs/records.md says what it shows, and what it cannot."""
 
-    word_field: ClassVar[str] = "record"
-    record: Path = Path("runs/minutes/record.json")
+    record: tyro.conf.Positional[Path] = Path("runs/minutes/record.json")
     """record.json."""
     checkpoint: Path | None = None
     """Folder of its run or runs, or of one model; what is beside the record if not given."""
