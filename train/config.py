@@ -20,6 +20,9 @@ Policy = Literal["stop", "skip"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"]
 
+# Passes over a text, each of which is worth less than the one before (Muennighoff et al., 2023).
+MOST_EPOCHS = 4
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -28,7 +31,7 @@ class OptimConfig:
     matrix_lr: float = 0.02
     """Muon's learning rate for the block matrices."""
     embedding_lr: float = 0.3
-    """AdamW's learning rate for the token embedding; value embeddings use half of it."""
+    """AdamW's learning rate for the token embedding; bigrams and value embeddings use half of it."""
     head_lr: float = 0.008
     """AdamW's learning rate for the output head."""
     scalar_lr: float = 0.5
@@ -41,10 +44,13 @@ class OptimConfig:
     weight_decay: float = 0.28
     """Cautious weight decay of the block matrices, or AdamW's of all matrices of a GPT-2, multiplied by the
     learning rate at each step."""
+    adamw_decay: float = 1.0
+    """Multiplies AdamW's weight decays: 0.001 of the embedding, 0.05 of bigrams, 0.01 of value embeddings and
+    head."""
 
     def validate(self) -> OptimConfig:
         positive(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "adapter_lr", "adamw_lr")
-        at_least(self, 0, "weight_decay")
+        at_least(self, 0, "weight_decay", "adamw_decay")
         return self
 
 
@@ -130,6 +136,8 @@ class PretrainConfig(StageConfig):
     model: GPTConfig = field(default_factory=GPTConfig)
     base: Path | None = None
     """Start from this run or model, in its shape and with its tokenizer; None starts from random weights."""
+    most_epochs: int = MOST_EPOCHS
+    """A run that ends by the clock (loop.minutes) also ends after so many passes over a single shard."""
     validation_tokens: int = 0
     """Tokens to validate on, from the start of the validation split; 0 means all."""
 
@@ -146,6 +154,7 @@ class PretrainConfig(StageConfig):
 
     def validate(self) -> PretrainConfig:
         super().validate()
+        at_least(self, 1, "most_epochs")
         at_least(self, 0, "validation_tokens", zero="all")
         self.model.validate()
         return self

@@ -100,8 +100,8 @@ def portable(config: PretrainConfig) -> PretrainConfig:
     """The recipe without the extras of its model, which other programs can then run (docs/interop.md)."""
     name, *below = config.out.relative_to("runs").parts
     model = dataclasses.replace(
-        config.model, window_pattern="L", value_embeddings=False, residual_scalars=False, smear=False,
-        backout=False, softcap=0.0,
+        config.model, window_pattern="L", bigram_rows=0, value_embeddings=False, residual_scalars=False,
+        smear=False, backout=False, softcap=0.0,
     )  # fmt: skip
     return dataclasses.replace(config, out=Path("runs", f"{name}-portable", *below), model=model)
 

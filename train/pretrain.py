@@ -20,9 +20,6 @@ from hotlap.train.evaluation.bits_per_byte import validation
 from hotlap.train.losses import next_token_loss
 from hotlap.train.stage import Stage, check_machine, closing, evaluated_aside, opened, row_batches, train
 
-# A timed run on little data ends after this many passes: each is worth less (Muennighoff et al., 2023).
-MOST_EPOCHS = 4
-
 
 def pretrain(config: PretrainConfig, warm_up: bool = False) -> dict[str, float]:
     """Pretrain on all ranks, and return the last metrics.
@@ -95,10 +92,10 @@ def check_sizes(config: PretrainConfig, world: World) -> None:
 
 
 def limit_epochs(config: PretrainConfig, rows: PackedRows) -> LoopConfig:
-    """config.loop; in a timed run on one shard, limited to MOST_EPOCHS epochs."""
+    """config.loop; in a timed run on one shard, limited to config.most_epochs."""
     if not config.loop.minutes or len(rows.shards) > 1:
         return config.loop
-    steps = math.ceil(MOST_EPOCHS * rows.epoch_rows() / config.batch_rows)
+    steps = math.ceil(config.most_epochs * rows.epoch_rows() / config.batch_rows)
     return dataclasses.replace(config.loop, steps=min(config.loop.steps, steps))
 
 

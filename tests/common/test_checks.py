@@ -12,11 +12,12 @@ from hotlap.cli import COMMANDS, Group, Table
 BAD = (math.nan, math.inf, -math.inf, -1, 0, 2**70, -(2**70))
 # Accepted on purpose: 0 where it switches something off, or means all or the default; and 2^70 FLOPs.
 ZERO = {
-    "backout", "budget_dollars", "budget_flops", "budget_hours", "clip", "clip_high", "clip_low",
-    "dollars_per_hour", "epochs", "final_lr", "grace", "kl", "label_smoothing", "limit", "lora_rank",
-    "max_per_task", "min_p", "minutes", "momentum", "num_fewshot", "port", "prompt", "ratio", "requests",
-    "resample", "rows", "seconds", "seed", "sft_weight", "softcap", "temperature", "top_k", "top_p",
-    "validation_questions", "validation_tokens", "warmdown", "warmup_steps", "weight_decay",
+    "adamw_decay", "backout", "bigram_rows", "budget_dollars", "budget_flops", "budget_hours", "clip",
+    "clip_high", "clip_low", "dollars_per_hour", "epochs", "final_lr", "grace", "kl", "label_smoothing",
+    "limit", "lora_rank", "max_per_task", "min_p", "minutes", "momentum", "num_fewshot", "port",
+    "prompt", "ratio", "requests", "resample", "rows", "seconds", "seed", "sft_weight", "softcap",
+    "temperature", "top_k", "top_p", "validation_questions", "validation_tokens", "warmdown",
+    "warmup_steps", "weight_decay",
 }  # fmt: skip
 NEEDED = {
     "MinutesConfig.minutes", "KernelsConfig.seconds", "PeersConfig.seconds", "RLConfig.temperature",

@@ -30,9 +30,6 @@ ADAM_EPS = 1e-10
 # one slows learning.
 SCALAR_EPS = 1e-8
 MUON_BETA2 = 0.9
-# Most bigrams are rare. With momentum, a row would go on moving long after its bigram occurred; with the
-# embedding's decay of 0.001, rows would hold what occurred once.
-BIGRAM_DECAY = 0.1
 
 
 def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict]:
@@ -97,19 +94,24 @@ def gpt_rules(config: OptimConfig, width: int) -> dict[str, dict]:
         "embedding": {
             "lr": config.embedding_lr * adamw_rate,
             "betas": (0.8, 0.995),
-            "weight_decay": 0.001,
+            "weight_decay": 0.001 * config.adamw_decay,
         },
         "bigrams": {
-            "lr": config.embedding_lr * adamw_rate,
+            "lr": config.embedding_lr / 2 * adamw_rate,
+            # most bigrams are rare: with momentum, a row would move on long after its bigram occurred
             "betas": (0.0, 0.995),
-            "weight_decay": BIGRAM_DECAY,
+            "weight_decay": 0.05 * config.adamw_decay,
         },
         "value_embeddings": {
             "lr": config.embedding_lr / 2 * adamw_rate,
             "betas": (0.8, 0.995),
-            "weight_decay": 0.01,
+            "weight_decay": 0.01 * config.adamw_decay,
         },
-        "head": {"lr": config.head_lr * adamw_rate, "betas": (0.8, 0.96), "weight_decay": 0.01},
+        "head": {
+            "lr": config.head_lr * adamw_rate,
+            "betas": (0.8, 0.96),
+            "weight_decay": 0.01 * config.adamw_decay,
+        },
         "residual_scale": {
             "lr": config.scalar_lr / 100,
             "betas": (0.8, 0.95),

@@ -23,7 +23,7 @@ FREE = {
     "resume", "compile", "out", "micro_batch", "recompute", "profile", "tracker",
     "loop.evaluate_every", "loop.save_every", "loop.bad_steps", "validation_questions",
 }  # fmt: skip
-LENGTH = {"loop.steps", "loop.minutes", "epochs"}
+LENGTH = {"loop.steps", "loop.minutes", "epochs", "most_epochs"}
 ADAPTERS = {"lora_rank", "lora_alpha"}  # what a checkpoint's weights are
 ORDER = {"seed"}  # of the data: a position in one order is none in another
 # Compared by content, wherever the user keeps it: the model by its shape, the others by their hashes.

@@ -19,6 +19,7 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import CONFIG, STATE, run_checkpoints
+from hotlap.train.config import OptimConfig, PretrainConfig
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, TOKENIZER_SHARDS, climbmix_with_tokenizer
 from hotlap.train.data.rows import Batch
 from hotlap.train.data.sources import TEXTS, shard_folder
@@ -26,10 +27,10 @@ from hotlap.train.distributed.sharding import compute_dtype, materialize, parall
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.loop import LoopConfig
 from hotlap.train.losses import next_token_loss
-from hotlap.train.optim.muon_adamw import MuonAdamW, OptimConfig
+from hotlap.train.optim.muon_adamw import MuonAdamW
 from hotlap.train.optim.schedule import ScheduleConfig
 from hotlap.train.presets import REFERENCE_BATCH
-from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, pretrain
+from hotlap.train.pretrain import pretrain
 from hotlap.train.run.changes import changes
 from hotlap.train.run.folder import read_config
 from hotlap.train.speedruns.config import MinutesConfig
@@ -46,9 +47,11 @@ from hotlap.train.speedruns.record_file import (
 )
 from hotlap.train.speedruns.records import MINUTES, of_recipe
 from hotlap.train.speedruns.result import write_result
-from hotlap.train.speedruns.shapes import TrainingShape, best_shape, own_rows_and_corpus
+from hotlap.train.speedruns.shapes import TrainingShape, best_shape, own_rows_and_corpus, passes
 
 VOCABULARY = 8192
+BIGRAM_ROWS = 1 << 18
+MOST_PASSES = 8  # over a single shard
 NO_LIMIT = 1_000_000  # steps: the clock ends the run
 TRIAL = GPTConfig.from_depth(4, VOCABULARY, 512)
 TRIAL_SECONDS = 3.0
@@ -66,24 +69,26 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         hub, data = config.data == "climbmix", config.data
         own, corpus = world.together(lambda: own_rows_and_corpus(data) if world.is_main else None)[0]
         flops = trial_flops(world, config.dtype)
-        shape, why = best_shape(60 * config.minutes * flops, corpus, own)
+        all_flops = 60 * config.minutes * flops
+        shape, why = best_shape(all_flops, corpus, own)
         if hub:
             data = f"data/climbmix-{VOCABULARY}"
             shape = dataclasses.replace(shape, vocab_size=VOCABULARY)
         if (folders[0] / CONFIG).exists():
             why = "as the run was started with"
+        recipe = timed(config.out, data, config.minutes, shape, passes(shape, all_flops, corpus))
         recipe = dataclasses.replace(
-            timed(config.out, data, config.minutes, shape), dtype=config.dtype, resume="auto",
+            recipe, dtype=config.dtype, resume="auto",
             validation_tokens=40 * REFERENCE_BATCH if hub else 0,
         )  # fmt: skip
         recipe = as_begun(dataclasses.replace(recipe, out=folders[0])).validate()
-        tokens = 60 * config.minutes * flops / nanochat_flops(meta_model(recipe.model))
+        tokens = all_flops / nanochat_flops(meta_model(recipe.model))
         shards = max(TOKENIZER_SHARDS, math.ceil(tokens / CLIMBMIX_TOKENS))
         download = download_words("climbmix", Path(data), shards, world) if hub else "nothing"
         title = f"the best model in {config.minutes:g} minutes on {config.data}"
         lines = plan(recipe, world, download, config.runs)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
-        lines["length"] += f"; ends after {MOST_EPOCHS} epochs if the corpus is a single shard"
+        lines["length"] += f"; ends after {MOST_PASSES} epochs if the corpus is a single shard"
         vocabulary = "" if shard_folder(data) else f", vocabulary {recipe.model.vocab_size:,}"
         lines["shape"] = f"{recipe.batch_rows * recipe.model.context:,} tokens a step{vocabulary}: {why}"
         lines["record"] = record_words(config)
@@ -186,10 +191,19 @@ def trial_flops(world: World, dtype: str) -> float:
     return nanochat_flops(model) * ids.numel() * world.size * (steps - 1) / seconds
 
 
-def timed(out: Path, data: str, minutes: float, shape: TrainingShape) -> PretrainConfig:
-    """The configuration of a run of this many minutes."""
+def timed(out: Path, data: str, minutes: float, shape: TrainingShape, repeats: float) -> PretrainConfig:
+    """The configuration of a run of this many minutes.
+
+    repeats: how often it will read its text, about. Weight decays grow with that, as the text would be learnt
+    by heart otherwise.
+    """
+    repeats, optim = min(MOST_PASSES, round(repeats)), OptimConfig()
     return PretrainConfig(
-        out=out, data=data, model=shape.model, batch_rows=shape.batch_rows, micro_batch="auto",
+        out=out, data=data, model=dataclasses.replace(shape.model, bigram_rows=BIGRAM_ROWS),
+        batch_rows=shape.batch_rows, micro_batch="auto", most_epochs=MOST_PASSES,
+        optim=dataclasses.replace(
+            optim, weight_decay=repeats * optim.weight_decay, adamw_decay=repeats * optim.adamw_decay
+        ),
         schedule=ScheduleConfig(warmup_steps=20, final_lr=0.0, momentum_warmup_steps=200),
         loop=LoopConfig(NO_LIMIT, NO_LIMIT, NO_LIMIT, minutes=minutes),
     )  # fmt: skip
@@ -206,8 +220,9 @@ def as_begun(recipe: PretrainConfig) -> PretrainConfig:
     if "loop.minutes" in (found := changes(saved, recipe)):
         raise ValueError(f"{recipe.out}: {found['loop.minutes']}; choose another --out")
     return dataclasses.replace(
-        recipe, model=GPTConfig.from_dict(saved["model"]), batch_rows=saved["batch_rows"]
-    )
+        recipe, model=GPTConfig.from_dict(saved["model"]), batch_rows=saved["batch_rows"],
+        optim=OptimConfig(**saved["optim"]),
+    )  # fmt: skip
 
 
 def main(config: MinutesConfig) -> None:

@@ -18,9 +18,9 @@ from hotlap.common.log import log
 from hotlap.common.options import merge
 from hotlap.common.terminal import printable
 from hotlap.model.config import GPTConfig
+from hotlap.train.config import MOST_EPOCHS, PretrainConfig
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import PRETRAIN
-from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
 from hotlap.train.run.folder import read_machines
 from hotlap.train.studies import compare_report
 from hotlap.train.studies.compare_report import Trained

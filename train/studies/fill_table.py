@@ -20,7 +20,7 @@ from hotlap.train.data.shards import shard_paths, shard_tokens
 from hotlap.train.data.sources import shard_folder
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import REFERENCE_BATCH
-from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig, check_sizes
+from hotlap.train.pretrain import PretrainConfig, check_sizes
 from hotlap.train.run.folder import read_machines, run_lock
 from hotlap.train.speedruns.minutes import VOCABULARY, timed, trial_flops
 from hotlap.train.speedruns.plan import confirm
@@ -32,6 +32,7 @@ from hotlap.train.speedruns.shapes import (
     best_shape,
     own_rows_and_corpus,
     own_table,
+    passes,
     write_table,
 )
 from hotlap.train.studies import sweep
@@ -66,7 +67,7 @@ def fill_table(config: SweepConfig) -> Row | None:
             files.write_object(config.out / SERIES, begun)
 
         def score(shape: TrainingShape) -> list[float]:
-            return trained(shape, start, folder, config, world)
+            return trained(shape, start, folder, config, begun, world)
 
         best, found = search(start, axes, score)
         if not math.isfinite(mean(found[best])):
@@ -131,7 +132,7 @@ def plan(config: SweepConfig, begun: dict, start: TrainingShape, axes: tuple[str
 
 
 def trained(
-    shape: TrainingShape, start: TrainingShape, data: str, config: SweepConfig, world: World
+    shape: TrainingShape, start: TrainingShape, data: str, config: SweepConfig, begun: dict, world: World
 ) -> list[float]:
     """Bits per byte of a shape on each seed; infinite where the machine or the time is too small for it.
 
@@ -139,7 +140,7 @@ def trained(
     """
     out = config.out / f"vocabulary-{shape.vocab_size}"
     first = dataclasses.replace(start, vocab_size=shape.vocab_size)
-    recipe, base = (recipe_of(s, data, config) for s in (shape, first))
+    recipe, base = (recipe_of(s, data, config, begun) for s in (shape, first))
     name = "-".join(f"{part}{value}" for part, value in dataclasses.asdict(shape).items())
     try:
         check_sizes(recipe, world)
@@ -152,7 +153,7 @@ def trained(
         if shape != first:
             variants[name] = sweep.Variant(recipe)
         speed = sweep.seconds_per_step(variants, shards, out, world)[name if shape != first else sweep.BASE]
-        steps = steps_in(config.seconds, speed, shape, shards)
+        steps = steps_in(config.seconds, speed, recipe, shards)
         if not steps:
             log.info("%s: not tried, as a step takes %.3g s", shape, speed)
             return [math.inf] * config.seeds
@@ -166,22 +167,26 @@ def trained(
     return scores
 
 
-def recipe_of(shape: TrainingShape, data: str, config: SweepConfig) -> PretrainConfig:
+def recipe_of(shape: TrainingShape, data: str, config: SweepConfig, begun: dict) -> PretrainConfig:
     """The recipe of `hotlap speedrun minutes`, with a length in steps: a busy machine does not change it."""
-    recipe = timed(config.out, data, config.seconds / 60, shape)
+    repeats = passes(shape, begun["flops"], begun["corpus_bytes"])
+    recipe = timed(config.out, data, config.seconds / 60, shape, repeats)
     return dataclasses.replace(
         recipe, loop=dataclasses.replace(recipe.loop, minutes=0.0),
         validation_tokens=40 * REFERENCE_BATCH if config.data == "climbmix" else 0,
     )  # fmt: skip
 
 
-def steps_in(seconds: float, speed: float, shape: TrainingShape, shards: Path) -> int:
+def steps_in(seconds: float, speed: float, recipe: PretrainConfig, shards: Path) -> int:
     """Steps in the time, or until `hotlap speedrun minutes` ends after a few passes over a single shard."""
     paths = shard_paths(shards, "train")
     steps = int(seconds / speed)
     if len(paths) > 1:
         return steps
-    return min(steps, math.ceil(MOST_EPOCHS * shard_tokens(paths[0]) / shape.step_tokens))
+    return min(
+        steps,
+        math.ceil(recipe.most_epochs * shard_tokens(paths[0]) / (recipe.batch_rows * recipe.model.context)),
+    )
 
 
 def written(best: TrainingShape, found: Scores, begun: dict, config: SweepConfig) -> Row:

@@ -22,9 +22,9 @@ from hotlap.kernels.dispatch import default_device
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.tokenizer import Tokenizer
 from hotlap.model.weights import TOKENIZER
+from hotlap.train.config import MOST_EPOCHS, PretrainConfig
 from hotlap.train.distributed.world import World, joined
 from hotlap.train.presets import from_depth, matmul_parameters
-from hotlap.train.pretrain import MOST_EPOCHS, PretrainConfig
 from hotlap.train.run.folder import read_machines
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour
 from hotlap.train.studies.config import ScalingConfig

@@ -129,7 +129,7 @@ def test_the_numbers_of_adamw_are_those_of_nanochat():
     rules = {  # learning rate, betas, weight decay, eps
         "head": (0.008, (0.8, 0.96), 0.01, 1e-10),
         "embedding": (0.3, (0.8, 0.995), 0.001, 1e-10),
-        "bigrams": (0.3, (0.0, 0.995), 0.1, 1e-10),
+        "bigrams": (0.15, (0.0, 0.995), 0.05, 1e-10),
         "value_embeddings": (0.15, (0.8, 0.995), 0.01, 1e-10),
         "residual_scale": (0.005, (0.8, 0.95), 0.05, 1e-8),
         "x0_scale": (0.5, (0.96, 0.95), 0.0, 1e-8),
@@ -144,6 +144,15 @@ def test_the_numbers_of_adamw_are_those_of_nanochat():
         assert (group["lr"], group["weight_decay"]) == pytest.approx((numbers[0], numbers[2])), name
         assert (group["betas"], group["eps"]) == (numbers[1], numbers[3]), name
     assert {g["lr"] for g in groups if g["muon"]} == {0.02}
+
+
+def test_the_decay_of_adamw_grows_for_what_has_rows_alone():
+    with torch.device("meta"):
+        model = GPT(tiny_config(bigram_rows=10))
+    plain, more = (parameter_groups(model, OptimConfig(adamw_decay=decay)) for decay in (1.0, 3.0))
+    for one, other in zip(plain, more, strict=True):
+        tables = one["names"][0].startswith(("embedding", "bigrams", "value_embeddings", "head"))
+        assert other["weight_decay"] == pytest.approx(one["weight_decay"] * (3 if tables else 1))
 
 
 def test_adamw_learning_rates_fall_with_the_root_of_the_width():

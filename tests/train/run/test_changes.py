@@ -243,11 +243,11 @@ def test_a_checkpoint_that_does_not_say_its_configuration_is_extended_with_a_war
 
 def test_a_speedrun_of_minutes_is_not_extended(tmp_path):
     shape = TrainingShape(depth=2, context=128, step_tokens=1024, vocab_size=300)
-    recipe = timed_recipe(tmp_path, "text", 1.0, shape)
+    recipe = timed_recipe(tmp_path, "text", 1.0, shape, 2.0)
     write_config(tmp_path, recipe)
-    assert as_begun(recipe) == recipe
+    assert as_begun(recipe) == as_begun(timed_recipe(tmp_path, "text", 1.0, shape, 7.0)) == recipe
     with pytest.raises(ValueError, match=r"loop\.minutes: saved 1\.0, current 2\.0; choose another --out"):
-        as_begun(timed_recipe(tmp_path, "text", 2.0, shape))
+        as_begun(timed_recipe(tmp_path, "text", 2.0, shape, 2.0))
 
 
 def test_what_is_compared_by_content_may_have_another_name(tmp_path, caplog):

@@ -16,12 +16,14 @@ from helpers.hub_data import add_climbmix, add_fineweb
 
 from hotlap.cli import main
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
+from hotlap.train.config import MOST_EPOCHS, OptimConfig
 from hotlap.train.data import prepare
 from hotlap.train.loop import LoopConfig
 from hotlap.train.presets import gpt2_124m, gpt2_grade
-from hotlap.train.pretrain import MOST_EPOCHS, pretrain
+from hotlap.train.pretrain import pretrain
 from hotlap.train.run.metrics import read_metrics
 from hotlap.train.speedruns import minutes, track
+from hotlap.train.speedruns.shapes import TrainingShape
 
 TRACK = [
     "speedrun",
@@ -148,6 +150,15 @@ def test_minutes_learns_a_tokenizer_trains_by_the_clock_and_says_the_bits(
     printed = capsys.readouterr().out
     assert "scored again" in printed and "its training shards are those in" in printed
     assert "not checked" not in printed
+
+
+def test_weight_decays_grow_with_the_passes_of_a_timed_run(tmp_path):
+    shape, plain = TrainingShape(2, 64, 128, 320), OptimConfig()
+    for passes, times in ((1.0, 1), (3.2, 3), (1000.0, minutes.MOST_PASSES)):
+        run = minutes.timed(tmp_path, "pydocs", 5.0, shape, passes).validate()
+        assert run.optim.weight_decay == pytest.approx(times * plain.weight_decay)
+        assert run.optim.adamw_decay == pytest.approx(times)
+        assert run.most_epochs == minutes.MOST_PASSES and run.model.bigram_rows
 
 
 def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
