@@ -25,7 +25,7 @@ from hotlap.train.data.sources import documents_of, shard_folder
 PACKAGED = Path(__file__).with_name("shapes.json")
 VERSION = 1  # of the files' format
 NEAR = 2.0  # a row with FLOPs and passes within this factor is taken as it is
-TOKEN_BYTES = 4  # about; 4.16 of `pydocs` at a vocabulary of 8,192
+TOKEN_BYTES = 4  # of text, about, in shards of any tokenizer
 CLIMBMIX_BYTES = 250_000_000 * len(CLIMBMIX.files["train"])
 
 
@@ -165,11 +165,18 @@ def flops_per_token(shape: TrainingShape) -> int:
     return nanochat_flops(meta_model(shape.model))
 
 
+def token_bytes(vocab_size: int) -> float:
+    """Bytes of text in a token, about: a line through 2.53, 3.12, 3.68 and 4.16 of `pydocs`, with 1,024 to
+    8,192 tokens.
+    """
+    return max(1.0, 0.54 * math.log2(vocab_size) - 2.85)
+
+
 def passes(shape: TrainingShape, flops: float, corpus: float) -> float:
     """How often a run with so many FLOPs reads a corpus of so many bytes; at least 1, as a part of a large
     corpus is as good as all of a smaller one.
     """
-    return max(1.0, TOKEN_BYTES * flops / flops_per_token(shape) / corpus)
+    return max(1.0, token_bytes(shape.vocab_size) * flops / flops_per_token(shape) / corpus)
 
 
 def distance(row: Row, flops: float, corpus: float) -> float:

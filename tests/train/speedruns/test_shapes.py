@@ -21,6 +21,7 @@ from hotlap.train.speedruns.shapes import (
     flops_per_token,
     own_table,
     read_table,
+    token_bytes,
 )
 
 LARGE = 1e15  # bytes, more than any run reads
@@ -68,7 +69,7 @@ def test_a_user_s_row_counts_first_and_is_named():
 
 def test_a_row_of_a_small_text_is_for_runs_that_read_it_as_often():
     flops = 1e14
-    read = TOKEN_BYTES * flops / flops_per_token(row().shape)  # bytes of the run
+    read = token_bytes(1024) * flops / flops_per_token(row().shape)  # bytes of the run
     small, large = row(flops, read / 8, depth=6), row(flops, LARGE)
     assert best_shape(flops, read / 7, [], [large, small])[0] == small.shape
     assert best_shape(flops, read * 3, [], [small, large])[0] == large.shape
