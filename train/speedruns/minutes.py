@@ -195,15 +195,17 @@ def timed(out: Path, data: str, minutes: float, shape: TrainingShape, repeats: f
     """The configuration of a run of this many minutes.
 
     repeats: how often it will read its text, about. Weight decays grow with that, as the text would be learnt
-    by heart otherwise.
+    by heart otherwise. The scalars' rate falls with the root of the batch: at half a million tokens' rate, on
+    some seeds they wander so far that the blocks learn less.
     """
-    repeats, optim = min(MOST_PASSES, round(repeats)), OptimConfig()
+    repeats, plain = min(MOST_PASSES, round(repeats)), OptimConfig()
+    optim = dataclasses.replace(
+        plain, weight_decay=repeats * plain.weight_decay, adamw_decay=repeats * plain.adamw_decay,
+        scalar_lr=plain.scalar_lr * (shape.step_tokens / REFERENCE_BATCH) ** 0.5,
+    )  # fmt: skip
     return PretrainConfig(
         out=out, data=data, model=dataclasses.replace(shape.model, bigram_rows=BIGRAM_ROWS),
-        batch_rows=shape.batch_rows, micro_batch="auto", most_epochs=MOST_PASSES,
-        optim=dataclasses.replace(
-            optim, weight_decay=repeats * optim.weight_decay, adamw_decay=repeats * optim.adamw_decay
-        ),
+        batch_rows=shape.batch_rows, micro_batch="auto", most_epochs=MOST_PASSES, optim=optim,
         schedule=ScheduleConfig(warmup_steps=20, final_lr=0.0, momentum_warmup_steps=200),
         loop=LoopConfig(NO_LIMIT, NO_LIMIT, NO_LIMIT, minutes=minutes),
     )  # fmt: skip

@@ -158,6 +158,7 @@ def test_weight_decays_grow_with_the_passes_of_a_timed_run(tmp_path):
         run = minutes.timed(tmp_path, "pydocs", 5.0, shape, passes).validate()
         assert run.optim.weight_decay == pytest.approx(times * plain.weight_decay)
         assert run.optim.adamw_decay == pytest.approx(times)
+        assert run.optim.scalar_lr == pytest.approx(plain.scalar_lr * (128 / 2**19) ** 0.5)
         assert run.most_epochs == minutes.MOST_PASSES and run.model.bigram_rows
 
 
