@@ -160,4 +160,5 @@ def main(config: RecordsConfig) -> None:
     records = read_records(config.out)
     picture = draw(records, config.out / PICTURE)
     files.write(config.out / PAGE, page(records, picture))
-    print(printable(f"{config.out / PAGE}: {len(records)} records" + (f", with {added}" if added else "")))
+    many = "1 record" if len(records) == 1 else f"{len(records)} records"
+    print(printable(f"{config.out / PAGE}: {many}" + (f", with {added}" if added else "")))

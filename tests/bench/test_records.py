@@ -87,7 +87,7 @@ def test_a_record_is_added_once_if_every_claim_holds(tmp_path, capsys, monkeypat
     )
     assert not (tmp_path / "table").exists()
     left.clear()
-    assert main(command) == 0 and "1 records, with" in capsys.readouterr().out
+    assert main(command) == 0 and "1 record, with" in capsys.readouterr().out
     name = "pydocs-cpu-2-threads-2026-01-02-03-04.json"
     assert json.loads((tmp_path / "table" / name).read_text()) == json.loads(path.read_text())
     assert name in (tmp_path / "table" / records.PAGE).read_text()
