@@ -32,17 +32,19 @@ GPT2_MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50304 * 768
 
 
 def shakespeare_char() -> PretrainConfig:
-    """A character model of Shakespeare for two cores: nanoGPT's CPU recipe, for comparison with nanoGPT."""
+    """A character model of Shakespeare for two cores, of the size of nanoGPT's recipe for CPUs. It ends
+    where it is a little better than that.
+    """
     model = GPTConfig(
         vocab_size=128, context=128, layers=4, width=128, heads=2, kv_heads=2, window_pattern="L",
-        value_embeddings=False, residual_scalars=False, backout=False,
+        bigram_rows=8192, residual_scalars=False, backout=False,
     )  # fmt: skip
     return PretrainConfig(
         out=Path("runs/shakespeare-char"), data="shakespeare", tokenizer="characters",
         batch_rows=16, model=model,
-        optim=OptimConfig(weight_decay=0.0),
+        optim=OptimConfig(matrix_lr=0.03, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=15, warmdown=0.6, momentum_warmup_steps=45),
-        loop=LoopConfig(150, evaluate_every=150, save_every=150),
+        loop=LoopConfig(90, evaluate_every=90, save_every=90),
     )  # fmt: skip
 
 
