@@ -59,7 +59,7 @@ def training(field: str, form: str, scale: float = 1, rows: int = 16) -> tuple:
 
 def characters(turn: int, provider: str, field: str = "seconds", form: str = ".0f") -> tuple:
     case = f"1,115,394 characters, turn {turn}"
-    return (f"{XEON}/shakespeare-char.json", case, provider, field, form)
+    return (f"{ZEN4}/shakespeare-char.json", case, provider, field, form)
 
 
 def demo(field: str, form: str = ".0f", scale: float = 1) -> tuple:
@@ -86,10 +86,10 @@ def portable(provider: str) -> tuple:
     return (f"{ZEN4}/portable.json", "tiny", provider, "validation_bpb", ".3f")
 
 
-def multiplier(change: str, *fields: str) -> list[tuple]:
+def multiplier(change: str, *fields: str, file: str = "compare") -> list[tuple]:
     """Values with their intervals."""
     ends = [f"{field}{end}" for field in fields for end in ("", "_low", "_high")]
-    return [(f"{ZEN4}/compare.json", "all depths", change, field, ".2f") for field in ends]
+    return [(f"{ZEN4}/{file}.json", "all depths", change, field, ".2f") for field in ends]
 
 
 SHOWN = ("unknown_refused_of_198", "facts_of_534")
@@ -123,6 +123,13 @@ CLAIMS = [  # a document, a text in it with {} for figures, and the figures
                 "the rounding | {} ({} to {}): no difference found | {} ({} to {}) | x {} ({} to {})",
                 "model.qk_gain=1.201",
             ),
+        )
+    ),
+    *(
+        ("docs/speedruns.md", text, multiplier(f"model.bigram_rows={rows}", "compute", "time", file="bigrams"))
+        for text, rows in (
+            ("16,384 rows need {} ({} to {}) of the compute and {} ({} to {}) of the time", 16384),
+            ("65,536 rows {} ({} to {}) and {} ({} to {})", 65536),
         )
     ),
     ("README.md", "tests a chat model in {} s", [demo("seconds")]),
