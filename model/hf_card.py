@@ -26,7 +26,7 @@ NOTES = (
 )
 CODE_NOTES = (
     "Transformers has no class for its extras, so `modeling_hotlap.py` in this folder is one, which "
-    "`trust_remote_code=True` lets it run. Read it first: it is 300 lines.",
+    "`trust_remote_code=True` lets it run. Read it first: it is 320 lines.",
     "`hotlap import hf` reads this model again.",
 )
 TOKEN_BEFORE_NOTE = (
