@@ -19,7 +19,7 @@ from hotlap.model.config import GPTConfig
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.model.gpt import GPT
 from hotlap.model.weights import CONFIG, STATE, run_checkpoints
-from hotlap.train.config import OptimConfig, PretrainConfig
+from hotlap.train.config import MOST_EPOCHS, OptimConfig, PretrainConfig
 from hotlap.train.data.prepare import CLIMBMIX_TOKENS, TOKENIZER_SHARDS, climbmix_with_tokenizer
 from hotlap.train.data.rows import Batch
 from hotlap.train.data.sources import TEXTS, shard_folder
@@ -88,7 +88,7 @@ def minutes_speedrun(config: MinutesConfig) -> dict:
         title = f"the best model in {config.minutes:g} minutes on {config.data}"
         lines = plan(recipe, world, download, config.runs)
         lines["length"] += f", about {tokens / 1e6:,.1f}M tokens at the measured {flops / 1e12:.3g} TFLOP/s"
-        lines["length"] += f"; ends after {MOST_PASSES} epochs if the corpus is a single shard"
+        lines["length"] += f"; ends after {recipe.most_epochs} epochs if the corpus is a single shard"
         vocabulary = "" if shard_folder(data) else f", vocabulary {recipe.model.vocab_size:,}"
         lines["shape"] = f"{recipe.batch_rows * recipe.model.context:,} tokens a step{vocabulary}: {why}"
         lines["record"] = record_words(config)
@@ -212,7 +212,7 @@ def timed(out: Path, data: str, minutes: float, shape: TrainingShape, repeats: f
 
 
 def as_begun(recipe: PretrainConfig) -> PretrainConfig:
-    """The recipe in the shape that its run was started with, even if another speed is measured now.
+    """The recipe as its run was started, whatever the speed is now and the recipe was then.
 
     ValueError if the run has another length: it may be extended, but is no result of this time then.
     """
@@ -223,7 +223,7 @@ def as_begun(recipe: PretrainConfig) -> PretrainConfig:
         raise ValueError(f"{recipe.out}: {found['loop.minutes']}; choose another --out")
     return dataclasses.replace(
         recipe, model=GPTConfig.from_dict(saved["model"]), batch_rows=saved["batch_rows"],
-        optim=OptimConfig(**saved["optim"]),
+        optim=OptimConfig(**saved["optim"]), most_epochs=saved.get("most_epochs", MOST_EPOCHS),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("huggingface_hub")
 from helpers.hub_data import add_climbmix, add_fineweb
 
 from hotlap.cli import main
+from hotlap.common.options import to_json
 from hotlap.model.flops import meta_model, nanochat_flops, parameter_counts
 from hotlap.train.config import MOST_EPOCHS, OptimConfig
 from hotlap.train.data import prepare
@@ -160,6 +161,18 @@ def test_weight_decays_grow_with_the_passes_of_a_timed_run(tmp_path):
         assert run.optim.adamw_decay == pytest.approx(times)
         assert run.optim.scalar_lr == pytest.approx(plain.scalar_lr * (128 / 2**19) ** 0.5)
         assert run.most_epochs == minutes.MOST_PASSES and run.model.bigram_rows
+
+
+def test_a_timed_run_goes_on_with_the_passes_and_decays_that_it_began_with(tmp_path):
+    shape = TrainingShape(2, 64, 128, 320)
+    begun = minutes.timed(tmp_path, "pydocs", 5.0, shape, 4)
+    saved = json.loads(to_json(dataclasses.replace(begun, most_epochs=6)))
+    now = minutes.timed(tmp_path, "pydocs", 5.0, TrainingShape(4, 64, 256, 640), 8)
+    for kept, passes in ((saved, 6), ({k: v for k, v in saved.items() if k != "most_epochs"}, MOST_EPOCHS)):
+        (tmp_path / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+        resumed = minutes.as_begun(now)
+        assert resumed.most_epochs == passes
+        assert (resumed.optim, resumed.model) == (begun.optim, begun.model)
 
 
 def test_a_timed_run_of_little_data_ends_with_the_data(tmp_path):
