@@ -1,6 +1,8 @@
 """The figures in docs/ are those of the result files that they name, to the digits that they give."""
 
+import dataclasses
 import json
+from statistics import mean
 
 import pytest
 from helpers.figures import (
@@ -29,6 +31,7 @@ from helpers.figures import (
 from hotlap.model.flops import meta_model, nanochat_flops
 from hotlap.train.presets import gpt2_124m, gpt2_grade
 from hotlap.train.speedruns.records import RECORDS, dollars_per_hour, throughput
+from hotlap.train.speedruns.shapes import PACKAGED, read_table
 
 SHOWN = ("unknown_refused_of_198", "facts_of_534")
 
@@ -209,6 +212,26 @@ def test_the_records_in_the_document_are_those_of_the_table():
     assert f"{first.seconds / last.seconds:.0f} times as long" in words
     assert f"read {first.tokens / last.tokens:.0f} times as much text" in words
     assert f"at {first.tokens_per_second / last.tokens_per_second:.2f} times the tokens/s" in words
+
+
+def test_the_search_for_a_shape_found_what_the_document_says():
+    row = next(row for row in read_table(PACKAGED) if row.data == "pydocs")
+    means = {tuple(one["shape"].values()): f"{mean(one['bpb']):.3f}" for one in row.tried}
+    layers, context, batch, vocabulary = dataclasses.astuple(row.shape)
+
+    def reached(**other: int) -> str:
+        return means[dataclasses.astuple(dataclasses.replace(row.shape, **other))]
+
+    words = words_of("docs/speedruns.md")
+    assert f"two seeds, on an AMD EPYC (Zen 4): it tried {'nine' if len(means) == 9 else len(means)}" in words
+    assert (
+        f"It began with {layers} layers, {batch:,} tokens a step, a context of {context} and a vocabulary of "
+        f"{vocabulary:,}, and stayed there, at {reached()} bits per byte. Half the batch reached "
+        f"{reached(step_tokens=batch // 2)}, twice the batch {reached(step_tokens=2 * batch)}; one layer "
+        f"{reached(depth=1)}, three layers {reached(depth=3)}; a vocabulary of 1,024 "
+        f"{reached(vocab_size=1024)}, of 4,096 {reached(vocab_size=4096)}; a context of 256 "
+        f"{reached(context=256)}. A context of 1,024 reached {reached(context=1024)}"
+    ) in words
 
 
 def test_the_table_of_ablations_is_that_of_its_result_file():
