@@ -1,4 +1,4 @@
-"""The figures in docs/ are those of the result files that they name, to the digits that they give."""
+"""The figures in docs/ and CONTRIBUTING.md are those of the result files, to the digits that they give."""
 
 import dataclasses
 import json
@@ -16,10 +16,12 @@ from helpers.figures import (
     ZEN5,
     beside_nanochat,
     bits,
+    ceiling,
     decoding,
     filled,
     minutes,
     multiplier,
+    overlap,
     portable,
     race,
     rl_trial,
@@ -36,6 +38,21 @@ from hotlap.train.speedruns.shapes import PACKAGED, read_table
 SHOWN = ("unknown_refused_of_198", "facts_of_534")
 
 CLAIMS = [  # a document, a text in it with {} for figures, and the figures
+    (
+        "docs/records.md",
+        "`pydocs` {} %, `docs` {} %, `bigbench` {} %, `shakespeare` {} %",
+        [overlap(corpus) for corpus in ("pydocs", "docs", "bigbench", "shakespeare")],
+    ),
+    (
+        "CONTRIBUTING.md",
+        "matmuls of 2,048 reach {} GFLOP/s, and {} with another program on one of the cores. By the clock, "
+        "{} become {}",
+        [
+            ceiling(case, clock)
+            for clock in ("by processor time", "by the clock")
+            for case in ("alone", "another program on one of two cores")
+        ],
+    ),
     (
         "docs/interop.md",
         "reaches {} bits per byte in 250 steps, `tiny-portable` {} in as many steps, and {} in as much time",
@@ -212,6 +229,22 @@ def test_the_records_in_the_document_are_those_of_the_table():
     assert f"{first.seconds / last.seconds:.0f} times as long" in words
     assert f"read {first.tokens / last.tokens:.0f} times as much text" in words
     assert f"at {first.tokens_per_second / last.tokens_per_second:.2f} times the tokens/s" in words
+
+
+def test_trials_on_two_seeds_have_the_means_of_their_result_file():
+    rows = json.loads((RESULTS / ZEN4 / "recipe.json").read_text(encoding="utf-8"))["rows"]
+
+    def reached(change: str) -> str:
+        seeds = [
+            r["validation_bpb"] for r in rows if f"scalar_lr=0.0625{change}, seed " in r.get("changed", "")
+        ]
+        assert len(seeds) == 2
+        return f"{mean(seeds):.3f}"
+
+    words = words_of("docs/speedruns.md")
+    assert f"| {reached(' softcap=0')}; {reached(' schedule.warmdown=0.75')} |" in words
+    every = ", tables stepped every 4th step"
+    assert f"| {reached(every)}; {reached(f'{every}, their decays times 4')} |" in words
 
 
 def test_the_search_for_a_shape_found_what_the_document_says():

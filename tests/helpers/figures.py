@@ -79,6 +79,14 @@ def portable(provider: str) -> tuple:
     return (f"{ZEN4}/portable.json", "tiny", provider, "validation_bpb", ".3f")
 
 
+def overlap(corpus: str) -> tuple:
+    return (f"{ZEN4}/overlap.json", corpus, "hotlap", "overlap", ".0f", 100)
+
+
+def ceiling(case: str, clock: str) -> tuple:
+    return (f"{ZEN4}/ceilings.json", f"matmuls of 2,048, {case}", clock, "gflops", ".0f")
+
+
 def multiplier(change: str, *fields: str, file: str = "compare") -> list[tuple]:
     """Values with their intervals."""
     ends = [f"{field}{end}" for field in fields for end in ("", "_low", "_high")]
