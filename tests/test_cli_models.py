@@ -145,7 +145,7 @@ def test_from_text_to_an_answer(work, capsys, monkeypatch):
     assert main(["chat", "sft", "-p", "square of 3", "--max-tokens", "8", "--seed", "0"]) == 0
     printed = capsys.readouterr()
     assert "parameters on cpu" in printed.err and printed.out.endswith("\n") and "error" not in printed.err
-    assert main(["chat", "base", "-p", "The square", "--max-tokens", "8"]) == 0
+    assert main(["chat", "base", "-p", "The square", "--max-tokens", "8", "--seed", "0"]) == 0
     assert "base model: " in capsys.readouterr().err
 
 

@@ -48,7 +48,7 @@ pretrain = ["pretrain", *{data}, *{MODEL_FLAGS}, "--out", "base"]
 assert main([*pretrain, *{run}]) == 0
 assert main([*pretrain, *{run}, "--loop.steps", "6", "--resume", "auto"]) == 0
 assert main(["sft", "--base", "base", "--data", "talks.jsonl", *{run}, "--out", "sft"]) == 0
-assert main(["chat", "sft", "--max-tokens", "4"]) == 0
+assert main(["chat", "sft", "--max-tokens", "4", "--seed", "0"]) == 0
 assert main(["chat", "sft", "-p", "Hello", "--max-tokens", "4", "--tools", "python"]) == 2
 assert main(["rl", "--base", "sft", "--data", "sums", "--out", "rl"]) == 2
 """
@@ -123,7 +123,7 @@ def test_training_and_chat_need_no_float64_on_a_macs_gpu(tmp_path, monkeypatch):
     write_text(tmp_path / "text.txt")
     with NoFloat64():
         assert pretrain_here() == 0
-        assert main(["chat", "base", "-p", "The", "--max-tokens", "4", "--top-p", "0.9"]) == 0
+        assert main(["chat", "base", "-p", "The", "--max-tokens", "4", "--top-p", "0.9", "--seed", "0"]) == 0
 
 
 def test_text_is_read_and_written_as_utf8(tmp_path):
