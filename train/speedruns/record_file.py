@@ -57,8 +57,7 @@ FIELDS = {
 def ceilings(world: World) -> dict | None:
     """Bytes/s of a copy and FLOP/s of a matmul, on rank 0; None elsewhere, and where nothing can time them.
 
-    On a CPU they count processor time, which another program on one of two cores lowers by a tenth; by the
-    clock it would be nearly half.
+    On a CPU they count processor time, so that other programs change them little.
     """
     if not world.is_main or world.device.type not in ("cpu", "cuda"):
         return None
