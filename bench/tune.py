@@ -34,9 +34,10 @@ from hotlap.kernels.tiles import (
     Tile,
     fitting_tiles,
     pick_tile,
+    read_tuned,
     tile_key,
-    tuned_choices,
-    tuned_tiles,
+    tuned,
+    tuned_file,
     write_tuned,
 )
 
@@ -56,7 +57,7 @@ def tune(config: TuneConfig) -> int:
         raise ValueError("hotlap bench tune needs Triton; unset HOTLAP_KERNELS and TRITON_INTERPRET")
     device = torch.device("cuda", torch.cuda.current_device())
     facts = device_facts(device)
-    results, choices = dict(tuned_tiles(facts.name)), dict(tuned_choices(facts.name))
+    results, choices, _ = read_tuned(tuned_file(facts.name))
     cases: dict[str, tuple[Case, tuple[str, int]]] = {}
     for name in (name for name in kernels if name in MODULES):
         module = importlib.import_module(f"hotlap.kernels.{name}")
@@ -103,7 +104,7 @@ def compile_tiles(module: str, place: int) -> None:
     case = importlib.import_module(f"hotlap.kernels.{module}").cases(torch.bfloat16)[place]
     facts, launch = device_facts(device), case.run(device)
     for tile in fitting_tiles(case.table, case.size, facts):
-        with choice_of(tuned_tiles(facts.name), tile_key(case.table, case.size), tile):
+        with choice_of(tuned(facts).tiles, tile_key(case.table, case.size), tile):
             launch()
     torch.cuda.synchronize()
 
@@ -112,7 +113,7 @@ def measure_tiles(case: Case, seconds: float, device: torch.device) -> dict[int,
     """Milliseconds of each fitting tile that runs, by its index. Timings are interleaved."""
     facts = device_facts(device)
     tiles, launch = fitting_tiles(case.table, case.size, facts), case.run(device)
-    chosen, key = tuned_tiles(facts.name), tile_key(case.table, case.size)
+    chosen, key = tuned(facts).tiles, tile_key(case.table, case.size)
 
     def launch_with(tile: Tile, _: int) -> None:
         with choice_of(chosen, key, tile):

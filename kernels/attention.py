@@ -38,7 +38,7 @@ from hotlap.kernels.attention_torch import (
 from hotlap.kernels.batch_invariant import invariant
 from hotlap.kernels.cpu.measured import fastest
 from hotlap.kernels.dispatch import autocast, constant, device_facts, kernel_choice, kernel_op, use_triton
-from hotlap.kernels.tiles import next_power_of_2, tuned_choices
+from hotlap.kernels.tiles import next_power_of_2, tuned
 
 
 def visible_keys(T: int, S: int, window: int | None, document_start: Tensor | None, device) -> Tensor:
@@ -201,7 +201,7 @@ def _choose(
     else:
         measured = None
         if kernels and not (documents or softcap):
-            measured = tuned_choices(device_facts(device).name).get(case_key(C, S, window))
+            measured = tuned(device_facts(device)).choices.get(case_key(C, S, window))
         hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
         ranking = (measured, hopper and "cudnn", "flash", kernels and "triton", "sdpa", "blockwise")
         case = (device, dtype, C, S, grouped, plain, documents)

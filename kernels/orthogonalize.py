@@ -40,7 +40,7 @@ from hotlap.kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
-from hotlap.kernels.tiles import Case, Tile, cdiv, fitting_tiles, pick_tile, tuned_choices, type_name
+from hotlap.kernels.tiles import Case, Tile, cdiv, fitting_tiles, pick_tile, tuned, type_name
 
 Polynomial = tuple[float, float, float]
 POLAR_EXPRESS: tuple[Polynomial, ...] = (
@@ -337,7 +337,7 @@ def gram_aspect(device: torch.device) -> float:
     """K / n from which the Gram form is used on a device, as measured there or by default."""
     if device.type != "cuda":
         return GRAM_ASPECT
-    return float(tuned_choices(device_facts(device).name).get(GRAM_CHOICE, GRAM_ASPECT))
+    return float(tuned(device_facts(device)).choices.get(GRAM_CHOICE, GRAM_ASPECT))
 
 
 def _stages(

@@ -2,7 +2,8 @@
 
 Candidates that need more shared memory or threads than the device has are skipped, so that no GPU fails at
 its first call. `hotlap bench tune` measures the candidates on this GPU and stores the fastest, which are
-preferred from then on. tuned/ has the results for GPUs that we measured, by device name.
+preferred from then on. tuned/ has the results for GPUs that we measured, by compute capability: the same
+instructions and shared memory make a better guess than the order of a table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,49 +76,50 @@ def tuned_file(name: str) -> Path:
     return files.cache_folder() / "tiles" / _slug(name)
 
 
-def shipped_file(name: str) -> Path:
-    """The file with the tiles that ship with the kernels; it may not exist."""
-    return Path(__file__).parent / "tuned" / _slug(name)
+def shipped_file(compute: int) -> Path:
+    """The file with the tiles that ship with the kernels, for a compute capability; it may not exist."""
+    return Path(__file__).parent / "tuned" / f"sm_{compute}.json"
 
 
 def _slug(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
+class Tuned(NamedTuple):
+    """What was measured on a device, by key."""
+
+    tiles: dict[str, Tile]
+    choices: dict[str, str]  # all but tiles, such as attention backends
+    device: str = ""  # its name
+
+
 @functools.cache
-def _tuned(name: str) -> tuple[dict[str, Tile], dict[str, str]]:
-    """The tiles that ship with the kernels, overridden by those measured here."""
-    tiles, choices = _stored(shipped_file(name), any_triton=True)
-    measured, chosen = _stored(tuned_file(name))
-    return {**tiles, **measured}, {**choices, **chosen}
+def tuned(device: Device) -> Tuned:
+    """What ships with the kernels for devices like this one, overridden by what was measured here."""
+    shipped = read_tuned(shipped_file(device.compute), any_triton=True)
+    here = read_tuned(tuned_file(device.name))
+    if shipped.tiles and not here.tiles and shipped.device != device.name:
+        log.info("tiles of kernels are those for an %s; for this GPU's: hotlap bench tune", shipped.device)
+    return Tuned(shipped.tiles | here.tiles, shipped.choices | here.choices, device.name)
 
 
-def _stored(path: Path, any_triton: bool = False) -> tuple[dict[str, Tile], dict[str, str]]:
-    """Tiles and choices in a file; empty if there is no file. any_triton: accept tiles measured under another
-    version, which are better than a guess.
+def read_tuned(path: Path, any_triton: bool = False) -> Tuned:
+    """What is in a file; empty if there is no file. any_triton: accept what was measured under another
+    version, which is better than a guess.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         tiles = {key: Tile(**tile) for key, tile in stored["tiles"].items()}
         choices = dict(stored.get("choices", {}))
+        device = str(stored.get("device", ""))
     except FileNotFoundError:
-        return {}, {}
+        return Tuned({}, {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, or run: hotlap bench tune") from None
     if stored.get("triton") != triton.__version__ and not any_triton:
         log.warning("tiles in %s are for triton %s; run again: hotlap bench tune", path, stored.get("triton"))
-        return {}, {}
-    return tiles, choices
-
-
-def tuned_tiles(name: str) -> dict[str, Tile]:
-    """The measured tiles of a device by key; empty if it was not tuned, or tuned with another Triton."""
-    return _tuned(name)[0]
-
-
-def tuned_choices(name: str) -> dict[str, str]:
-    """What else was measured on a device, such as attention backends, by key; empty as above."""
-    return _tuned(name)[1]
+        return Tuned({}, {})
+    return Tuned(tiles, choices, device)
 
 
 def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> Path:
@@ -125,12 +127,13 @@ def write_tuned(name: str, tiles: dict[str, Tile], choices: dict[str, str]) -> P
     path = tuned_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {
+        "device": name,
         "triton": triton.__version__,
         "tiles": {key: asdict(tile) for key, tile in tiles.items()},
         "choices": choices,
     }
     files.write_object(path, text)
-    _tuned.cache_clear()
+    tuned.cache_clear()
     pick_tile.cache_clear()
     return path
 
@@ -153,8 +156,8 @@ def pick_tile(table: Table, size: int, device: Device) -> Tile:
     A measured tile counts only while it is in the table.
     """
     fitting = fitting_tiles(table, size, device)
-    tuned = tuned_tiles(device.name).get(tile_key(table, size))
-    return tuned if tuned in fitting else fitting[0]
+    measured = tuned(device).tiles.get(tile_key(table, size))
+    return measured if measured in fitting else fitting[0]
 
 
 def tile_key(table: Table, size: int) -> str:

@@ -14,10 +14,10 @@ if dispatch.INTERPRETED:
 def cache(tmp_path, monkeypatch):
     """A cache of measured tiles, with nothing in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (tiles.pick_tile, tiles._tuned):
+    for function in (tiles.pick_tile, tiles.tuned):
         function.cache_clear()
     yield tmp_path
-    for function in (tiles.pick_tile, tiles._tuned):
+    for function in (tiles.pick_tile, tiles.tuned):
         function.cache_clear()
 
 

@@ -40,9 +40,9 @@ def hopper(monkeypatch, tmp_path):
             device, dtype, C, S, False, plain, documents, kernels, window, softcap, False
         )
 
-    tiles._tuned.cache_clear()
+    tiles.tuned.cache_clear()
     yield chosen
-    tiles._tuned.cache_clear()
+    tiles.tuned.cache_clear()
 
 
 def test_what_is_not_measured_is_chosen_by_a_rule(hopper):

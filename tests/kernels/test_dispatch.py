@@ -115,10 +115,24 @@ def test_what_comes_with_the_kernels_counts_until_the_device_is_measured_here(ca
     device, shipped = Device("gpu", 100_000, 8), cache / "shipped.json"
     stored = {"triton": "2.0", "tiles": {"a_table_of 1": dataclasses.asdict(SMALL)}, "choices": {"a": "b"}}
     shipped.write_text(json.dumps(stored))
-    monkeypatch.setattr(tiles, "shipped_file", lambda name: shipped)
-    assert pick_tile(a_table_of_tiles, 1, device) == SMALL and tiles.tuned_choices("gpu") == {"a": "b"}
+    monkeypatch.setattr(tiles, "shipped_file", lambda compute: shipped)
+    assert pick_tile(a_table_of_tiles, 1, device) == SMALL and tiles.tuned(device).choices == {"a": "b"}
     write_tuned("gpu", {"a_table_of 1": LARGE}, {})
-    assert pick_tile(a_table_of_tiles, 1, device) == LARGE and tiles.tuned_choices("gpu") == {"a": "b"}
+    assert pick_tile(a_table_of_tiles, 1, device) == LARGE and tiles.tuned(device).choices == {"a": "b"}
+
+
+def test_a_gpu_like_one_that_was_measured_takes_its_tiles_and_says_so_once(cache, monkeypatch, caplog):
+    stored = {"device": "H100", "triton": "2.0", "tiles": {"a_table_of 1": dataclasses.asdict(SMALL)}}
+    (cache / "sm_90.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(tiles, "shipped_file", lambda compute: cache / f"sm_{compute}.json")
+    h100 = Device("H100", 100_000, 8, compute=90)
+    assert pick_tile(a_table_of_tiles, 1, h100) == SMALL and not caplog.messages
+    for size, tile in ((1, SMALL), (2, LARGE)):
+        assert pick_tile(a_table_of_tiles, size, h100._replace(name="H200")) == tile
+    assert caplog.messages == ["tiles of kernels are those for an H100; for this GPU's: hotlap bench tune"]
+    assert pick_tile(a_table_of_tiles, 1, h100._replace(name="B200", compute=100)) == LARGE
+    write_tuned("H200", {"a_table_of 1": LARGE}, {})
+    assert pick_tile(a_table_of_tiles, 1, h100._replace(name="H200")) == LARGE and len(caplog.messages) == 1
 
 
 def test_every_table_that_comes_with_the_kernels_can_be_read_and_names_tiles_that_there_are():
@@ -128,9 +142,9 @@ def test_every_table_that_comes_with_the_kernels_can_be_read_and_names_tiles_tha
         for case in importlib.import_module(f"hotlap.kernels.{name}").cases(torch.bfloat16):
             found[tiles.tile_key(case.table, case.size)] = tiles.fitting_tiles(case.table, case.size, device)
     for path in Path(tiles.__file__).parent.glob("tuned/*.json"):
-        measured, choices = tiles._stored(path, any_triton=True)
-        assert measured and choices and path == tiles.shipped_file(path.stem)
-        if "h100" in path.stem:
+        measured, choices, name = tiles.read_tuned(path, any_triton=True)
+        assert measured and choices and path == tiles.shipped_file(int(path.stem.removeprefix("sm_")))
+        if name == device.name:
             for key, tile in measured.items():
                 absent = "hopper" in tile.kernel and attention_hopper.MISSING  # Gluon, from the interpreter
                 assert absent or tile in found[key], key

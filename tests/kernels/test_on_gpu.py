@@ -27,7 +27,7 @@ from hotlap.kernels.muon import muon_apply, muon_factors, muon_momentum, muon_sq
 from hotlap.kernels.orthogonalize import orthogonalize
 from hotlap.kernels.relu2 import relu2, relu2_ref
 from hotlap.kernels.rms_norm import rms_norm
-from hotlap.kernels.tiles import fitting_tiles, tuned_tiles
+from hotlap.kernels.tiles import fitting_tiles, tuned
 from hotlap.model.gpt import GPT
 
 pytestmark = pytest.mark.gpu
@@ -256,7 +256,7 @@ def test_facts_of_the_device_are_sane():
 
 def test_tuning_measures_every_tile_that_fits_and_chooses_none_by_itself():
     case, facts = module.cases(torch.bfloat16)[0], device_facts(DEVICE)
-    chosen = dict(tuned_tiles(facts.name))
+    chosen = dict(tuned(facts).tiles)
     times = tune.measure_tiles(case, 0.01, DEVICE)
     assert len(times) == len(fitting_tiles(case.table, case.size, facts)) and min(times.values()) > 0
-    assert tuned_tiles(facts.name) == chosen
+    assert tuned(facts).tiles == chosen
