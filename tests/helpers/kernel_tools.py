@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,57 +18,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What float32 results may be off by: a rounding or two; and more on a GPU, whose exp2, division and square
 # root are approximations good to two units in the last place, of values that cancel.
 SMALLEST_ERROR = 2**-19 if DEVICE.type == "cuda" else 2**-22
-
-
-def mend_interpreter() -> None:
-    """Mend Triton's interpreter, which keeps bfloat16 as uint16, truncates and computes on the bits, rounds
-    to fp8 wrongly, and keeps NaN in a maximum, where GPUs take the other number.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widen(x: TensorHandle) -> TensorHandle:
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def narrow(data: np.ndarray) -> TensorHandle:
-        rounded = torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(torch.bfloat16)
-        return TensorHandle(rounded.view(torch.uint16).numpy().reshape(data.shape), tl.bfloat16)
-
-    fp8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-    cast, dot, binary = (getattr(InterpreterBuilder, n) for n in ("cast_impl", "create_dot", "binary_op"))
-    convert = InterpreterBuilder.create_fp_to_fp
-
-    def cast_impl(self, source, target):
-        types = (source.dtype.scalar, target.scalar)
-        if types == (tl.float32, tl.bfloat16):
-            return narrow(source.data)
-        if types == (tl.bfloat16, tl.float32):
-            return widen(source)
-        return cast(self, source, target)
-
-    def create_fp_to_fp(self, source, target, mode):
-        if source.dtype.scalar == tl.float32 and target.scalar in fp8:
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(fp8[target.scalar])
-            return TensorHandle(rounded.view(torch.uint8).numpy().reshape(source.data.shape), target.scalar)
-        return convert(self, source, target, mode)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = widen(a), widen(b)
-        return dot(self, a, b, *rest)
-
-    def binary_op(self, a, b, operation):
-        if a.dtype.scalar == tl.bfloat16 and b.dtype.scalar == tl.bfloat16:
-            result = operation(widen(a).data, widen(b).data)
-            return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else narrow(result)
-        return binary(self, a, b, operation)
-
-    InterpreterBuilder.cast_impl = cast_impl
-    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
-    InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.binary_op = binary_op
-    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
-    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def error(value: Tensor, exact: Tensor, scale: float = 1e-30) -> float:

@@ -1,13 +1,15 @@
 import pytest
 import torch
 import torch._dynamo.trace_rules
-from helpers import kernel_tools
 
 from hotlap.bench.accuracy import poisoned_memory
 from hotlap.kernels import dispatch, tiles
 
 if dispatch.INTERPRETED:
-    kernel_tools.mend_interpreter()
+    from helpers import interpreter
+
+    interpreter.mend()
+    interpreter.hasten()
 
 
 @pytest.fixture
