@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 from helpers.tools import tiny_config
 
-from hotlap.bench import inference, kernels, peers, training
+from hotlap.bench import cases, inference, kernels, peers, training
 from hotlap.bench.models import model_config
 from hotlap.common import machine, timing
 from hotlap.kernels import peaks
@@ -19,3 +21,5 @@ def brief(monkeypatch):
     monkeypatch.setattr(machine, "busy_share", lambda: 0.0)
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)
+    monkeypatch.setitem(timing.measure.__kwdefaults__, "seconds", 0.03)
+    monkeypatch.setattr(cases, "gc", SimpleNamespace(collect=int))  # slow after many tests

@@ -1,6 +1,7 @@
 """Bad steps, and ranks that fail, hang or lag."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.ranks import Failed, run_ranks
-from helpers.run_functions import losses, metrics, pretraining, state_of
+from helpers.run_functions import command, losses, metrics, pretraining, state_of
 from helpers.small_runs import MODEL_FLAGS, write_text
 
 from hotlap.model.weights import run_checkpoints
@@ -104,17 +105,19 @@ def test_a_copy_that_differs_on_one_rank_is_found_before_it_is_saved(tmp_path):
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["step-000004"]
 
 
+COMMAND = [
+    "pretrain", "--data", "text.txt", "--tokenizer", "characters", *MODEL_FLAGS, "--batch-rows", "12",
+    "--dtype", "float32", "--compile", "off", "--loop.save-every", "4", "--out", "run", "--resume", "auto",
+]  # fmt: skip
+
+
 def torchrun(folder: Path, *flags: str, env: dict | None = None, restarts: int = 0) -> subprocess.Popen:
     """Start a pretraining on two ranks in folder/run, as a user would."""
-    import os
-
     write_text(folder / "text.txt")
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "--max-restarts", str(restarts), "-m", "hotlap.cli", "pretrain", "--data", "text.txt",
-            "--tokenizer", "characters", *MODEL_FLAGS, "--batch-rows", "12", "--dtype", "float32",
-            "--compile", "off", "--loop.save-every", "4", "--out", "run", "--resume", "auto", *flags,
+            "--max-restarts", str(restarts), "-m", "hotlap.cli", *COMMAND, *flags,
         ],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -126,8 +129,8 @@ def test_torchrun_restarts_killed_ranks_and_they_resume(tmp_path):
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     (tmp_path / "whole").mkdir()
-    whole = torchrun(tmp_path / "whole", "--loop.steps", "10")
-    assert whole.wait(120) == 0
+    write_text(tmp_path / "whole" / "text.txt")
+    run_ranks(2, command, str(tmp_path / "whole"), *COMMAND, "--loop.steps", "10")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole" / "run")
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole" / "run")
 

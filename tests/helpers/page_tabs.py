@@ -46,6 +46,11 @@ def ask(tab: Page, text: str) -> None:
     expect(box(tab)).to_be_enabled()
 
 
+def settle(tab: Page) -> None:
+    """Wait until the page is drawn: a click on what is being drawn again is lost."""
+    expect(tab.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+
+
 def measured(tab: Page) -> Locator:
     """What is said below each complete answer."""
     return tab.get_by_text("first text after")

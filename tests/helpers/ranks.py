@@ -8,6 +8,7 @@ import queue
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,13 @@ import torch.distributed as dist
 from hotlap.train.distributed.world import joined
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "hotlap.train.pretrain", "hotlap.train.sft", "helpers.ranks"])
+CONTEXT.set_forkserver_preload(
+    [
+        "hotlap.train.pretrain", "hotlap.train.sft", "helpers.ranks",
+        # what a run imports to make its optimizer and to draw its curves: two thirds of a small run's time
+        "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    ]
+)  # fmt: skip
 
 GRACE = 8.0  # seconds for all ranks to end after one has failed
 
@@ -72,8 +79,10 @@ def run_ranks(
                 failed |= {r: f"killed by signal {-ranks[r].exitcode}" for r in dead if r not in failed}
                 if not failed:
                     good_until = time.monotonic()
-                if time.monotonic() - began > timeout or time.monotonic() - good_until > GRACE:
-                    failed |= {r: "did not end" for r in range(size) if r not in found and r not in failed}
+                running = [r for r in range(size) if r not in found and r not in failed]
+                late = time.monotonic() - began > timeout or time.monotonic() - good_until > GRACE
+                if late or (failed and all(is_stopped(ranks[r]) for r in running)):
+                    failed |= dict.fromkeys(running, "did not end")
         seconds = time.monotonic() - began
     finally:
         for process in ranks:
@@ -83,6 +92,15 @@ def run_ranks(
     if failed:
         raise Failed(failed, seconds)
     return [found[rank] for rank in range(size)]
+
+
+def is_stopped(process) -> bool:
+    """By SIGSTOP, after which it does not end."""
+    try:
+        state = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2]
+    except FileNotFoundError:
+        return False
+    return state.startswith("T")
 
 
 def in_world(function: Callable, *arguments, timeout: float = 20):

@@ -11,6 +11,7 @@ import torch
 from helpers.small_runs import small_run, write_conversations
 from safetensors import safe_open
 
+from hotlap.cli import main
 from hotlap.common.log import log
 from hotlap.model.weights import run_checkpoints
 from hotlap.train.data import public
@@ -44,6 +45,12 @@ def pretraining(folder: str, name: str, timeout: float = 30, steps: int = 10, **
     with joined(timeout):
         pretrain(dataclasses.replace(config, out=Path(folder) / name, loop=loop, **fields))
     return said
+
+
+def command(folder: str, *words: str) -> None:
+    """`hotlap WORDS` in a folder."""
+    os.chdir(folder)
+    assert main(list(words)) == 0
 
 
 def validating(folder: str) -> dict:

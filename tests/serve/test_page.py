@@ -28,6 +28,7 @@ from helpers.page_tabs import (
     running_browser,
     said,
     send,
+    settle,
 )
 from helpers.running_server import running_server, served, wait_until
 from helpers.scripted_engine import ScriptedEngine
@@ -266,9 +267,11 @@ def test_a_conversation_can_be_renamed_and_deleted_after_a_question(tab, engine,
     tab.get_by_label("Title").fill("Renamed")
     tab.get_by_label("Title").press("Enter")
     expect(tab.get_by_role("button", name="Renamed")).to_be_visible()
+    settle(tab)
     press(tab, "Delete")
     expect(tab.get_by_text("and its ratings?")).to_be_visible()
     assert (folder / f"{name}.json").exists()
+    settle(tab)
     press(tab, "Yes, delete")
     expect(tab.get_by_role("button", name="Renamed")).to_have_count(0)
     expect_said(tab)
