@@ -1,5 +1,6 @@
 """Sampled answers: what they keep of tools and rewards, and the rows that training sees of them."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -90,8 +91,11 @@ def test_hostile_code_costs_its_answer_some_time_and_nothing_else(code, t, monke
 
 def children() -> set[str]:
     """Processes that this one has started and that still run."""
-    found = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {child for path in found for child in path.read_text().split()}
+    found: set[str] = set()
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found |= {*path.read_text().split()}
+    return found
 
 
 def test_without_tools_nothing_runs(t):
