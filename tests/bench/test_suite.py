@@ -27,9 +27,8 @@ from hotlap.bench.suite import SuiteConfig, run_suite
 
 @pytest.fixture
 def call(monkeypatch):
-    """A function that lets the call `look` consist of groups of phases, whose processes start at once."""
+    """A function that lets the call `look` consist of groups of phases."""
     monkeypatch.setattr(suite, "GRACE", 1)
-    monkeypatch.setattr(suite.multiprocessing, "get_context", lambda method: CONTEXT)
 
     def choose(*groups):
         monkeypatch.setitem(phases.CALLS, "look", groups)
@@ -37,7 +36,13 @@ def call(monkeypatch):
     return choose
 
 
-def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, tmp_path, capsys):
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of phases start at once, instead of importing torch each."""
+    monkeypatch.setattr(suite.multiprocessing, "get_context", lambda method: CONTEXT)
+
+
+def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, forked, tmp_path, capsys):
     call(
         (Phase("first", 60, works),),
         (Phase("hung", 6, hangs, 0.5), Phase("crashed", 60, crashes, 0.5), Phase("beside", 60, works, 0.5)),
@@ -63,7 +68,7 @@ def test_a_fault_ends_its_own_phase_and_nothing_is_lost(call, tmp_path, capsys):
             time.sleep(0.02)
 
 
-def test_a_phase_that_dies_goes_on_while_it_measures_more(call, tmp_path):
+def test_a_phase_that_dies_goes_on_while_it_measures_more(call, forked, tmp_path):
     call((Phase("kernels", 300, dies_twice), Phase("other", 60, works)))
     assert run_suite(SuiteConfig("look", out=tmp_path / "look", minutes=10)) == 0
     assert (tmp_path / "look" / "kernels" / "runs").read_text() == "011"

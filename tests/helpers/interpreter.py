@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def hasten() -> None:
@@ -19,28 +19,24 @@ def hasten() -> None:
     enough. And it looks for overflow by a dozen operations of its own for each operation on integers.
     """
     compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    patch = interpreter._patch_lang
 
     @functools.cache
     def languages(function) -> list:
         return [value for value in function.__globals__.values() if value is tl or value is tl.core]
 
-    def call(self, *args, **kwargs):
-        if any(tl.core.is_builtin(language.load) for language in languages(self.fn)):
-            interpreter._patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
+    def patch_once(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()  # with nothing to restore
 
     def refuse_overflow(self, a, b, operation) -> None:
         a, b = a.handle.data, b.handle.data
         if a.itemsize < 8:
             exact = compute[operation.__name__](a, b, dtype=np.int64)
-            assert np.array_equal(exact, exact.astype(a.dtype)), (
-                f"{a.dtype} overflows in {operation.__name__}"
-            )
+            assert np.array_equal(exact, exact.astype(a.dtype)), f"{operation.__name__} overflows"
 
-    InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_once
     TritonSemantic.binary_op_sanitize_overflow_impl = refuse_overflow
 
 

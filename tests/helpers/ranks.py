@@ -19,7 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "hotlap.train.pretrain", "hotlap.train.sft", "helpers.ranks",
-        # what a run imports to make its optimizer and to draw its curves: two thirds of a small run's time
+        # what a run imports to make its optimizer and to draw its curves: most of a small run's time
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
     ]
 )  # fmt: skip
@@ -98,7 +98,7 @@ def is_stopped(process) -> bool:
     """By SIGSTOP, after which it does not end."""
     try:
         state = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2]
-    except FileNotFoundError:
+    except OSError:  # it has ended
         return False
     return state.startswith("T")
 
